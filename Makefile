@@ -1,0 +1,42 @@
+# make train · test · check · bench · soak.   PYTHON=/path/to/python uses an environment that exists instead of building .venv.
+SHELL := /bin/sh
+ifdef PYTHON
+  PY := $(PYTHON)
+  READY :=
+else
+  PY := .venv/bin/python
+  READY := .venv/.ready
+endif
+
+.PHONY: train test check bench soak clean
+
+train: $(READY)
+	"$(PY)" -m data.prepare pysource
+	"$(PY)" train_gpt.py configs/quickstart.toml
+
+test: $(READY)
+	"$(PY)" -m pytest
+
+check: $(READY)
+	"$(PY)" -m ruff check .
+	"$(PY)" -m ruff format --check .
+	"$(PY)" -m pyright
+
+# Pairs us with peers; see benchmarks/RESULTS.md for what each needs.
+bench: $(READY)
+	"$(PY)" -m benchmarks.polar
+
+# The kill-and-resume test with 100 random moments instead of 10.
+soak: $(READY)
+	NANODUAL_KILLS=100 "$(PY)" -m pytest tests/test_train.py -k kill
+
+# Built anew when requirements.txt changes. torch first and alone, so that nothing else can choose its build.
+.venv/.ready: requirements.txt
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 is %d.%d; nanodual needs 3.11 or newer" % sys.version_info[:2])'
+	python3 -m venv --clear .venv
+	.venv/bin/python -m pip install -q "$$(grep '^torch==' requirements.txt)"
+	.venv/bin/python -m pip install -q -r requirements.txt
+	@touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,219 @@
+"""One run's configuration: the owners' dataclasses composed; a TOML file sets values, the command line overrides them.
+
+Configuration files are data: nothing in them is executed.
+"""
+
+import difflib
+import json
+import tomllib
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import tyro
+from pydantic import TypeAdapter, ValidationError
+
+from data.loader import DataConfig
+from model import GPTConfig, RoleMasses, RoleNorms
+from optim import Polar
+from optim.directions import DIRECTIONS
+from optim.step_size import SCHEDULES
+from runtime import RunConfig
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used: the key, what was got, what is allowed."""
+
+
+@dataclass
+class OptimConfig:
+    """lr: modular norm of one step at the schedule's top. schedule: wsd (linear warm-up, stable, linear cooldown) or cosine.
+
+    warmup: steps. cooldown: wsd, the last fraction of all steps; cosine, the depth of the decay. The rest as in Dualized.
+    """
+
+    lr: float = 1.0
+    schedule: str = "wsd"
+    warmup: int = 0
+    cooldown: float = 0.5
+    direction: str = "nesterov"
+    beta: float = 0.95
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    polar: Polar = field(default_factory=Polar)
+    norms: RoleNorms = field(default_factory=RoleNorms)
+    masses: RoleMasses = field(default_factory=RoleMasses)
+
+    def __post_init__(self) -> None:
+        require(
+            "optim",
+            ("lr", self.lr, self.lr >= 0, "0 or more"),
+            ("schedule", self.schedule, self.schedule in SCHEDULES, ", ".join(SCHEDULES)),
+            ("warmup", self.warmup, self.warmup >= 0, "0 or more steps"),
+            ("cooldown", self.cooldown, 0 <= self.cooldown <= 1, "a fraction from 0 to 1"),
+            ("direction", self.direction, self.direction in DIRECTIONS, ", ".join(DIRECTIONS)),
+            ("beta", self.beta, 0 <= self.beta < 1, "0 <= beta < 1"),
+            ("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more"),
+            ("max_grad_norm", self.max_grad_norm, self.max_grad_norm is None or self.max_grad_norm > 0, "more than 0, or left out"),
+        )
+
+
+@dataclass
+class TrainConfig:
+    """steps: of the optimizer. batch_size: sequences of block_size tokens in one step, over all micro-batches.
+
+    eval_every: steps, 0 is at the end only; the whole validation split, or its first eval_tokens targets. target_loss: nats per token.
+    log_every, telemetry_every, checkpoint_every: steps, 0 is never (a checkpoint is always saved at the end). keep_checkpoints: newest ones kept.
+    """
+
+    steps: int = 1000
+    batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    eval_every: int = 0
+    eval_tokens: int | None = None
+    eval_batch_size: int = 32
+    target_loss: float | None = None
+    log_every: int = 10
+    telemetry_every: int = 0
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+    sample_tokens: int = 256
+    sample_prompt: str = "\n"
+
+    def __post_init__(self) -> None:
+        require(
+            "train",
+            ("steps", self.steps, self.steps >= 1, "1 or more"),
+            ("batch_size", self.batch_size, self.batch_size >= 1, "1 or more"),
+            (
+                "gradient_accumulation_steps",
+                self.gradient_accumulation_steps,
+                self.gradient_accumulation_steps >= 1 and self.batch_size % self.gradient_accumulation_steps == 0,
+                f"a divisor of train.batch_size = {self.batch_size}",
+            ),
+            ("eval_tokens", self.eval_tokens, self.eval_tokens is None or self.eval_tokens >= 1, "1 or more, or left out"),
+            ("eval_batch_size", self.eval_batch_size, self.eval_batch_size >= 1, "1 or more"),
+            *(
+                (k, getattr(self, k), getattr(self, k) >= 0, "0 or more")
+                for k in ("eval_every", "log_every", "telemetry_every", "checkpoint_every", "sample_tokens")
+            ),
+            ("keep_checkpoints", self.keep_checkpoints, self.keep_checkpoints >= 1, "1 or more"),
+            ("sample_prompt", self.sample_prompt, bool(self.sample_prompt), "at least one character"),
+        )
+
+
+@dataclass
+class Config:
+    """One training run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: GPTConfig = field(default_factory=GPTConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def require(section: str, *checks: tuple[str, object, bool, str]) -> None:
+    """Raise ConfigError for the first (key, value, fine, allowed) that is not fine."""
+    for key, value, fine, allowed in checks:
+        if not fine:
+            raise ConfigError(f"{section}.{key}\n  got: {value!r}\n  allowed: {allowed}")
+
+
+def from_dict(cls: type, raw: dict[str, Any], path: str = "") -> Any:
+    """A dataclass from nested dicts, every key and type checked."""
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        dotted = f"{path}{key}"
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, n=1)
+            nearest = f"\n  fix: nearest valid name: {path}{close[0]}" if close else ""
+            raise ConfigError(f"unknown key {dotted}\n  got: {key}\n  allowed: {', '.join(hints)}{nearest}")
+        if is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{dotted}\n  got: {value!r}\n  allowed: a section [{dotted}]")
+            values[key] = from_dict(hints[key], value, f"{dotted}.")  # type: ignore[arg-type]
+            continue
+        try:
+            values[key] = TypeAdapter(hints[key]).validate_python(value, strict=True)
+        except ValidationError as error:
+            raise ConfigError(f"{dotted}\n  got: {value!r}\n  allowed: {spell(hints[key])}") from error
+    return cls(**values)
+
+
+def spell(hint: Any) -> str:
+    """A type as a user writes it."""
+    if getattr(hint, "__origin__", None) is Literal:
+        return ", ".join(map(repr, hint.__args__))
+    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "left out"}
+    parts = getattr(hint, "__args__", (hint,))
+    return " or ".join(names.get(p, str(p)) for p in parts)
+
+
+def load(argv: list[str]) -> Config:
+    """[CONFIG.toml] [--section.key value]… → Config. `--help` lists every key."""
+    path = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else None
+    config = Config()
+    if path is not None:
+        try:
+            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            here = sorted(str(p) for p in Path("configs").glob("*.toml"))
+            raise ConfigError(
+                f"configuration file\n  got: {path} ({error.strerror})\n  allowed: a TOML file, for instance {', '.join(here)}"
+            ) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}\n  got: {error}\n  allowed: TOML (https://toml.io)") from error
+        config = from_dict(Config, raw)
+    if argv:
+        for flag in (a.split("=")[0] for a in argv if a.startswith("--") and a not in ("--help",)):
+            check_flag(flag)
+        config = tyro.cli(Config, default=config, args=argv, prog="train_gpt.py [CONFIG.toml]", description=load.__doc__)
+    if config.run.name is None and path is not None and not config.run.resume:
+        import time
+
+        config.run.name = f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    require(
+        "run",
+        (
+            "name",
+            config.run.name,
+            bool(config.run.name) and Path(str(config.run.name)).name == config.run.name,
+            "the name of a run folder: --run.name NAME",
+        ),
+    )
+    return config
+
+
+def check_flag(flag: str) -> None:
+    names = [n.replace("_", "-") for n in flat(Config())]
+    given = flag.removeprefix("--").replace("_", "-")
+    section, _, key = given.rpartition(".")
+    if given not in names and f"{section}.{key.removeprefix('no-')}" not in names:
+        close = difflib.get_close_matches(given, names, n=1)
+        nearest = f"\n  fix: nearest valid name: --{close[0]}" if close else ""
+        raise ConfigError(
+            f"unknown option {flag}\n  got: {flag}\n  allowed: --section.key, with the keys of the configuration file (--help lists them){nearest}"
+        )
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"section.key": value}."""
+    out: dict[str, Any] = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        out |= flat(value, f"{prefix}{f.name}.") if is_dataclass(value) else {f"{prefix}{f.name}": value}
+    return out
+
+
+def to_toml(config: Any, prefix: str = "") -> str:
+    """The configuration as TOML; keys that are None are left out, which means the same."""
+    lines, tables = [], []
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            tables.append(f"\n[{prefix}{f.name}]\n{to_toml(value, f'{prefix}{f.name}.')}")
+        elif value is not None:
+            lines.append(f"{f.name} = {json.dumps(value, ensure_ascii=False)}\n")
+    return "".join([*lines, *tables]).lstrip("\n")

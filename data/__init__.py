@@ -1,0 +1,1 @@
+"""Tokens from texts: the shard format, tokenizers, corpora, and resumable batches."""

@@ -1,0 +1,117 @@
+"""Batches of windows from memory-mapped shards. The global batch of step s depends on (seed, s) alone.
+
+T: block_size. A window is T + 1 tokens of one shard: T inputs and their T next tokens. B: sequences of the global batch.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .shards import META, DataError, Manifest, read_manifest, read_shard, sha256_of
+from .tokenizer import Tokenizer, tokenizer_of
+
+
+@dataclass
+class DataConfig:
+    """dataset: a folder made by python -m data.prepare. verify: compare every shard with its sha256 before training."""
+
+    dataset: str = "corpora/pysource"
+    verify: bool = True
+
+
+class Dataset:
+    """A prepared dataset: its manifest, tokenizer and shards."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self.folder = Path(config.dataset)
+        self.manifest: Manifest = read_manifest(self.folder)
+        self.tokenizer: Tokenizer = tokenizer_of(self.manifest)
+        self.shards: dict[str, list[np.ndarray]] = {}
+        for name, split in self.manifest.splits.items():
+            arrays = []
+            for shard in split.shards:
+                path = self.folder / shard.file
+                array = read_shard(path)
+                if len(array) != shard.tokens or (config.verify and sha256_of(path) != shard.sha256):
+                    raise DataError(
+                        f"{path}: corrupted shard\n  got: a file that differs from the sha256 or token count in {META}\n  allowed: the file as it was prepared\n  fix: prepare the dataset again (python -m data.prepare)"
+                    )
+                arrays.append(array)
+            self.shards[name] = arrays
+        if self.tokenizer.vocab_size != self.manifest.vocab_size:
+            raise DataError(
+                f"{self.folder / META}: got vocab_size {self.manifest.vocab_size}; allowed for tokenizer {self.manifest.tokenizer}: {self.tokenizer.vocab_size}"
+            )
+
+    def split(self, name: str) -> list[np.ndarray]:
+        if name not in self.shards:
+            raise DataError(f"{self.folder}: got no split {name!r}; allowed: {', '.join(self.shards)}")
+        return self.shards[name]
+
+    def bytes_per_token(self, name: str) -> float | None:
+        split = self.manifest.splits[name]
+        return split.bytes / split.tokens if split.bytes else None
+
+
+class TrainBatches:
+    """The training stream: every epoch visits every window once, at an offset and in an order of its own, both drawn from (seed, epoch)."""
+
+    def __init__(self, shards: list[np.ndarray], *, block_size: int, batch_size: int, seed: int) -> None:
+        self.shards, self.T, self.B, self.seed = shards, block_size, batch_size, seed
+        # T tokens are kept for the epoch's offset, so that every epoch has the same number of windows.
+        self.windows = [max(0, (len(s) - 1) // block_size - 1) for s in shards]
+        self.ends = list(accumulate(self.windows))
+        if not self.ends or not self.ends[-1]:
+            tokens = sum(map(len, shards))
+            raise DataError(
+                f"training split too short\n  got: {tokens} tokens in {len(shards)} shards\n  allowed: a shard of at least 2 · block_size + 1 = {2 * block_size + 1} tokens\n  fix: a smaller model.block_size or more text"
+            )
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+
+    def _draw_epoch(self, epoch: int) -> tuple[int, np.ndarray]:
+        rng = np.random.default_rng((self.seed, epoch))
+        return int(rng.integers(self.T)), rng.permutation(self.ends[-1]).astype(np.int64)
+
+    def batch(self, step: int, *, part: int = 0, parts: int = 1) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (B/parts, T) int64: the part-th of `parts` equal slices of the global batch of this step."""
+        size = self.B // parts
+        first = step * self.B + part * size
+        rows = np.stack([self._window(i) for i in range(first, first + size)])
+        tokens = torch.from_numpy(rows.astype(np.int64))
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def _window(self, index: int) -> np.ndarray:
+        epoch, place = divmod(index, self.ends[-1])
+        offset, order = self._epoch(epoch)
+        window = int(order[place])
+        shard = bisect_right(self.ends, window)
+        start = offset + (window - (self.ends[shard - 1] if shard else 0)) * self.T
+        return self.shards[shard][start : start + self.T + 1]
+
+
+def validation_batches(
+    shards: list[np.ndarray], *, block_size: int, batch_size: int, tokens: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every token of a split but the first is a target once: windows side by side, the last one padded with target −1, which does not count.
+
+    tokens: stop after the windows that hold this many targets. Inputs and targets (at most batch_size, T) int64.
+    """
+    stream = shards[0] if len(shards) == 1 else np.concatenate(shards)
+    targets = len(stream) - 1 if tokens is None else min(tokens, len(stream) - 1)
+    if targets < 1:
+        raise DataError(f"validation split too short\n  got: {len(stream)} tokens\n  allowed: 2 or more\n  fix: more text")
+    stream = stream[: targets + 1]
+    for start in range(0, targets, block_size * batch_size):
+        chunk = np.asarray(stream[start : start + block_size * batch_size + 1]).astype(np.int64)
+        rows = -(-(len(chunk) - 1) // block_size)
+        inputs = np.zeros(rows * block_size, dtype=np.int64)
+        wanted = np.full(rows * block_size, -1, dtype=np.int64)
+        inputs[: len(chunk) - 1], wanted[: len(chunk) - 1] = chunk[:-1], chunk[1:]
+        yield torch.from_numpy(inputs).view(rows, block_size), torch.from_numpy(wanted).view(rows, block_size)

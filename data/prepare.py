@@ -1,0 +1,298 @@
+"""Corpora → shards. `python -m data.prepare --help`.
+
+Every command is idempotent (the same source gives the same dataset, and one that is there already is left alone) and atomic
+(a dataset appears whole or not at all).
+"""
+
+import argparse
+import gzip
+import hashlib
+import importlib.metadata
+import sys
+import urllib.request
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from .shards import META, DataError, Manifest, Shard, Split, building, read_manifest, read_shard, sha256_of, write_manifest, write_split
+from .tokenizer import NAMES, Characters, Tokenizer, get_tokenizer
+
+CORPORA = Path("corpora")
+PACKAGES = ("mpmath", "networkx", "sympy")  # pure Python, pinned in requirements.txt, needed by torch itself
+VALIDATION = 50  # one file in so many, by the hash of its name
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+GZIP_LIMIT = 64 * 2**20  # validation texts up to this size are compressed for comparison
+
+Splits = dict[str, list[str]]
+
+
+def build(out: Path, source: dict[str, Any], tokenizer: Tokenizer, splits: Splits) -> None:
+    """Documents → a dataset at `out`, unless one of the same source and tokenizer is there."""
+    if (out / META).is_file():
+        there = read_manifest(out)
+        if (there.source, there.tokenizer) == (source, tokenizer.name):
+            return report(out, "is there already")
+    with building(out) as folder:
+        made = {}
+        for name, documents in splits.items():
+            joint = chr(tokenizer.separator) if tokenizer.name == "bytes" else "\n" if tokenizer.name == "chars" else ""
+            size = sum(len(d.encode()) for d in documents) + len(joint) * max(0, len(documents) - 1)
+            shards = write_split(folder, name, encode(tokenizer, documents, name))
+            zipped = len(gzip.compress(joint.join(documents).encode(), 9)) if name == "val" and size <= GZIP_LIMIT else None
+            made[name] = Split(sum(s.tokens for s in shards), size, shards, zipped)
+        write_manifest(folder, Manifest(tokenizer.name, tokenizer.vocab_size, made, source, tokenizer.characters))
+    report(out, "written")
+
+
+def encode(tokenizer: Tokenizer, documents: list[str], name: str) -> Iterator[np.ndarray]:
+    """Documents with the separator between them; before each of them for GPT-2, as llm.c and modded-nanogpt have it."""
+    separator = np.array([tokenizer.separator], dtype=np.uint16)
+    for i, document in enumerate(tqdm(documents, desc=f"tokenize {name}", unit="doc", disable=None)):
+        if i or tokenizer.name == "gpt2":
+            yield separator
+        yield tokenizer.encode(document)
+
+
+def report(out: Path, what: str) -> None:
+    manifest = read_manifest(out)
+    sizes = ", ".join(f"{name} {s.tokens:,} tokens" for name, s in manifest.splits.items())
+    print(f"{out} {what}: {manifest.tokenizer} ({manifest.vocab_size}), {sizes}")
+
+
+def hash_split(named: Iterable[tuple[str, str]]) -> Splits:
+    """(name, text) pairs → train and val: one name in VALIDATION, by the sha256 of the name alone."""
+    splits: Splits = {"train": [], "val": []}
+    for name, text in named:
+        chosen = int(hashlib.sha256(name.encode()).hexdigest(), 16) % VALIDATION == 0
+        splits["val" if chosen else "train"].append(text)
+    return splits
+
+
+def corpus_hash(splits: Splits) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(splits):
+        for text in splits[name]:
+            digest.update(hashlib.sha256(text.encode()).digest())
+    return digest.hexdigest()
+
+
+def package_sources(package: str) -> Iterator[tuple[str, str]]:
+    """(path, text) of a package's Python files, in a fixed order."""
+    try:
+        files = importlib.metadata.distribution(package).files or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise DataError(
+            f"pysource: got no installed package {package!r}\n  allowed: {', '.join(PACKAGES)}\n  fix: pip install -r requirements.txt"
+        ) from error
+    for file in sorted((f for f in files if f.suffix == ".py"), key=str):
+        yield file.as_posix(), Path(str(file.locate())).read_text(encoding="utf-8", errors="replace")
+
+
+def pysource(args: argparse.Namespace) -> None:
+    """The embedded corpus: the Python sources of packages that this project needs anyway. No network."""
+    splits = hash_split(chain.from_iterable(map(package_sources, PACKAGES)))
+    versions = {p: importlib.metadata.version(p) for p in PACKAGES}
+    source = {"kind": "pysource", "packages": versions, "corpus_sha256": corpus_hash(splits)}
+    tokenizer = make_tokenizer(args.tokenizer, splits)
+    build(args.out or CORPORA / named("pysource", args.tokenizer, "bytes"), source, tokenizer, splits)
+
+
+def shakespeare(args: argparse.Namespace) -> None:
+    """Tiny Shakespeare, characters, split as nanoGPT does: the first 90% of the characters train."""
+    if args.file:
+        content = read_bytes(args.file)
+    else:
+        print(f"downloading {SHAKESPEARE_URL}")
+        try:
+            with urllib.request.urlopen(SHAKESPEARE_URL, timeout=60) as response:
+                content = response.read()
+        except OSError as error:
+            raise DataError(
+                f"Tiny Shakespeare\n  got: {error}\n  allowed: a network, or a local copy\n  fix: python -m data.prepare shakespeare --file input.txt"
+            ) from error
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != SHAKESPEARE_SHA256:
+        raise DataError(
+            f"Tiny Shakespeare: another file\n  got: sha256 {digest}\n  allowed: {SHAKESPEARE_SHA256}\n  fix: for a text of your own, python -m data.prepare text FILE --tokenizer chars"
+        )
+    text = content.decode()
+    cut = int(0.9 * len(text))
+    splits = {"train": [text[:cut]], "val": [text[cut:]]}
+    tokenizer = make_tokenizer(args.tokenizer, splits)
+    out = args.out or CORPORA / named("shakespeare", args.tokenizer, "chars")
+    build(out, {"kind": "shakespeare", "sha256": digest}, tokenizer, splits)
+
+
+def text(args: argparse.Namespace) -> None:
+    """Your own UTF-8 text files: each file a document, or many with --separator. Without --val, the last 10% of each file validates."""
+    files = [(str(f), read_text(f)) for f in args.files]
+    cut = partial(documents, separator=args.separator.encode().decode("unicode_escape") if args.separator else None)
+    if args.val:
+        splits = {"train": [d for _, t in files for d in cut(t)], "val": [d for f in args.val for d in cut(read_text(f))]}
+    elif args.separator:
+        splits = hash_split((f"{name}:{i}", d) for name, t in files for i, d in enumerate(cut(t)))
+    else:
+        splits = {"train": [t[: int(0.9 * len(t))] for _, t in files], "val": [t[int(0.9 * len(t)) :] for _, t in files]}
+    source = {"kind": "text", "files": [f.name for f in [*args.files, *args.val]], "corpus_sha256": corpus_hash(splits)}
+    build(
+        args.out or CORPORA / named(args.files[0].name.split(".")[0], args.tokenizer, ""),
+        source,
+        make_tokenizer(args.tokenizer, splits),
+        splits,
+    )
+
+
+def documents(content: str, *, separator: str | None) -> list[str]:
+    return [d for d in content.split(separator) if d] if separator else [content]
+
+
+def hub(args: argparse.Namespace) -> None:
+    """A dataset that the `datasets` library can load: a name on the Hugging Face hub, or json, text, parquet with --files. Streams, so it may be larger than memory."""
+    from datasets import load_dataset
+
+    out = args.out or CORPORA / named(args.name.split("/")[-1].lower(), args.tokenizer, "")
+    source = {
+        "kind": "hub",
+        "name": args.name,
+        "config": args.config,
+        "split": args.split,
+        "files": args.files,
+        "revision": args.revision,
+        "tokens": args.tokens,
+    }
+    if args.tokenizer == "chars":
+        raise DataError("hub: got tokenizer chars; allowed: bytes, gpt2 (a stream's characters are not known beforehand)")
+    if (out / META).is_file() and read_manifest(out).source == source:
+        return report(out, "is there already")
+    tokenizer = get_tokenizer(args.tokenizer)
+    rows = load_dataset(args.name, args.config, split=args.split, data_files=args.files or None, revision=args.revision, streaming=True)
+    sizes = {"train": 0, "val": 0}
+    with building(out) as folder:
+        stream = iter(rows)
+        made = {}
+        for name, wanted in (("val", args.val_tokens), ("train", args.tokens)):
+            shards = write_split(folder, name, take(stream, tokenizer, args.column, wanted, name, sizes))
+            made[name] = Split(sum(s.tokens for s in shards), sizes[name], shards)
+        write_manifest(folder, Manifest(tokenizer.name, tokenizer.vocab_size, made, source))
+    report(out, "written")
+
+
+def take(
+    rows: Iterator[dict[str, Any]], tokenizer: Tokenizer, column: str, wanted: int | None, name: str, sizes: dict[str, int]
+) -> Iterator[np.ndarray]:
+    """Whole documents until `wanted` tokens are reached; counts their bytes in sizes[name]."""
+    count = 0
+    separator = np.array([tokenizer.separator], dtype=np.uint16)
+    with tqdm(total=wanted, desc=f"tokenize {name}", unit="tok", unit_scale=True, disable=None) as bar:
+        while wanted is None or count < wanted:
+            row = next(rows, None)
+            if row is None:
+                return
+            if column not in row:
+                raise DataError(f"hub: got no column {column!r}; allowed: {', '.join(row)}\n  fix: --column NAME")
+            tokens = np.concatenate([separator, tokenizer.encode(row[column])])
+            sizes[name] += len(row[column].encode()) + (tokenizer.name == "bytes")
+            count += len(tokens)
+            bar.update(len(tokens))
+            yield tokens
+
+
+def adopt(args: argparse.Namespace) -> None:
+    """A manifest for shards that llm.c or modded-nanogpt made: files named *train*.bin and *val*.bin."""
+    folder: Path = args.folder
+    tokenizer = get_tokenizer(args.tokenizer)
+    if (folder / META).is_file():
+        return report(folder, "has a manifest already")
+    lengths = tokenizer.byte_lengths()
+    made = {}
+    for name in ("train", "val"):
+        paths = sorted(folder.glob(f"*{name}*.bin"))
+        if not paths:
+            raise DataError(
+                f"{folder}: got no *{name}*.bin\n  allowed: a folder with train and val shards\n  fix: python -m data.prepare adopt FOLDER"
+            )
+        size, shards = 0, []
+        for path in tqdm(paths, desc=f"adopt {name}", unit="shard", disable=None):
+            tokens = read_shard(path)
+            if len(tokens) and int(tokens.max()) >= tokenizer.vocab_size:
+                raise DataError(
+                    f"{path}: got token {tokens.max()}; allowed: below {tokenizer.vocab_size}, the vocabulary of {args.tokenizer}\n  fix: --tokenizer"
+                )
+            size += int(lengths[tokens].sum())
+            shards.append(Shard(path.name, len(tokens), sha256_of(path)))
+        made[name] = Split(sum(s.tokens for s in shards), size, shards)
+    write_manifest(folder, Manifest(tokenizer.name, tokenizer.vocab_size, made, {"kind": "adopted"}))
+    report(folder, "adopted")
+
+
+def named(corpus: str, tokenizer: str, default: str) -> str:
+    return corpus if tokenizer == default else f"{corpus}-{tokenizer}"
+
+
+def make_tokenizer(name: str, splits: Splits) -> Tokenizer:
+    if name == "chars":
+        return Characters("".join(sorted(set().union("\n", *(set(d) for documents in splits.values() for d in documents)))))
+    return get_tokenizer(name)
+
+
+def read_bytes(path: Path) -> bytes:
+    if not path.is_file():
+        raise DataError(f"got no file {path}; allowed: a text file that exists")
+    return path.read_bytes()
+
+
+def read_text(path: Path) -> str:
+    try:
+        return read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: got {error}; allowed: UTF-8 text") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="CORPUS")
+
+    def command(run: Any, default_tokenizer: str, tokenizers: Iterable[str] = NAMES) -> argparse.ArgumentParser:
+        sub = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        sub.set_defaults(run=run)
+        sub.add_argument("--tokenizer", choices=tuple(tokenizers), default=default_tokenizer)
+        if run is not adopt:
+            sub.add_argument("--out", type=Path, help="the dataset's folder (default: under corpora/)")
+        return sub
+
+    command(pysource, "bytes")
+    sub = command(text, "bytes")
+    sub.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    sub.add_argument("--val", nargs="+", type=Path, default=[], metavar="FILE", help="validation files")
+    sub.add_argument("--separator", help=r"text between documents, for instance '\n\x1e\n'")
+    command(shakespeare, "chars").add_argument("--file", type=Path, help="a local copy, instead of the download")
+    sub = command(hub, "gpt2", ("bytes", "gpt2"))
+    sub.add_argument("name", help="for instance HuggingFaceFW/fineweb, or json")
+    sub.add_argument("--config", help="for instance sample-10BT")
+    sub.add_argument("--split", default="train")
+    sub.add_argument("--files", nargs="+", default=[], help="data files, where NAME is json, text, csv or parquet")
+    sub.add_argument("--column", default="text")
+    sub.add_argument("--revision")
+    sub.add_argument("--tokens", type=int, help="stop after so many training tokens")
+    sub.add_argument("--val-tokens", type=int, default=10_485_760, help="the first documents, up to so many tokens, validate")
+    sub = command(adopt, "gpt2", ("bytes", "gpt2"))
+    sub.add_argument("folder", type=Path)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

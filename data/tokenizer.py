@@ -1,0 +1,115 @@
+"""Tokenizers: bytes, characters, GPT-2. vocab_size is the tokenizer's own; padding it (50304) is the model's option."""
+
+from functools import cached_property
+
+import numpy as np
+
+from .shards import DataError, Manifest
+
+NAMES = ("bytes", "chars", "gpt2")
+
+
+class Tokenizer:
+    """encode: text → tokens (n,) uint16. decode: tokens → text. separator: the token between documents."""
+
+    name: str
+    vocab_size: int
+    separator: int
+    characters: str | None = None
+
+    def encode(self, text: str) -> np.ndarray:
+        raise NotImplementedError
+
+    def decode(self, tokens: list[int]) -> str:
+        raise NotImplementedError
+
+    def byte_lengths(self) -> np.ndarray:
+        """(vocab_size,): the bytes of text that each token stands for."""
+        raise NotImplementedError
+
+
+class Bytes(Tokenizer):
+    """UTF-8 bytes. Documents are separated by a NUL byte, which counts as a byte of text."""
+
+    name, vocab_size, separator = "bytes", 256, 0
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16)
+
+    def decode(self, tokens: list[int]) -> str:
+        return bytes(tokens).decode(errors="replace")
+
+    def byte_lengths(self) -> np.ndarray:
+        return np.ones(256, dtype=np.int64)
+
+
+class Characters(Tokenizer):
+    """One token a character, numbered in code point order. Documents are separated by a newline, where the text has one."""
+
+    name = "chars"
+
+    def __init__(self, characters: str) -> None:
+        if not characters or "".join(sorted(set(characters))) != characters:
+            raise DataError(f"characters: got {characters!r}; allowed: distinct, in code point order, at least one")
+        self.characters, self.vocab_size = characters, len(characters)
+        self.separator = max(0, characters.find("\n"))
+        self._codes = np.array([ord(c) for c in characters], dtype="<u4")
+
+    def encode(self, text: str) -> np.ndarray:
+        codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        tokens = np.searchsorted(self._codes, codes).clip(max=self.vocab_size - 1)
+        unknown = self._codes[tokens] != codes
+        if unknown.any():
+            raise DataError(f"character {chr(codes[unknown][0])!r} is not in the vocabulary; allowed: {self.characters!r}")
+        return tokens.astype(np.uint16)
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(self.characters[t] for t in tokens)  # type: ignore[index]
+
+    def byte_lengths(self) -> np.ndarray:
+        return np.array([len(c.encode()) for c in self.characters or ""], dtype=np.int64)
+
+
+class GPT2(Tokenizer):
+    """GPT-2's byte pairs, by tiktoken, which fetches its two vocabulary files once (TIKTOKEN_CACHE_DIR keeps them). Documents are separated by <|endoftext|>."""
+
+    name, vocab_size, separator = "gpt2", 50257, 50256
+
+    @cached_property
+    def _encoding(self):  # noqa: ANN202 - tiktoken.Encoding, imported only where it is used
+        import tiktoken
+
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except Exception as error:  # whatever its HTTP client raises
+            raise DataError(
+                f"GPT-2's vocabulary files\n  got: {type(error).__name__}\n  allowed: a network, or tiktoken's two files in TIKTOKEN_CACHE_DIR\n  fix: set TIKTOKEN_CACHE_DIR to a folder that holds them"
+            ) from error
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._encoding.encode_ordinary(text), dtype=np.uint16)
+
+    def decode(self, tokens: list[int]) -> str:
+        return self._encoding.decode(tokens)
+
+    def byte_lengths(self) -> np.ndarray:
+        """The separator stands for no text: 0."""
+        return np.array(
+            [len(self._encoding.decode_single_token_bytes(t)) if t != self.separator else 0 for t in range(self.vocab_size)], dtype=np.int64
+        )
+
+
+def get_tokenizer(name: str, characters: str | None = None) -> Tokenizer:
+    """By name; chars needs its characters."""
+    if name == "bytes":
+        return Bytes()
+    if name == "gpt2":
+        return GPT2()
+    if name == "chars":
+        return Characters(characters or "")
+    raise DataError(f"tokenizer: got {name!r}; allowed: {', '.join(NAMES)}")
+
+
+def tokenizer_of(manifest: Manifest) -> Tokenizer:
+    """A dataset's tokenizer."""
+    return get_tokenizer(manifest.tokenizer, manifest.characters)

@@ -1,0 +1,290 @@
+"""The GPT, and the modular structure of its weights.
+
+B batch, T positions, D n_embd, H n_head, K = D/H width of a head, F = 4D hidden width of the MLP, V vocabulary, L n_layer.
+Linear maps are y = W x with W (out, in). Sources: [MN] arXiv 2405.14813; [MD] arXiv 2410.21265; docs/theory.md has the derivations.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from optim import NORMS, Module, Norm, Polar, RMSToRMS, atom, bond, concat, residual
+
+
+@dataclass
+class GPTConfig:
+    """n_layer, n_head, n_embd, block_size as in nanoGPT. vocab_size: None takes the tokenizer's; larger is padding.
+
+    residual: "convex" is (1 − 1/2L) x + (1/2L) f(x) per half-layer, "plain" is x + f(x). logit_softcap: c · tanh(logits / c), None is off.
+    logit_scale: logits of a head of norm 1 at unit-RMS input are at most this. attention_scale: c in softmax(c · cos(q, k)).
+    zero_init: output projections start at 0, else from their norm.
+    """
+
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    block_size: int = 1024
+    vocab_size: int | None = None
+    dropout: float = 0.0
+    residual: Literal["convex", "plain"] = "convex"
+    logit_softcap: float | None = None
+    logit_scale: float = 10.0
+    attention_scale: float = 10.0
+    zero_init: bool = True
+
+    def __post_init__(self) -> None:
+        for name, fine, allowed in (
+            ("n_layer", self.n_layer >= 1, "1 or more"),
+            ("n_head", self.n_head >= 1 and self.n_embd % self.n_head == 0, f"a divisor of n_embd = {self.n_embd}"),
+            ("n_embd", self.n_embd % (2 * self.n_head) == 0, f"a multiple of 2 · n_head = {2 * self.n_head} (rotary positions turn pairs)"),
+            ("block_size", self.block_size >= 1, "1 or more"),
+            ("vocab_size", self.vocab_size is None or self.vocab_size >= 2, "2 or more"),
+            ("dropout", 0 <= self.dropout < 1, "0 <= dropout < 1"),
+            ("logit_softcap", self.logit_softcap is None or self.logit_softcap > 0, "more than 0, or left out"),
+            ("logit_scale", self.logit_scale > 0, "more than 0"),
+            ("attention_scale", self.attention_scale > 0, "more than 0"),
+        ):
+            if not fine:
+                raise ValueError(f"model.{name}: got {getattr(self, name)}; allowed: {allowed}")
+
+
+@dataclass
+class RoleNorms:
+    """The norm of each role, by the names of optim.NORMS."""
+
+    embedding: str = "L1ToRMS"
+    attention: str = "RMSToRMS"
+    mlp: str = "RMSToRMS"
+    head: str = "RMSToLinf"
+
+    def __post_init__(self) -> None:
+        for role, name in vars(self).items():
+            if name not in NORMS or NORMS[name]().ndim != 2:
+                allowed = ", ".join(n for n, norm in NORMS.items() if norm().ndim == 2)
+                raise ValueError(f"optim.norms.{role}: got {name!r}; allowed: {allowed}")
+
+    def build(self, polar: Polar) -> dict[str, Norm]:
+        return {role: RMSToRMS(polar) if NORMS[name] is RMSToRMS else NORMS[name]() for role, name in vars(self).items()}
+
+
+@dataclass
+class RoleMasses:
+    """Each role's share of feature learning, all layers together; only ratios matter."""
+
+    embedding: float = 1.0
+    attention: float = 2.5
+    mlp: float = 2.5
+    head: float = 1.0
+
+    def __post_init__(self) -> None:
+        for role, mass in vars(self).items():
+            if mass < 0:
+                raise ValueError(f"optim.masses.{role}: got {mass:g}; allowed: 0 (never updated) or more")
+        if not any(vars(self).values()):
+            raise ValueError("optim.masses: got 0 for every role; allowed: at least one above 0")
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+def rotary(position: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """(T,) → cos, sin (T, width/2): rotary positions, base 10,000 (Su et al., arXiv 2104.09864)."""
+    frequency = 10_000 ** (-torch.arange(0, width, 2, device=position.device, dtype=torch.float32) / width)
+    angle_TK = position.float()[:, None] * frequency
+    return angle_TK.cos(), angle_TK.sin()
+
+
+def rotate(x_BHTK: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = (r.to(x_BHTK.dtype) for r in rope)
+    a, b = x_BHTK.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+# Constant gains inside a block keep it well-normed; they are folded into the residual weight, as linear maps let them pass.
+ATTENTION_GAIN = 1 / 3  # concat(q, k, v) has sensitivity 3 in the sum norm [MN]
+MLP_GAIN = math.sqrt(2 / 3)  # rms(relu(x)²) = √(3/2) for x ~ N(0, 1)
+RELU2_SENSITIVITY = math.sqrt(2)  # rms of relu²'(x) = 2 relu(x) for x ~ N(0, 1): typical, relu² is not Lipschitz
+
+
+class Attention(nn.Module):
+    """Causal attention with QK-norm: queries and keys have unit RMS per head, so scores are c · cos(q, k)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        D = config.n_embd
+        self.q, self.k, self.v, self.out = (nn.Linear(D, D, bias=False) for _ in range(4))
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.scale = config.attention_scale * config.n_head / D  # c/K, since ⟨q, k⟩ = K cos(q, k)
+
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], past: "Past | None" = None) -> Tensor:
+        B, T, D = x_BTD.shape
+        q, k, v = (w(x_BTD).view(B, T, self.n_head, -1).transpose(1, 2) for w in (self.q, self.k, self.v))
+        q, k = rotate(rms_norm(q), rope), rotate(rms_norm(k), rope)
+        if past is not None:
+            k, v = past.extend(k, v)
+        dropout = self.dropout if self.training else 0.0
+        y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout, scale=self.scale)
+        return self.out(y_BHTK.transpose(1, 2).reshape(B, T, D))
+
+    @staticmethod
+    def structure(prefix: str, norm: Norm) -> Module:
+        q, k, v, out = (atom(f"{prefix}.{n}.weight", norm, role="attention") for n in ("q", "k", "v", "out"))
+        # Sensitivity 1 in each of q, k, v [MN] at scale 1/K; with QK-norm and scale c/K it is the typical value.
+        heads = ATTENTION_GAIN * bond("attention", typical=True)
+        return out @ heads @ concat(q, k, v) @ bond("rms_norm", typical=True)
+
+
+class MLP(nn.Module):
+    """Squared-ReLU MLP (So et al., arXiv 2109.08668)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(self.up(x_BTD).relu().square())
+
+    @staticmethod
+    def structure(prefix: str, norm: Norm) -> Module:
+        up, down = (atom(f"{prefix}.{n}.weight", norm, role="mlp") for n in ("up", "down"))
+        relu2 = MLP_GAIN * bond("relu²", sensitivity=RELU2_SENSITIVITY, typical=True)
+        return down @ relu2 @ up @ bond("rms_norm", typical=True)
+
+
+class Block(nn.Module):
+    """An attention half and an MLP half, each behind an RMSNorm without gains."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention, self.mlp = Attention(config), MLP(config)
+        self.dropout = config.dropout
+        step = 1 / (2 * config.n_layer) if config.residual == "convex" else 1.0
+        self.keep = 1 - step if config.residual == "convex" else 1.0
+        self.attention_step, self.mlp_step = step * ATTENTION_GAIN, step * MLP_GAIN
+
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], past: "Past | None" = None) -> Tensor:
+        x_BTD = self._add(x_BTD, self.attention(rms_norm(x_BTD), rope, past), self.attention_step)
+        return self._add(x_BTD, self.mlp(rms_norm(x_BTD)), self.mlp_step)
+
+    def _add(self, x_BTD: Tensor, f_BTD: Tensor, step: float) -> Tensor:
+        if self.dropout:
+            f_BTD = F.dropout(f_BTD, self.dropout, self.training)
+        return torch.add(x_BTD * self.keep, f_BTD, alpha=step)
+
+
+class Past:
+    """Keys and values (B, H, T, K) of one layer, the last `window` − 1 positions of them."""
+
+    def __init__(self, window: int) -> None:
+        self.keep = window - 1
+        self.kv: tuple[Tensor, Tensor] | None = None
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.kv is not None:
+            k, v = torch.cat((self.kv[0], k), dim=2), torch.cat((self.kv[1], v), dim=2)
+        start = max(0, k.shape[2] - self.keep)
+        self.kv = k[:, :, start:], v[:, :, start:]
+        return k, v
+
+
+class GPT(nn.Module):
+    """A causal language model whose every weight starts at norm 1 of its role's norm, or at 0."""
+
+    def __init__(self, config: GPTConfig, norms: dict[str, Norm] | None = None, generator: torch.Generator | None = None) -> None:
+        """norms: by role, RoleNorms().build(Polar()) by default. generator: of the initial weights. vocab_size must be set."""
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("model.vocab_size: got none; allowed: the tokenizer's vocabulary or more")
+        self.config = config
+        self.norms = norms or RoleNorms().build(Polar())
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self._init_weights(generator)
+
+    @torch.no_grad()
+    def _init_weights(self, generator: torch.Generator | None) -> None:
+        for name, p in self.named_parameters():
+            role = next(r for r in self.norms if r in name)
+            if self.config.zero_init and name.endswith(("out.weight", "down.weight", "head.weight")):
+                p.zero_()
+            else:
+                p.copy_(self.norms[role].init(p.shape, generator))
+
+    def structure(self, masses: RoleMasses | None = None) -> Module:
+        """The tree of atoms and bonds (theory.md §2): head ∘ norm ∘ blocks ∘ embedding."""
+        c, m, norms = self.config, masses or RoleMasses(), self.norms
+        attention = Attention.structure("blocks.{}.attention", norms["attention"]).tare(m.attention)
+        mlp = MLP.structure("blocks.{}.mlp", norms["mlp"]).tare(m.mlp)
+        if c.residual == "convex":
+            block = residual(mlp, 2 * c.n_layer) @ residual(attention, 2 * c.n_layer)
+        else:
+            # x + f(norm(x)): the stream grows with depth while the next norm divides by it; the typical gain of both is 1.
+            block = _plain(mlp) @ _plain(attention)
+        blocks = (block**c.n_layer).scaled(1 / c.n_layer)
+        embedding = atom("embedding.weight", norms["embedding"], mass=m.embedding, role="embedding")
+        head = c.logit_scale * atom("head.weight", norms["head"], mass=m.head, role="head")
+        return head @ bond("rms_norm", typical=True) @ blocks @ embedding
+
+    def forward(
+        self, idx_BT: Tensor, target_BT: Tensor | None = None, *, reduction: str = "mean", past: list[Past] | None = None, start: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        """(logits (B, T, V), loss in nats per token or None). Targets of −1 do not count. start: position of the first token, with past."""
+        rope = rotary(torch.arange(start, start + idx_BT.shape[1], device=idx_BT.device), self.config.n_embd // self.config.n_head)
+        x_BTD = self.embedding(idx_BT)
+        for i, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, rope, past[i] if past else None)
+        logits_BTV = self.head(rms_norm(x_BTD)).float() * self.config.logit_scale
+        if self.config.logit_softcap is not None:
+            logits_BTV = self.config.logit_softcap * torch.tanh(logits_BTV / self.config.logit_softcap)
+        if target_BT is None:
+            return logits_BTV, None
+        return logits_BTV, F.cross_entropy(logits_BTV.flatten(0, 1), target_BT.flatten(), ignore_index=-1, reduction=reduction)
+
+    def num_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self) -> int:
+        """Of one training step: 6 per weight of a matrix product and 12 L D T for attention, causality not discounted (Chowdhery et al., arXiv 2204.02311, App. B)."""
+        c = self.config
+        return 6 * (self.num_params() - self.embedding.weight.numel()) + 12 * c.n_layer * c.n_embd * c.block_size
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx_BT: Tensor,
+        tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        vocab_size: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """idx (B, T >= 1) continued by `tokens` tokens: (B, T + tokens). temperature 0 is greedy. vocab_size: of the tokenizer, where the model's is padded.
+
+        Keys and values are cached; each position sees the last block_size ones.
+        """
+        past = [Past(self.config.block_size) for _ in self.blocks]
+        fresh_BT, start = idx_BT[:, -self.config.block_size :], 0
+        for _ in range(tokens):
+            logits_BV = self(fresh_BT, past=past, start=start)[0][:, -1, :vocab_size]
+            start += fresh_BT.shape[1]
+            if top_k is not None:
+                kth = logits_BV.topk(min(top_k, logits_BV.shape[-1])).values[:, -1:]
+                logits_BV = logits_BV.masked_fill(logits_BV < kth, -torch.inf)
+            if temperature == 0:
+                fresh_BT = logits_BV.argmax(-1, keepdim=True)
+            else:
+                fresh_BT = torch.multinomial((logits_BV / temperature).softmax(-1), 1, generator=generator)
+            idx_BT = torch.cat((idx_BT, fresh_BT), dim=1)
+        return idx_BT
+
+
+def _plain(half: Module) -> Module:
+    return bond("x + f(x)", sensitivity=1 / (1 + half.sensitivity), typical=True) @ concat(bond("identity"), half)

@@ -1,0 +1,157 @@
+"""The polar factor U Vᵀ of a matrix G = U S Vᵀ, exactly or by odd matrix polynomials.
+
+m, n: rows and columns of one matrix; k = min(m, n). Everything takes stacks (..., m, n).
+Sources: [MU] kellerjordan.github.io/posts/muon; [PE] arXiv 2505.16932; [GN] Zhang, Amsel, Chen, Dao, Gram Newton-Schulz, 2026.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Coefficients = tuple[tuple[float, float, float], ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A fixed sequence of steps X ← aX + b(XXᵀ)X + c(XXᵀ)²X on X = G / (safety · ‖G‖_F).
+
+    coefficients, safety factor and band are one value: a table run with another table's safety factor has another band.
+    band: where singular values from [floor, 1] · ‖G‖_F land, exact arithmetic, rounded outward (measured: tests/test_polar.py).
+    """
+
+    name: str
+    coefficients: Coefficients
+    safety: float
+    band: tuple[float, float]
+    floor: float = 1e-3
+
+
+def _over(divisor: int, *rows: tuple[int, int, int]) -> Coefficients:
+    return tuple((a / divisor, b / divisor, c / divisor) for a, b, c in rows)
+
+
+SCHEDULES = {
+    s.name: s
+    for s in (
+        # The classical cubic and quintic Newton-Schulz iterations (Higham, Functions of Matrices, ch. 8).
+        Schedule("cubic", ((1.5, -0.5, 0.0),) * 12, 1.0, (0.129, 1.0)),
+        Schedule("quintic", ((2.0, -1.5, 0.5),) * 12, 1.0, (0.99999, 1.00001)),
+        Schedule("jordan", ((3.4445, -4.7750, 2.0315),) * 5, 1.0, (0.470, 1.203)),  # [MU]
+        Schedule(  # You Jiacheng's six steps, as published with [MU]'s successors.
+            "you",
+            _over(
+                1024,
+                (3955, -8306, 5008),
+                (3735, -6681, 3463),
+                (3799, -6499, 3211),
+                (4019, -6385, 2906),
+                (2677, -3029, 1162),
+                (2172, -1833, 682),
+            ),
+            1.0,
+            (0.866, 1.0),
+        ),
+        Schedule(  # [PE] with the safety factor 1.02 on ‖G‖_F, the pair that modded-nanogpt and dion use.
+            "polar_express",
+            (
+                (8.156554524902461, -22.48329292557795, 15.878769915207462),
+                (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+                (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+                (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+                (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+            ),
+            1.02,
+            (0.846, 1.142),
+        ),
+    )
+}
+
+# The Gram form accumulates rounding errors faster than the plain one; X is formed anew ("restart") every so many steps.
+# Measured on log-uniform, near-rank-one and rank-one spectra (tests/test_polar.py): these periods keep float32 within 2e-4 and the
+# largest singular value in bfloat16 within 0.03 of the plain form's. Longer ones fail: bfloat16 without restarts reaches 1e6.
+GRAM_PERIOD = {torch.float64: 3, torch.float32: 3, torch.bfloat16: 2}
+GRAM_ASPECT = 1.5  # the Gram form has fewer FLOPs exactly above this n/m [GN]
+
+
+def plain(X: Tensor, coefficients: Coefficients) -> Tensor:
+    """The iteration on X (b, m, n), m <= n."""
+    for a, b, c in coefficients:
+        A = X @ X.mT
+        P = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, P, X, beta=a)
+    return X
+
+
+def gram(X: Tensor, coefficients: Coefficients) -> Tensor:
+    """The same iteration through R = XXᵀ (b, m, m) and the product Q of its polynomials, m <= n [GN]."""
+    Q = R = None
+    for step, (a, b, c) in enumerate(coefficients, start=1):
+        R = X @ X.mT if R is None else R
+        P = torch.baddbmm(R, R, R, beta=b, alpha=c)
+        P.diagonal(dim1=-2, dim2=-1).add_(a)
+        Q = P if Q is None else P @ Q
+        if step % GRAM_PERIOD[X.dtype] == 0 or step == len(coefficients):
+            X, Q, R = Q @ X, None, None
+        else:
+            R = P @ R @ P
+    return X
+
+
+def exact(G: Tensor) -> Tensor:
+    """U Vᵀ over the singular values above rounding, so that a rank-deficient G gives the partial isometry that the schedules tend to."""
+    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+    rounding = max(G.shape[-2:]) * torch.finfo(G.dtype).eps
+    return (U * (S[..., :1] * rounding < S).to(U.dtype).unsqueeze(-2)) @ Vh
+
+
+@dataclass(frozen=True)
+class Polar:
+    """How a polar factor is computed.
+
+    schedule: "exact" (SVD) or a name in SCHEDULES. form: "plain", "gram", or "auto": gram above GRAM_ASPECT, except in bfloat16, where its rounding leaves the band.
+    dtype: of the iteration; "auto" is bfloat16 on an accelerator and float32 on a CPU. float64 input is always iterated in float64.
+    """
+
+    schedule: str = "polar_express"
+    form: Literal["auto", "plain", "gram"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    def __post_init__(self) -> None:
+        for field, allowed in (
+            ("schedule", ("exact", *SCHEDULES)),
+            ("form", ("auto", "plain", "gram")),
+            ("dtype", ("auto", "float32", "bfloat16")),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"Polar.{field}: got {getattr(self, field)!r}; allowed: {', '.join(allowed)}")
+
+    @property
+    def band(self) -> tuple[float, float]:
+        """Where singular values from [1e-3, 1] · ‖G‖_F land, in exact arithmetic."""
+        return (1.0, 1.0) if self.schedule == "exact" else SCHEDULES[self.schedule].band
+
+    def __call__(self, G: Tensor) -> Tensor:
+        """The polar factor of each matrix of G (..., m, n), in G's dtype; zero for a zero matrix, any scale of G."""
+        X = G.double() if G.dtype == torch.float64 else G.float()
+        # Divided by its own largest entry first, ‖X‖_F is in [1, √(mn)]: no square under- or overflows, and 0 stays 0.
+        largest = X.abs().amax(dim=(-2, -1), keepdim=True)
+        X = X / torch.where(largest > 0, largest, 1)
+        if self.schedule == "exact":
+            return exact(X).to(G.dtype)
+        schedule = SCHEDULES[self.schedule]
+        X = X / (schedule.safety * torch.linalg.matrix_norm(X, keepdim=True).clamp(min=1))
+        tall = X.shape[-2] > X.shape[-1]
+        X = (X.mT if tall else X).to(self._iteration_dtype(G)).reshape(-1, min(G.shape[-2:]), max(G.shape[-2:]))
+        gram_pays = X.shape[-1] > GRAM_ASPECT * X.shape[-2] and X.dtype != torch.bfloat16
+        form = gram if self.form == "gram" or (self.form == "auto" and gram_pays) else plain
+        X = form(X, schedule.coefficients)
+        return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
+
+    def _iteration_dtype(self, G: Tensor) -> torch.dtype:
+        if G.dtype == torch.float64:
+            return torch.float64
+        if self.dtype == "auto":
+            return torch.float32 if G.device.type == "cpu" else torch.bfloat16
+        return getattr(torch, self.dtype)

@@ -1,0 +1,219 @@
+"""Around a run: device, precision, seeds, the run folder, metrics, clocks. Nothing here knows the model or the optimizer."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+
+class RunError(ValueError):
+    """A run that cannot start here: what was got, what is allowed, how to fix it."""
+
+
+@dataclass
+class RunConfig:
+    """name: of the run folder, by default the configuration's name and the time. dir: where run folders live.
+
+    device: auto takes cuda, then mps, then cpu. precision: bf16 is autocast; auto takes it where the hardware has it, found by running it.
+    threads: of the CPU, by default torch's choice. resume: go on from the newest checkpoint of the named run.
+    """
+
+    name: str | None = None
+    dir: str = "runs"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
+    threads: int | None = None
+    resume: bool = False
+
+
+# Dense bf16 peaks in FLOP/s, from NVIDIA's data sheets (SXM parts, without sparsity); matched by prefix of the device's name.
+PEAK_FLOPS = {"NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12}
+
+
+class Runtime:
+    """What a run computes on: torch device, precision, autocast, generators. `choices` says what was chosen for the user."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.choices: list[str] = []
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise RunError(
+                f"WORLD_SIZE: got {os.environ['WORLD_SIZE']}; allowed: 1, this version trains in one process\n  fix: start it without torchrun"
+            )
+        if config.threads is not None:
+            if config.threads < 1:
+                raise RunError(f"run.threads: got {config.threads}; allowed: 1 or more")
+            torch.set_num_threads(config.threads)
+        self.device = torch.device(self._device(config))
+        self.precision = self._precision(config)
+        torch.manual_seed(config.seed)
+
+    def _device(self, config: RunConfig) -> str:
+        there = [
+            d for d, found in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)) if found
+        ]
+        if config.device == "auto":
+            self.choices.append(f"run.device = {there[0]} (found here: {', '.join(there)})")
+            return there[0]
+        if config.device not in there:
+            raise RunError(f"run.device: got {config.device}; allowed here: {', '.join(there)}")
+        return config.device
+
+    def _precision(self, config: RunConfig) -> Literal["fp32", "bf16"]:
+        if config.precision != "auto":
+            return config.precision
+        gain = bf16_gain(self.device)
+        precision = "bf16" if gain > 1.2 else "fp32"
+        self.choices.append(f"run.precision = {precision} (a bf16 matrix product ran {gain:.1f}× as fast as fp32 here)")
+        return precision
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+
+    def to_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        if self.device.type == "cuda":
+            return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
+        return [t.to(self.device) for t in tensors]
+
+    def synchronize(self) -> None:
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+
+    def device_name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{self.device.type}, {torch.get_num_threads()} threads"
+
+    def peak_flops(self) -> float | None:
+        """Of the device in bf16, FLOP/s; None where it is not known."""
+        return next((v for k, v in PEAK_FLOPS.items() if self.precision == "bf16" and self.device_name().startswith(k)), None)
+
+    def peak_memory_bytes(self) -> int:
+        """Most memory held: of the device's allocator, or of the process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def bf16_gain(device: torch.device, size: int = 512) -> float:
+    """Seconds of an fp32 matrix product over those of a bf16 one, best of five; 0 where bf16 does not run."""
+
+    def best(dtype: torch.dtype) -> float:
+        a = torch.ones(size, size, dtype=dtype, device=device)
+        seconds = []
+        for _ in range(6):
+            start = time.perf_counter()
+            (a @ a).sum().item()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds[1:])
+
+    try:
+        return best(torch.float32) / best(torch.bfloat16)
+    except RuntimeError:
+        return 0.0
+
+
+class Clock:
+    """Seconds of the training clock: it runs inside `with clock:` blocks, and reads the device as finished at both ends."""
+
+    def __init__(self, runtime: Runtime, seconds: float = 0.0) -> None:
+        self.runtime, self.seconds = runtime, seconds
+        self.start: float | None = None
+
+    def __enter__(self) -> "Clock":
+        self.runtime.synchronize()
+        self.start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = self.now()
+        self.start = None
+
+    def now(self) -> float:
+        """Seconds so far."""
+        if self.start is None:
+            return self.seconds
+        self.runtime.synchronize()
+        return self.seconds + time.perf_counter() - self.start
+
+
+class RunFolder:
+    """runs/<name>/: config.toml, receipt.txt, metrics.jsonl, summary.json, loss.png, checkpoints/, log.txt."""
+
+    def __init__(self, path: Path, *, resume: bool) -> None:
+        self.path = path
+        if resume and not path.is_dir():
+            raise RunError(
+                f"nothing to resume at {path}\n  got: no such run folder\n  allowed: {listing(path.parent)}\n  fix: --run.name, or leave out --run.resume"
+            )
+        if not resume and path.exists():
+            raise RunError(
+                f"run folder {path} exists\n  got: a run of this name\n  allowed: a new name, or going on with this run\n  fix: --run.name NAME, or --run.resume"
+            )
+        self.checkpoints = path / "checkpoints"
+
+    def create(self) -> None:
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._log = (self.path / "log.txt").open("a", encoding="utf-8")
+
+    def say(self, text: str = "") -> None:
+        """To the terminal and to log.txt."""
+        print(text, flush=True)
+        self._log.write(text + "\n")
+        self._log.flush()
+
+    def write(self, name: str, text: str) -> None:
+        """A whole file, atomically."""
+        temporary = self.path / f".{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(self.path / name)
+
+    def write_json(self, name: str, value: object) -> None:
+        self.write(name, json.dumps(value, indent=1) + "\n")
+
+    def log_metrics(self, record: dict[str, Any]) -> None:
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as f:
+            f.write(json.dumps(record) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        records = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:  # the last line of a killed process
+                break
+        return records
+
+    def forget_after(self, step: int) -> None:
+        """Drop the metrics of steps after `step`, which a resumed run takes again."""
+        self.write("metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.metrics() if r["step"] <= step))
+
+
+def listing(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    return ", ".join(names) or f"nothing, {folder} holds no runs"
+
+
+def git_state() -> tuple[str | None, bool | None]:
+    """(commit, uncommitted changes) of this source tree, or (None, None) outside git."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+    except (OSError, subprocess.CalledProcessError):
+        return None, None

@@ -1,0 +1,41 @@
+"""What a run tells about its geometry, at logged steps only: the achieved size of every tensor's step beside the requested one."""
+
+import torch
+from torch import Tensor, nn
+
+from optim import Dualized
+from optim.metrize import canonical
+
+
+class StepSizes:
+    """‖ΔW‖ / (lr · radius) per tensor, read from the weights themselves: 1 where the step is exactly as requested.
+
+    before(), then optimizer.step(), then after(). ΔW is what the step did beside weight decay. Tensors that did not move are 0.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Dualized) -> None:
+        self.optimizer = optimizer
+        self.weights = {canonical(n): p for n, p in model.named_parameters() if p.requires_grad}
+        self.old: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def before(self) -> None:
+        self.old = {n: p.detach().clone() for n, p in self.weights.items()}
+
+    @torch.no_grad()
+    def after(self) -> dict[str, float]:
+        norm, ratios = self.optimizer.norm, {}
+        for group in self.optimizer.param_groups:
+            for name in group["param_names"]:
+                requested = float(group["lr"]) * norm.radii[name]
+                if not requested:
+                    ratios[name] = 0.0
+                    continue
+                old = self.old[name].double()
+                decayed = old * (1 - requested * group["weight_decay"])
+                delta = self.weights[name].double() - decayed
+                if norm.norms[name].rowwise:  # a row without a gradient neither moved nor decayed
+                    delta[(self.weights[name] == self.old[name]).all(-1)] = 0
+                ratios[name] = norm.norms[name].norm(delta).item() / requested
+        self.old = {}
+        return ratios

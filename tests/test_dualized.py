@@ -1,0 +1,400 @@
+"""optim/dualized.py. Oracles: torch.optim.SGD, the modular norm of measured steps, and the optimizer's own contract."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from optim import (
+    CoverageError,
+    Dualized,
+    Frobenius,
+    L1ToLinf,
+    L1ToRMS,
+    ModularNorm,
+    Module,
+    NonFiniteError,
+    Norm,
+    Polar,
+    RMSToLinf,
+    RMSToRMS,
+    VectorRMS,
+    atom,
+    metrize,
+)  # fmt: skip
+
+EXACT_STEP = 1e-6  # requested against achieved modular norm with the exact polar factor
+
+
+class Net(nn.Module):
+    """Embedding, two equal hidden maps and a head: one stack of two, and both row-wise norms. float64."""
+
+    def __init__(self, hidden: Norm | None = None, embed: Norm | None = None, head: Norm | None = None):
+        super().__init__()
+        self.hidden, self.embed_norm, self.head_norm = hidden or RMSToRMS(Polar("exact")), embed or L1ToRMS(), head or RMSToLinf()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(7, 6)
+        self.up, self.down = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+        self.head = nn.Linear(6, 7, bias=False)
+        self.double()
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        x = self.embed(idx)
+        return self.head(x + self.down(torch.tanh(self.up(x))))
+
+    def structure(self) -> Module:
+        mid = atom("down.weight", self.hidden) @ atom("up.weight", self.hidden, mass=2)
+        return atom("head.weight", self.head_norm) @ mid @ atom("embed.weight", self.embed_norm, mass=0.5)
+
+
+def loss_of(model: nn.Module, seed: int = 0, tokens: int = 64) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.randint(7, (2, tokens), generator=g)
+    return nn.functional.cross_entropy(model(x), y)
+
+
+def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 0, tokens: int = 64) -> dict[str, torch.Tensor]:
+    """One step; returns W_before − W_after by name."""
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer.zero_grad()
+    loss_of(model, seed, tokens).backward()
+    optimizer.step()
+    return {n: before[n] - p.detach() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+def test_frobenius_times_its_dual_norm_is_sgd(beta: float):
+    ours = Net(Frobenius(), Frobenius(), Frobenius())
+    theirs = copy.deepcopy(ours)
+    norm = metrize(ours)
+    norm = ModularNorm(norm.norms, dict.fromkeys(norm.norms, 1.0))
+    lr = 0.05
+    dualized = Dualized(ours.named_parameters(), lr, norm=norm, beta=beta, scale="dual")
+    sgd = torch.optim.SGD(theirs.parameters(), lr=lr * (1 - beta), momentum=beta, dampening=0)
+    for step in range(50):
+        take_step(ours, dualized, step)
+        take_step(theirs, sgd, step)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        if beta == 0:
+            assert torch.equal(p, q), "bit for bit"
+        assert (p - q).norm() <= 1e-12 * q.norm()
+
+
+@pytest.mark.parametrize("direction", ["momentum", "nesterov"])
+@pytest.mark.parametrize("lr", [0.3, 1e-4])
+def test_every_step_has_modular_norm_lr(direction: str, lr: float):
+    model = Net()
+    optimizer = Dualized(model, lr, direction=direction)
+    for step in range(8):
+        delta = take_step(model, optimizer, step)
+        assert abs(optimizer.norm.norm(delta).item() / lr - 1) < EXACT_STEP
+        for name, d in delta.items():
+            assert abs(optimizer.norm.norms[name].norm(d).item() / (lr * optimizer.norm.radii[name]) - 1) < EXACT_STEP, name
+
+
+@pytest.mark.parametrize("schedule", ["quintic", "jordan", "you", "polar_express"])
+def test_schedules_step_within_their_band(schedule: str):
+    model = Net(hidden=RMSToRMS(Polar(schedule)))
+    optimizer = Dualized(model, 0.1)
+    low, high = Polar(schedule).band
+    for step in range(5):
+        delta = take_step(model, optimizer, step)
+        for name in ("up.weight", "down.weight"):
+            assert low - 1e-9 <= optimizer.norm.norms[name].norm(delta[name]).item() / (0.1 * optimizer.norm.radii[name]) <= high + 1e-9
+
+
+def test_the_first_step_goes_against_the_gradient_by_lr_times_the_dual_norm():
+    model = Net()
+    loss_of(model).backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters()}  # type: ignore[union-attr]
+    optimizer = Dualized(model, 1e-3)
+    delta = take_step(model, optimizer)
+    descent = sum((grads[n] * delta[n]).sum() for n in grads)
+    assert torch.allclose(descent, 1e-3 * optimizer.norm.dual_norm(grads), rtol=1e-9)
+
+
+def test_stacked_and_lone_weights_step_alike():
+    """Equal shapes share one batched call; the result is each weight's own."""
+    model = Net()
+    lone = copy.deepcopy(model)
+    norm = metrize(model)
+    take_step(model, Dualized(model, 0.1))
+    loss_of(lone).backward()
+    for name, p in lone.named_parameters():
+        Dualized([(name, p)], 0.1, norm=norm).step()
+    for p, q in zip(model.parameters(), lone.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-14)
+
+
+def test_weight_decay_is_scaled_by_the_radius():
+    """With a zero gradient direction left out: compare two steps that differ by decay alone."""
+    plain, decayed = Net(), Net()
+    before = {n: p.detach().clone() for n, p in plain.named_parameters()}
+    take_step(plain, Dualized(plain, 0.1))
+    optimizer = Dualized(decayed, 0.1, weight_decay=0.3)
+    take_step(decayed, optimizer)
+    for (name, p), q in zip(plain.named_parameters(), decayed.parameters(), strict=True):
+        assert torch.allclose(p - q, 0.1 * optimizer.norm.radii[name] * 0.3 * before[name], atol=1e-14), name
+
+
+def test_weights_stay_within_one_over_weight_decay():
+    model = Net()
+    optimizer = Dualized(model, 0.5, weight_decay=0.25)
+    for step in range(300):
+        take_step(model, optimizer, step % 3)
+    for name, p in model.named_parameters():
+        assert optimizer.norm.norms[name].norm(p) <= 1 / 0.25 * (1 + 1e-9)
+
+
+def test_rows_without_a_gradient_do_not_move_and_keep_their_momentum():
+    model = Net()
+    optimizer = Dualized(model, 0.1, weight_decay=0.1)
+    take_step(model, optimizer)
+    momentum = optimizer.state[model.embed.weight]["momentum"].clone()
+    g = torch.Generator().manual_seed(5)
+    x = torch.randint(3, (8,), generator=g)  # tokens 0 … 2 of 7
+    before = model.embed.weight.detach().clone()
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(model.embed.weight[3:], before[3:])
+    assert torch.equal(optimizer.state[model.embed.weight]["momentum"][3:], momentum[3:])
+    moved = (model.embed.weight[:3] - before[:3]).abs().sum(-1)
+    assert (moved > 0).all()
+
+
+def test_a_zero_gradient_everywhere_moves_nothing():
+    model = Net()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = Dualized(model, 0.1)
+    (loss_of(model) * 0).backward()
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_lr_zero_is_an_exact_no_op(as_tensor: bool):
+    model = Net()
+    optimizer = Dualized(model, 0.1, weight_decay=0.1)
+    take_step(model, optimizer)
+    state = copy.deepcopy(optimizer.state_dict())
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(0.0) if as_tensor else 0.0
+    before = [p.detach().clone() for p in model.parameters()]
+    take_step(model, optimizer, 1)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    for i, s in optimizer.state_dict()["state"].items():
+        assert torch.equal(s["momentum"], state["state"][i]["momentum"])
+    if not as_tensor:
+        assert optimizer.param_groups[0]["steps"] == 1
+
+
+def test_a_tensor_lr_steps_like_a_number():
+    a, b = Net(), Net()
+    opt_a, opt_b = Dualized(a, 0.1), Dualized(b, torch.tensor(0.1, dtype=torch.float64))
+    for step in range(3):
+        take_step(a, opt_a, step)
+        take_step(b, opt_b, step)
+    assert all(torch.allclose(p, q, atol=1e-14) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_gates_the_step_and_is_named_at_the_next(value: float):
+    model = Net()
+    optimizer = Dualized(model, 0.1, weight_decay=0.1)
+    take_step(model, optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    optimizer.zero_grad()
+    loss_of(model).backward()
+    model.up.weight.grad[1, 2] = value  # type: ignore[index]
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert all(torch.equal(s["momentum"], state[i]["momentum"]) for i, s in optimizer.state_dict()["state"].items())
+    with pytest.raises(NonFiniteError, match=r"the gradient of up.weight was not finite at optimizer step 1; that step was not taken"):
+        optimizer.step()
+    take_step(model, optimizer)
+    assert all(torch.isfinite(p).all() for p in model.parameters()), "training goes on after the error is caught"
+
+
+def test_missing_gradients_move_nothing_of_their_parameter():
+    model = Net()
+    optimizer = Dualized(model, 0.1, weight_decay=0.1)
+    take_step(model, optimizer)
+    momentum = optimizer.state[model.up.weight]["momentum"].clone()
+    before = model.up.weight.detach().clone()
+    optimizer.zero_grad()
+    loss_of(model).backward()
+    model.up.weight.grad = None
+    optimizer.step()
+    assert torch.equal(model.up.weight, before) and torch.equal(optimizer.state[model.up.weight]["momentum"], momentum)
+
+
+def test_gradients_are_never_written():
+    model = Net()
+    optimizer = Dualized(model, 0.1, weight_decay=0.1, max_grad_norm=0.01)
+    loss_of(model).backward()
+    grads = [p.grad.clone() for p in model.parameters()]  # type: ignore[union-attr]
+    optimizer.step()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))  # type: ignore[arg-type]
+
+
+def test_clipping_scales_the_raw_gradients_and_never_the_step():
+    model = Net()
+    optimizer = Dualized(model, 0.1, max_grad_norm=1e-3)
+    delta = take_step(model, optimizer)
+    assert abs(optimizer.norm.norm(delta).item() / 0.1 - 1) < EXACT_STEP
+    total = torch.stack([s["momentum"].norm() for s in optimizer.state.values()]).norm()
+    assert total.item() == pytest.approx((1 - 0.95) * 1e-3, rel=1e-6)
+
+
+def test_momentum_is_one_buffer_per_weight_and_nothing_else():
+    model = Net()
+    optimizer = Dualized(model, 0.1)
+    take_step(model, optimizer)
+    assert all(list(s) == ["momentum"] and s["momentum"].shape == p.shape for p, s in optimizer.state.items())
+
+
+def test_state_loads_by_name_whatever_the_order():
+    model = Net()
+    optimizer = Dualized(model, 0.1)
+    take_step(model, optimizer)
+    state = optimizer.state_dict()
+    assert state["schema"] == 1 and state["param_groups"][0]["param_names"][0] == "embed.weight"
+    twin = copy.deepcopy(model)
+    named = list(twin.named_parameters())[::-1]
+    other = Dualized(named, 0.1, norm=metrize(twin))
+    other.load_state_dict(state)
+    for name, p in twin.named_parameters():
+        assert torch.equal(other.state[p]["momentum"], optimizer.state[dict(model.named_parameters())[name]]["momentum"])
+    take_step(model, optimizer, 1)
+    take_step(twin, other, 1)
+    assert all(torch.allclose(p, q, atol=1e-13) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_state_of_other_parameters_is_refused_before_anything_changes():
+    model = Net()
+    optimizer = Dualized(model, 0.1)
+    take_step(model, optimizer)
+    other = Dualized([("embed.weight", model.embed.weight)], 0.1, norm=metrize(model))
+    with pytest.raises(ValueError, match=r"'down.weight' is unknown; allowed: the same names"):
+        other.load_state_dict(optimizer.state_dict())
+    assert not other.state
+
+
+def test_deepcopy_trains_on_alone():
+    model = Net()
+    optimizer = Dualized(model, 0.1)
+    take_step(model, optimizer)
+    model2, optimizer2 = copy.deepcopy((model, optimizer))
+    take_step(model, optimizer, 1)
+    take_step(model2, optimizer2, 1)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), model2.parameters(), strict=True))
+    assert optimizer2.state[model2.up.weight]["momentum"].data_ptr() != optimizer.state[model.up.weight]["momentum"].data_ptr()
+
+
+def test_torch_schedulers_hooks_and_closures_work():
+    model = Net()
+    optimizer = Dualized(model, 0.2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5**s)
+    seen = []
+    optimizer.register_step_post_hook(lambda *_: seen.append(optimizer.param_groups[0]["lr"]))
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    scheduler.step()
+    delta_start = model.up.weight.detach().clone()
+    second = optimizer.step(closure)
+    assert second < first and seen == [0.2, 0.1]
+    delta = delta_start - model.up.weight.detach()
+    assert optimizer.norm.norms["up.weight"].norm(delta).item() == pytest.approx(0.1 * optimizer.norm.radii["up.weight"], rel=1e-6)
+
+
+def test_accumulated_gradients_are_one_gradient():
+    a, b = Net(), Net()
+    (2 * loss_of(a)).backward()
+    loss_of(b).backward()
+    loss_of(b).backward()
+    Dualized(a, 0.1).step()
+    Dualized(b, 0.1).step()
+    assert all(torch.allclose(p, q, atol=1e-12) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_frozen_parameters_are_left_out():
+    model = Net()
+    model.embed.weight.requires_grad_(False)
+    optimizer = Dualized(model, 0.1)
+    delta = take_step(model, optimizer)
+    assert not delta["embed.weight"].any() and delta["up.weight"].any()
+
+
+def test_parameters_added_later_need_a_norm_and_leave_the_radii():
+    model = Net()
+    optimizer = Dualized(model, 0.1)
+    radii = dict(optimizer.norm.radii)
+    bias = nn.Parameter(torch.ones(5, dtype=torch.float64))
+    with pytest.raises(CoverageError, match=r'bias has no norm; fix: give its group "norm" and "radius"'):
+        optimizer.add_param_group({"params": [("bias", bias)]})
+    optimizer.add_param_group({"params": [("bias", bias)], "norm": VectorRMS(), "radius": 0.5})
+    (bias * torch.arange(1.0, 6.0)).sum().backward()
+    optimizer.step()
+    assert {k: v for k, v in optimizer.norm.radii.items() if k != "bias"} == radii
+    assert VectorRMS().norm(1 - bias.detach()).item() == pytest.approx(0.05, rel=1e-9)
+
+
+def test_groups_may_differ_in_their_settings():
+    model = Net(embed=L1ToLinf())
+    named = dict(model.named_parameters())
+    rest = [(n, p) for n, p in named.items() if n != "embed.weight"]
+    optimizer = Dualized(rest, 0.1, norm=metrize(model))
+    optimizer.add_param_group({"params": [("embed.weight", named["embed.weight"])], "lr": 0.01, "beta": 0.0})
+    delta = take_step(model, optimizer)
+    assert L1ToLinf().norm(delta["embed.weight"]).item() == pytest.approx(0.01 * optimizer.norm.radii["embed.weight"], rel=1e-9)
+    assert optimizer.norm.norms["up.weight"].norm(delta["up.weight"]).item() == pytest.approx(
+        0.1 * optimizer.norm.radii["up.weight"], rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_low_precision_weights_train(dtype: torch.dtype):
+    model = Net(hidden=RMSToRMS()).to(dtype)
+    optimizer = Dualized(model, 0.2)
+    first = loss_of(model).item()
+    for _ in range(20):
+        take_step(model, optimizer)
+    assert loss_of(model).item() < first - 0.1
+    assert all(p.dtype == dtype for p in model.parameters())
+
+
+def test_training_lowers_the_loss_like_an_optimizer_should():
+    model = Net()
+    optimizer = Dualized(model, 0.2)
+    losses = []
+    for _ in range(60):
+        take_step(model, optimizer, tokens=24)
+        losses.append(loss_of(model, tokens=24).item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_a_bare_list_of_tensors_is_refused():
+    model = Net()
+    with pytest.raises(CoverageError, match="got: tensors without names"):
+        Dualized(model.parameters(), 0.1)  # type: ignore[arg-type]
+    with pytest.raises(CoverageError, match="got no norm"):
+        Dualized(model.named_parameters(), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("lr", -1.0), ("beta", 1.0), ("weight_decay", -0.1), ("direction", "adam"), ("scale", "two"), ("max_grad_norm", 0.0)]
+)
+def test_impossible_settings_are_refused_by_name(key: str, value: object):
+    settings = {"lr": 0.1, key: value}
+    with pytest.raises(ValueError, match=rf"Dualized: {key}: got {value!r}; allowed:"):
+        Dualized(Net(), **settings)  # type: ignore[arg-type]

@@ -1,0 +1,101 @@
+"""optim/polar.py. Oracles: the SVD, and the schedules' polynomials on scalars."""
+
+import pytest
+import torch
+
+from optim.polar import SCHEDULES, Polar, Schedule
+
+NAMES = list(SCHEDULES)
+FP32 = 1e-3  # fp32 plain and Gram against float64: 8e-4 measured at worst, rank one under polar_express, whose polynomials are steep at 1
+BF16 = 0.02  # how far bf16 rounding carries a singular value past a band's upper edge: 0.012 measured at worst
+
+
+def with_spectrum(m: int, n: int, S: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """A float64 (m, n) matrix, m <= n, of these singular values."""
+    g = torch.Generator().manual_seed(seed)
+    U = torch.linalg.qr(torch.randn(m, m, generator=g, dtype=torch.float64))[0]
+    V = torch.linalg.qr(torch.randn(n, m, generator=g, dtype=torch.float64))[0]
+    return (U * S) @ V.mT
+
+
+def in_band_spectrum(m: int, floor: float = 1e-3) -> torch.Tensor:
+    """Log-uniform singular values, all of them at least floor · ‖·‖_F."""
+    S = torch.logspace(-2, 0, m, dtype=torch.float64)
+    assert S.min() / S.norm() >= floor
+    return S
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=NAMES)
+def test_stated_band_is_the_measured_one(schedule: Schedule):
+    x = torch.logspace(-3, 0, 400_001, dtype=torch.float64) / schedule.safety
+    for a, b, c in schedule.coefficients:
+        x = a * x + b * x**3 + c * x**5
+    low, high = schedule.band
+    assert low <= x.min() and x.max() <= high, "the band must hold"
+    assert low > x.min() - 2e-3 and high < x.max() + 2e-3, "and be tight to its rounding"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("form", ["plain", "gram"])
+@pytest.mark.parametrize("shape", [(24, 24), (24, 96), (96, 24)])
+def test_singular_values_land_in_the_band_and_the_factors_stay(name: str, form: str, shape: tuple[int, int]):
+    G = with_spectrum(24, max(shape), in_band_spectrum(24))
+    G = G if shape[0] <= shape[1] else G.mT
+    X = Polar(name, form)(G)
+    low, high = SCHEDULES[name].band
+    S = torch.linalg.svdvals(X)
+    assert low - 1e-9 <= S.min() and S.max() <= high + 1e-9
+    U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+    middle = U.mT @ X @ Vh.mT  # diagonal exactly when X has G's singular vectors
+    assert (middle - middle.diagonal().diag()).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("form", ["plain", "gram"])
+@pytest.mark.parametrize("name", ["jordan", "you", "polar_express", "quintic"])
+@pytest.mark.parametrize("spectrum", ["log-uniform", "rank one", "near rank one", "tiny tail"])
+def test_float32_follows_float64(name: str, form: str, spectrum: str):
+    S = {
+        "log-uniform": torch.logspace(-3, 0, 64, dtype=torch.float64),
+        "rank one": torch.eye(64, dtype=torch.float64)[0],
+        "near rank one": torch.cat([torch.ones(1), 1e-2 * torch.linspace(0, 1, 63)]).double(),
+        "tiny tail": torch.logspace(-7, 0, 64, dtype=torch.float64),
+    }[spectrum]
+    G = with_spectrum(64, 256, S)
+    error = torch.linalg.matrix_norm(Polar(name, form)(G.float()).double() - Polar(name, "plain")(G), ord=2)
+    assert error < FP32
+
+
+@pytest.mark.parametrize("name", ["jordan", "you", "polar_express"])
+@pytest.mark.parametrize("rank", [1, 64])
+def test_plain_bfloat16_stays_under_the_band(name: str, rank: int):
+    S = torch.logspace(-3, 0, 64, dtype=torch.float64) if rank > 1 else torch.eye(64, dtype=torch.float64)[0]
+    X = Polar(name, "auto", "bfloat16")(with_spectrum(64, 256, S).float())
+    assert torch.linalg.svdvals(X).max() < SCHEDULES[name].band[1] + BF16
+
+
+def test_exact_is_the_svd_factor_and_a_partial_isometry_where_rank_is_missing():
+    G = with_spectrum(8, 12, torch.tensor([3.0, 2.0, 1.0, 0.5, 1e-3, 0, 0, 0], dtype=torch.float64))
+    X = Polar("exact")(G)
+    S = torch.linalg.svdvals(X)
+    assert torch.allclose(S, torch.tensor([1.0] * 5 + [0.0] * 3, dtype=torch.float64), atol=1e-9)
+    assert torch.allclose((X * G).sum(), torch.linalg.svdvals(G).sum(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["exact", *NAMES])
+def test_scale_zero_and_stacks(name: str):
+    polar = Polar(name)
+    G = torch.randn(3, 2, 5, 7, generator=torch.Generator().manual_seed(1))
+    X = polar(G)
+    assert X.shape == G.shape and X.dtype == G.dtype
+    for scale in (2.0**-100, 2.0**100):
+        assert torch.equal(polar(G * scale), X)
+    assert torch.allclose(polar(G[1, 1]), X[1, 1], atol=1e-5)
+    G[0, 1] = 0
+    assert torch.equal(polar(G)[0, 1], torch.zeros(5, 7))
+
+
+def test_wrong_settings_name_what_is_allowed():
+    with pytest.raises(ValueError, match=r"Polar.schedule: got 'newton'; allowed: exact, cubic, quintic, jordan, you, polar_express"):
+        Polar("newton")
+    with pytest.raises(ValueError, match=r"Polar.dtype: got 'float16'; allowed: auto, float32, bfloat16"):
+        Polar(dtype="float16")  # type: ignore[arg-type]
