@@ -53,14 +53,9 @@ def steps(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step_*") if p.is_dir())
 
 
-def latest(folder: Path) -> Path:
-    """The newest checkpoint."""
-    found = steps(folder)
-    if not found:
-        raise CheckpointError(
-            f"nothing to resume in {folder}\n  got: no checkpoint\n  allowed: a run that has saved one\n  fix: start the run anew under another --run.name, or set train.checkpoint_every"
-        )
-    return found[-1]
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint, if there is one."""
+    return max(steps(folder), default=None)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Configuration files are data: nothing in them is executed.
 
 import difflib
 import json
+import time
 import tomllib
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -44,7 +45,8 @@ class OptimConfig:
     norms: RoleNorms = field(default_factory=RoleNorms)
     masses: RoleMasses = field(default_factory=RoleMasses)
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ConfigError for impossible values."""
         require(
             "optim",
             ("lr", self.lr, self.lr >= 0, "0 or more"),
@@ -56,6 +58,8 @@ class OptimConfig:
             ("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more"),
             ("max_grad_norm", self.max_grad_norm, self.max_grad_norm is None or self.max_grad_norm > 0, "more than 0, or left out"),
         )
+        self.norms.check()
+        self.masses.check()
 
 
 @dataclass
@@ -80,7 +84,8 @@ class TrainConfig:
     sample_tokens: int = 256
     sample_prompt: str = "\n"
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ConfigError for impossible values."""
         require(
             "train",
             ("steps", self.steps, self.steps >= 1, "1 or more"),
@@ -112,6 +117,17 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def check(self) -> None:
+        """Raise ConfigError for impossible values, in any section."""
+        name = self.run.name
+        require("run", ("name", name, bool(name) and Path(str(name)).name == name, "the name of a run folder: --run.name NAME"))
+        try:
+            self.model.check()
+            self.optim.check()
+            self.train.check()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
 
 def require(section: str, *checks: tuple[str, object, bool, str]) -> None:
     """Raise ConfigError for the first (key, value, fine, allowed) that is not fine."""
@@ -139,7 +155,10 @@ def from_dict(cls: type, raw: dict[str, Any], path: str = "") -> Any:
             values[key] = TypeAdapter(hints[key]).validate_python(value, strict=True)
         except ValidationError as error:
             raise ConfigError(f"{dotted}\n  got: {value!r}\n  allowed: {spell(hints[key])}") from error
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def spell(hint: Any) -> str:
@@ -171,18 +190,8 @@ def load(argv: list[str]) -> Config:
             check_flag(flag)
         config = tyro.cli(Config, default=config, args=argv, prog="train_gpt.py [CONFIG.toml]", description=load.__doc__)
     if config.run.name is None and path is not None and not config.run.resume:
-        import time
-
         config.run.name = f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    require(
-        "run",
-        (
-            "name",
-            config.run.name,
-            bool(config.run.name) and Path(str(config.run.name)).name == config.run.name,
-            "the name of a run folder: --run.name NAME",
-        ),
-    )
+    config.check()
     return config
 
 

@@ -36,7 +36,8 @@ class GPTConfig:
     attention_scale: float = 10.0
     zero_init: bool = True
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError for what cannot be built."""
         for name, fine, allowed in (
             ("n_layer", self.n_layer >= 1, "1 or more"),
             ("n_head", self.n_head >= 1 and self.n_embd % self.n_head == 0, f"a divisor of n_embd = {self.n_embd}"),
@@ -61,7 +62,8 @@ class RoleNorms:
     mlp: str = "RMSToRMS"
     head: str = "RMSToLinf"
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError for what cannot be built."""
         for role, name in vars(self).items():
             if name not in NORMS or NORMS[name]().ndim != 2:
                 allowed = ", ".join(n for n, norm in NORMS.items() if norm().ndim == 2)
@@ -73,14 +75,15 @@ class RoleNorms:
 
 @dataclass
 class RoleMasses:
-    """Each role's share of feature learning, all layers together; only ratios matter."""
+    """Each role's share of feature learning, all layers together; only ratios matter. A layer's six matrices have equal mass, as in Modula."""
 
     embedding: float = 1.0
-    attention: float = 2.5
-    mlp: float = 2.5
+    attention: float = 4.0
+    mlp: float = 2.0
     head: float = 1.0
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ValueError for what cannot be built."""
         for role, mass in vars(self).items():
             if mass < 0:
                 raise ValueError(f"optim.masses.{role}: got {mass:g}; allowed: 0 (never updated) or more")
@@ -199,6 +202,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, norms: dict[str, Norm] | None = None, generator: torch.Generator | None = None) -> None:
         """norms: by role, RoleNorms().build(Polar()) by default. generator: of the initial weights. vocab_size must be set."""
         super().__init__()
+        config.check()
         if config.vocab_size is None:
             raise ValueError("model.vocab_size: got none; allowed: the tokenizer's vocabulary or more")
         self.config = config

@@ -6,12 +6,14 @@ import resource
 import subprocess
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from tqdm import tqdm
 
 
 class RunError(ValueError):
@@ -124,27 +126,64 @@ def bf16_gain(device: torch.device, size: int = 512) -> float:
 
 
 class Clock:
-    """Seconds of the training clock: it runs inside `with clock:` blocks, and reads the device as finished at both ends."""
+    """The training clock. It reads the device as finished when it starts, pauses and is read."""
 
     def __init__(self, runtime: Runtime, seconds: float = 0.0) -> None:
-        self.runtime, self.seconds = runtime, seconds
-        self.start: float | None = None
+        self.runtime, self.before, self.since = runtime, seconds, None
 
-    def __enter__(self) -> "Clock":
+    def start(self) -> None:
         self.runtime.synchronize()
-        self.start = time.perf_counter()
-        return self
+        self.since: float | None = time.perf_counter()
+
+    def seconds(self) -> float:
+        """So far."""
+        if self.since is None:
+            return self.before
+        self.runtime.synchronize()
+        return self.before + time.perf_counter() - self.since
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self.before, self.since = self.seconds(), None
+        yield
+        self.start()
+
+
+class Stopwatch:
+    """The device's seconds inside `with watch:` blocks, without waiting for it there; seconds() and latest() wait."""
+
+    def __init__(self, runtime: Runtime, seconds: float = 0.0) -> None:
+        self.cuda, self.total = runtime.device.type == "cuda", seconds
+        self.last = 0.0
+        self.pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self) -> None:
+        if self.cuda:
+            self.pending.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self.pending[-1][0].record()
+        else:
+            self.start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self.seconds = self.now()
-        self.start = None
+        if self.cuda:
+            self.pending[-1][1].record()
+        else:
+            self.last = time.perf_counter() - self.start
+            self.total += self.last
 
-    def now(self) -> float:
-        """Seconds so far."""
-        if self.start is None:
-            return self.seconds
-        self.runtime.synchronize()
-        return self.seconds + time.perf_counter() - self.start
+    def seconds(self) -> float:
+        """Of all blocks."""
+        for start, end in self.pending:
+            end.synchronize()
+            self.last = start.elapsed_time(end) / 1e3
+            self.total += self.last
+        self.pending = []
+        return self.total
+
+    def latest(self) -> float:
+        """Of the last block."""
+        self.seconds()
+        return self.last
 
 
 class RunFolder:
@@ -167,8 +206,9 @@ class RunFolder:
         self._log = (self.path / "log.txt").open("a", encoding="utf-8")
 
     def say(self, text: str = "") -> None:
-        """To the terminal and to log.txt."""
-        print(text, flush=True)
+        """To the terminal, above a progress bar, and to log.txt."""
+        tqdm.write(text)
+        sys.stdout.flush()
         self._log.write(text + "\n")
         self._log.flush()
 

@@ -171,11 +171,11 @@ class Dualized(torch.optim.Optimizer):
         W = _stack(weights) if group["weight_decay"] else None
         options = {k: group[k] for k in ("beta", "weight_decay", "scale")}
         U, M = stacked_update(G, M, W, radii, ok, norm=norm, direction=DIRECTIONS[group["direction"]], **options)
-        torch._foreach_copy_(moments, M.unbind())
+        torch._foreach_copy_(moments, M.unbind())  # pyright: ignore[reportPrivateImportUsage]
         if isinstance(lr, Tensor):
-            torch._foreach_sub_(weights, (U * lr).unbind())
+            torch._foreach_sub_(weights, (U * lr).unbind())  # pyright: ignore[reportPrivateImportUsage]
         else:
-            torch._foreach_add_(weights, U.unbind(), alpha=-lr)
+            torch._foreach_add_(weights, U.unbind(), alpha=-lr)  # pyright: ignore[reportPrivateImportUsage]
 
     def _all_finite(self, present: list[tuple[dict[str, Any], str, Tensor]]) -> Tensor:
         """A 0-dim bool on the device; which gradient was not finite is copied to the host without waiting."""

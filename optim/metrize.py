@@ -4,6 +4,7 @@ The receipt of the result is ModularNorm.receipt().
 """
 
 import difflib
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from torch import nn
@@ -30,19 +31,19 @@ def metrize(model: nn.Module, structure: Module | None = None) -> ModularNorm:
     Raises CoverageError, and names it, for a parameter that is missing, tied to another, of the wrong number of dimensions or empty, and for an atom without a parameter.
     """
     if structure is None:
-        inner = getattr(model, "_orig_mod", model)
-        if not hasattr(inner, "structure"):
+        declare: Callable[[], Module] | None = getattr(getattr(model, "_orig_mod", model), "structure", None)
+        if declare is None:
             raise CoverageError(
                 f"{type(model).__name__} declares no modular structure\n  got: no structure, and a model without a structure() method\n"
                 "  allowed: a tree of atoms and bonds that names every trainable parameter once\n  fix: metrize(model, structure=tree)"
             )
-        structure = inner.structure()
+        structure = declare()
     found = ModularNorm.of(structure)
     shapes: dict[str, tuple[int, ...]] = {}
     owner: dict[int, str] = {}
     for full_name, p in model.named_parameters(remove_duplicate=False):
         name = canonical(full_name)
-        if p.numel() and owner.setdefault(p.data_ptr(), name) != name:
+        if p.data_ptr() and owner.setdefault(p.data_ptr(), name) != name:
             raise CoverageError(
                 f"{name} shares its storage with {owner[p.data_ptr()]}\n  got: one tensor in two roles\n"
                 "  allowed: one role a tensor\n  fix: untie them, or give each its own parameter"
@@ -66,6 +67,6 @@ def metrize(model: nn.Module, structure: Module | None = None) -> ModularNorm:
     return replace(found, shapes=shapes, **kept)
 
 
-def _nearest(name: str, names: object) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1)  # type: ignore[call-overload]
+def _nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1)
     return f" (nearest: {close[0]!r})" if close else ""

@@ -111,7 +111,7 @@ def test_the_first_step_goes_against_the_gradient_by_lr_times_the_dual_norm():
     grads = {n: p.grad.clone() for n, p in model.named_parameters()}  # type: ignore[union-attr]
     optimizer = Dualized(model, 1e-3)
     delta = take_step(model, optimizer)
-    descent = sum((grads[n] * delta[n]).sum() for n in grads)
+    descent = torch.stack([(grads[n] * delta[n]).sum() for n in grads]).sum()
     assert torch.allclose(descent, 1e-3 * optimizer.norm.dual_norm(grads), rtol=1e-9)
 
 

@@ -1,9 +1,13 @@
 """optim/polar.py. Oracles: the SVD, and the schedules' polynomials on scalars."""
 
+from typing import Literal
+
 import pytest
 import torch
 
 from optim.polar import SCHEDULES, Polar, Schedule
+
+Form = Literal["plain", "gram"]
 
 NAMES = list(SCHEDULES)
 FP32 = 1e-3  # fp32 plain and Gram against float64: 8e-4 measured at worst, rank one under polar_express, whose polynomials are steep at 1
@@ -38,7 +42,7 @@ def test_stated_band_is_the_measured_one(schedule: Schedule):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("form", ["plain", "gram"])
 @pytest.mark.parametrize("shape", [(24, 24), (24, 96), (96, 24)])
-def test_singular_values_land_in_the_band_and_the_factors_stay(name: str, form: str, shape: tuple[int, int]):
+def test_singular_values_land_in_the_band_and_the_factors_stay(name: str, form: Form, shape: tuple[int, int]):
     G = with_spectrum(24, max(shape), in_band_spectrum(24))
     G = G if shape[0] <= shape[1] else G.mT
     X = Polar(name, form)(G)
@@ -53,7 +57,7 @@ def test_singular_values_land_in_the_band_and_the_factors_stay(name: str, form: 
 @pytest.mark.parametrize("form", ["plain", "gram"])
 @pytest.mark.parametrize("name", ["jordan", "you", "polar_express", "quintic"])
 @pytest.mark.parametrize("spectrum", ["log-uniform", "rank one", "near rank one", "tiny tail"])
-def test_float32_follows_float64(name: str, form: str, spectrum: str):
+def test_float32_follows_float64(name: str, form: Form, spectrum: str):
     S = {
         "log-uniform": torch.logspace(-3, 0, 64, dtype=torch.float64),
         "rank one": torch.eye(64, dtype=torch.float64)[0],

@@ -1,0 +1,91 @@
+"""config.py: strict keys, types and values, each error with got / allowed / fix."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from config import Config, ConfigError, check_flag, flat, from_dict, load, to_toml
+from tests.helpers import ROOT
+
+
+def write(path: Path, text: str) -> str:
+    (path / "c.toml").write_text(text)
+    return str(path / "c.toml")
+
+
+def test_a_file_sets_values_and_the_command_line_overrides_them(tmp_path: Path):
+    file = write(tmp_path, "[optim]\nlr = 0.5\nbeta = 0.8\n[optim.masses]\nhead = 3\n")
+    config = load([file, "--optim.lr", "0.25", "--optim.masses.mlp", "7", "--train.batch-size", "4", "--run.compile", "--run.name", "x"])
+    assert (config.optim.lr, config.optim.beta, config.optim.masses.head, config.optim.masses.mlp) == (0.25, 0.8, 3.0, 7.0)
+    assert (config.train.batch_size, config.run.compile, config.run.name) == (4, True, "x")
+    assert load([file]).run.name.startswith("c-"), "the name of a run follows its file and the time"  # type: ignore[union-attr]
+
+
+def test_the_written_configuration_is_the_configuration(tmp_path: Path):
+    config = load([str(ROOT / "configs/shakespeare_char.toml"), "--run.name", 'quo"te\n'.strip(), "--train.sample-prompt", 'a "b"\n\t\\'])
+    assert load([write(tmp_path, to_toml(config))]) == config
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.toml")), ids=lambda f: f.stem)
+def test_shipped_configurations_load(file: Path):
+    assert load([str(file)]).train.steps > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[optim]\nlearning_rate = 1", "unknown key optim.learning_rate\n  got: learning_rate\n  allowed: lr, schedule, "),
+        ("[optim]\nbetta = 1", "  fix: nearest valid name: optim.beta"),
+        ("[optin]\nlr = 1", "unknown key optin\n  got: optin\n  allowed: run, data, model, optim, train\n  fix: nearest valid name: optim"),
+        ("[optim]\nlr = 'fast'", "optim.lr\n  got: 'fast'\n  allowed: a number"),
+        ("[optim]\nlr = '0.1'", "optim.lr\n  got: '0.1'\n  allowed: a number"),
+        ("[train]\nsteps = 1.5", "train.steps\n  got: 1.5\n  allowed: an integer"),
+        ("[run]\ncompile = 1", "run.compile\n  got: 1\n  allowed: true or false"),
+        ("[run]\ndevice = 'tpu'", "run.device\n  got: 'tpu'\n  allowed: 'auto', 'cpu', 'cuda', 'mps'"),
+        ("optim = 3", "optim\n  got: 3\n  allowed: a section [optim]"),
+        (
+            "[train]\nbatch_size = 6\ngradient_accumulation_steps = 4",
+            "train.gradient_accumulation_steps\n  got: 4\n  allowed: a divisor of train.batch_size = 6",
+        ),
+        ("[optim]\nbeta = 1.0", "optim.beta\n  got: 1.0\n  allowed: 0 <= beta < 1"),
+        ("[optim]\nschedule = 'step'", "optim.schedule\n  got: 'step'\n  allowed: wsd, cosine"),
+        (
+            "[optim.norms]\nhead = 'Spectral'",
+            "optim.norms.head: got 'Spectral'; allowed: RMSToRMS, L1ToRMS, RMSToLinf, L1ToLinf, Frobenius",
+        ),
+        ("[optim.norms]\nhead = 'VectorRMS'", "optim.norms.head: got 'VectorRMS'; allowed: RMSToRMS"),
+        ("[optim.masses]\nmlp = -1.0", "optim.masses.mlp: got -1; allowed: 0 (never updated) or more"),
+        ("[optim.polar]\nschedule = 'newton'", "Polar.schedule: got 'newton'; allowed: exact, cubic"),
+        ("[model]\nn_head = 5", "model.n_head: got 5; allowed: a divisor of n_embd = 768"),
+        ("[run]\nname = 'a/b'", "run.name\n  got: 'a/b'\n  allowed: the name of a run folder"),
+        ("[optim\n", "allowed: TOML"),
+    ],
+)
+def test_what_cannot_be_used_is_named(tmp_path: Path, text: str, message: str):
+    with pytest.raises(ConfigError) as error:
+        load([write(tmp_path, text)])
+    assert message in str(error.value)
+
+
+def test_the_command_line_is_as_strict(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(ConfigError, match="unknown option --optim.lrr\n  got: --optim.lrr(.|\n)*fix: nearest valid name: --optim.lr"):
+        load(["--run.name", "x", "--optim.lrr", "3"])
+    with pytest.raises(SystemExit) as exit_:
+        load(["--run.name", "x", "--optim.lr", "fast"])
+    assert exit_.value.code == 2
+    with pytest.raises(ConfigError, match="train.steps\n  got: 0\n  allowed: 1 or more"):
+        load(["--run.name", "x", "--train.steps", "0"])
+    with pytest.raises(ConfigError, match=r"configuration file\n  got: nowhere.toml"):
+        load(["nowhere.toml"])
+    with pytest.raises(ConfigError, match=r"run.name\n  got: None"):
+        load([])
+
+
+def test_every_key_is_a_flag():
+    for key in flat(Config()):
+        check_flag(f"--{key}")
+
+
+def test_integers_do_for_numbers():
+    assert from_dict(Config, {"optim": {"lr": 1}}) == replace(Config(), optim=replace(Config().optim, lr=1.0))

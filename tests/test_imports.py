@@ -1,0 +1,52 @@
+"""Who may import what (CONTRIBUTING.md), read from the syntax trees."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of imported modules."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(str(node.module))
+    return found
+
+
+def third_party(path: Path) -> set[str]:
+    return {n.split(".")[0] for n in imports(path)} - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "optim").glob("*.py")), ids=lambda p: p.name)
+def test_optim_needs_torch_alone(path: Path):
+    assert third_party(path) <= {"torch"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "data").glob("*.py")), ids=lambda p: p.name)
+def test_data_needs_numpy_and_torch_alone(path: Path):
+    extra = {"prepare.py": {"datasets", "tqdm"}, "tokenizer.py": {"tiktoken"}}.get(path.name, set())
+    assert third_party(path) <= {"numpy", "torch"} | extra
+
+
+def test_the_model_needs_torch_and_optim_alone():
+    assert third_party(ROOT / "model.py") <= {"torch", "optim"}
+
+
+def test_nothing_imports_the_training_script():
+    for path in ROOT.rglob("*.py"):
+        if ".venv" not in path.parts:
+            assert "train_gpt" not in imports(path), path
+
+
+def test_only_communication_checkpoints_and_runtime_touch_torch_distributed():
+    allowed = {"comm.py", "runtime.py", "checkpoint.py"}
+    for path in [*ROOT.glob("*.py"), *(ROOT / "optim").glob("*.py"), *(ROOT / "data").glob("*.py")]:
+        if path.name not in allowed:
+            assert "torch.distributed" not in path.read_text(), path

@@ -1,0 +1,33 @@
+"""optim/step_size.py."""
+
+import math
+
+import pytest
+
+from optim.step_size import SCHEDULES, cosine, wsd
+
+
+def test_wsd_warms_up_stays_and_cools_down_linearly():
+    values = [wsd(s, 100, warmup=10, cooldown=0.4) for s in range(100)]
+    assert values[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
+    assert values[10:60] == [1.0] * 50
+    assert values[60:] == pytest.approx([(100 - s) / 40 for s in range(60, 100)])
+    assert values[-1] > 0, "the last step still moves"
+
+
+def test_cosine_is_half_a_period_after_the_warm_up():
+    values = [cosine(s, 110, warmup=10, cooldown=0.9) for s in range(110)]
+    assert values[:10] == pytest.approx([(s + 1) / 10 for s in range(10)])
+    assert values[10] == 1.0
+    assert values[60] == pytest.approx(1 - 0.45)
+    assert values[85] == pytest.approx(1 - 0.9 * (1 - math.cos(0.75 * math.pi)) / 2)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("total", [1, 2, 7])
+@pytest.mark.parametrize("warmup", [0, 3])
+@pytest.mark.parametrize("cooldown", [0.0, 0.3, 1.0])
+def test_multipliers_stay_in_the_unit_interval_and_the_first_step_moves(name: str, total: int, warmup: int, cooldown: float):
+    values = [SCHEDULES[name](s, total, warmup=warmup, cooldown=cooldown) for s in range(total)]
+    assert all(0 <= v <= 1 for v in values)
+    assert values[0] > 0

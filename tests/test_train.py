@@ -1,0 +1,317 @@
+"""train_gpt.py, sample.py, checkpoint.py and runtime.py together, in real processes on a small dataset."""
+
+import json
+import os
+import random
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from config import Config
+from tests.helpers import run, small_dataset, start
+
+KILLS = int(os.environ.get("NANODUAL_KILLS", "10"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("a path with spaces")
+    small_dataset(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path) -> Path:
+    """An uninterrupted run."""
+    code, _, err = run(
+        root, "small.toml", "--run.name", "whole", "--train.telemetry-every", "4", "--train.target-loss", "4.0", "--train.eval-every", "6"
+    )
+    assert code == 0, err
+    return root / "runs/whole"
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    newest = max((folder / "checkpoints").glob("step_*"))
+    return {f"{f}.{k}": v for f in ("model", "optimizer", "rng") for k, v in load_file(newest / f"{f}.safetensors").items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_leaves_its_folder(whole: Path):
+    assert {p.name for p in whole.iterdir()} == {
+        "config.toml",
+        "receipt.txt",
+        "metrics.jsonl",
+        "summary.json",
+        "loss.png",
+        "checkpoints",
+        "log.txt",
+    }
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"], "the newest two are kept"
+    assert re.search(r"blocks.1.mlp.down.weight +16×64 +mlp +RMSToRMS", (whole / "receipt.txt").read_text())
+    assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
+    steps = [r["step"] for r in records(whole) if "loss" in r]
+    assert steps == list(range(1, 13))
+    assert "sample:\n" in (whole / "log.txt").read_text()
+    assert "bits per byte; gzip -9 of the validation bytes: " in (whole / "log.txt").read_text()
+
+
+def test_the_summary_has_its_fields_and_they_agree(whole: Path):
+    s = json.loads((whole / "summary.json").read_text())
+    expected = (
+        "params tokens steps val_loss val_bpb train_seconds compile_seconds wall_seconds optimizer_seconds tokens_per_second mfu peak_memory_bytes "
+        "optimizer_state_bytes target seed world_size device torch commit dirty"
+    )
+    assert list(s) == expected.split()
+    assert s["tokens"] == 12 * 8 * 16
+    assert s["optimizer_state_bytes"] == 4 * s["params"], "one fp32 buffer per weight"
+    assert s["tokens_per_second"] == pytest.approx(s["tokens"] / s["train_seconds"])
+    assert 0 < s["optimizer_seconds"] < s["train_seconds"] < s["wall_seconds"]
+    assert s["val_bpb"] == pytest.approx(s["val_loss"] / 0.6931472, rel=1e-6), "one byte a character here"
+    first = next(r for r in records(whole) if r.get("val_loss", 9) <= 4.0)
+    assert s["target"] == {
+        "loss": first["val_loss"],
+        "step": first["step"],
+        "tokens": first["tokens"],
+        "train_seconds": first["train_seconds"],
+    }
+
+
+def test_training_learns(whole: Path):
+    found = [r["val_loss"] for r in records(whole) if "val_loss" in r]
+    assert len(found) == 3, "before, in the middle, at the end"
+    assert found[-1] < found[0] - 0.5
+
+
+def test_achieved_steps_are_what_was_requested(whole: Path):
+    """‖ΔW‖ / (lr · radius), read from the weights: 1 for row-wise norms, within the schedule's band for the polar factor."""
+    measured = [r["step_sizes"] for r in records(whole) if "step_sizes" in r]
+    assert len(measured) == 4
+    first, *later = measured
+    assert first.pop("head.weight") == pytest.approx(1, abs=1e-4)
+    assert set(first.values()) == {0.0}, "behind a head that starts at zero, the first gradients are exactly zero"
+    for sizes in later:
+        assert len(sizes) == 14
+        for name, size in sizes.items():
+            low, high = (0.846, 1.142) if "blocks" in name else (1, 1)
+            assert low - 1e-3 <= size <= high + 1e-3, name
+
+
+def test_the_resolved_configuration_runs_again_to_the_same_weights(root: Path, whole: Path):
+    text = (whole / "config.toml").read_text()
+    assert 'dtype = "float32"' in text, "what was chosen is recorded"
+    assert 'device = "cpu"' in text
+    code, _, err = run(root, str(whole / "config.toml"), "--run.name", "again")
+    assert code == 0, err
+    assert same(weights(root / "runs/again"), weights(whole))
+
+
+def test_accumulation_changes_who_computes_not_what(root: Path, whole: Path):
+    """Dropout off: the same global batch in 1, 4 or 8 micro-batches. fp32 sums differ in order, and the polar factor amplifies that slowly."""
+    found = []
+    for parts in (1, 4, 8):
+        code, _, err = run(
+            root, "small.toml", "--run.name", f"parts{parts}", "--model.dropout", "0", "--train.gradient-accumulation-steps", str(parts)
+        )
+        assert code == 0, err
+        found.append([r["loss"] for r in records(root / f"runs/parts{parts}") if "loss" in r])
+    for other in found[1:]:
+        assert other[:5] == pytest.approx(found[0][:5], abs=1e-5)
+        assert other == pytest.approx(found[0], abs=5e-3)
+
+
+def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(root: Path, whole: Path):
+    """kill -9 at random moments of one run's life, start-up and checkpoint writing included; dropout makes the generators matter."""
+    began = time.perf_counter()
+    args = (
+        "small.toml",
+        "--run.name",
+        "timed",
+        "--train.telemetry-every",
+        "4",
+        "--train.target-loss",
+        "4.0",
+        "--train.eval-every",
+        "6",
+        "--train.checkpoint-every",
+        "1",
+    )
+    assert run(root, *args)[0] == 0
+    life = time.perf_counter() - began
+    rng = random.Random(0)
+    resumed_from = []
+    for kill in range(KILLS):
+        folder = root / "runs/killed"
+        shutil.rmtree(folder, ignore_errors=True)
+        args = (
+            "small.toml",
+            "--run.name",
+            "killed",
+            "--train.telemetry-every",
+            "4",
+            "--train.eval-every",
+            "6",
+            "--train.checkpoint-every",
+            "1",
+        )
+        process = start(root, *args)
+        time.sleep(rng.uniform(0.3, 1.0) * life)
+        process.kill()
+        process.join()
+        code, out, err = run(root, *args, *(("--run.resume",) if folder.exists() else ()))
+        assert code == 0, (kill, err)
+        assert same(weights(folder), weights(whole)), f"kill {kill}: {out.splitlines()[0]}"
+        losses = [(r["step"], r["loss"]) for r in records(folder) if "loss" in r]
+        assert losses == [(r["step"], r["loss"]) for r in records(whole) if "loss" in r], kill
+        resumed_from.append(out.splitlines()[0])
+    assert len(set(resumed_from)) > 2, f"the moments differ: {resumed_from}"
+
+
+REFUSED = [
+    (["small.toml", "--optim.lrr", "1"], "error: unknown option --optim.lrr"),
+    (["small.toml", "--data.dataset", "corpora/none"], "error: no dataset at corpora/none\n  got: no meta.json\n  allowed: a folder made by python -m data.prepare"),
+    (["small.toml", "--model.vocab-size", "5"], "error: model.vocab_size\n  got: 5\n  allowed: "),
+    (["small.toml", "--run.name", "whole"], "error: run folder runs/whole exists\n  got: a run of this name\n  allowed: a new name, or going on with this run\n  fix: --run.name NAME, or --run.resume"),
+    (["small.toml", "--run.name", "none", "--run.resume"], "error: nothing to resume at runs/none\n  got: no such run folder\n  allowed: "),
+    (["small.toml", "--run.name", "whole", "--run.resume", "--model.n-layer", "3"], "error: model.n_layer of a resumed run\n  got: 3\n  allowed: 2, as runs/whole/checkpoints/step_00000012 has it\n  fix: "),
+    (["small.toml", "--run.name", "whole", "--run.resume", "--run.seed", "3"], "error: run.seed of a resumed run\n  got: 3\n  allowed: 0"),
+    (["small.toml", "--model.block-size", "100000"], "error: training split too short"),
+    (["small.toml", "--train.sample-prompt", "語"], "error: character '語' is not in the vocabulary"),
+    (["small.toml", "--optim.norms.mlp", "Spectral"], "optim.norms.mlp: got 'Spectral'; allowed: RMSToRMS"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("argv", "text"), REFUSED, ids=lambda v: v if isinstance(v, str) else " ".join(v[1:3]))
+def test_refusals_are_short_exit_2_and_touch_nothing(root: Path, whole: Path, argv: list[str], text: str):
+    before = {p: p.stat().st_mtime_ns for p in (root / "runs").rglob("*")}
+    code, _, err = run(root, *argv)
+    assert code == 2
+    assert text in err
+    assert "Traceback" not in err
+    assert {p: p.stat().st_mtime_ns for p in (root / "runs").rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"), [("truncated", "truncated or damaged shard"), ("flipped", "corrupted shard"), ("gone", "no such shard")]
+)
+def test_damaged_data_stops_a_run_before_it_starts(root: Path, tmp_path: Path, damage: str, text: str):
+    shutil.copytree(root / "corpora", tmp_path / "corpora")
+    shutil.copy(root / "small.toml", tmp_path)
+    shard = tmp_path / "corpora/small/train_000000.bin"
+    raw = bytearray(shard.read_bytes())
+    raw[1500] ^= 1
+    if damage == "gone":
+        shard.unlink()
+    else:
+        shard.write_bytes(raw if damage == "flipped" else raw[:-10])
+    code, _, err = run(tmp_path, "small.toml")
+    assert code == 2
+    assert f"error: corpora/small/train_000000.bin: {text}" in err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [("model.safetensors", "damaged checkpoint"), ("state.json", "damaged checkpoint"), ("optimizer.safetensors", "damaged checkpoint")],
+)
+def test_a_damaged_checkpoint_is_named(root: Path, whole: Path, file: str, text: str):
+    copy = root / f"runs/damaged_{file}"
+    shutil.copytree(whole, copy)
+    path = copy / "checkpoints/step_00000012" / file
+    path.write_bytes(path.read_bytes()[:50])
+    code, _, err = run(root, "small.toml", "--run.name", copy.name, "--run.resume")
+    assert code == 2
+    assert text in err
+
+
+def test_other_weights_in_a_checkpoint_are_named(root: Path, whole: Path):
+    copy = root / "runs/other_weights"
+    shutil.copytree(whole, copy)
+    path = copy / "checkpoints/step_00000012/model.safetensors"
+    save_file({k: (v[:, :8].contiguous() if k == "head.weight" else v) for k, v in load_file(path).items()}, path)
+    code, _, err = run(root, "small.toml", "--run.name", copy.name, "--run.resume")
+    assert code == 2
+    assert "another architecture\n  got: head.weight (" in err
+
+
+def test_resuming_with_other_text_is_refused(root: Path, whole: Path, tmp_path: Path):
+    shutil.copytree(whole, tmp_path / "runs/whole")
+    other = small_dataset(tmp_path)
+    (tmp_path / "small.txt").write_text("another text, " * 500)
+    from data import prepare
+
+    assert prepare.main(["text", str(tmp_path / "small.txt"), "--tokenizer", "chars", "--out", str(tmp_path / "corpora/small")]) == 0
+    code, _, err = run(tmp_path, other.name, "--run.name", "whole", "--run.resume", "--train.sample-prompt", "a")
+    assert code == 2
+    assert "error: " in err and ("other training shards" in err or "vocab" in err)
+
+
+def test_a_run_goes_on_past_its_end_when_it_is_given_more_steps(root: Path, whole: Path):
+    shutil.copytree(whole, root / "runs/longer")
+    code, out, err = run(root, "small.toml", "--run.name", "longer", "--run.resume", "--train.steps", "15")
+    assert code == 0, err
+    assert "resumed from runs/longer/checkpoints/step_00000012 at step 12" in out
+    assert json.loads((root / "runs/longer/summary.json").read_text())["steps"] == 15
+    assert (root / "runs/longer/config.toml").read_text() == (whole / "config.toml").read_text().replace('"whole"', '"whole"')
+    assert (root / "runs/longer/resumed_00000012_config.toml").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_by_name(root: Path, whole: Path):
+    copy = root / "runs/poisoned"
+    shutil.copytree(whole, copy)
+    path = copy / "checkpoints/step_00000012/model.safetensors"
+    tensors = load_file(path)
+    tensors["blocks.0.mlp.up.weight"][0, 0] = torch.inf
+    save_file(tensors, path)
+    code, _, err = run(root, "small.toml", "--run.name", "poisoned", "--run.resume", "--train.steps", "15")
+    assert code == 1
+    assert "error: the gradient of embedding.weight and of 13 more was not finite at optimizer step 12" in err
+    assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"]
+
+
+def test_a_compiled_run_agrees_and_its_compilation_is_off_the_clock(root: Path, whole: Path):
+    args = ("--train.steps", "3", "--model.dropout", "0")
+    assert run(root, "small.toml", "--run.name", "eager", *args)[0] == 0
+    code, _, err = run(root, "small.toml", "--run.name", "compiled", "--run.compile", *args)
+    assert code == 0, err
+    eager, compiled = (json.loads((root / f"runs/{n}/summary.json").read_text()) for n in ("eager", "compiled"))
+    assert compiled["val_loss"] == pytest.approx(eager["val_loss"], abs=1e-3)
+    assert compiled["compile_seconds"] > 0 == eager["compile_seconds"]
+    assert compiled["train_seconds"] < compiled["compile_seconds"]
+
+
+def test_sample_continues_the_prompt(root: Path, whole: Path):
+    code, out, err = run(root, str(whole), "--prompt", "3 times 4", "--tokens", "20", "--samples", "2", script="sample.py")
+    assert code == 0, err
+    assert out.count("3 times 4") >= 2
+    assert run(root, str(whole), "--prompt", "3 times 4", "--tokens", "20", "--samples", "2", script="sample.py")[1] == out, (
+        "the seed decides"
+    )
+    code, _, err = run(root, "runs/none", script="sample.py")
+    assert code == 2
+    assert "error: nothing to resume at runs/none" in err
+
+
+def test_torchrun_is_refused_rather_than_misused(root: Path, monkeypatch: pytest.MonkeyPatch):
+    from runtime import RunConfig, RunError, Runtime
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="WORLD_SIZE: got 2; allowed: 1"):
+        Runtime(RunConfig(device="cpu"))
+
+
+def test_the_run_section_is_the_runtimes_own_config():
+    from runtime import RunConfig
+
+    assert Config().run == RunConfig()
