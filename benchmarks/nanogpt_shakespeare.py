@@ -1,0 +1,95 @@
+"""nanoGPT's CPU README command against configs/shakespeare_char.toml, alternately, in one session.
+
+    git clone https://github.com/karpathy/nanoGPT
+    python -m data.prepare shakespeare
+    python -m benchmarks.nanogpt_shakespeare --nanogpt nanoGPT --text input.txt --pairs 3
+
+Each pair: nanoGPT's command to its end; its final weights scored on the whole validation split; our configuration with this pair's seed, and
+`--steps` steps of it: the horizon whose end loss is to pass nanoGPT's. Training clocks: nanoGPT's own per-iteration times (iterations that
+evaluate replaced by the median), ours from summary.json. Prints each pair, and the median of the ratios.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README_COMMAND = (
+    "train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
+    "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+)
+SCORE = """
+import sys; sys.path.insert(0, {nanogpt!r})
+import numpy as np, torch
+from model import GPT, GPTConfig
+saved = torch.load("out-shakespeare-char/ckpt.pt", weights_only=False)
+model = GPT(GPTConfig(**saved["model_args"])); model.load_state_dict(saved["model"]); model.eval()
+sys.path.insert(0, {root!r})
+from data.loader import validation_batches
+val = np.fromfile("data/shakespeare_char/val.bin", dtype=np.uint16)
+total = count = 0
+with torch.no_grad():
+    for x, y in validation_batches([val], block_size=64, batch_size=128):
+        loss = model(x, y)[1]
+        n = int((y >= 0).sum()); total += loss.item() * n; count += n
+print("score", saved["iter_num"], total / count)
+"""
+
+
+def nanogpt(checkout: Path) -> dict[str, float]:
+    """One run of the README's command; --always_save_checkpoint only makes the last weights, not the best ones, those that are scored."""
+    command = [sys.executable, *README_COMMAND.split(), "--always_save_checkpoint=True"]
+    out = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True).stdout
+    times = [float(t) for t in re.findall(r"iter \d+: loss [\d.]+, time ([\d.]+)ms", out)]
+    middle = statistics.median(times)
+    seconds = sum(middle if i % 250 == 0 else t for i, t in enumerate(times)) / 1e3
+    score = SCORE.format(nanogpt=str(checkout), root=str(ROOT))
+    scored = subprocess.run([sys.executable, "-c", score], cwd=checkout, capture_output=True, text=True, check=True).stdout.split()
+    assert scored[1] == "2000", f"the last checkpoint is of iteration {scored[1]}"
+    return {"seconds": seconds, "loss": float(scored[2])}
+
+
+def ours(folder: Path, seed: int, steps: int | None) -> dict[str, float]:
+    name = f"s{seed}_{steps or 'config'}"
+    options = ["--run.dir", str(folder), "--run.name", name, "--run.seed", str(seed), "--train.sample-tokens", "0"]
+    if steps:
+        options += ["--train.steps", str(steps)]
+    subprocess.run([sys.executable, "train_gpt.py", "configs/shakespeare_char.toml", *options], cwd=ROOT, check=True, capture_output=True)
+    summary = json.loads((folder / name / "summary.json").read_text())
+    return {"seconds": summary["train_seconds"], "loss": summary["val_loss"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of karpathy/nanoGPT")
+    parser.add_argument("--text", type=Path, required=True, help="tinyshakespeare's input.txt")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=160)
+    args = parser.parse_args()
+    ratios = []
+    with tempfile.TemporaryDirectory() as scratch:
+        checkout = Path(scratch) / "nanoGPT"
+        shutil.copytree(args.nanogpt, checkout, ignore=shutil.ignore_patterns(".git"))
+        shutil.copy(args.text, checkout / "data/shakespeare_char/input.txt")
+        subprocess.run([sys.executable, "data/shakespeare_char/prepare.py"], cwd=checkout, check=True, capture_output=True)
+        for pair in range(args.pairs):
+            theirs, short, full = nanogpt(checkout), ours(Path(scratch), pair, args.steps), ours(Path(scratch), pair, None)
+            ratios.append(theirs["seconds"] / short["seconds"])
+            print(
+                f"pair {pair}: nanoGPT {theirs['loss']:.4f} in {theirs['seconds']:.1f} s | ours, {args.steps} steps: {short['loss']:.4f} in {short['seconds']:.1f} s"
+                f" ({'passes' if short['loss'] <= theirs['loss'] else 'misses'}) | ours, as configured: {full['loss']:.4f} in {full['seconds']:.1f} s",
+                flush=True,
+            )
+    print(
+        f"training time, nanoGPT / ours at {args.steps} steps: median {statistics.median(ratios):.2f} of n = {len(ratios)} ({min(ratios):.2f} … {max(ratios):.2f})"
+    )
+
+
+if __name__ == "__main__":
+    main()
