@@ -40,12 +40,21 @@ def save(
         (partial / name).write_text(text, encoding="utf-8")
     for path in [*partial.iterdir(), partial]:
         _fsync(path)
-    shutil.rmtree(final, ignore_errors=True)
+    _remove(final)
     partial.rename(final)
     _fsync(folder)
     for old in steps(folder)[:-keep]:
-        shutil.rmtree(old)
+        _remove(old)
     return final
+
+
+def _remove(checkpoint: Path) -> None:
+    """Under a hidden name first, so that no half-deleted checkpoint is ever taken for one."""
+    if checkpoint.exists():
+        hidden = checkpoint.with_name(f".{checkpoint.name}.old")
+        shutil.rmtree(hidden, ignore_errors=True)
+        checkpoint.rename(hidden)
+        shutil.rmtree(hidden)
 
 
 def steps(folder: Path) -> list[Path]:
@@ -62,7 +71,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """state.json of a checkpoint."""
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        if not isinstance(state, dict):
+            raise ValueError(f"a {type(state).__name__}")
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint}: damaged checkpoint\n  got: {error}\n  allowed: a whole state.json\n  fix: delete this checkpoint, and the one before is used"
         ) from error
@@ -96,16 +107,18 @@ def load_training(checkpoint: Path, state: dict[str, Any], optimizer: torch.opti
     optimizer.load_state_dict({"state": buffers, "param_groups": state["param_groups"]})
     rng = _read(checkpoint / "rng.safetensors")
     torch.set_rng_state(rng["cpu"])
-    for key, value in rng.items():
-        if key.startswith("cuda."):
-            torch.cuda.set_rng_state(value, int(key.removeprefix("cuda.")))
+    for kind in _accelerators():
+        if kind in rng:
+            getattr(torch, kind).set_rng_state(rng[kind])
 
 
 def _rng_state() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    return states
+    """Of the CPU and of the current accelerator."""
+    return {"cpu": torch.get_rng_state()} | {kind: getattr(torch, kind).get_rng_state() for kind in _accelerators()}
+
+
+def _accelerators() -> list[str]:
+    return [kind for kind, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())) if there]
 
 
 def _by_name(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -5,6 +5,8 @@ Configuration files are data: nothing in them is executed.
 
 import difflib
 import json
+import math
+import re
 import time
 import tomllib
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -119,8 +121,20 @@ class Config:
 
     def check(self) -> None:
         """Raise ConfigError for impossible values, in any section."""
+        for key, value in flat(self).items():
+            section, _, name = key.rpartition(".")
+            require(section, (name, value, not isinstance(value, float) or math.isfinite(value), "a finite number"))
         name = self.run.name
-        require("run", ("name", name, bool(name) and Path(str(name)).name == name, "the name of a run folder: --run.name NAME"))
+        require(
+            "run",
+            (
+                "name",
+                name,
+                re.fullmatch(r"\w[\w.-]*", name or "") is not None,
+                "the name of a run folder: letters, digits, '_', '-' and '.'",
+            ),
+            ("seed", self.run.seed, 0 <= self.run.seed < 2**63, "0 … 2**63 − 1"),
+        )
         try:
             self.model.check()
             self.optim.check()
@@ -133,7 +147,8 @@ def require(section: str, *checks: tuple[str, object, bool, str]) -> None:
     """Raise ConfigError for the first (key, value, fine, allowed) that is not fine."""
     for key, value, fine, allowed in checks:
         if not fine:
-            raise ConfigError(f"{section}.{key}\n  got: {value!r}\n  allowed: {allowed}")
+            flag = f"--{section}.{key}".replace("_", "-")
+            raise ConfigError(f"{section}.{key}\n  got: {value!r}\n  allowed: {allowed}\n  fix: set it in the file, or {flag}")
 
 
 def from_dict(cls: type, raw: dict[str, Any], path: str = "") -> Any:
@@ -148,13 +163,15 @@ def from_dict(cls: type, raw: dict[str, Any], path: str = "") -> Any:
             raise ConfigError(f"unknown key {dotted}\n  got: {key}\n  allowed: {', '.join(hints)}{nearest}")
         if is_dataclass(hints[key]):
             if not isinstance(value, dict):
-                raise ConfigError(f"{dotted}\n  got: {value!r}\n  allowed: a section [{dotted}]")
+                raise ConfigError(f"{dotted}\n  got: {value!r}\n  allowed: a section\n  fix: [{dotted}], with its keys below")
             values[key] = from_dict(hints[key], value, f"{dotted}.")  # type: ignore[arg-type]
             continue
         try:
             values[key] = TypeAdapter(hints[key]).validate_python(value, strict=True)
         except ValidationError as error:
-            raise ConfigError(f"{dotted}\n  got: {value!r}\n  allowed: {spell(hints[key])}") from error
+            raise ConfigError(
+                f"{dotted}\n  got: {value!r}\n  allowed: {spell(hints[key])}\n  fix: write it so, or leave it out for the default"
+            ) from error
     try:
         return cls(**values)
     except ValueError as error:
@@ -172,39 +189,63 @@ def spell(hint: Any) -> str:
 
 def load(argv: list[str]) -> Config:
     """[CONFIG.toml] [--section.key value]… → Config. `--help` lists every key."""
-    path = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else None
+    path = Path(argv[0]) if argv and not argv[0].startswith("-") else None
+    options = argv[1:] if path else argv
     config = Config()
     if path is not None:
         try:
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            here = sorted(str(p) for p in Path("configs").glob("*.toml"))
+            shipped = Path(__file__).parent / "configs"
+            there = ", ".join(sorted(p.name for p in shipped.glob("*.toml")))
             raise ConfigError(
-                f"configuration file\n  got: {path} ({error.strerror})\n  allowed: a TOML file, for instance {', '.join(here)}"
+                f"configuration file\n  got: {path} ({error.strerror})\n  allowed: a TOML file\n  fix: one of those in {shipped.name}/: {there}"
             ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}\n  got: {error}\n  allowed: TOML (https://toml.io)") from error
+            raise ConfigError(f"{path}\n  got: {error}\n  allowed: TOML\n  fix: see https://toml.io") from error
         config = from_dict(Config, raw)
-    if argv:
-        for flag in (a.split("=")[0] for a in argv if a.startswith("--") and a not in ("--help",)):
-            check_flag(flag)
-        config = tyro.cli(Config, default=config, args=argv, prog="train_gpt.py [CONFIG.toml]", description=load.__doc__)
+    if options:
+        if "--help" not in options and "-h" not in options:
+            check_options(options)
+        config = tyro.cli(Config, default=config, args=options, prog="train_gpt.py [CONFIG.toml]", description=load.__doc__)
     if config.run.name is None and path is not None and not config.run.resume:
         config.run.name = f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     config.check()
     return config
 
 
-def check_flag(flag: str) -> None:
-    names = [n.replace("_", "-") for n in flat(Config())]
-    given = flag.removeprefix("--").replace("_", "-")
-    section, _, key = given.rpartition(".")
-    if given not in names and f"{section}.{key.removeprefix('no-')}" not in names:
-        close = difflib.get_close_matches(given, names, n=1)
-        nearest = f"\n  fix: nearest valid name: --{close[0]}" if close else ""
-        raise ConfigError(
-            f"unknown option {flag}\n  got: {flag}\n  allowed: --section.key, with the keys of the configuration file (--help lists them){nearest}"
-        )
+def check_options(options: list[str]) -> None:
+    """Raise ConfigError, in the words of configuration files, for what tyro would refuse in its own."""
+    hints = {k.replace("_", "-"): v for k, v in flat_hints(Config).items()}
+    for i, option in enumerate(options):
+        if not option.startswith("--"):
+            continue
+        flag, equals, value = option.partition("=")
+        name = flag.removeprefix("--").replace("_", "-")
+        switch = name.replace(".no-", ".", 1)
+        if hints.get(switch) is bool and not equals:
+            continue
+        if name not in hints:
+            close = difflib.get_close_matches(name, hints, n=1)
+            fix = f"nearest valid name: --{close[0]}" if close else "--help lists them"
+            raise ConfigError(
+                f"unknown option {flag}\n  got: {flag}\n  allowed: --section.key, with the keys of the configuration file\n  fix: {fix}"
+            )
+        if not equals:
+            value = options[i + 1] if i + 1 < len(options) else ""
+        try:
+            TypeAdapter(hints[name]).validate_strings(value)
+        except ValidationError as error:
+            if value != "None":
+                raise ConfigError(f"{flag}\n  got: {value!r}\n  allowed: {spell(hints[name])}\n  fix: {flag} VALUE") from error
+
+
+def flat_hints(cls: type, prefix: str = "") -> dict[str, Any]:
+    """{"section.key": type}."""
+    out: dict[str, Any] = {}
+    for key, hint in get_type_hints(cls).items():
+        out |= flat_hints(hint, f"{prefix}{key}.") if is_dataclass(hint) else {f"{prefix}{key}": hint}  # type: ignore[arg-type]
+    return out
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -38,19 +38,22 @@ class GPTConfig:
 
     def check(self) -> None:
         """Raise ValueError for what cannot be built."""
+        D, H = self.n_embd, max(1, self.n_head)
         for name, fine, allowed in (
             ("n_layer", self.n_layer >= 1, "1 or more"),
-            ("n_head", self.n_head >= 1 and self.n_embd % self.n_head == 0, f"a divisor of n_embd = {self.n_embd}"),
-            ("n_embd", self.n_embd % (2 * self.n_head) == 0, f"a multiple of 2 · n_head = {2 * self.n_head} (rotary positions turn pairs)"),
+            ("n_head", self.n_head >= 1 and D % H == 0, f"a divisor of n_embd = {D}"),
+            ("n_embd", D >= 1 and D % (2 * H) == 0, f"a multiple of 2 · n_head = {2 * H} (rotary positions turn pairs)"),
             ("block_size", self.block_size >= 1, "1 or more"),
-            ("vocab_size", self.vocab_size is None or self.vocab_size >= 2, "2 or more"),
+            ("vocab_size", self.vocab_size is None or self.vocab_size >= 2, "2 or more, or left out"),
             ("dropout", 0 <= self.dropout < 1, "0 <= dropout < 1"),
             ("logit_softcap", self.logit_softcap is None or self.logit_softcap > 0, "more than 0, or left out"),
             ("logit_scale", self.logit_scale > 0, "more than 0"),
             ("attention_scale", self.attention_scale > 0, "more than 0"),
         ):
             if not fine:
-                raise ValueError(f"model.{name}: got {getattr(self, name)}; allowed: {allowed}")
+                raise ValueError(
+                    f"model.{name}\n  got: {getattr(self, name)}\n  allowed: {allowed}\n  fix: set it in the file, or --model.{name.replace('_', '-')}"
+                )
 
 
 @dataclass
@@ -67,7 +70,9 @@ class RoleNorms:
         for role, name in vars(self).items():
             if name not in NORMS or NORMS[name]().ndim != 2:
                 allowed = ", ".join(n for n, norm in NORMS.items() if norm().ndim == 2)
-                raise ValueError(f"optim.norms.{role}: got {name!r}; allowed: {allowed}")
+                raise ValueError(
+                    f"optim.norms.{role}\n  got: {name!r}\n  allowed: {allowed}\n  fix: set it in the file, or --optim.norms.{role}"
+                )
 
     def build(self, polar: Polar) -> dict[str, Norm]:
         return {role: RMSToRMS(polar) if NORMS[name] is RMSToRMS else NORMS[name]() for role, name in vars(self).items()}
@@ -86,9 +91,11 @@ class RoleMasses:
         """Raise ValueError for what cannot be built."""
         for role, mass in vars(self).items():
             if mass < 0:
-                raise ValueError(f"optim.masses.{role}: got {mass:g}; allowed: 0 (never updated) or more")
+                raise ValueError(
+                    f"optim.masses.{role}\n  got: {mass:g}\n  allowed: 0 (never updated) or more\n  fix: set it in the file, or --optim.masses.{role}"
+                )
         if not any(vars(self).values()):
-            raise ValueError("optim.masses: got 0 for every role; allowed: at least one above 0")
+            raise ValueError("optim.masses\n  got: 0 for every role\n  allowed: at least one above 0\n  fix: leave one of them out")
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -130,6 +137,7 @@ class Attention(nn.Module):
         q, k = rotate(rms_norm(q), rope), rotate(rms_norm(k), rope)
         if past is not None:
             k, v = past.extend(k, v)
+            assert T == 1 or k.shape[2] == T, "the mask of several new positions behind old ones is not built"
         dropout = self.dropout if self.training else 0.0
         y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout, scale=self.scale)
         return self.out(y_BHTK.transpose(1, 2).reshape(B, T, D))
@@ -214,12 +222,13 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self, generator: torch.Generator | None) -> None:
-        for name, p in self.named_parameters():
-            role = next(r for r in self.norms if r in name)
-            if self.config.zero_init and name.endswith(("out.weight", "down.weight", "head.weight")):
+        outputs = ("out.weight", "down.weight", "head.weight")
+        for leaf, _ in self.structure().radii():
+            p = self.get_parameter(leaf.name)
+            if self.config.zero_init and leaf.name.endswith(outputs):
                 p.zero_()
             else:
-                p.copy_(self.norms[role].init(p.shape, generator))
+                p.copy_(leaf.norm.init(p.shape, generator))
 
     def structure(self, masses: RoleMasses | None = None) -> Module:
         """The tree of atoms and bonds (theory.md §2): head ∘ norm ∘ blocks ∘ embedding."""
@@ -285,7 +294,8 @@ class GPT(nn.Module):
             if temperature == 0:
                 fresh_BT = logits_BV.argmax(-1, keepdim=True)
             else:
-                fresh_BT = torch.multinomial((logits_BV / temperature).softmax(-1), 1, generator=generator)
+                logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature  # no overflow, however small the temperature
+                fresh_BT = torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)
             idx_BT = torch.cat((idx_BT, fresh_BT), dim=1)
         return idx_BT
 

@@ -6,7 +6,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +38,14 @@ class RunConfig:
     resume: bool = False
 
 
-# Dense bf16 peaks in FLOP/s, from NVIDIA's data sheets (SXM parts, without sparsity); matched by prefix of the device's name.
-PEAK_FLOPS = {"NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12}
+# Dense bf16 peaks in FLOP/s, by the device's full name, from NVIDIA's data sheets (without sparsity).
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
 
 
 class Runtime:
@@ -97,7 +103,7 @@ class Runtime:
 
     def peak_flops(self) -> float | None:
         """Of the device in bf16, FLOP/s; None where it is not known."""
-        return next((v for k, v in PEAK_FLOPS.items() if self.precision == "bf16" and self.device_name().startswith(k)), None)
+        return PEAK_FLOPS.get(self.device_name()) if self.precision == "bf16" else None
 
     def peak_memory_bytes(self) -> int:
         """Most memory held: of the device's allocator, or of the process on a CPU."""
@@ -142,15 +148,18 @@ class Clock:
         self.runtime.synchronize()
         return self.before + time.perf_counter() - self.since
 
+    def stop(self) -> None:
+        self.before, self.since = self.seconds(), None
+
     @contextmanager
     def paused(self) -> Iterator[None]:
-        self.before, self.since = self.seconds(), None
+        self.stop()
         yield
         self.start()
 
 
 class Stopwatch:
-    """The device's seconds inside `with watch:` blocks, without waiting for it there; seconds() and latest() wait."""
+    """The device's seconds inside `with watch:` blocks, without waiting for it there; seconds() and latest() wait. On mps: the host's."""
 
     def __init__(self, runtime: Runtime, seconds: float = 0.0) -> None:
         self.cuda, self.total = runtime.device.type == "cuda", seconds
@@ -190,7 +199,11 @@ class RunFolder:
     """runs/<name>/: config.toml, receipt.txt, metrics.jsonl, summary.json, loss.png, checkpoints/, log.txt."""
 
     def __init__(self, path: Path, *, resume: bool) -> None:
-        self.path = path
+        self.path, self.resume = path, resume
+        if path.parent.exists() and not path.parent.is_dir():
+            raise RunError(
+                f"run.dir\n  got: {path.parent}, a file\n  allowed: a folder, which is made where it is missing\n  fix: --run.dir FOLDER"
+            )
         if resume and not path.is_dir():
             raise RunError(
                 f"nothing to resume at {path}\n  got: no such run folder\n  allowed: {listing(path.parent)}\n  fix: --run.name, or leave out --run.resume"
@@ -202,15 +215,20 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
 
     def create(self) -> None:
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self._log = (self.path / "log.txt").open("a", encoding="utf-8")
+        try:
+            self.path.mkdir(parents=True, exist_ok=self.resume)
+        except FileExistsError as error:
+            raise RunError(
+                f"run folder {self.path} exists\n  got: a run that started a moment ago\n  allowed: a new name\n  fix: --run.name NAME"
+            ) from error
+        self.checkpoints.mkdir(exist_ok=True)
 
     def say(self, text: str = "") -> None:
         """To the terminal, above a progress bar, and to log.txt."""
         tqdm.write(text)
         sys.stdout.flush()
-        self._log.write(text + "\n")
-        self._log.flush()
+        with (self.path / "log.txt").open("a", encoding="utf-8") as f:
+            f.write(text + "\n")
 
     def write(self, name: str, text: str) -> None:
         """A whole file, atomically."""
@@ -237,9 +255,10 @@ class RunFolder:
                 break
         return records
 
-    def forget_after(self, step: int) -> None:
-        """Drop the metrics of steps after `step`, which a resumed run takes again."""
-        self.write("metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.metrics() if r["step"] <= step))
+    def keep_metrics(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """For a resumed run: drop the other records, and the summary of an earlier end."""
+        self.write("metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.metrics() if wanted(r)))
+        (self.path / "summary.json").unlink(missing_ok=True)
 
 
 def listing(folder: Path) -> str:

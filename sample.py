@@ -3,6 +3,7 @@
 python sample.py runs/NAME --prompt "def f(" --tokens 300
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,10 @@ import tyro
 import checkpoint
 import config as configuration
 from config import Config, ConfigError
-from data.loader import Dataset
 from data.shards import DataError
+from data.tokenizer import get_tokenizer
 from model import GPT
-from runtime import RunError, RunFolder, Runtime
+from runtime import RunError, Runtime, listing
 
 
 @dataclass
@@ -36,27 +37,32 @@ class Options:
 
 
 def main(options: Options) -> None:
-    for name, value, least in (
-        ("tokens", options.tokens, 1),
-        ("samples", options.samples, 1),
-        ("temperature", options.temperature, 0),
-        ("top-k", options.top_k or 1, 1),
-    ):
-        if value < least:
-            raise ConfigError(f"--{name}\n  got: {value}\n  allowed: {least} or more")
-    folder = RunFolder(options.run, resume=True)
-    newest = checkpoint.latest(folder.checkpoints)
+    for name, least in (("tokens", 1), ("samples", 1), ("temperature", 0), ("top_k", 1), ("seed", 0)):
+        value = getattr(options, name)
+        if value is not None and not least <= value < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')}\n  got: {value}\n  allowed: {least} or more\n  fix: another number")
+    if not options.run.is_dir():
+        raise RunError(
+            f"no run at {options.run}\n  got: no such folder\n  allowed: {listing(options.run.parent)}\n  fix: python sample.py runs/NAME"
+        )
+    newest = checkpoint.latest(options.run / "checkpoints")
     if newest is None:
         raise RunError(
-            f"{folder.checkpoints}\n  got: no checkpoint\n  allowed: a run that has saved one\n  fix: let it train, or set train.checkpoint_every"
+            f"{options.run}\n  got: no checkpoint\n  allowed: a run that has saved one\n  fix: let it train to its end, or set train.checkpoint_every"
         )
-    config = configuration.from_dict(Config, checkpoint.read_state(newest)["config"])
+    state = checkpoint.read_state(newest)
+    config = configuration.from_dict(Config, state["config"])
     config.run.device = "auto"
     runtime = Runtime(config.run)
-    tokenizer = Dataset(config.data).tokenizer
-    idx_T = tokenizer.encode(options.prompt).tolist()
+    tokenizer = get_tokenizer(**state["tokenizer"])
+    try:
+        idx_T = tokenizer.encode(options.prompt).tolist()
+    except DataError as error:
+        raise ConfigError(
+            f"--prompt\n  got: {options.prompt!r}\n  allowed: text of this vocabulary: {error}\n  fix: another prompt"
+        ) from error
     if not idx_T:
-        raise ConfigError("--prompt\n  got: no tokens\n  allowed: at least one character")
+        raise ConfigError("--prompt\n  got: no tokens\n  allowed: at least one character\n  fix: --prompt TEXT")
     model = GPT(config.model, config.optim.norms.build(config.optim.polar))
     checkpoint.load_model(newest, model)
     model.to(runtime.device).eval()

@@ -31,11 +31,11 @@ class StepSizes:
                 if not requested:
                     ratios[name] = 0.0
                     continue
-                old = self.old[name].double()
-                decayed = old * (1 - requested * group["weight_decay"])
-                delta = self.weights[name].double() - decayed
-                if norm.norms[name].rowwise:  # a row without a gradient neither moved nor decayed
-                    delta[(self.weights[name] == self.old[name]).all(-1)] = 0
+                old, new = self.old[name].float(), self.weights[name].float()
+                delta = new - old * (1 - requested * group["weight_decay"])
+                # What did not move did not decay either: rows, or whole tensors, without a gradient.
+                still = (new == old).all(-1, keepdim=True) if norm.norms[name].rowwise else (new == old).all()
+                delta = torch.where(still, 0, delta)
                 ratios[name] = norm.norms[name].norm(delta).item() / requested
         self.old = {}
         return ratios

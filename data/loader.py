@@ -55,10 +55,6 @@ class Dataset:
             raise DataError(f"{self.folder}: got no split {name!r}; allowed: {', '.join(self.shards)}")
         return self.shards[name]
 
-    def bytes_per_token(self, name: str) -> float | None:
-        split = self.manifest.splits[name]
-        return split.bytes / split.tokens if split.bytes else None
-
 
 class TrainBatches:
     """The training stream: every epoch visits every window once, at an offset and in an order of its own, both drawn from (seed, epoch)."""
@@ -103,10 +99,9 @@ def validation_batches(
 
     tokens: stop after the windows that hold this many targets. Inputs and targets (at most batch_size, T) int64.
     """
+    check_validation(shards)
     stream = shards[0] if len(shards) == 1 else np.concatenate(shards)
     targets = len(stream) - 1 if tokens is None else min(tokens, len(stream) - 1)
-    if targets < 1:
-        raise DataError(f"validation split too short\n  got: {len(stream)} tokens\n  allowed: 2 or more\n  fix: more text")
     stream = stream[: targets + 1]
     for start in range(0, targets, block_size * batch_size):
         chunk = np.asarray(stream[start : start + block_size * batch_size + 1]).astype(np.int64)
@@ -115,3 +110,10 @@ def validation_batches(
         wanted = np.full(rows * block_size, -1, dtype=np.int64)
         inputs[: len(chunk) - 1], wanted[: len(chunk) - 1] = chunk[:-1], chunk[1:]
         yield torch.from_numpy(inputs).view(rows, block_size), torch.from_numpy(wanted).view(rows, block_size)
+
+
+def check_validation(shards: list[np.ndarray]) -> None:
+    """Raise DataError for a split that has nothing to score."""
+    tokens = sum(map(len, shards))
+    if tokens < 2:
+        raise DataError(f"validation split too short\n  got: {tokens} tokens\n  allowed: 2 or more\n  fix: more text")

@@ -19,7 +19,20 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from .shards import META, DataError, Manifest, Shard, Split, building, read_manifest, read_shard, sha256_of, write_manifest, write_split
+from .shards import (
+    META,
+    DataError,
+    Manifest,
+    Shard,
+    Split,
+    building,
+    is_whole,
+    read_manifest,
+    read_shard,
+    sha256_of,
+    write_manifest,
+    write_split,
+)
 from .tokenizer import NAMES, Characters, Tokenizer, get_tokenizer
 
 CORPORA = Path("corpora")
@@ -29,23 +42,49 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 GZIP_LIMIT = 64 * 2**20  # validation texts up to this size are compressed for comparison
 
+ADOPTED = {"kind": "adopted"}
+
 Splits = dict[str, list[str]]
 
 
-def build(out: Path, source: dict[str, Any], tokenizer: Tokenizer, splits: Splits) -> None:
-    """Documents → a dataset at `out`, unless one of the same source and tokenizer is there."""
-    if (out / META).is_file():
+def is_there(out: Path, source: dict[str, Any], tokenizer: str, *, replace: bool) -> bool:
+    """Whether `out` holds this very dataset, whole. A damaged one may be built anew; one of another source only with --replace."""
+    if not (out / META).is_file():
+        return False
+    try:
         there = read_manifest(out)
-        if (there.source, there.tokenizer) == (source, tokenizer.name):
-            return report(out, "is there already")
+    except DataError:
+        return False
+    if (there.source, there.tokenizer) != (source, tokenizer):
+        if replace:
+            return False
+        raise DataError(
+            f"{out} holds another dataset\n  got: {tokenizer} of {source}\n  allowed: {there.tokenizer} of {there.source}, which is there\n"
+            "  fix: another --out, or --replace"
+        )
+    if is_whole(out, there):
+        report(out, "is there already")
+        return True
+    return False
+
+
+def build(args: argparse.Namespace, out: Path, source: dict[str, Any], tokenizer: Tokenizer, splits: Splits) -> None:
+    """Documents → a dataset at `out`, unless it is there."""
+    for name, documents in splits.items():
+        if not any(documents):
+            raise DataError(
+                f"{name} split is empty\n  got: no text\n  allowed: at least one character\n  fix: more documents, or --val FILE"
+            )
+    if is_there(out, source, tokenizer.name, replace=args.replace):
+        return
+    separator = tokenizer.decode([tokenizer.separator]) if tokenizer.byte_lengths()[tokenizer.separator] else ""
     with building(out) as folder:
         made = {}
         for name, documents in splits.items():
-            joint = chr(tokenizer.separator) if tokenizer.name == "bytes" else "\n" if tokenizer.name == "chars" else ""
-            size = sum(len(d.encode()) for d in documents) + len(joint) * max(0, len(documents) - 1)
+            joint = separator.join(documents).encode()
             shards = write_split(folder, name, encode(tokenizer, documents, name))
-            zipped = len(gzip.compress(joint.join(documents).encode(), 9)) if name == "val" and size <= GZIP_LIMIT else None
-            made[name] = Split(sum(s.tokens for s in shards), size, shards, zipped)
+            zipped = len(gzip.compress(joint, 9)) if name == "val" and len(joint) <= GZIP_LIMIT else None
+            made[name] = Split(sum(s.tokens for s in shards), len(joint), shards, zipped)
         write_manifest(folder, Manifest(tokenizer.name, tokenizer.vocab_size, made, source, tokenizer.characters))
     report(out, "written")
 
@@ -75,8 +114,10 @@ def hash_split(named: Iterable[tuple[str, str]]) -> Splits:
 
 
 def corpus_hash(splits: Splits) -> str:
+    """sha256 over every split's name and its documents' hashes, in order."""
     digest = hashlib.sha256()
     for name in sorted(splits):
+        digest.update(f"{name} {len(splits[name])}".encode())
         for text in splits[name]:
             digest.update(hashlib.sha256(text.encode()).digest())
     return digest.hexdigest()
@@ -85,11 +126,15 @@ def corpus_hash(splits: Splits) -> str:
 def package_sources(package: str) -> Iterator[tuple[str, str]]:
     """(path, text) of a package's Python files, in a fixed order."""
     try:
-        files = importlib.metadata.distribution(package).files or []
+        files = importlib.metadata.distribution(package).files
     except importlib.metadata.PackageNotFoundError as error:
         raise DataError(
             f"pysource: got no installed package {package!r}\n  allowed: {', '.join(PACKAGES)}\n  fix: pip install -r requirements.txt"
         ) from error
+    if not files:
+        raise DataError(
+            f"pysource: got no list of files for {package!r}\n  allowed: a package that pip installed\n  fix: pip install --force-reinstall {package}"
+        )
     for file in sorted((f for f in files if f.suffix == ".py"), key=str):
         yield file.as_posix(), Path(str(file.locate())).read_text(encoding="utf-8", errors="replace")
 
@@ -100,11 +145,15 @@ def pysource(args: argparse.Namespace) -> None:
     versions = {p: importlib.metadata.version(p) for p in PACKAGES}
     source = {"kind": "pysource", "packages": versions, "corpus_sha256": corpus_hash(splits)}
     tokenizer = make_tokenizer(args.tokenizer, splits)
-    build(args.out or CORPORA / named("pysource", args.tokenizer, "bytes"), source, tokenizer, splits)
+    build(args, args.out or CORPORA / named("pysource", args.tokenizer, "bytes"), source, tokenizer, splits)
 
 
 def shakespeare(args: argparse.Namespace) -> None:
     """Tiny Shakespeare, characters, split as nanoGPT does: the first 90% of the characters train."""
+    out = args.out or CORPORA / named("shakespeare", args.tokenizer, "chars")
+    source = {"kind": "shakespeare", "sha256": SHAKESPEARE_SHA256}
+    if not args.file and is_there(out, source, args.tokenizer, replace=args.replace):
+        return
     if args.file:
         content = read_bytes(args.file)
     else:
@@ -125,14 +174,13 @@ def shakespeare(args: argparse.Namespace) -> None:
     cut = int(0.9 * len(text))
     splits = {"train": [text[:cut]], "val": [text[cut:]]}
     tokenizer = make_tokenizer(args.tokenizer, splits)
-    out = args.out or CORPORA / named("shakespeare", args.tokenizer, "chars")
-    build(out, {"kind": "shakespeare", "sha256": digest}, tokenizer, splits)
+    build(args, out, source, tokenizer, splits)
 
 
 def text(args: argparse.Namespace) -> None:
     """Your own UTF-8 text files: each file a document, or many with --separator. Without --val, the last 10% of each file validates."""
     files = [(str(f), read_text(f)) for f in args.files]
-    cut = partial(documents, separator=args.separator.encode().decode("unicode_escape") if args.separator else None)
+    cut = partial(documents, separator=unescape(args.separator) if args.separator else None)
     if args.val:
         splits = {"train": [d for _, t in files for d in cut(t)], "val": [d for f in args.val for d in cut(read_text(f))]}
     elif args.separator:
@@ -141,11 +189,22 @@ def text(args: argparse.Namespace) -> None:
         splits = {"train": [t[: int(0.9 * len(t))] for _, t in files], "val": [t[int(0.9 * len(t)) :] for _, t in files]}
     source = {"kind": "text", "files": [f.name for f in [*args.files, *args.val]], "corpus_sha256": corpus_hash(splits)}
     build(
+        args,
         args.out or CORPORA / named(args.files[0].name.split(".")[0], args.tokenizer, ""),
         source,
         make_tokenizer(args.tokenizer, splits),
         splits,
     )
+
+
+def unescape(separator: str) -> str:
+    r"""\n, \x1e and the like, as a shell passes them."""
+    try:
+        return separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"--separator: got {separator!r} ({error.reason}); allowed: text with Python's escapes, for instance '\\n\\x1e\\n'"
+        ) from error
 
 
 def documents(content: str, *, separator: str | None) -> list[str]:
@@ -157,28 +216,30 @@ def hub(args: argparse.Namespace) -> None:
     from datasets import load_dataset
 
     out = args.out or CORPORA / named(args.name.split("/")[-1].lower(), args.tokenizer, "")
-    source = {
-        "kind": "hub",
-        "name": args.name,
-        "config": args.config,
-        "split": args.split,
-        "files": args.files,
-        "revision": args.revision,
-        "tokens": args.tokens,
-    }
-    if args.tokenizer == "chars":
-        raise DataError("hub: got tokenizer chars; allowed: bytes, gpt2 (a stream's characters are not known beforehand)")
-    if (out / META).is_file() and read_manifest(out).source == source:
-        return report(out, "is there already")
+    options = {k: getattr(args, k) for k in ("name", "config", "split", "column", "revision", "tokens", "val_tokens")}
+    files = {str(f): sha256_of(Path(f)) if Path(f).is_file() else None for f in args.files}
+    source = {"kind": "hub", **options, "files": files}
+    if is_there(out, source, args.tokenizer, replace=args.replace):
+        return
     tokenizer = get_tokenizer(args.tokenizer)
-    rows = load_dataset(args.name, args.config, split=args.split, data_files=args.files or None, revision=args.revision, streaming=True)
+    try:
+        rows = iter(
+            load_dataset(args.name, args.config, split=args.split, data_files=args.files or None, revision=args.revision, streaming=True)
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"hub: {args.name}\n  got: {error}\n  allowed: a dataset that the datasets library loads\n  fix: the name, --config, --split or --files"
+        ) from error
     sizes = {"train": 0, "val": 0}
     with building(out) as folder:
-        stream = iter(rows)
         made = {}
         for name, wanted in (("val", args.val_tokens), ("train", args.tokens)):
-            shards = write_split(folder, name, take(stream, tokenizer, args.column, wanted, name, sizes))
+            shards = write_split(folder, name, take(rows, tokenizer, args.column, wanted, name, sizes))
             made[name] = Split(sum(s.tokens for s in shards), sizes[name], shards)
+            if not made[name].tokens:
+                raise DataError(
+                    f"hub: {name} split is empty\n  got: {made['val'].tokens} tokens in all\n  allowed: more than --val-tokens\n  fix: a smaller --val-tokens"
+                )
         write_manifest(folder, Manifest(tokenizer.name, tokenizer.vocab_size, made, source))
     report(out, "written")
 
@@ -196,6 +257,8 @@ def take(
                 return
             if column not in row:
                 raise DataError(f"hub: got no column {column!r}; allowed: {', '.join(row)}\n  fix: --column NAME")
+            if not row[column]:
+                continue
             tokens = np.concatenate([separator, tokenizer.encode(row[column])])
             sizes[name] += len(row[column].encode()) + (tokenizer.name == "bytes")
             count += len(tokens)
@@ -207,9 +270,10 @@ def adopt(args: argparse.Namespace) -> None:
     """A manifest for shards that llm.c or modded-nanogpt made: files named *train*.bin and *val*.bin."""
     folder: Path = args.folder
     tokenizer = get_tokenizer(args.tokenizer)
-    if (folder / META).is_file():
-        return report(folder, "has a manifest already")
-    lengths = tokenizer.byte_lengths()
+    if (folder / META).is_file() and read_manifest(folder).source != ADOPTED:
+        raise DataError(
+            f"{folder}: got a dataset that was prepared here\n  allowed: shards of another program\n  fix: nothing to adopt, train on it"
+        )
     made = {}
     for name in ("train", "val"):
         paths = sorted(folder.glob(f"*{name}*.bin"))
@@ -217,7 +281,7 @@ def adopt(args: argparse.Namespace) -> None:
             raise DataError(
                 f"{folder}: got no *{name}*.bin\n  allowed: a folder with train and val shards\n  fix: python -m data.prepare adopt FOLDER"
             )
-        size, shards = 0, []
+        size, shards, lengths = 0, [], tokenizer.byte_lengths()
         for path in tqdm(paths, desc=f"adopt {name}", unit="shard", disable=None):
             tokens = read_shard(path)
             if len(tokens) and int(tokens.max()) >= tokenizer.vocab_size:
@@ -227,7 +291,7 @@ def adopt(args: argparse.Namespace) -> None:
             size += int(lengths[tokens].sum())
             shards.append(Shard(path.name, len(tokens), sha256_of(path)))
         made[name] = Split(sum(s.tokens for s in shards), size, shards)
-    write_manifest(folder, Manifest(tokenizer.name, tokenizer.vocab_size, made, {"kind": "adopted"}))
+    write_manifest(folder, Manifest(tokenizer.name, tokenizer.vocab_size, made, ADOPTED))
     report(folder, "adopted")
 
 
@@ -266,6 +330,7 @@ def main(argv: list[str] | None = None) -> int:
         sub.add_argument("--tokenizer", choices=tuple(tokenizers), default=default_tokenizer)
         if run is not adopt:
             sub.add_argument("--out", type=Path, help="the dataset's folder (default: under corpora/)")
+            sub.add_argument("--replace", action="store_true", help="replace a dataset of another source there")
         return sub
 
     command(pysource, "bytes")

@@ -140,8 +140,10 @@ def read_manifest(folder: Path) -> Manifest:
             raise DataError(f"{path}: got schema {raw['schema']}; allowed: {SCHEMA}\n  fix: prepare the dataset again")
         raw["splits"] = {k: Split(**{**s, "shards": [Shard(**x) for x in s["shards"]]}) for k, s in raw["splits"].items()}
         return Manifest(**raw)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path}: damaged manifest\n  got: {error}\n  fix: prepare the dataset again") from error
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(
+            f"{path}: damaged manifest\n  got: {error!r}\n  allowed: what python -m data.prepare writes\n  fix: prepare the dataset again"
+        ) from error
 
 
 def sha256_of(path: Path) -> str:
@@ -149,12 +151,30 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def is_whole(folder: Path, manifest: Manifest) -> bool:
+    """Whether every shard is there and has its hash."""
+    return all(
+        (folder / s.file).is_file() and sha256_of(folder / s.file) == s.sha256 for split in manifest.splits.values() for s in split.shards
+    )
+
+
 @contextmanager
 def building(folder: Path) -> Iterator[Path]:
-    """A sibling folder that becomes `folder` when the block ends well. A killed process leaves `folder` as it was; the next one clears the rest."""
+    """A sibling folder that becomes `folder`, which is a dataset or nothing before, when the block ends well. What a kill leaves, the next call settles."""
+    folder = folder.resolve()
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+
+    def settle() -> None:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    settle()
+    if folder.exists() and not (folder / META).is_file():
+        raise DataError(
+            f"{folder} is there and is not a dataset\n  got: no {META} in it\n  allowed: a new folder, or a dataset's\n  fix: another --out"
+        )
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -162,5 +182,4 @@ def building(folder: Path) -> Iterator[Path]:
             folder.rename(old)
         partial.rename(folder)
     finally:
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        settle()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .directions import DIRECTIONS, Direction
-from .metrize import CoverageError, canonical, metrize
+from .metrize import CoverageError, canonical, check_distinct, metrize
 from .modular import ModularNorm, NonFiniteError
 from .norms import Norm
 
@@ -40,11 +40,26 @@ def stacked_update(
     """
     live = ok & (G != 0).any(dim=-1, keepdim=True) if norm.rowwise else ok
     fresh = torch.where(live, G, M)
-    D, M = direction(fresh, M, beta=beta)
+    D, moved = direction(fresh, M, beta=beta)
     U = norm.sharp(D) if scale == "dual" else norm.dualize(D)
     if W is not None and weight_decay:
         U = U + weight_decay * W
-    return torch.where(live, U * radii, 0), M
+    return torch.where(live, U * radii, 0), torch.where(live, moved, M)
+
+
+def _validate(settings: dict[str, Any]) -> None:
+    """Raise ValueError for an impossible setting of a parameter group."""
+    lr, limit = settings["lr"], settings["max_grad_norm"]
+    for what, allowed, fine in (
+        ("lr", "a finite number >= 0", isinstance(lr, Tensor) or 0 <= lr < float("inf")),
+        ("beta", "0 <= beta < 1", 0 <= settings["beta"] < 1),
+        ("weight_decay", "a finite number >= 0", 0 <= settings["weight_decay"] < float("inf")),
+        ("direction", ", ".join(DIRECTIONS), settings["direction"] in DIRECTIONS),
+        ("scale", "unit, dual", settings["scale"] in ("unit", "dual")),
+        ("max_grad_norm", "None or a number > 0", limit is None or limit > 0),
+    ):
+        if not fine:
+            raise ValueError(f"Dualized: {what}: got {settings[what]!r}; allowed: {allowed}")
 
 
 class Dualized(torch.optim.Optimizer):
@@ -53,9 +68,10 @@ class Dualized(torch.optim.Optimizer):
     model_or_named_parameters: a module that declares its structure (see metrize), or (name, parameter) pairs with `norm`.
     lr: modular norm of one step, before decay; 0 makes step() an exact no-op. A tensor is allowed.
     norm: the ModularNorm; by default metrize(model). direction: a name in DIRECTIONS. beta: decay of the momentum average (0.95 is slow).
-    weight_decay: decoupled and scaled by the radius, so every weight stays within norm 1/weight_decay.
+    weight_decay: decoupled and scaled by the radius: every weight stays within norm 1/weight_decay (times the polar band's upper edge).
     scale: "unit" steps have norm lr; "dual" steps are each weight's dual norm times that, plain steepest descent (with Frobenius: gradient descent).
-    max_grad_norm: clip the raw gradients' global 2-norm; updates are never clipped.
+    max_grad_norm: clip the 2-norm of a parameter group's raw gradients; updates are never clipped.
+    All but the norm may differ by parameter group.
 
     A gradient that is not finite makes the whole step a no-op, found on the device; the next step() or check_finite() raises NonFiniteError
     with the parameter's name. p.grad is never written.
@@ -73,57 +89,52 @@ class Dualized(torch.optim.Optimizer):
         scale: Literal["unit", "dual"] = "unit",
         max_grad_norm: float | None = None,
     ) -> None:
-        for what, value, allowed, fine in (
-            ("lr", lr, "a number >= 0", lr >= 0),
-            ("beta", beta, "0 <= beta < 1", 0 <= beta < 1),
-            ("weight_decay", weight_decay, "a number >= 0", weight_decay >= 0),
-            ("direction", direction, ", ".join(DIRECTIONS), direction in DIRECTIONS),
-            ("scale", scale, "unit, dual", scale in ("unit", "dual")),
-            ("max_grad_norm", max_grad_norm, "None or a number > 0", max_grad_norm is None or max_grad_norm > 0),
-        ):
-            if not fine:
-                raise ValueError(f"Dualized: {what}: got {value!r}; allowed: {allowed}")
+        named: list[Any]
         if isinstance(model_or_named_parameters, nn.Module):
             norm = norm or metrize(model_or_named_parameters)
-            named = [(canonical(n), p) for n, p in model_or_named_parameters.named_parameters() if p.requires_grad]
+            named = [(n, p) for n, p in model_or_named_parameters.named_parameters() if p.requires_grad]
         else:
-            named = [(canonical(n), p) for n, p in self._pairs(model_or_named_parameters)]
+            named = list(model_or_named_parameters)
+            if not all(isinstance(x, dict) for x in named):
+                named = _pairs(named)
             if norm is None:
                 raise CoverageError("Dualized of named parameters: got no norm\n  fix: pass norm=ModularNorm(...), or the model itself")
         # Copied: groups added later bring norms and radii of their own.
         self.norm = ModularNorm(dict(norm.norms), dict(norm.radii), dict(norm.roles), dict(norm.masses), dict(norm.shapes))
+        self.calls = 0  # of step()
         self._watch: tuple[Tensor, torch.Event | None, list[str], int] | None = None
-        defaults = dict(lr=lr, beta=beta, weight_decay=weight_decay, direction=direction, scale=scale, max_grad_norm=max_grad_norm, steps=0)
+        self._radii: dict[tuple[Any, ...], Tensor] = {}
+        defaults = dict(lr=lr, beta=beta, weight_decay=weight_decay, direction=direction, scale=scale, max_grad_norm=max_grad_norm)
+        _validate(defaults)
         super().__init__(named, defaults)
 
-    @staticmethod
-    def _pairs(named: Iterable[Any]) -> list[tuple[str, Tensor]]:
-        pairs = list(named)
-        if any(not (isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str)) for x in pairs):
-            raise CoverageError(
-                "Dualized of a list of tensors\n  got: tensors without names\n  allowed: a module, or (name, parameter) pairs with norm=\n"
-                "  fix: Dualized(model, ...) or Dualized(model.named_parameters(), ..., norm=metrize(model))"
-            )
-        return pairs
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's, with named parameters; a parameter that the modular norm does not know needs the group's "norm" and "radius". Existing radii stay."""
-        norm, radius = param_group.pop("norm", None), param_group.pop("radius", None)
-        params = param_group["params"]
-        pairs = self._pairs([params] if isinstance(params, tuple) else params)
+        """As torch's, with named parameters; one that the modular norm does not know needs the group's "norm" and "radius". Existing radii stay."""
+        group = {k: v for k, v in param_group.items() if k not in ("norm", "radius")}
+        norm, radius = param_group.get("norm"), param_group.get("radius")
+        pairs = [(canonical(n), p) for n, p in _pairs(group["params"])]
+        group["params"] = pairs
+        _validate(self.defaults | group)
+        check_distinct([*(n for g in self.param_groups for n in g["param_names"]), *(n for n, _ in pairs)])
         for name, p in pairs:
-            if name not in self.norm.norms:
-                if norm is None or radius is None:
-                    raise CoverageError(f'{name} has no norm; fix: give its group "norm" and "radius" (got {norm!r} and {radius!r})')
-                self.norm.norms[name], self.norm.radii[name], self.norm.shapes[name] = norm, float(radius), tuple(p.shape)
-            if p.ndim != self.norm.norms[name].ndim:
+            known = self.norm.norms.get(name)
+            if known is not None and (norm is not None or radius is not None):
                 raise CoverageError(
-                    f"{name}: got shape {tuple(p.shape)}; allowed by {self.norm.norms[name]}: {self.norm.norms[name].ndim} dimensions"
+                    f"{name} has the norm {known} and radius {self.norm.radii[name]:g} already; fix: leave norm and radius out of its group"
                 )
-        super().add_param_group({**param_group, "params": pairs})
+            if known is None and (norm is None or radius is None):
+                raise CoverageError(f'{name} has no norm; fix: give its group "norm" and "radius" (got {norm!r} and {radius!r})')
+            placed = known or norm
+            assert isinstance(placed, Norm)
+            if p.ndim != placed.ndim:
+                raise CoverageError(f"{name}: got shape {tuple(p.shape)}; allowed by {placed}: {placed.ndim} dimensions")
+        super().add_param_group(group)
+        for name, p in pairs:
+            if norm is not None and radius is not None:
+                self.norm.norms[name], self.norm.radii[name], self.norm.shapes[name] = norm, float(radius), tuple(p.shape)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"norm": self.norm, "_watch": None}
+        return super().__getstate__() | {"norm": self.norm, "calls": self.calls, "_watch": None, "_radii": {}}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -132,27 +143,28 @@ class Dualized(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        present = [
-            (group, name, p)
-            for group in self.param_groups
-            for name, p in zip(group["param_names"], group["params"], strict=True)
-            if p.grad is not None
-        ]
-        for _, _, p in present:
-            if not self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-        present = [(g, n, p) for g, n, p in present if isinstance(g["lr"], Tensor) or g["lr"] != 0]
-        if present:
-            ok = self._all_finite(present)
-            clip = self._clip([(g, p) for g, _, p in present])
+        self.calls += 1
+        present: list[tuple[dict[str, Any], list[tuple[str, Tensor]]]] = []
+        for group in self.param_groups:
+            members = [(n, p) for n, p in zip(group["param_names"], group["params"], strict=True) if p.grad is not None]
+            for name, p in members:
+                if p.grad.is_sparse:
+                    raise ValueError(f"{name}: got a sparse gradient; allowed: dense; fix: sparse=False in its module")
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            if members and (isinstance(group["lr"], Tensor) or group["lr"] != 0):
+                present.append((group, members))
+        if not present:
+            return loss
+        largest = self._largest([x for _, members in present for x in members])
+        ok = torch.isfinite(largest).all()
+        for group, members in present:
+            clip = _clip([p.grad for _, p in members if p.grad is not None], group["max_grad_norm"], largest.max())
             stacks: dict[tuple[Any, ...], list[tuple[str, Tensor]]] = {}
-            groups = {id(g): g for g, _, _ in present}
-            for g, name, p in present:
-                stacks.setdefault((id(g), self.norm.norms[name], p.shape, p.dtype, p.device), []).append((name, p))
-            for (group_id, norm, *_), members in stacks.items():
-                self._step_stack(groups[group_id], norm, members, ok, clip)
-            for g in groups.values():
-                g["steps"] += 1
+            for name, p in members:
+                stacks.setdefault((self.norm.norms[name], p.shape, p.dtype, p.device), []).append((name, p))
+            for (norm, *_), stack in stacks.items():
+                self._step_stack(group, norm, stack, ok, clip)
         return loss
 
     def _step_stack(self, group: dict[str, Any], norm: Norm, members: list[tuple[str, Tensor]], ok: Tensor, clip: Tensor | None) -> None:
@@ -167,7 +179,11 @@ class Dualized(torch.optim.Optimizer):
         if isinstance(lr, Tensor):
             lr = lr.to(G.device)
             ok = ok & (lr != 0)
-        radii = torch.tensor([self.norm.radii[n] for n, _ in members], dtype=G.dtype, device=G.device).reshape(-1, *(1,) * norm.ndim)
+        key = (G.dtype, G.device, *(n for n, _ in members))
+        if key not in self._radii:  # made once: a copy to the device waits for it
+            radii = torch.tensor([self.norm.radii[n] for n, _ in members], dtype=G.dtype, device=G.device)
+            self._radii[key] = radii.reshape(-1, *(1,) * norm.ndim)
+        radii = self._radii[key]
         W = _stack(weights) if group["weight_decay"] else None
         options = {k: group[k] for k in ("beta", "weight_decay", "scale")}
         U, M = stacked_update(G, M, W, radii, ok, norm=norm, direction=DIRECTIONS[group["direction"]], **options)
@@ -177,24 +193,23 @@ class Dualized(torch.optim.Optimizer):
         else:
             torch._foreach_add_(weights, U.unbind(), alpha=-lr)  # pyright: ignore[reportPrivateImportUsage]
 
-    def _all_finite(self, present: list[tuple[dict[str, Any], str, Tensor]]) -> Tensor:
-        """A 0-dim bool on the device; which gradient was not finite is copied to the host without waiting."""
-        grads = [p.grad for _, _, p in present]
-        largest = torch.stack([x.to(grads[0].device) for x in torch._foreach_norm(grads, torch.inf)])  # type: ignore[union-attr, arg-type]
+    def _largest(self, present: list[tuple[str, Tensor]]) -> Tensor:
+        """(n,): the largest entry of each gradient, on the device. Which of them is not finite goes to the host without waiting."""
+        grads = [p.grad for _, p in present]
+        largest = torch.stack([x.float().to(grads[0].device) for x in torch._foreach_norm(grads, torch.inf)])  # type: ignore[union-attr, arg-type]
         finite = torch.isfinite(largest)
-        event = None
-        host = finite.to("cpu", non_blocking=True)
+        host, event = finite.to("cpu", non_blocking=finite.is_cuda), None
         if finite.is_cuda:
             event = torch.Event(finite.device)
             event.record()
-        self._watch = (host, event, [n for _, n, _ in present], present[0][0]["steps"])
-        return finite.all()
+        self._watch = (host, event, [n for n, _ in present], self.calls)
+        return largest
 
     def check_finite(self) -> None:
         """Raise NonFiniteError if the last step met a gradient that was not finite. That step changed nothing."""
         if self._watch is None:
             return
-        finite, event, names, step = self._watch
+        finite, event, names, call = self._watch
         self._watch = None
         if event is not None:
             event.synchronize()
@@ -202,15 +217,8 @@ class Dualized(torch.optim.Optimizer):
             bad = [n for n, fine in zip(names, finite.tolist(), strict=True) if not fine]
             more = f" and of {len(bad) - 1} more" if len(bad) > 1 else ""
             raise NonFiniteError(
-                f"the gradient of {bad[0]}{more} was not finite at optimizer step {step}; that step was not taken, weights and momentum are as before"
+                f"the gradient of {bad[0]}{more} was not finite in call {call} of step(); that step was not taken, weights and momentum are as before"
             )
-
-    def _clip(self, present: list[tuple[dict[str, Any], Tensor]]) -> Tensor | None:
-        limit = present[0][0]["max_grad_norm"]
-        if limit is None:
-            return None
-        total = torch.nn.utils.get_total_norm([p.grad for _, p in present])  # type: ignore[misc]
-        return (limit / total).clamp(max=1)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's layout, with param_names in every group and a schema version."""
@@ -237,6 +245,27 @@ class Dualized(torch.optim.Optimizer):
         # Cloned: torch keeps the loaded tensors themselves, and two optimizers would then share one momentum.
         state = {i: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()} for i, s in state_dict["state"].items()}
         super().load_state_dict({"state": state, "param_groups": groups})
+
+
+def _pairs(named: Any) -> list[tuple[str, Tensor]]:
+    """One (name, parameter) pair or several, as a list."""
+    one = isinstance(named, tuple) and len(named) == 2 and isinstance(named[0], str)
+    pairs = [named] if one else list(named)
+    if any(not (isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str)) for x in pairs):
+        raise CoverageError(
+            "Dualized of a list of tensors\n  got: tensors without names\n  allowed: a module, or (name, parameter) pairs with norm=\n"
+            "  fix: Dualized(model, ...) or Dualized(model.named_parameters(), ..., norm=metrize(model))"
+        )
+    return pairs
+
+
+def _clip(grads: list[Tensor], limit: float | None, largest: Tensor) -> Tensor | None:
+    """The factor, at most 1, that brings the gradients' 2-norm to the limit; scaled by the largest entry, so that no square overflows."""
+    if limit is None:
+        return None
+    scale = torch.where(largest > 0, largest, 1)
+    total = scale * torch.nn.utils.get_total_norm([g / scale.to(g) for g in grads]).to(scale)
+    return (limit / total).clamp(max=1)
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ The receipt of the result is ModularNorm.receipt().
 """
 
 import difflib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -24,6 +25,15 @@ def canonical(name: str) -> str:
     return ".".join(p for p in parts if f"{p}." not in WRAPPERS)
 
 
+def check_distinct(names: Iterable[str]) -> None:
+    """Raise CoverageError for a name that stands twice."""
+    twice = [n for n, count in Counter(names).items() if count > 1]
+    if twice:
+        raise CoverageError(
+            f"two parameters are named {twice[0]!r}\n  got: one name twice, wrappers' prefixes taken off\n  allowed: one name a parameter\n  fix: rename one"
+        )
+
+
 def metrize(model: nn.Module, structure: Module | None = None) -> ModularNorm:
     """The modular norm of a model, by canonical parameter names.
 
@@ -39,6 +49,8 @@ def metrize(model: nn.Module, structure: Module | None = None) -> ModularNorm:
             )
         structure = declare()
     found = ModularNorm.of(structure)
+    names = [canonical(n) for n, _ in model.named_parameters()]
+    check_distinct(names)
     shapes: dict[str, tuple[int, ...]] = {}
     owner: dict[int, str] = {}
     for full_name, p in model.named_parameters(remove_duplicate=False):
@@ -61,7 +73,6 @@ def metrize(model: nn.Module, structure: Module | None = None) -> ModularNorm:
         shapes[name] = tuple(p.shape)
     absent = sorted(found.norms.keys() - {canonical(n) for n, _ in model.named_parameters(remove_duplicate=False)})
     if absent:
-        names = [canonical(n) for n, _ in model.named_parameters()]
         raise CoverageError(f"the structure names {absent[0]!r}, which the model does not have{_nearest(absent[0], names)}")
     kept = {f: {k: v for k, v in getattr(found, f).items() if k in shapes} for f in ("norms", "radii", "roles", "masses")}
     return replace(found, shapes=shapes, **kept)

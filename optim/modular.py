@@ -151,7 +151,7 @@ def concat(*children: Module) -> Concat:
 
 
 def residual(block: Module, depth: int) -> Module:
-    """(1 − 1/depth) x + (1/depth) block(x): one of `depth` such halves in a row has total sensitivity at most e where the block's is 1 [MN]."""
+    """(1 − 1/depth) x + (1/depth) block(x): `depth` of them in a row have sensitivity 1 where the block has 1, and at most exp(μ − 1) where it has μ [MN]."""
     return block if depth == 1 else (1 - 1 / depth) * bond("identity") + (1 / depth) * block
 
 
@@ -182,11 +182,11 @@ class ModularNorm:
     def norm(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """max_k ‖w_k‖_k / radius_k (0-dim); infinite where a tensor of radius 0 is not zero."""
         sizes = {k: self.norms[k].norm(w) for k, w in self._checked(tensors)}
-        return torch.stack([torch.where(size > 0, size / self.radii[k], 0.0) for k, size in sizes.items()]).amax()
+        return torch.stack([torch.zeros(()), *(torch.where(size > 0, size / self.radii[k], 0.0) for k, size in sizes.items())]).amax()
 
     def dual_norm(self, grads: Mapping[str, Tensor]) -> Tensor:
         """Σ_k radius_k ‖g_k‖_k† (0-dim)."""
-        return torch.stack([self.radii[k] * self.norms[k].dual_norm(g) for k, g in self._checked(grads)]).sum()
+        return torch.stack([torch.zeros(()), *(self.radii[k] * self.norms[k].dual_norm(g) for k, g in self._checked(grads))]).sum()
 
     def dualize(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """radius_k · dualize_k(g_k): a step of modular norm 1 that attains the dual norm."""
@@ -197,7 +197,7 @@ class ModularNorm:
         out = {}
         for k, u in self._checked(updates):
             size = self.norms[k].norm(u)
-            out[k] = u * (self.radii[k] / torch.where(size > 0, size, 1)).to(u.dtype)
+            out[k] = u / torch.where(size > 0, size, 1).to(u.dtype) * self.radii[k]
         return out
 
     def receipt(self) -> str:

@@ -42,7 +42,7 @@ class Norm:
 
     def project(self, W: Tensor) -> Tensor:
         """Onto the unit ball, radially: W / max(1, norm(W)); row by row for row-wise norms."""
-        return W / self._per_weight(self.norm(W)).clamp(min=1)
+        return W / self._per_weight(self.norm(W)).clamp(min=1).to(W.dtype)
 
     def init(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
         """A random weight of norm 1 and this shape, float32: the dual of a Gaussian."""
@@ -153,6 +153,8 @@ class RMSToLinf(_RowWise):
 @dataclass(frozen=True)
 class L1ToLinf(Norm):
     """max entry: sign descent [OO]."""
+
+    rowwise = True  # entry by entry, even
 
     def norm(self, W: Tensor) -> Tensor:
         return W.abs().amax(dim=(-2, -1))

@@ -7,7 +7,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +119,7 @@ def test_text_files_become_a_dataset_that_remembers_them(here: Path):
     assert dataset.manifest.splits["val"].gzip9_bytes == len(gzip.compress(TEXT[cut:].encode(), 9))
 
 
-def test_preparing_twice_leaves_the_dataset_alone_and_another_text_replaces_it(here: Path, capsys: pytest.CaptureFixture[str]):
+def test_preparing_twice_leaves_the_dataset_alone_and_another_text_needs_replace(here: Path, capsys: pytest.CaptureFixture[str]):
     Path("a.txt").write_text(TEXT)
     args = ["text", "a.txt", "--out", "out"]
     prepare.main(args)
@@ -129,8 +128,11 @@ def test_preparing_twice_leaves_the_dataset_alone_and_another_text_replaces_it(h
     assert "is there already" in capsys.readouterr().out
     assert Path("out/meta.json").stat().st_mtime_ns == before
     Path("a.txt").write_text(TEXT + "more")
-    prepare.main(args)
-    assert Path("out/meta.json").stat().st_mtime_ns != before
+    assert prepare.main(args) == 2
+    assert "out holds another dataset\n  got: bytes of {'kind': 'text'" in capsys.readouterr().err
+    assert Path("out/meta.json").stat().st_mtime_ns == before
+    assert prepare.main([*args, "--replace"]) == 0
+    assert read_manifest(Path("out")).splits["val"].bytes == len(TEXT + "more") - int(0.9 * len(TEXT + "more"))
     assert sorted(p.name for p in here.iterdir()) == ["a.txt", "out"], "nothing half-made is left"
 
 
@@ -161,6 +163,74 @@ def test_a_killed_preparation_leaves_nothing_half_made(here: Path):
     assert sorted(p.name for p in here.iterdir()) == ["a.txt", "out"]
 
 
+@pytest.mark.parametrize("damage", ["flipped", "gone", "manifest"])
+def test_preparing_again_repairs_a_damaged_dataset(here: Path, damage: str):
+    Path("a.txt").write_text(TEXT)
+    args = ["text", "a.txt", "--out", "out"]
+    prepare.main(args)
+    shard, manifest = Path("out/train_000000.bin"), Path("out/meta.json")
+    whole = shard.read_bytes(), manifest.read_bytes()
+    if damage == "gone":
+        shard.unlink()
+    elif damage == "flipped":
+        shard.write_bytes(whole[0][:-1] + b"\xff")
+    else:
+        manifest.write_bytes(b"\xff{")
+    with pytest.raises(DataError):
+        Dataset(DataConfig("out"))
+    assert prepare.main(args) == 0
+    assert (shard.read_bytes(), manifest.read_bytes()) == whole
+
+
+def test_folders_and_files_that_are_no_datasets_are_left_alone(here: Path, capsys: pytest.CaptureFixture[str]):
+    Path("mine").mkdir()
+    Path("mine/a.txt").write_text(TEXT)
+    for out in ("mine", "mine/a.txt", "."):
+        assert prepare.main(["text", "mine/a.txt", "--out", out]) == 2
+        assert "is there and is not a dataset" in capsys.readouterr().err
+    assert [p.name for p in here.rglob("*")] == ["mine", "a.txt"]
+
+
+def test_which_text_validates_is_part_of_the_source(here: Path):
+    for name in "abc":
+        Path(f"{name}.txt").write_text(TEXT + name)
+    assert prepare.main(["text", "a.txt", "b.txt", "--val", "c.txt", "--out", "out"]) == 0
+    assert prepare.main(["text", "a.txt", "--val", "b.txt", "c.txt", "--out", "out"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["text", "empty.txt"], "train split is empty"),
+        (["text", "none.txt"], "got no file none.txt; allowed: a text file that exists"),
+        (["text", "latin.txt"], "latin.txt: got 'utf-8' codec"),
+        (["text", "a.txt", "--separator", r"\x"], "--separator: got"),
+        (["text", "a.txt", "--separator", "¶"], "split is empty"),
+        (["hub", "json", "--files", "none.jsonl"], "hub: json\n  got: "),
+        (["adopt", "empty"], "got no *train*.bin"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_texts_that_cannot_be_used_are_refused_and_leave_nothing(
+    here: Path, capsys: pytest.CaptureFixture[str], argv: list[str], text: str
+):
+    Path("a.txt").write_text("a § b")
+    Path("empty.txt").write_text("")
+    Path("latin.txt").write_bytes(b"\xe9\xff")
+    Path("empty").mkdir()
+    assert prepare.main([*argv, *([] if argv[0] == "adopt" else ["--out", "out"])]) == 2
+    assert text in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_separators_may_be_any_text(here: Path):
+    Path("a.txt").write_text("§".join(f"document {i}" for i in range(200)))
+    assert prepare.main(["text", "a.txt", "--separator", "§", "--out", "out"]) == 0
+    text = Dataset(DataConfig("out")).tokenizer.decode(np.concatenate(Dataset(DataConfig("out")).split("train")).tolist())
+    assert "§" not in text
+    assert text.count("\0") > 150
+
+
 @pytest.fixture(scope="module")
 def pysource(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("corpora") / "pysource"
@@ -172,7 +242,7 @@ def test_pysource_is_tens_of_megabytes_and_always_the_same(pysource: Path):
     manifest = read_manifest(pysource)
     assert manifest.splits["train"].tokens == 34_155_956
     assert manifest.splits["val"].tokens == 429_293
-    assert manifest.source["corpus_sha256"] == "b656f54a841d7996896c0c5bb4671751e099280290bfcd5e3e2d6a9ae08b7202"
+    assert manifest.source["corpus_sha256"] == "54c03156685a85e82575b3c862d0fadbc33612e61ab651164942efca20d80063"
     assert manifest.splits["val"].bytes == manifest.splits["val"].tokens
     dataset = Dataset(DataConfig(str(pysource)))
     text = dataset.tokenizer.decode(np.asarray(dataset.split("val")[0]).tolist())
@@ -204,6 +274,7 @@ def test_hub_streams_documents_of_a_local_file(here: Path):
     texts = [dataset.tokenizer.decode(np.concatenate(dataset.split(n)).tolist()) for n in ("val", "train")]
     assert "".join(texts) == "".join("\0" + r["text"] for r in rows)
     assert 100 <= len(texts[0]) < 140
+    assert prepare.main([*args[:-2], "--val-tokens", "50", "--out", "out"]) == 2, "other options make another dataset"
     assert prepare.main([*args[:-2], "--column", "body", "--out", "other"]) == 2
     assert not Path("other").exists()
 
@@ -295,10 +366,6 @@ def test_texts_that_are_too_short_are_refused():
         next(validation_batches([np.zeros(1, dtype=np.uint16)], block_size=16, batch_size=1))
 
 
-def test_memory_mapped_batches_are_fast(pysource: Path):
-    batches = TrainBatches(Dataset(DataConfig(str(pysource))).split("train"), block_size=256, batch_size=32, seed=0)
-    batches.batch(0)
-    start = time.perf_counter()
-    for step in range(20):
-        batches.batch(step)
-    assert (time.perf_counter() - start) / 20 < 0.05, "a batch of 8192 tokens takes about a millisecond"
+def test_shards_are_mapped_not_read(pysource: Path):
+    shard = Dataset(DataConfig(str(pysource), verify=False)).split("train")[0]
+    assert isinstance(shard, np.memmap)

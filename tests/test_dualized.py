@@ -23,7 +23,8 @@ from optim import (
     VectorRMS,
     atom,
     metrize,
-)  # fmt: skip
+)
+from optim.directions import DIRECTIONS, register_direction  # fmt: skip
 
 EXACT_STEP = 1e-6  # requested against achieved modular norm with the exact polar factor
 
@@ -165,6 +166,52 @@ def test_rows_without_a_gradient_do_not_move_and_keep_their_momentum():
     assert (moved > 0).all()
 
 
+def test_a_sign_row_that_is_no_longer_seen_stays_too():
+    """theory.md §7: with sign, a momentum that only decays would move its row for ever."""
+    model = Net(embed=L1ToLinf())
+    optimizer = Dualized(model, 0.1)
+    take_step(model, optimizer)
+    before = model.embed.weight.detach().clone()
+    optimizer.zero_grad()
+    model(torch.tensor([0])).sum().backward()
+    optimizer.step()
+    assert torch.equal(model.embed.weight[1:], before[1:])
+
+
+def test_nesterov_looks_one_step_ahead():
+    """Two steps by hand: D = (1 − β) g₂ + β m₂ under a Frobenius norm."""
+    p = nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
+    norm = ModularNorm({"p": Frobenius()}, {"p": 1.0})
+    optimizer = Dualized([("p", p)], 1.0, norm=norm, direction="nesterov", beta=0.5)
+    g1, g2 = torch.tensor([[4.0, 0], [0, 0]]).double(), torch.tensor([[0, 8.0], [0, 0]]).double()
+    p.grad = g1
+    optimizer.step()
+    before = p.detach().clone()
+    p.grad = g2
+    optimizer.step()
+    expected = torch.tensor([[0.5, 6.0], [0, 0]]).double()  # m₂ = (1, 4); 0.5 · (0, 8) + 0.5 · (1, 4)
+    assert torch.allclose(before - p.detach(), expected / expected.norm())
+
+
+def test_a_gate_holds_for_any_registered_direction():
+    @register_direction("heavy ball of a test")
+    def heavy_ball(G: torch.Tensor, M: torch.Tensor, *, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+        M = beta * M + G
+        return M, M
+
+    try:
+        model = Net()
+        optimizer = Dualized(model, 0.1, direction="heavy ball of a test")
+        take_step(model, optimizer)
+        momentum = optimizer.state[model.up.weight]["momentum"].clone()
+        loss_of(model).backward()
+        model.head.weight.grad[0, 0] = math.nan  # type: ignore[index]
+        optimizer.step()
+        assert torch.equal(optimizer.state[model.up.weight]["momentum"], momentum)
+    finally:
+        del DIRECTIONS["heavy ball of a test"]
+
+
 def test_a_zero_gradient_everywhere_moves_nothing():
     model = Net()
     before = [p.detach().clone() for p in model.parameters()]
@@ -187,8 +234,9 @@ def test_lr_zero_is_an_exact_no_op(as_tensor: bool):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     for i, s in optimizer.state_dict()["state"].items():
         assert torch.equal(s["momentum"], state["state"][i]["momentum"])
-    if not as_tensor:
-        assert optimizer.param_groups[0]["steps"] == 1
+    assert {k: v for k, v in optimizer.param_groups[0].items() if k not in ("params", "lr")} == {
+        k: v for k, v in state["param_groups"][0].items() if k not in ("params", "lr")
+    }
 
 
 def test_a_tensor_lr_steps_like_a_number():
@@ -213,7 +261,7 @@ def test_a_gradient_that_is_not_finite_gates_the_step_and_is_named_at_the_next(v
     optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert all(torch.equal(s["momentum"], state[i]["momentum"]) for i, s in optimizer.state_dict()["state"].items())
-    with pytest.raises(NonFiniteError, match=r"the gradient of up.weight was not finite at optimizer step 1; that step was not taken"):
+    with pytest.raises(NonFiniteError, match=r"the gradient of up.weight was not finite in call 2 of step\(\); that step was not taken"):
         optimizer.step()
     take_step(model, optimizer)
     assert all(torch.isfinite(p).all() for p in model.parameters()), "training goes on after the error is caught"
@@ -248,6 +296,17 @@ def test_clipping_scales_the_raw_gradients_and_never_the_step():
     assert abs(optimizer.norm.norm(delta).item() / 0.1 - 1) < EXACT_STEP
     total = torch.stack([s["momentum"].norm() for s in optimizer.state.values()]).norm()
     assert total.item() == pytest.approx((1 - 0.95) * 1e-3, rel=1e-6)
+
+
+def test_clipping_survives_huge_gradients_and_belongs_to_its_group():
+    a, b = (nn.Parameter(torch.zeros(2, 2)) for _ in range(2))
+    norm = ModularNorm({"a": Frobenius(), "b": Frobenius()}, {"a": 1.0, "b": 1.0})
+    optimizer = Dualized([("a", a)], 0.1, norm=norm, beta=0.0, max_grad_norm=1.0)
+    optimizer.add_param_group({"params": ("b", b), "max_grad_norm": 1e-3})
+    a.grad, b.grad = torch.full((2, 2), 1e30), torch.full((2, 2), 1e30)
+    optimizer.step()
+    assert [optimizer.state[p]["momentum"].norm().item() for p in (a, b)] == pytest.approx([1.0, 1e-3])
+    assert a.detach().norm().item() == pytest.approx(0.1)
 
 
 def test_momentum_is_one_buffer_per_weight_and_nothing_else():
@@ -342,7 +401,17 @@ def test_parameters_added_later_need_a_norm_and_leave_the_radii():
     bias = nn.Parameter(torch.ones(5, dtype=torch.float64))
     with pytest.raises(CoverageError, match=r'bias has no norm; fix: give its group "norm" and "radius"'):
         optimizer.add_param_group({"params": [("bias", bias)]})
-    optimizer.add_param_group({"params": [("bias", bias)], "norm": VectorRMS(), "radius": 0.5})
+    assert "bias" not in optimizer.norm.norms
+    with pytest.raises(ValueError, match="Dualized: direction: got 'adam'"):
+        optimizer.add_param_group({"params": [("bias", bias)], "norm": VectorRMS(), "radius": 0.5, "direction": "adam"})
+    with pytest.raises(CoverageError, match="got shape \\(5,\\); allowed by Frobenius: 2 dimensions"):
+        optimizer.add_param_group({"params": [("bias", bias)], "norm": Frobenius(), "radius": 0.5})
+    assert "bias" not in optimizer.norm.norms, "a failed addition leaves nothing"
+    with pytest.raises(CoverageError, match="two parameters are named 'up.weight'"):
+        optimizer.add_param_group({"params": [("up.weight", model.up.weight)]})
+    group = {"params": [("bias", bias)], "norm": VectorRMS(), "radius": 0.5}
+    optimizer.add_param_group(group)
+    assert set(group) == {"params", "norm", "radius"}, "the caller's group is left alone"
     (bias * torch.arange(1.0, 6.0)).sum().backward()
     optimizer.step()
     assert {k: v for k, v in optimizer.norm.radii.items() if k != "bias"} == radii
@@ -389,6 +458,27 @@ def test_a_bare_list_of_tensors_is_refused():
         Dualized(model.parameters(), 0.1)  # type: ignore[arg-type]
     with pytest.raises(CoverageError, match="got no norm"):
         Dualized(model.named_parameters(), 0.1)
+    named = [("up.weight", model.up.weight), ("module.up.weight", model.down.weight)]
+    with pytest.raises(CoverageError, match="two parameters are named 'up.weight'"):
+        Dualized(named, 0.1, norm=metrize(model))
+
+
+def test_torchs_dictionaries_of_groups_are_taken():
+    model = Net()
+    named = list(model.named_parameters())
+    optimizer = Dualized([{"params": named[:1], "lr": 0.01}, {"params": named[1:]}], 0.1, norm=metrize(model))  # type: ignore[list-item]
+    delta = take_step(model, optimizer)
+    assert optimizer.norm.norms["embed.weight"].norm(delta["embed.weight"]).item() == pytest.approx(
+        0.01 * optimizer.norm.radii["embed.weight"]
+    )
+
+
+def test_sparse_gradients_are_refused_by_name():
+    embed = nn.Embedding(5, 3, sparse=True)
+    optimizer = Dualized(embed.named_parameters(), 0.1, norm=ModularNorm({"weight": L1ToRMS()}, {"weight": 1.0}))
+    embed(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="weight: got a sparse gradient; allowed: dense"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,22 @@ def test_a_norm_of_other_dimensions_is_refused():
         metrize(model, atom("a.weight", VectorRMS()))
 
 
+def test_two_parameters_of_one_name_are_refused():
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.ones(2, 2))
+    model.module = nn.Module()
+    model.module.weight = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(CoverageError, match="two parameters are named 'weight'"):
+        metrize(model, atom("weight", Frobenius()))
+
+
+def test_an_empty_parameter_is_refused():
+    model = nn.Module()
+    model.a = nn.Parameter(torch.ones(0, 3))
+    with pytest.raises(CoverageError, match=r"a: got shape \(0, 3\); allowed by Frobenius: 2 dimensions, none of them 0"):
+        metrize(model, atom("a", Frobenius()))
+
+
 def test_a_model_without_structure_is_told_what_to_pass():
     with pytest.raises(CoverageError, match=r"Linear declares no modular structure(.|\n)*fix: metrize\(model, structure=tree\)"):
         metrize(nn.Linear(2, 2))

@@ -112,6 +112,13 @@ def test_normalize_gives_every_tensor_its_full_radius_and_leaves_zero():
     assert not out["b"].any()
 
 
+def test_nothing_has_norm_zero_and_tiny_updates_normalize():
+    norm = ModularNorm.of(linear("a"))
+    assert norm.norm({}) == norm.dual_norm({}) == 0
+    out = norm.normalize({"a": torch.full((2, 2), 1e-40)})["a"]
+    assert LINEAR.norm(out).item() == pytest.approx(norm.radii["a"], rel=1e-3)
+
+
 def test_errors_name_the_tensor():
     norm = ModularNorm.of(linear("b") @ linear("a"))
     with pytest.raises(NonFiniteError, match="^b has entries that are not finite"):

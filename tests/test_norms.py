@@ -161,6 +161,7 @@ def test_low_precision_goes_in_and_comes_out(dtype: torch.dtype):
     for norm in ALL:
         G = sample(norm, (4, 6)).to(dtype)
         assert norm.dualize(G).dtype == dtype
+        assert norm.project(G).dtype == dtype
         assert torch.isfinite(norm.dualize(G)).all()
 
 

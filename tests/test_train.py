@@ -8,12 +8,14 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from config import Config
-from tests.helpers import run, small_dataset, start
+from data.shards import read_manifest, write_manifest, write_shard
+from tests.helpers import TEXT, run, small_dataset, start
 
 KILLS = int(os.environ.get("NANODUAL_KILLS", "10"))
 
@@ -131,51 +133,36 @@ def test_accumulation_changes_who_computes_not_what(root: Path, whole: Path):
         assert other == pytest.approx(found[0], abs=5e-3)
 
 
-def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(root: Path, whole: Path):
-    """kill -9 at random moments of one run's life, start-up and checkpoint writing included; dropout makes the generators matter."""
+def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(root: Path):
+    """kill -9 at random moments, half of them in training with a checkpoint at every step, half anywhere from start-up on. Dropout makes the generators matter."""
+    args = ("small.toml", "--train.steps", "40", "--train.eval-every", "10", "--train.checkpoint-every", "1", "--train.log-every", "1")
     began = time.perf_counter()
-    args = (
-        "small.toml",
-        "--run.name",
-        "timed",
-        "--train.telemetry-every",
-        "4",
-        "--train.target-loss",
-        "4.0",
-        "--train.eval-every",
-        "6",
-        "--train.checkpoint-every",
-        "1",
-    )
-    assert run(root, *args)[0] == 0
-    life = time.perf_counter() - began
+    code, _, err = run(root, *args, "--run.name", "unharmed")
+    assert code == 0, err
+    life, whole = time.perf_counter() - began, root / "runs/unharmed"
+    training = json.loads((whole / "summary.json").read_text())["wall_seconds"]
     rng = random.Random(0)
     resumed_from = []
     for kill in range(KILLS):
         folder = root / "runs/killed"
         shutil.rmtree(folder, ignore_errors=True)
-        args = (
-            "small.toml",
-            "--run.name",
-            "killed",
-            "--train.telemetry-every",
-            "4",
-            "--train.eval-every",
-            "6",
-            "--train.checkpoint-every",
-            "1",
-        )
-        process = start(root, *args)
-        time.sleep(rng.uniform(0.3, 1.0) * life)
+        process = start(root, *args, "--run.name", "killed")
+        if kill % 2:
+            time.sleep(rng.uniform(0, life))
+        else:
+            while not list((folder / "checkpoints").glob("step_*")):
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.9 * training))
         process.kill()
         process.join()
-        code, out, err = run(root, *args, *(("--run.resume",) if folder.exists() else ()))
+        code, out, err = run(root, *args, "--run.name", "killed", *(("--run.resume",) if folder.exists() else ()))
         assert code == 0, (kill, err)
         assert same(weights(folder), weights(whole)), f"kill {kill}: {out.splitlines()[0]}"
-        losses = [(r["step"], r["loss"]) for r in records(folder) if "loss" in r]
-        assert losses == [(r["step"], r["loss"]) for r in records(whole) if "loss" in r], kill
+        for key in ("loss", "val_loss"):
+            points = [[(r["step"], r[key]) for r in records(f) if key in r] for f in (folder, whole)]
+            assert points[0] == points[1], (kill, key)
         resumed_from.append(out.splitlines()[0])
-    assert len(set(resumed_from)) > 2, f"the moments differ: {resumed_from}"
+    assert len({r for r in resumed_from if "resumed from" in r}) > KILLS // 4, f"the moments differ: {resumed_from}"
 
 
 REFUSED = [
@@ -184,11 +171,17 @@ REFUSED = [
     (["small.toml", "--model.vocab-size", "5"], "error: model.vocab_size\n  got: 5\n  allowed: "),
     (["small.toml", "--run.name", "whole"], "error: run folder runs/whole exists\n  got: a run of this name\n  allowed: a new name, or going on with this run\n  fix: --run.name NAME, or --run.resume"),
     (["small.toml", "--run.name", "none", "--run.resume"], "error: nothing to resume at runs/none\n  got: no such run folder\n  allowed: "),
-    (["small.toml", "--run.name", "whole", "--run.resume", "--model.n-layer", "3"], "error: model.n_layer of a resumed run\n  got: 3\n  allowed: 2, as runs/whole/checkpoints/step_00000012 has it\n  fix: "),
+    (["small.toml", "--run.name", "whole", "--run.resume", "--model.n-layer", "3"], "error: model.n_layer of a resumed run\n  got: 3\n  allowed: 2, as runs/whole has it\n  fix: "),
     (["small.toml", "--run.name", "whole", "--run.resume", "--run.seed", "3"], "error: run.seed of a resumed run\n  got: 3\n  allowed: 0"),
     (["small.toml", "--model.block-size", "100000"], "error: training split too short"),
-    (["small.toml", "--train.sample-prompt", "語"], "error: character '語' is not in the vocabulary"),
-    (["small.toml", "--optim.norms.mlp", "Spectral"], "optim.norms.mlp: got 'Spectral'; allowed: RMSToRMS"),
+    (["small.toml", "--run.name", "whole", "--run.resume", "--train.steps", "6"], "error: train.steps of a resumed run\n  got: 6\n  allowed: 12 or more"),
+    (["small.toml", "--optim.lr", "fast"], "error: --optim.lr\n  got: 'fast'\n  allowed: a number\n  fix: --optim.lr VALUE"),
+    (["small.toml", "--run.dir", "small.toml"], "error: run.dir\n  got: small.toml, a file"),
+    (["none.toml"], "error: configuration file\n  got: none.toml (No such file or directory)\n  allowed: a TOML file\n  fix: one of those in configs/: "),
+    (["corpora"], "error: configuration file\n  got: corpora (Is a directory)"),
+    (["--run.resume"], "error: run.name\n  got: None\n  allowed: the name of a run folder"),
+    (["small.toml", "--train.sample-prompt", "語"], "error: train.sample_prompt\n  got: '語'\n  allowed: text of this vocabulary: character '語' is not in the vocabulary"),
+    (["small.toml", "--optim.norms.mlp", "Spectral"], "error: optim.norms.mlp\n  got: 'Spectral'\n  allowed: RMSToRMS"),
 ]  # fmt: skip
 
 
@@ -246,15 +239,32 @@ def test_other_weights_in_a_checkpoint_are_named(root: Path, whole: Path):
 
 
 def test_resuming_with_other_text_is_refused(root: Path, whole: Path, tmp_path: Path):
-    shutil.copytree(whole, tmp_path / "runs/whole")
-    other = small_dataset(tmp_path)
-    (tmp_path / "small.txt").write_text("another text, " * 500)
     from data import prepare
 
-    assert prepare.main(["text", str(tmp_path / "small.txt"), "--tokenizer", "chars", "--out", str(tmp_path / "corpora/small")]) == 0
-    code, _, err = run(tmp_path, other.name, "--run.name", "whole", "--run.resume", "--train.sample-prompt", "a")
+    shutil.copytree(whole, tmp_path / "runs/whole")
+    small_dataset(tmp_path)
+    (tmp_path / "small.txt").write_text(TEXT[::-1])  # the same characters
+    assert (
+        prepare.main(["text", str(tmp_path / "small.txt"), "--tokenizer", "chars", "--out", str(tmp_path / "corpora/small"), "--replace"])
+        == 0
+    )
+    code, _, err = run(tmp_path, "small.toml", "--run.name", "whole", "--run.resume")
     assert code == 2
-    assert "error: " in err and ("other training shards" in err or "vocab" in err)
+    assert "error: corpora/small of a resumed run\n  got: other training shards than the run was started with" in err
+
+
+def test_a_validation_split_too_short_is_found_before_training(root: Path, tmp_path: Path):
+    shutil.copytree(root / "corpora", tmp_path / "corpora")
+    shutil.copy(root / "small.toml", tmp_path)
+    folder = tmp_path / "corpora/small"
+    shard = write_shard(folder / "val_000000.bin", np.zeros(1, dtype=np.uint16))
+    manifest = read_manifest(folder)
+    manifest.splits["val"].shards = [shard]
+    write_manifest(folder, manifest)
+    code, _, err = run(tmp_path, "small.toml")
+    assert code == 2
+    assert "error: validation split too short" in err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_run_goes_on_past_its_end_when_it_is_given_more_steps(root: Path, whole: Path):
@@ -263,8 +273,63 @@ def test_a_run_goes_on_past_its_end_when_it_is_given_more_steps(root: Path, whol
     assert code == 0, err
     assert "resumed from runs/longer/checkpoints/step_00000012 at step 12" in out
     assert json.loads((root / "runs/longer/summary.json").read_text())["steps"] == 15
-    assert (root / "runs/longer/config.toml").read_text() == (whole / "config.toml").read_text().replace('"whole"', '"whole"')
-    assert (root / "runs/longer/resumed_00000012_config.toml").exists()
+    assert "changed: train.steps = 15, was 12" in out
+    assert (root / "runs/longer/config.toml").read_text() == (whole / "config.toml").read_text(), "what the run began with is kept"
+    assert "steps = 15" in (root / "runs/longer/resumed_00000012_config.toml").read_text()
+
+
+def test_other_settings_of_a_resumed_run_take_effect_and_are_told(root: Path, whole: Path):
+    shutil.copytree(whole, root / "runs/changed")
+    args = (
+        "--run.name",
+        "changed",
+        "--run.resume",
+        "--train.steps",
+        "13",
+        "--optim.beta",
+        "0",
+        "--optim.direction",
+        "momentum",
+        "--optim.lr",
+        "1e-9",
+    )
+    code, out, err = run(root, "small.toml", *args)
+    assert code == 0, err
+    for line in (
+        "changed: optim.beta = 0.0, was 0.95",
+        "changed: optim.direction = 'momentum', was 'nesterov'",
+        "changed: optim.lr = 1e-09, was 3.0",
+    ):
+        assert line in out
+    state = json.loads((root / "runs/changed/checkpoints/step_00000013/state.json").read_text())
+    assert (state["param_groups"][0]["beta"], state["param_groups"][0]["direction"]) == (0.0, "momentum")
+
+
+def test_a_run_at_its_end_resumes_to_its_summary(root: Path, whole: Path):
+    """As after a kill between the last checkpoint and the last evaluation."""
+    shutil.copytree(whole, root / "runs/ended")
+    (root / "runs/ended/summary.json").unlink()
+    code, _, err = run(root, "small.toml", "--run.name", "ended", "--run.resume", "--train.eval-every", "6")
+    assert code == 0, err
+    ends = [json.loads((root / f"runs/{n}/summary.json").read_text()) for n in ("ended", "whole")]
+    assert ends[0]["val_loss"] == ends[1]["val_loss"]
+    losses = [r["step"] for r in records(root / "runs/ended") if "val_loss" in r]
+    assert losses == [0, 6, 12]
+
+
+def test_a_resumed_run_that_never_reached_a_checkpoint_starts_anew_with_the_same_model(root: Path, whole: Path):
+    shutil.copytree(whole, root / "runs/early")
+    shutil.rmtree(root / "runs/early/checkpoints")
+    args = ("small.toml", "--run.name", "early", "--run.resume", "--train.eval-every", "6")
+    code, _, err = run(root, *args, "--model.n-layer", "1")
+    assert code == 2
+    assert "error: model.n_layer of a resumed run\n  got: 1\n  allowed: 2, as runs/early has it" in err
+    code, out, err = run(root, *args)
+    assert code == 0, err
+    assert "no checkpoint yet: from the start" in out
+    assert same(weights(root / "runs/early"), weights(whole))
+    assert [r["step"] for r in records(root / "runs/early") if "val_loss" in r] == [0, 6, 12], "no record stands twice"
+    assert run(root, "runs/early/config.toml", "--run.name", "early2")[0] == 0, "the written configuration starts a run"
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_by_name(root: Path, whole: Path):
@@ -276,7 +341,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_by_name(root: Path, whole: 
     save_file(tensors, path)
     code, _, err = run(root, "small.toml", "--run.name", "poisoned", "--run.resume", "--train.steps", "15")
     assert code == 1
-    assert "error: the gradient of embedding.weight and of 13 more was not finite at optimizer step 12" in err
+    assert "error: the gradient of embedding.weight and of 13 more was not finite in call 1 of step()" in err
+    assert "(found before step 14)" in err
     assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"]
 
 
@@ -300,7 +366,20 @@ def test_sample_continues_the_prompt(root: Path, whole: Path):
     )
     code, _, err = run(root, "runs/none", script="sample.py")
     assert code == 2
-    assert "error: nothing to resume at runs/none" in err
+    assert "error: no run at runs/none\n  got: no such folder\n  allowed: " in err
+    for option, value, text in (
+        ("--top-k", "0", "--top-k\n  got: 0"),
+        ("--temperature", "nan", "--temperature\n  got: nan"),
+        ("--prompt", "語", "--prompt\n  got: '語'"),
+    ):
+        code, _, err = run(root, str(whole), option, value, script="sample.py")
+        assert (code, text in err) == (2, True), err
+
+
+def test_sample_needs_no_dataset(whole: Path, tmp_path: Path):
+    code, out, err = run(tmp_path, str(whole), "--prompt", "3 times", "--tokens", "5", script="sample.py")
+    assert code == 0, err
+    assert "3 times" in out
 
 
 def test_torchrun_is_refused_rather_than_misused(root: Path, monkeypatch: pytest.MonkeyPatch):
