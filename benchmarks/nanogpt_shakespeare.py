@@ -50,9 +50,10 @@ def nanogpt(checkout: Path) -> dict[str, float]:
     middle = statistics.median(times)
     seconds = sum(middle if i % 250 == 0 else t for i, t in enumerate(times)) / 1e3
     score = SCORE.format(nanogpt=str(checkout), root=str(ROOT))
-    scored = subprocess.run([sys.executable, "-c", score], cwd=checkout, capture_output=True, text=True, check=True).stdout.split()
-    assert scored[1] == "2000", f"the last checkpoint is of iteration {scored[1]}"
-    return {"seconds": seconds, "loss": float(scored[2])}
+    out = subprocess.run([sys.executable, "-c", score], cwd=checkout, capture_output=True, text=True, check=True).stdout
+    _, iteration, loss = out.splitlines()[-1].split()
+    assert iteration == "2000", f"the last checkpoint is of iteration {iteration}"
+    return {"seconds": seconds, "loss": float(loss)}
 
 
 def ours(folder: Path, seed: int, steps: int | None) -> dict[str, float]:

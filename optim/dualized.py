@@ -156,10 +156,9 @@ class Dualized(torch.optim.Optimizer):
                 present.append((group, members))
         if not present:
             return loss
-        largest = self._largest([x for _, members in present for x in members])
-        ok = torch.isfinite(largest).all()
+        ok = self._all_finite([x for _, members in present for x in members])
         for group, members in present:
-            clip = _clip([p.grad for _, p in members if p.grad is not None], group["max_grad_norm"], largest.max())
+            clip = _clip([p.grad for _, p in members if p.grad is not None], group["max_grad_norm"])
             stacks: dict[tuple[Any, ...], list[tuple[str, Tensor]]] = {}
             for name, p in members:
                 stacks.setdefault((self.norm.norms[name], p.shape, p.dtype, p.device), []).append((name, p))
@@ -193,17 +192,17 @@ class Dualized(torch.optim.Optimizer):
         else:
             torch._foreach_add_(weights, U.unbind(), alpha=-lr)  # pyright: ignore[reportPrivateImportUsage]
 
-    def _largest(self, present: list[tuple[str, Tensor]]) -> Tensor:
-        """(n,): the largest entry of each gradient, on the device. Which of them is not finite goes to the host without waiting."""
-        grads = [p.grad for _, p in present]
-        largest = torch.stack([x.float().to(grads[0].device) for x in torch._foreach_norm(grads, torch.inf)])  # type: ignore[union-attr, arg-type]
-        finite = torch.isfinite(largest)
+    def _all_finite(self, present: list[tuple[str, Tensor]]) -> Tensor:
+        """A 0-dim bool on the device. Which gradient was not finite goes to the host without waiting for it."""
+        grads = [p.grad for _, p in present if p.grad is not None]
+        largest = torch._foreach_norm(grads, torch.inf)  # type: ignore[arg-type]
+        finite = torch.stack([torch.isfinite(x).to(grads[0].device) for x in largest])
         host, event = finite.to("cpu", non_blocking=finite.is_cuda), None
         if finite.is_cuda:
             event = torch.Event(finite.device)
             event.record()
         self._watch = (host, event, [n for n, _ in present], self.calls)
-        return largest
+        return finite.all()
 
     def check_finite(self) -> None:
         """Raise NonFiniteError if the last step met a gradient that was not finite. That step changed nothing."""
@@ -259,10 +258,11 @@ def _pairs(named: Any) -> list[tuple[str, Tensor]]:
     return pairs
 
 
-def _clip(grads: list[Tensor], limit: float | None, largest: Tensor) -> Tensor | None:
-    """The factor, at most 1, that brings the gradients' 2-norm to the limit; scaled by the largest entry, so that no square overflows."""
+def _clip(grads: list[Tensor], limit: float | None) -> Tensor | None:
+    """The factor, at most 1, that brings the gradients' 2-norm to the limit; scaled by the largest entry first, so that no square overflows."""
     if limit is None:
         return None
+    largest = torch.nn.utils.get_total_norm(grads, torch.inf)
     scale = torch.where(largest > 0, largest, 1)
     total = scale * torch.nn.utils.get_total_norm([g / scale.to(g) for g in grads]).to(scale)
     return (limit / total).clamp(max=1)

@@ -141,7 +141,7 @@ class Polar:
         if self.schedule == "exact":
             return exact(X).to(G.dtype)
         schedule = SCHEDULES[self.schedule]
-        X = X / (schedule.safety * torch.linalg.matrix_norm(X, keepdim=True).clamp(min=1))
+        X.div_(schedule.safety * torch.linalg.matrix_norm(X, keepdim=True).clamp(min=1))
         tall = X.shape[-2] > X.shape[-1]
         X = (X.mT if tall else X).to(self._iteration_dtype(G)).reshape(-1, min(G.shape[-2:]), max(G.shape[-2:]))
         gram_pays = X.shape[-1] > GRAM_ASPECT * X.shape[-2] and X.dtype != torch.bfloat16
