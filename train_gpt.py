@@ -101,6 +101,10 @@ def main(argv: list[str]) -> None:
         checkpoint.load_training(newest, saved, optimizer)
         optimizer.param_groups[0].update(settings)  # the configuration's, which may have changed
     progress = Progress(**saved["progress"]) if saved else Progress()
+    forward, parts = model, c.gradient_accumulation_steps
+    if config.run.compile:
+        forward, compile_seconds = compile_ahead(model, runtime, c.batch_size // parts)
+        progress.compile_seconds += compile_seconds
 
     # ---- the run folder
     folder.create()
@@ -145,9 +149,6 @@ def main(argv: list[str]) -> None:
 
     # ---- the loop
     wall_start = time.perf_counter() - progress.wall_seconds
-    forward, parts = torch.compile(model) if config.run.compile else model, c.gradient_accumulation_steps
-    if config.run.compile:
-        progress.compile_seconds += compile_ahead(forward, model, runtime, c.batch_size // parts)
     clock, optimizer_watch = Clock(runtime, progress.train_seconds), Stopwatch(runtime, progress.optimizer_seconds)
     sizes = StepSizes(model, optimizer)
     if c.eval_every and progress.val_step < 0:
@@ -257,16 +258,27 @@ def validation(model: GPT, runtime: Runtime, dataset: Dataset, config: Config) -
     return nats / tokens, nats / math.log(2) / max(1, size)
 
 
-def compile_ahead(forward: Any, model: GPT, runtime: Runtime, batch: int) -> float:
-    """Compile on a batch of zeros, before the training clock starts: seconds. Leaves weights, gradients and generators as they were."""
+def compile_ahead(model: GPT, runtime: Runtime, batch: int) -> tuple[Any, float]:
+    """(the compiled model, seconds): compiled on zeros before any clock starts. Leaves weights, gradients and generators as they were."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    print("compiling …", flush=True)
     start = time.perf_counter()
     model.train()
+    forward = torch.compile(model)
     zeros_BT = torch.zeros(batch, model.config.block_size, dtype=torch.int64, device=runtime.device)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), runtime.autocast():
-        forward(zeros_BT, zeros_BT)[1].backward()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), runtime.autocast():
+            forward(zeros_BT, zeros_BT)[1].backward()
+    except BackendCompilerFailed as error:
+        last = str(error).strip().splitlines()[-1]
+        raise RunError(
+            f"run.compile\n  got: {type(error.inner_exception).__name__}: {last}\n  allowed: where a C++ compiler is, and torch in a path without spaces"
+            f" (here: {Path(torch.__file__).parent})\n  fix: leave it out, or install there"
+        ) from error
     model.zero_grad(set_to_none=True)
     runtime.synchronize()
-    return time.perf_counter() - start
+    return forward, time.perf_counter() - start
 
 
 def plot_losses(folder: RunFolder) -> None:
