@@ -1,4 +1,4 @@
-"""nanoGPT's CPU README command against configs/shakespeare_char.toml, alternately, in one session.
+"""nanoGPT's CPU README command against configs/shakespeare_char.toml, alternately.
 
     git clone https://github.com/karpathy/nanoGPT
     python -m data.prepare shakespeare
