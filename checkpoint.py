@@ -73,12 +73,15 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         if not isinstance(state, dict):
             raise ValueError(f"a {type(state).__name__}")
+        missing = {"schema", "step", "config", "progress", "shards", "tokenizer", "param_groups"} - state.keys()
+        if missing:
+            raise ValueError(f"no {', '.join(sorted(missing))}")
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint}: damaged checkpoint\n  got: {error}\n  allowed: a whole state.json\n  fix: delete this checkpoint, and the one before is used"
         ) from error
-    if state.get("schema") != SCHEMA:
-        raise CheckpointError(f"{checkpoint}: got schema {state.get('schema')}; allowed: {SCHEMA}")
+    if state["schema"] != SCHEMA:
+        raise CheckpointError(f"{checkpoint}\n  got: schema {state['schema']}\n  allowed: {SCHEMA}\n  fix: use the version that saved it")
     return state
 
 

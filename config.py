@@ -11,7 +11,7 @@ import time
 import tomllib
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import tyro
 from pydantic import TypeAdapter, ValidationError
@@ -159,8 +159,8 @@ def from_dict(cls: type, raw: dict[str, Any], path: str = "") -> Any:
         dotted = f"{path}{key}"
         if key not in hints:
             close = difflib.get_close_matches(key, hints, n=1)
-            nearest = f"\n  fix: nearest valid name: {path}{close[0]}" if close else ""
-            raise ConfigError(f"unknown key {dotted}\n  got: {key}\n  allowed: {', '.join(hints)}{nearest}")
+            fix = f"nearest valid name: {path}{close[0]}" if close else "leave it out"
+            raise ConfigError(f"unknown key {dotted}\n  got: {key}\n  allowed: {', '.join(hints)}\n  fix: {fix}")
         if is_dataclass(hints[key]):
             if not isinstance(value, dict):
                 raise ConfigError(f"{dotted}\n  got: {value!r}\n  allowed: a section\n  fix: [{dotted}], with its keys below")
@@ -174,8 +174,8 @@ def from_dict(cls: type, raw: dict[str, Any], path: str = "") -> Any:
             ) from error
     try:
         return cls(**values)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    except ValueError as error:  # of a section that checks itself, as Polar does
+        raise ConfigError(f"{path.rstrip('.')}\n  got: {raw}\n  allowed: {error}\n  fix: set it in the file, or --{path}KEY") from error
 
 
 def spell(hint: Any) -> str:
@@ -191,7 +191,7 @@ def load(argv: list[str]) -> Config:
     """[CONFIG.toml] [--section.key value]… → Config. `--help` lists every key."""
     path = Path(argv[0]) if argv and not argv[0].startswith("-") else None
     options = argv[1:] if path else argv
-    config = Config()
+    raw: dict[str, Any] = {}
     if path is not None:
         try:
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -203,41 +203,52 @@ def load(argv: list[str]) -> Config:
             ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}\n  got: {error}\n  allowed: TOML\n  fix: see https://toml.io") from error
-        config = from_dict(Config, raw)
-    if options:
-        if "--help" not in options and "-h" not in options:
-            check_options(options)
-        config = tyro.cli(Config, default=config, args=options, prog="train_gpt.py [CONFIG.toml]", description=load.__doc__)
+        from_dict(Config, raw)  # the file's own mistakes first
+    if "--help" in options or "-h" in options:
+        tyro.cli(Config, default=from_dict(Config, raw), args=["--help"], prog="train_gpt.py [CONFIG.toml]", description=load.__doc__)
+    for key, value in read_options(options).items():
+        *sections, name = key.split(".")
+        table = raw
+        for section in sections:
+            table = table.setdefault(section, {})
+        table[name] = value
+    config = from_dict(Config, raw)
     if config.run.name is None and path is not None and not config.run.resume:
         config.run.name = f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     config.check()
     return config
 
 
-def check_options(options: list[str]) -> None:
-    """Raise ConfigError, in the words of configuration files, for what tyro would refuse in its own."""
-    hints = {k.replace("_", "-"): v for k, v in flat_hints(Config).items()}
-    for i, option in enumerate(options):
-        if not option.startswith("--"):
+def read_options(options: list[str]) -> dict[str, Any]:
+    """["--section.key", "value", …] → {"section.key": typed value}. --section.key=value does too; a switch may stand alone or as --section.no-key."""
+    hints, found = flat_hints(Config), {}
+    rest = list(options)
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        section, _, key = name.rpartition(".")
+        if hints.get(f"{section}.{key.removeprefix('no_')}") is bool and key.startswith("no_") and not equals:
+            found[f"{section}.{key.removeprefix('no_')}"] = False
             continue
-        flag, equals, value = option.partition("=")
-        name = flag.removeprefix("--").replace("_", "-")
-        switch = name.replace(".no-", ".", 1)
-        if hints.get(switch) is bool and not equals:
-            continue
-        if name not in hints:
+        if not flag.startswith("--") or name not in hints:
             close = difflib.get_close_matches(name, hints, n=1)
-            fix = f"nearest valid name: --{close[0]}" if close else "--help lists them"
+            fix = f"nearest valid name: --{close[0].replace('_', '-')}" if close else "--help lists them"
             raise ConfigError(
                 f"unknown option {flag}\n  got: {flag}\n  allowed: --section.key, with the keys of the configuration file\n  fix: {fix}"
             )
+        if not equals and hints[name] is bool and (not rest or rest[0].startswith("--")):
+            found[name] = True
+            continue
         if not equals:
-            value = options[i + 1] if i + 1 < len(options) else ""
+            value = rest.pop(0) if rest else ""
+        if value == "None" and type(None) in get_args(hints[name]):
+            found[name] = None
+            continue
         try:
-            TypeAdapter(hints[name]).validate_strings(value)
+            found[name] = TypeAdapter(hints[name]).validate_strings(value)
         except ValidationError as error:
-            if value != "None":
-                raise ConfigError(f"{flag}\n  got: {value!r}\n  allowed: {spell(hints[name])}\n  fix: {flag} VALUE") from error
+            raise ConfigError(f"{flag}\n  got: {value!r}\n  allowed: {spell(hints[name])}\n  fix: {flag} VALUE") from error
+    return found
 
 
 def flat_hints(cls: type, prefix: str = "") -> dict[str, Any]:

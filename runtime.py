@@ -59,7 +59,7 @@ class Runtime:
             )
         if config.threads is not None:
             if config.threads < 1:
-                raise RunError(f"run.threads: got {config.threads}; allowed: 1 or more")
+                raise RunError(f"run.threads\n  got: {config.threads}\n  allowed: 1 or more\n  fix: leave it out")
             torch.set_num_threads(config.threads)
         self.device = torch.device(self._device(config))
         self.precision = self._precision(config)
@@ -73,7 +73,7 @@ class Runtime:
             self.choices.append(f"run.device = {there[0]} (found here: {', '.join(there)})")
             return there[0]
         if config.device not in there:
-            raise RunError(f"run.device: got {config.device}; allowed here: {', '.join(there)}")
+            raise RunError(f"run.device\n  got: {config.device}\n  allowed: {', '.join(there)}, found here\n  fix: --run.device auto")
         return config.device
 
     def _precision(self, config: RunConfig) -> Literal["fp32", "bf16"]:

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
 
     # ---- data
     dataset = Dataset(config.data)
-    tokenizer, val = dataset.tokenizer, dataset.split("val")
+    tokenizer, training, val = dataset.tokenizer, dataset.split("train"), dataset.split("val")
     config.model.vocab_size = config.model.vocab_size or tokenizer.vocab_size
     if config.model.vocab_size < tokenizer.vocab_size:
         raise ConfigError(
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
             f"{config.data.dataset} of a resumed run\n  got: other training shards than the run was started with\n  allowed: the same text\n"
             "  fix: prepare it again as it was, or start a new run"
         )
-    batches = TrainBatches(dataset.split("train"), block_size=config.model.block_size, batch_size=c.batch_size, seed=config.run.seed)
+    batches = TrainBatches(training, block_size=config.model.block_size, batch_size=c.batch_size, seed=config.run.seed)
     check_validation(val)
     try:
         prompt = tokenizer.encode(c.sample_prompt).tolist()
@@ -151,7 +151,7 @@ def main(argv: list[str]) -> None:
     wall_start = time.perf_counter() - progress.wall_seconds
     clock, optimizer_watch = Clock(runtime, progress.train_seconds), Stopwatch(runtime, progress.optimizer_seconds)
     sizes = StepSizes(model, optimizer)
-    if c.eval_every and progress.val_step < 0:
+    if c.eval_every and first == 0 and progress.val_step < 0:
         evaluate(0)
     bar = tqdm(total=c.steps, initial=first, disable=None, unit="step", dynamic_ncols=True)
     clock.start()
@@ -271,9 +271,9 @@ def compile_ahead(model: GPT, runtime: Runtime, batch: int) -> tuple[Any, float]
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())), runtime.autocast():
             forward(zeros_BT, zeros_BT)[1].backward()
     except BackendCompilerFailed as error:
-        last = str(error).strip().splitlines()[-1]
+        cause = error.inner_exception
         raise RunError(
-            f"run.compile\n  got: {type(error.inner_exception).__name__}: {last}\n  allowed: where a C++ compiler is, and torch in a path without spaces"
+            f"run.compile\n  got: {type(cause).__name__}: {str(cause).splitlines()[0]}\n  allowed: where a C++ compiler is, and torch in a path without spaces"
             f" (here: {Path(torch.__file__).parent})\n  fix: leave it out, or install there"
         ) from error
     model.zero_grad(set_to_none=True)

@@ -8,6 +8,7 @@ import argparse
 import gzip
 import hashlib
 import importlib.metadata
+import re
 import sys
 import urllib.request
 from collections.abc import Iterable, Iterator
@@ -29,6 +30,7 @@ from .shards import (
     is_whole,
     read_manifest,
     read_shard,
+    settle,
     sha256_of,
     write_manifest,
     write_split,
@@ -49,6 +51,7 @@ Splits = dict[str, list[str]]
 
 def is_there(out: Path, source: dict[str, Any], tokenizer: str, *, replace: bool) -> bool:
     """Whether `out` holds this very dataset, whole. A damaged one may be built anew; one of another source only with --replace."""
+    settle(out.resolve())
     if not (out / META).is_file():
         return False
     try:
@@ -252,13 +255,18 @@ def take(
     separator = np.array([tokenizer.separator], dtype=np.uint16)
     with tqdm(total=wanted, desc=f"tokenize {name}", unit="tok", unit_scale=True, disable=None) as bar:
         while wanted is None or count < wanted:
-            row = next(rows, None)
+            try:
+                row = next(rows, None)
+            except (OSError, ValueError) as error:
+                raise DataError(f"hub\n  got: {error}\n  allowed: rows that the datasets library reads\n  fix: the data") from error
             if row is None:
                 return
             if column not in row:
                 raise DataError(f"hub: got no column {column!r}; allowed: {', '.join(row)}\n  fix: --column NAME")
             if not row[column]:
                 continue
+            if not isinstance(row[column], str):
+                raise DataError(f"hub: column {column!r}\n  got: {type(row[column]).__name__}\n  allowed: text\n  fix: --column NAME")
             tokens = np.concatenate([separator, tokenizer.encode(row[column])])
             sizes[name] += len(row[column].encode()) + (tokenizer.name == "bytes")
             count += len(tokens)
@@ -267,19 +275,23 @@ def take(
 
 
 def adopt(args: argparse.Namespace) -> None:
-    """A manifest for shards that llm.c or modded-nanogpt made: files named *train*.bin and *val*.bin."""
+    """A manifest for shards that llm.c or modded-nanogpt made: files named train_….bin or …_train_….bin, and so for val."""
     folder: Path = args.folder
     tokenizer = get_tokenizer(args.tokenizer)
-    if (folder / META).is_file() and read_manifest(folder).source != ADOPTED:
+    try:
+        ours = (folder / META).is_file() and read_manifest(folder).source != ADOPTED
+    except DataError:
+        ours = False  # damaged, and written anew below
+    if ours:
         raise DataError(
             f"{folder}: got a dataset that was prepared here\n  allowed: shards of another program\n  fix: nothing to adopt, train on it"
         )
     made = {}
     for name in ("train", "val"):
-        paths = sorted(folder.glob(f"*{name}*.bin"))
+        paths = sorted(p for p in folder.glob("*.bin") if re.search(rf"(^|_){name}(_|\.)", p.name))
         if not paths:
             raise DataError(
-                f"{folder}: got no *{name}*.bin\n  allowed: a folder with train and val shards\n  fix: python -m data.prepare adopt FOLDER"
+                f"{folder}: got no file named {name}_….bin or …_{name}_….bin\n  allowed: a folder with train and val shards\n  fix: python -m data.prepare adopt FOLDER"
             )
         size, shards, lengths = 0, [], tokenizer.byte_lengths()
         for path in tqdm(paths, desc=f"adopt {name}", unit="shard", disable=None):
@@ -355,6 +367,12 @@ def main(argv: list[str] | None = None) -> int:
         args.run(args)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(
+            f"error: {error.filename}\n  got: {error.strerror}\n  allowed: a place that can be read and written\n  fix: --out FOLDER",
+            file=sys.stderr,
+        )
         return 2
     return 0
 

@@ -8,6 +8,7 @@ Layout: karpathy/llm.c, dev/data/data_common.py.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -72,7 +73,9 @@ def write_shard(path: Path, tokens: np.ndarray) -> Shard:
 def read_shard(path: Path) -> np.ndarray:
     """The tokens of a shard, memory-mapped (n,) uint16. Raises DataError on a wrong header or length."""
     if not path.is_file():
-        raise DataError(f"{path}: no such shard\n  fix: prepare the dataset again (python -m data.prepare)")
+        raise DataError(
+            f"{path}: no such shard\n  got: no file\n  allowed: the file as it was prepared\n  fix: prepare the dataset again (python -m data.prepare)"
+        )
     size = path.stat().st_size
     header = np.fromfile(path, dtype="<i4", count=HEADER)
     if len(header) < HEADER or header[0] != MAGIC or header[1] != VERSION:
@@ -158,23 +161,35 @@ def is_whole(folder: Path, manifest: Manifest) -> bool:
     )
 
 
+def settle(folder: Path) -> None:
+    """Clear what a killed `building` left: the old dataset comes back if the new one did not take its place."""
+    partial, old = _beside(folder)
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    return folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+
+
 @contextmanager
 def building(folder: Path) -> Iterator[Path]:
-    """A sibling folder that becomes `folder`, which is a dataset or nothing before, when the block ends well. What a kill leaves, the next call settles."""
+    """A sibling folder that becomes `folder`, a dataset made here or nothing before, when the block ends well. One process at a time."""
     folder = folder.resolve()
-    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
-
-    def settle() -> None:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-    settle()
-    if folder.exists() and not (folder / META).is_file():
+    settle(folder)
+    foreign = (
+        [p.name for p in folder.iterdir() if p.name != META and not re.fullmatch(r"(train|val)_\d{6}\.bin", p.name)]
+        if folder.is_dir()
+        else []
+    )
+    if (folder.exists() and not (folder / META).is_file()) or foreign:
+        got = f"other files in it, {foreign[0]} for one" if foreign else f"no {META} in it"
         raise DataError(
-            f"{folder} is there and is not a dataset\n  got: no {META} in it\n  allowed: a new folder, or a dataset's\n  fix: another --out"
+            f"{folder} is there and is not a dataset\n  got: {got}\n  allowed: a new folder, or a dataset's\n  fix: another --out"
         )
+    partial, old = _beside(folder)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -182,4 +197,4 @@ def building(folder: Path) -> Iterator[Path]:
             folder.rename(old)
         partial.rename(folder)
     finally:
-        settle()
+        settle(folder)

@@ -26,6 +26,7 @@ def stacked_update(
     W: Tensor | None,
     radii: Tensor,
     ok: Tensor,
+    clip: Tensor | None,
     *,
     norm: Norm,
     direction: Direction,
@@ -36,10 +37,10 @@ def stacked_update(
     """(U, new M): the update W ← W − lr · U of a stack, and its momentum. Pure.
 
     G, M, W: (n, *shape), W only read where weight_decay > 0. radii: (n, 1…). ok: 0-dim bool; where it is False U is 0 and M stays.
-    A row of a row-wise norm with an exactly zero gradient is treated the same: theory.md §7 tells why.
+    clip: 0-dim factor of G. A row of a row-wise norm with an exactly zero gradient is treated as if not ok: theory.md §3 tells why.
     """
     live = ok & (G != 0).any(dim=-1, keepdim=True) if norm.rowwise else ok
-    fresh = torch.where(live, G, M)
+    fresh = torch.where(live, G if clip is None else G * clip, M)
     D, moved = direction(fresh, M, beta=beta)
     U = norm.sharp(D) if scale == "dual" else norm.dualize(D)
     if W is not None and weight_decay:
@@ -172,20 +173,20 @@ class Dualized(torch.optim.Optimizer):
         M = _stack(moments)
         G = _stack([p.grad for p in weights]).to(M.dtype)  # type: ignore[misc]
         ok = ok.to(G.device)
-        if clip is not None:
-            G = G * clip.to(G.device)
+        clip = clip if clip is None else clip.to(G)
         lr = group["lr"]
         if isinstance(lr, Tensor):
             lr = lr.to(G.device)
             ok = ok & (lr != 0)
         key = (G.dtype, G.device, *(n for n, _ in members))
         if key not in self._radii:  # made once: a copy to the device waits for it
-            radii = torch.tensor([self.norm.radii[n] for n, _ in members], dtype=G.dtype, device=G.device)
+            precise = torch.promote_types(G.dtype, torch.float32)  # 1/7 is 0.4% off in bfloat16
+            radii = torch.tensor([self.norm.radii[n] for n, _ in members], dtype=precise, device=G.device)
             self._radii[key] = radii.reshape(-1, *(1,) * norm.ndim)
         radii = self._radii[key]
         W = _stack(weights) if group["weight_decay"] else None
         options = {k: group[k] for k in ("beta", "weight_decay", "scale")}
-        U, M = stacked_update(G, M, W, radii, ok, norm=norm, direction=DIRECTIONS[group["direction"]], **options)
+        U, M = stacked_update(G, M, W, radii, ok, clip, norm=norm, direction=DIRECTIONS[group["direction"]], **options)
         torch._foreach_copy_(moments, M.unbind())  # pyright: ignore[reportPrivateImportUsage]
         if isinstance(lr, Tensor):
             torch._foreach_sub_(weights, (U * lr).unbind())  # pyright: ignore[reportPrivateImportUsage]
@@ -225,6 +226,10 @@ class Dualized(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but matched by parameter name, whatever the order, and copied; a missing or unknown name raises before anything changes."""
+        if any("param_names" not in g for g in state_dict["param_groups"]):
+            raise ValueError(
+                "optimizer state: got groups without param_names; allowed: the state of an optimizer of named parameters; fix: save Dualized's own"
+            )
         if state_dict.get("schema", SCHEMA) != SCHEMA:
             raise ValueError(f"optimizer state: got schema {state_dict['schema']}; allowed: {SCHEMA}")
         theirs = {canonical(n): i for g in state_dict["param_groups"] for n, i in zip(g["param_names"], g["params"], strict=True)}

@@ -41,7 +41,7 @@ class Module:
     __rmul__ = __mul__
 
     def __pow__(self, times: int) -> Module:
-        """The module after itself, `times` times; the i-th copy has its atoms' first "{}" filled with i, counted from the input."""
+        """The module after itself, `times` times; the i-th copy has its atoms' last "{}" filled with i, counted from the input."""
         if not isinstance(times, int) or times < 1:
             raise ValueError(f"a module's power: got {times!r}; allowed: an integer of at least 1")
         power = self.numbered(0)
@@ -76,7 +76,8 @@ class Atom(Module):
     role: str = ""
 
     def numbered(self, index: int) -> Atom:
-        return replace(self, name=self.name.replace("{}", str(index), 1))
+        head, found, tail = self.name.rpartition("{}")
+        return replace(self, name=head + str(index) + tail) if found else self
 
     def radii(self, target: float = 1.0) -> Iterator[tuple[Atom, float]]:
         yield self, target
@@ -182,11 +183,16 @@ class ModularNorm:
     def norm(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """max_k ‖w_k‖_k / radius_k (0-dim); infinite where a tensor of radius 0 is not zero."""
         sizes = {k: self.norms[k].norm(w) for k, w in self._checked(tensors)}
-        return torch.stack([torch.zeros(()), *(torch.where(size > 0, size / self.radii[k], 0.0) for k, size in sizes.items())]).amax()
+        return (
+            torch.stack([torch.where(size > 0, size / self.radii[k], 0.0) for k, size in sizes.items()]).amax()
+            if sizes
+            else torch.zeros(())
+        )
 
     def dual_norm(self, grads: Mapping[str, Tensor]) -> Tensor:
         """Σ_k radius_k ‖g_k‖_k† (0-dim)."""
-        return torch.stack([torch.zeros(()), *(self.radii[k] * self.norms[k].dual_norm(g) for k, g in self._checked(grads))]).sum()
+        parts = [self.radii[k] * self.norms[k].dual_norm(g) for k, g in self._checked(grads)]
+        return torch.stack(parts).sum() if parts else torch.zeros(())
 
     def dualize(self, grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """radius_k · dualize_k(g_k): a step of modular norm 1 that attains the dual norm."""

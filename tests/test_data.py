@@ -191,6 +191,25 @@ def test_folders_and_files_that_are_no_datasets_are_left_alone(here: Path, capsy
     assert [p.name for p in here.rglob("*")] == ["mine", "a.txt"]
 
 
+def test_a_folder_with_files_of_its_own_is_never_replaced(here: Path, capsys: pytest.CaptureFixture[str]):
+    Path("a.txt").write_text(TEXT)
+    Path("mine").mkdir()
+    Path("mine/meta.json").write_text('{"my": "project"}')
+    Path("mine/thesis.txt").write_text("years of work")
+    assert prepare.main(["text", "a.txt", "--out", "mine", "--replace"]) == 2
+    assert "got: other files in it, thesis.txt for one" in capsys.readouterr().err
+    assert Path("mine/thesis.txt").read_text() == "years of work"
+
+
+def test_a_replacement_killed_between_its_renames_gives_the_old_dataset_back(here: Path):
+    Path("a.txt").write_text(TEXT)
+    assert prepare.main(["text", "a.txt", "--out", "out"]) == 0
+    Path("out").rename(".out.old")
+    Path("a.txt").write_text(TEXT + "more")
+    assert prepare.main(["text", "a.txt", "--out", "out"]) == 2, "another text still needs --replace"
+    assert read_manifest(Path("out")).splits["train"].bytes == int(0.9 * len(TEXT))
+
+
 def test_which_text_validates_is_part_of_the_source(here: Path):
     for name in "abc":
         Path(f"{name}.txt").write_text(TEXT + name)
@@ -207,7 +226,7 @@ def test_which_text_validates_is_part_of_the_source(here: Path):
         (["text", "a.txt", "--separator", r"\x"], "--separator: got"),
         (["text", "a.txt", "--separator", "¶"], "split is empty"),
         (["hub", "json", "--files", "none.jsonl"], "hub: json\n  got: "),
-        (["adopt", "empty"], "got no *train*.bin"),
+        (["adopt", "empty"], "got no file named train_….bin"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
@@ -290,6 +309,10 @@ def test_adopted_shards_get_a_manifest(here: Path, monkeypatch: pytest.MonkeyPat
     assert prepare.main(["adopt", "fineweb", "--tokenizer", "gpt2"]) == 0
     dataset = Dataset(DataConfig("fineweb"))
     assert dataset.manifest.splits["train"].bytes == 40 * len("Hello world")
+    Path("fineweb/meta.json").write_text("{")
+    write_shard(Path("fineweb/retrieval_train_000002.bin"), np.array([1, 2], dtype=np.uint16))
+    assert prepare.main(["adopt", "fineweb", "--tokenizer", "gpt2"]) == 0, "a damaged manifest is written anew"
+    assert [s.file for s in read_manifest(Path("fineweb")).splits["val"].shards] == ["fineweb_val_000000.bin"]
     Path("fineweb/meta.json").unlink()
     write_shard(Path("fineweb/fineweb_val_000000.bin"), np.array([50300], dtype=np.uint16))
     assert prepare.main(["adopt", "fineweb", "--tokenizer", "gpt2"]) == 2

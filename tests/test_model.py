@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from config import from_dict, load
+from config import load
 from model import ATTENTION_GAIN, GPT, MLP_GAIN, RELU2_SENSITIVITY, Block, GPTConfig, RoleMasses, RoleNorms, rotary
 from optim import Dualized, Polar, metrize
 from tests.helpers import ROOT
@@ -61,6 +61,72 @@ def test_the_gains_are_the_gaussian_values_they_claim():
     assert (MLP_GAIN * y).square().mean().sqrt().item() == pytest.approx(1, rel=3e-3)
     assert (2 * x.relu()).square().mean().sqrt().item() == pytest.approx(RELU2_SENSITIVITY, rel=3e-3)
     assert pytest.approx(1 / 3) == ATTENTION_GAIN
+
+
+def reference(model: GPT, idx: torch.Tensor) -> torch.Tensor:
+    """The forward pass once more, from docs/theory.md §2: explicit loops over heads and positions, complex rotations, nothing folded."""
+    c = model.config
+    L, H, K = c.n_layer, c.n_head, c.n_embd // c.n_head
+    w = {n: p.detach().double() for n, p in model.named_parameters()}
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+
+    def turn(x: torch.Tensor, t: int) -> torch.Tensor:
+        angle = t * 10_000.0 ** (-torch.arange(K // 2).double() / (K // 2))
+        z = torch.complex(x[: K // 2], x[K // 2 :]) * torch.polar(torch.ones(K // 2).double(), angle)
+        return torch.cat((z.real, z.imag))
+
+    def attend(x: torch.Tensor, at: str) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        q, k, v = (x @ w[f"{at}.{n}.weight"].mT for n in "qkv")
+        for h in range(H):
+            s = slice(h * K, (h + 1) * K)
+            qs, ks = ([turn(norm(y[t, s]), t) for t in range(len(x))] for y in (q, k))
+            for t in range(len(x)):
+                cosines = torch.stack([qs[t] @ ks[u] / K for u in range(t + 1)])
+                out[t, s] = (c.attention_scale * cosines).softmax(0) @ v[: t + 1, s]
+        return (out / 3) @ w[f"{at}.out.weight"].mT
+
+    def mlp(x: torch.Tensor, at: str) -> torch.Tensor:
+        return ((2 / 3) ** 0.5 * (x @ w[f"{at}.up.weight"].mT).clamp(min=0) ** 2) @ w[f"{at}.down.weight"].mT
+
+    rows = []
+    for row in idx:
+        x = w["embedding.weight"][row]
+        for i in range(L):
+            for half, name in ((attend, "attention"), (mlp, "mlp")):
+                f = half(norm(x), f"blocks.{i}.{name}")
+                x = (1 - 1 / (2 * L)) * x + f / (2 * L) if c.residual == "convex" else x + f
+        rows.append(c.logit_scale * (norm(x) @ w["head.weight"].mT))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("residual", ["convex", "plain"])
+def test_the_forward_pass_is_the_one_in_the_theory(residual: str):
+    model, idx = build(residual=residual, attention_scale=6.0, logit_scale=3.0), tokens(2, 7)
+    assert torch.allclose(model(idx)[0].double(), reference(model, idx), atol=1e-4)
+
+
+def test_radii_of_a_convex_model_by_hand():
+    """Depth 1, masses 1, 4, 2, 1 of 8, logit_scale 10: the target 1 goes down the tree by theory.md §2's two rules."""
+    norm = metrize(build(n_layer=1))
+    mlp, attention = 2 / 3**0.5, 1.0  # sensitivities: √2 · √(2/3); 3 · ⅓
+    half_mlp = 1 / 2 + mlp / 2
+    assert norm.radii["head.weight"] == pytest.approx(1 / 8 / 10)
+    assert norm.radii["blocks.0.mlp.down.weight"] == pytest.approx(1 / 8 / 10 / (1 / 2))
+    assert norm.radii["blocks.0.mlp.up.weight"] == pytest.approx(1 / 8 / 10 / (1 / 2) / mlp)
+    assert norm.radii["blocks.0.attention.out.weight"] == pytest.approx(1 / 8 / 10 / half_mlp / (1 / 2))
+    assert norm.radii["blocks.0.attention.q.weight"] == pytest.approx(1 / 8 / 10 / half_mlp / (1 / 2) / (1 / 3))
+    assert norm.radii["embedding.weight"] == pytest.approx(1 / 8 / 10 / half_mlp / (1 / 2 + attention / 2))
+
+
+def test_top_k_leaves_the_k_likeliest():
+    model, idx = build(), tokens(64, 1)
+    logits = model(idx)[0][:, -1]
+    drawn = model.generate(idx, 1, top_k=2, temperature=5.0, generator=torch.Generator().manual_seed(0))[:, -1]
+    ranks = (logits > logits.gather(1, drawn[:, None])).sum(1)
+    assert set(ranks.tolist()) == {0, 1}
 
 
 def test_positions_see_only_the_past():
@@ -204,7 +270,3 @@ def test_gpt2_124m_builds_and_steps_within_8_gigabytes():
     assert model(idx[:, :-1], idx[:, 1:])[1] < first
     unit = 1 if sys.platform == "darwin" else 1024
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit < 8 * 10**9
-
-
-def test_the_model_section_of_a_file_is_the_models_own_config():
-    assert from_dict(GPTConfig, {"n_layer": 3}) == replace(GPTConfig(), n_layer=3)

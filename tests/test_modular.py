@@ -38,6 +38,18 @@ def test_composition_is_associative():
     assert left == pytest.approx(right, rel=1e-14)
 
 
+def test_powers_number_the_innermost_first():
+    tree = (linear("s.{}.b.{}") ** 2) ** 3
+    assert set(radii(tree)) == {f"s.{i}.b.{j}" for i in range(3) for j in range(2)}
+
+
+def test_typical_values_are_inherited_and_smooth_over_nothing_else():
+    typical = bond("relu²", typical=True)
+    for tree in (linear("a") @ typical, concat(linear("a"), typical), residual(typical, 4), (typical @ linear("{}")) ** 2, 2.0 * typical):
+        assert tree.typical
+    assert not (linear("a") @ bond("identity")).typical
+
+
 def test_mass_zero_gets_no_update_and_infinite_norm():
     norm = ModularNorm.of(linear("b") @ linear("a", mass=0))
     grads = {k: torch.randn(3, 3, generator=torch.Generator().manual_seed(0)) for k in "ab"}

@@ -55,7 +55,7 @@ def test_the_probe_runs_both_types():
 
 def test_a_device_that_is_not_there_is_refused():
     if not torch.cuda.is_available():
-        with pytest.raises(RunError, match="run.device: got cuda; allowed here: "):
+        with pytest.raises(RunError, match=r"run.device\n  got: cuda\n  allowed: "):
             Runtime(RunConfig(device="cuda"))
 
 

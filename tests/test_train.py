@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from config import Config
 from data.shards import read_manifest, write_manifest, write_shard
 from tests.helpers import TEXT, run, small_dataset, start
 
@@ -305,6 +304,27 @@ def test_other_settings_of_a_resumed_run_take_effect_and_are_told(root: Path, wh
     assert (state["param_groups"][0]["beta"], state["param_groups"][0]["direction"]) == (0.0, "momentum")
 
 
+def test_evaluating_newly_on_resume_makes_no_false_first_point(root: Path, whole: Path):
+    code, _, err = run(root, "small.toml", "--run.name", "late_eval")
+    assert code == 0, err
+    code, _, err = run(
+        root,
+        "small.toml",
+        "--run.name",
+        "late_eval",
+        "--run.resume",
+        "--train.steps",
+        "14",
+        "--train.eval-every",
+        "1",
+        "--train.target-loss",
+        "9",
+    )
+    assert code == 0, err
+    assert json.loads((root / "runs/late_eval/summary.json").read_text())["target"]["step"] == 13
+    assert 0 not in [r["step"] for r in records(root / "runs/late_eval")]
+
+
 def test_a_run_at_its_end_resumes_to_its_summary(root: Path, whole: Path):
     """As after a kill between the last checkpoint and the last evaluation."""
     shutil.copytree(whole, root / "runs/ended")
@@ -394,9 +414,3 @@ def test_torchrun_is_refused_rather_than_misused(root: Path, monkeypatch: pytest
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RunError, match="WORLD_SIZE: got 2; allowed: 1"):
         Runtime(RunConfig(device="cpu"))
-
-
-def test_the_run_section_is_the_runtimes_own_config():
-    from runtime import RunConfig
-
-    assert Config().run == RunConfig()
