@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data.shards import read_manifest, write_manifest, write_shard
+from config import Config, from_dict
+from data.shards import read_manifest, read_shard, write_manifest, write_shard
+from model import GPT
 from tests.helpers import TEXT, run, small_dataset, start
 
 KILLS = int(os.environ.get("NANODUAL_KILLS", "10"))
@@ -364,6 +366,31 @@ def test_a_gradient_that_is_not_finite_stops_the_run_by_name(root: Path, whole: 
     assert "error: the gradient of embedding.weight and of 13 more was not finite in call 1 of step()" in err
     assert "(found before step 14)" in err
     assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"]
+
+
+def test_a_last_step_that_is_not_finite_is_not_saved(root: Path, whole: Path):
+    copy = root / "runs/poisoned_last"
+    shutil.copytree(whole, copy)
+    path = copy / "checkpoints/step_00000012/model.safetensors"
+    tensors = load_file(path)
+    tensors["head.weight"][0, 0] = torch.nan
+    save_file(tensors, path)
+    code, _, err = run(root, "small.toml", "--run.name", "poisoned_last", "--run.resume", "--train.steps", "13")
+    assert code == 1
+    assert "error: the gradient of " in err
+    assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"]
+
+
+def test_the_reported_loss_is_that_of_the_saved_weights_without_dropout(root: Path, whole: Path):
+    newest = whole / "checkpoints/step_00000012"
+    config = from_dict(Config, json.loads((newest / "state.json").read_text())["config"])
+    model = GPT(config.model).eval()
+    model.load_state_dict(load_file(newest / "model.safetensors"))
+    stream = torch.from_numpy(read_shard(root / "corpora/small/val_000000.bin")[:513].astype(np.int64))
+    with torch.no_grad():
+        loss = model(stream[:-1].view(-1, 16), stream[1:].view(-1, 16))[1]
+    assert loss is not None
+    assert json.loads((whole / "summary.json").read_text())["val_loss"] == pytest.approx(loss.item(), abs=1e-5)
 
 
 def test_a_compiled_run_agrees_and_its_compilation_is_off_the_clock(root: Path, whole: Path):
