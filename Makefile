@@ -2,13 +2,13 @@
 SHELL := /bin/sh
 ifdef PYTHON
   PY := $(PYTHON)
-  READY :=
+  READY := has-packages
 else
   PY := .venv/bin/python
   READY := .venv/.ready
 endif
 
-.PHONY: train test check bench soak clean
+.PHONY: train test check bench soak clean has-packages
 
 train: $(READY)
 	"$(PY)" -m data.prepare pysource
@@ -29,6 +29,9 @@ bench: $(READY)
 # The kill-and-resume test with 100 random moments instead of 10.
 soak: $(READY)
 	NANODUAL_KILLS=100 "$(PY)" -m pytest tests/test_train.py -k kill
+
+has-packages:
+	@"$(PY)" -c 'import torch, tyro, pytest' || { echo "PYTHON=$(PY) lacks packages: $(PY) -m pip install -r requirements.txt"; exit 1; }
 
 # Built anew when requirements.txt changes. torch first and alone, so that nothing else can choose its build.
 .venv/.ready: requirements.txt

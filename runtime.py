@@ -262,7 +262,7 @@ class RunFolder:
 
 
 def listing(folder: Path) -> str:
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    names = sorted(p.parent.name for p in folder.glob("*/config.toml")) if folder.is_dir() else []
     return ", ".join(names) or f"nothing, {folder} holds no runs"
 
 

@@ -48,7 +48,7 @@ def main(options: Options) -> None:
     newest = checkpoint.latest(options.run / "checkpoints")
     if newest is None:
         raise RunError(
-            f"{options.run}\n  got: no checkpoint\n  allowed: a run that has saved one\n  fix: let it train to its end, or set train.checkpoint_every"
+            f"{options.run}\n  got: no checkpoint\n  allowed: a run that has saved one\n  fix: python train_gpt.py {options.run}/config.toml --run.resume"
         )
     state = checkpoint.read_state(newest)
     config = configuration.from_dict(Config, state["config"])

@@ -2,10 +2,11 @@
 
     python train_gpt.py configs/quickstart.toml [--section.key value]…      (--help lists every key)
 
-Exit codes: 0 done, 2 refused before any work (the message says why), 1 stopped by a number that was not finite.
+Exit codes: 0 done, 2 refused before any work (the message says why), 1 stopped by a number that was not finite, 130 interrupted.
 """
 
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -235,7 +236,8 @@ def main(argv: list[str]) -> None:
     gzipped = f"; gzip -9 of the validation bytes: {8 * split.gzip9_bytes / split.bytes:.4f}" if split.gzip9_bytes and split.bytes else ""
     say(f"validation: {progress.val_bpb:.4f} bits per byte{gzipped}")
     say(f"{summary['tokens']:,} tokens in {seconds:.1f} s of training ({speed:,.0f} tokens/s), {summary['wall_seconds']:.1f} s in all")
-    say(f"picture: {folder.path / 'loss.png'}   more text: python sample.py {folder.path} --prompt …")
+    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
+    say(f"picture: {folder.path / 'loss.png'}   more text: {python} sample.py {folder.path} --prompt …")
 
 
 @torch.no_grad()
@@ -269,7 +271,7 @@ def compile_ahead(model: GPT, runtime: Runtime, batch: int) -> tuple[Any, float]
     zeros_BT = torch.zeros(batch, model.config.block_size, dtype=torch.int64, device=runtime.device)
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())), runtime.autocast():
-            forward(zeros_BT, zeros_BT)[1].backward()
+            forward(zeros_BT, zeros_BT.clone())[1].backward()  # one tensor twice would be compiled for, and again in step 1
     except BackendCompilerFailed as error:
         cause = error.inner_exception
         raise RunError(
@@ -290,7 +292,7 @@ def plot_losses(folder: RunFolder) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     records = folder.metrics()
-    for key, label, style in (("loss", "training batch", "-"), ("val_loss", "validation", "o-")):
+    for key, label, style in (("loss", "training batch", "-"), ("val_loss", "validation", "o")):
         points = [(r["tokens"], r[key]) for r in records if key in r]
         if points:
             axes.plot([x for x, _ in points], [y for _, y in points], style, label=label, alpha=0.8)
@@ -340,6 +342,9 @@ if __name__ == "__main__":
     except REFUSALS as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; go on from the newest checkpoint: python train_gpt.py runs/NAME/config.toml --run.resume", file=sys.stderr)
+        sys.exit(130)
     except NonFiniteError as error:
         print(f"error: {error}\n  the checkpoints of this run are as they were", file=sys.stderr)
         sys.exit(1)

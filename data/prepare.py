@@ -337,7 +337,8 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="CORPUS")
 
     def command(run: Any, default_tokenizer: str, tokenizers: Iterable[str] = NAMES) -> argparse.ArgumentParser:
-        sub = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        about = run.__doc__.replace("%", "%%")  # argparse formats it
+        sub = commands.add_parser(run.__name__, help=about, description=about)
         sub.set_defaults(run=run)
         sub.add_argument("--tokenizer", choices=tuple(tokenizers), default=default_tokenizer)
         if run is not adopt:

@@ -129,10 +129,11 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / META
     if not path.is_file():
         shards = sorted(folder.glob("*.bin")) if folder.is_dir() else []
+        own = folder.name if folder.name in ("pysource", "shakespeare") else "--help"
         fix = (
             f"python -m data.prepare adopt {folder} --tokenizer gpt2"
             if shards
-            else "python -m data.prepare --help; its default corpus: python -m data.prepare pysource"
+            else f"python -m data.prepare {own} (in the repository's folder)"
         )
         raise DataError(
             f"no dataset at {folder}\n  got: {'shards without a ' + META if shards else 'no ' + META}\n  allowed: a folder made by python -m data.prepare\n  fix: {fix}"

@@ -111,7 +111,7 @@ class Polar:
     """How a polar factor is computed.
 
     schedule: "exact" (SVD) or a name in SCHEDULES. form: "plain", "gram", or "auto": gram above GRAM_ASPECT, except in bfloat16.
-    dtype: of the iteration; "auto" is bfloat16 on an accelerator and float32 on a CPU. float64 input is always iterated in float64.
+    dtype: of the iteration; "auto" is bfloat16 on an accelerator and float32 on a CPU (in train_gpt.py: that of run.precision). float64 input is always iterated in float64.
     """
 
     schedule: str = "polar_express"

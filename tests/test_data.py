@@ -157,10 +157,18 @@ def test_a_killed_preparation_leaves_nothing_half_made(here: Path):
     process = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert process.returncode == -signal.SIGKILL
     assert not Path("out").exists()
-    with pytest.raises(DataError, match=r"no dataset at out\n  got: no meta.json(.|\n)*python -m data.prepare pysource"):
+    with pytest.raises(DataError, match=r"no dataset at out\n  got: no meta.json(.|\n)*python -m data.prepare --help"):
         Dataset(DataConfig("out"))
     assert prepare.main(["text", "a.txt", "--out", "out"]) == 0
     assert sorted(p.name for p in here.iterdir()) == ["a.txt", "out"]
+
+
+@pytest.mark.parametrize("command", ["", "pysource", "text", "shakespeare", "hub", "adopt"])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        prepare.main([*([command] if command else []), "--help"])
+    assert end.value.code == 0
+    assert "usage: python -m data.prepare" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["flipped", "gone", "manifest"])

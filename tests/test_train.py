@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -407,7 +408,18 @@ def test_a_compiled_run_agrees_and_its_compilation_is_off_the_clock(root: Path, 
     eager, compiled = (json.loads((root / f"runs/{n}/summary.json").read_text()) for n in ("eager", "compiled"))
     assert compiled["val_loss"] == pytest.approx(eager["val_loss"], abs=1e-3)
     assert compiled["compile_seconds"] > 0 == eager["compile_seconds"]
-    assert compiled["train_seconds"] < compiled["compile_seconds"]
+    first = next(r for r in records(root / "runs/compiled") if "loss" in r)
+    assert first["train_seconds"] < 1, "nothing is compiled in the first step"
+
+
+def test_an_interrupted_run_says_how_to_go_on(root: Path, whole: Path):
+    process = start(root, "small.toml", "--run.name", "interrupted", "--train.steps", "100000", "--train.checkpoint-every", "5")
+    while not list((root / "runs/interrupted/checkpoints").glob("step_*")):
+        time.sleep(0.01)
+    os.kill(process.pid or 0, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    assert "interrupted; go on from the newest checkpoint" in (root / "stderr").read_text()
 
 
 def test_sample_continues_the_prompt(root: Path, whole: Path):
