@@ -55,14 +55,7 @@ def main(options: Options) -> None:
     config.run.device = "auto"
     runtime = Runtime(config.run)
     tokenizer = get_tokenizer(**state["tokenizer"])
-    try:
-        idx_T = tokenizer.encode(options.prompt).tolist()
-    except DataError as error:
-        raise ConfigError(
-            f"--prompt\n  got: {options.prompt!r}\n  allowed: text of this vocabulary: {error}\n  fix: another prompt"
-        ) from error
-    if not idx_T:
-        raise ConfigError("--prompt\n  got: no tokens\n  allowed: at least one character\n  fix: --prompt TEXT")
+    idx_T = tokenizer.encode_prompt(options.prompt, option="--prompt")
     model = GPT(config.model, config.optim.norms.build(config.optim.polar))
     checkpoint.load_model(newest, model)
     model.to(runtime.device).eval()

@@ -79,12 +79,7 @@ def main(argv: list[str]) -> None:
         )
     batches = TrainBatches(training, block_size=config.model.block_size, batch_size=c.batch_size, seed=config.run.seed)
     check_validation(val)
-    try:
-        prompt = tokenizer.encode(c.sample_prompt).tolist()
-    except DataError as error:
-        raise ConfigError(
-            f"train.sample_prompt\n  got: {c.sample_prompt!r}\n  allowed: text of this vocabulary: {error}\n  fix: another prompt"
-        ) from error
+    prompt = tokenizer.encode_prompt(c.sample_prompt, option="train.sample_prompt")
 
     # ---- model, modular norm, optimizer
     if o.polar.dtype == "auto":

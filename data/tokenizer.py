@@ -23,6 +23,16 @@ class Tokenizer:
     def decode(self, tokens: list[int]) -> str:
         raise NotImplementedError
 
+    def encode_prompt(self, text: str, *, option: str) -> list[int]:
+        """A prompt's tokens, at least one. Raises DataError that names the option it came from."""
+        try:
+            tokens = self.encode(text).tolist()
+        except DataError as error:
+            raise DataError(f"{option}\n  got: {text!r}\n  allowed: text of this vocabulary: {error}\n  fix: another prompt") from error
+        if not tokens:
+            raise DataError(f"{option}\n  got: no tokens\n  allowed: at least one character\n  fix: another prompt")
+        return tokens
+
     def byte_lengths(self) -> np.ndarray:
         """(vocab_size,): the bytes of text that each token stands for."""
         raise NotImplementedError

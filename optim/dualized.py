@@ -232,20 +232,17 @@ class Dualized(torch.optim.Optimizer):
             )
         if state_dict.get("schema", SCHEMA) != SCHEMA:
             raise ValueError(f"optimizer state: got schema {state_dict['schema']}; allowed: {SCHEMA}")
-        theirs = {canonical(n): i for g in state_dict["param_groups"] for n, i in zip(g["param_names"], g["params"], strict=True)}
-        ours = [canonical(n) for g in self.param_groups for n in g["param_names"]]
-        if theirs.keys() != set(ours):
-            odd = sorted(theirs.keys() ^ set(ours))
+        saved = {canonical(n): (g, i) for g in state_dict["param_groups"] for n, i in zip(g["param_names"], g["params"], strict=True)}
+        ours = [n for g in self.param_groups for n in g["param_names"]]
+        if saved.keys() != set(ours):
+            odd = sorted(saved.keys() ^ set(ours))
             raise ValueError(
                 f"optimizer state: got other parameters; {odd[0]!r} is {'missing' if odd[0] in ours else 'unknown'}; allowed: the same names"
             )
-        where = {canonical(n): g for g in state_dict["param_groups"] for n in g["param_names"]}
         groups = []
-        for group in self.param_groups:
-            source = where[canonical(group["param_names"][0])]
-            groups.append(
-                {**source, "params": [theirs[canonical(n)] for n in group["param_names"]], "param_names": list(group["param_names"])}
-            )
+        for names in (list(g["param_names"]) for g in self.param_groups):
+            settings, _ = saved[names[0]]
+            groups.append({**settings, "params": [saved[n][1] for n in names], "param_names": names})
         # Cloned: torch keeps the loaded tensors themselves, and two optimizers would then share one momentum.
         state = {i: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()} for i, s in state_dict["state"].items()}
         super().load_state_dict({"state": state, "param_groups": groups})

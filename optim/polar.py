@@ -1,6 +1,6 @@
 """The polar factor U Vᵀ of a matrix G = U S Vᵀ, exactly or by odd matrix polynomials.
 
-m, n: rows and columns of one matrix; k = min(m, n). Everything takes stacks (..., m, n).
+m, n: rows and columns of one matrix. Everything takes stacks (..., m, n).
 Sources: [MU] kellerjordan.github.io/posts/muon; [PE] arXiv 2505.16932; [GN] Zhang, Amsel, Chen, Dao, Gram Newton-Schulz, 2026.
 """
 

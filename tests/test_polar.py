@@ -10,6 +10,7 @@ from optim.polar import SCHEDULES, Polar, Schedule
 Form = Literal["plain", "gram"]
 
 NAMES = list(SCHEDULES)
+FP32_LOG_UNIFORM = 2e-4
 FP32 = 1e-3  # fp32 plain and Gram against float64: 8e-4 measured at worst, rank one under polar_express, whose polynomials are steep at 1
 GRAM_BF16 = 0.12
 BF16 = 0.02  # how far bf16 rounding carries a singular value past a band's upper edge: 0.012 measured at worst
@@ -67,24 +68,19 @@ def test_float32_follows_float64(name: str, form: Form, spectrum: str):
     }[spectrum]
     G = with_spectrum(64, 256, S)
     error = torch.linalg.matrix_norm(Polar(name, form)(G.float()).double() - Polar(name, "plain")(G), ord=2)
-    assert error < FP32
+    assert error < (FP32_LOG_UNIFORM if spectrum == "log-uniform" else FP32)
 
 
 @pytest.mark.parametrize("name", ["jordan", "you", "polar_express"])
 @pytest.mark.parametrize("rank", [1, 64])
-def test_plain_bfloat16_stays_under_the_band(name: str, rank: int):
+@pytest.mark.parametrize(("form", "slack"), [("auto", BF16), ("gram", GRAM_BF16)])
+def test_bfloat16_stays_under_the_band_when_plain_and_near_it_in_gram_form(
+    name: str, rank: int, form: Literal["auto", "gram"], slack: float
+):
+    """Why form="auto" is plain in bfloat16. Without restarts the Gram form reaches 3 to 1e6 on the same spectra."""
     S = torch.logspace(-3, 0, 64, dtype=torch.float64) if rank > 1 else torch.eye(64, dtype=torch.float64)[0]
-    X = Polar(name, "auto", "bfloat16")(with_spectrum(64, 256, S).float())
-    assert torch.linalg.svdvals(X).max() < SCHEDULES[name].band[1] + BF16
-
-
-@pytest.mark.parametrize("name", ["jordan", "you", "polar_express"])
-@pytest.mark.parametrize("rank", [1, 64])
-def test_bfloat16_gram_leaves_the_band_a_little_and_does_not_diverge(name: str, rank: int):
-    """Why form="auto" is plain in bfloat16. Without restarts the same spectra reach 3 to 1e6."""
-    S = torch.logspace(-3, 0, 64, dtype=torch.float64) if rank > 1 else torch.eye(64, dtype=torch.float64)[0]
-    X = Polar(name, "gram", "bfloat16")(with_spectrum(64, 256, S).float())
-    assert torch.linalg.svdvals(X).max() < SCHEDULES[name].band[1] + GRAM_BF16
+    X = Polar(name, form, "bfloat16")(with_spectrum(64, 256, S).float())
+    assert torch.linalg.svdvals(X).max() < SCHEDULES[name].band[1] + slack
 
 
 def test_exact_is_the_svd_factor_and_a_partial_isometry_where_rank_is_missing():

@@ -355,14 +355,20 @@ def test_a_resumed_run_that_never_reached_a_checkpoint_starts_anew_with_the_same
     assert run(root, "runs/early/config.toml", "--run.name", "early2")[0] == 0, "the written configuration starts a run"
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_by_name(root: Path, whole: Path):
-    copy = root / "runs/poisoned"
+def poisoned(root: Path, whole: Path, weight: str, value: float) -> Path:
+    """A copy of the run with one entry of one saved weight replaced."""
+    copy = root / f"runs/poisoned_{weight}"
     shutil.copytree(whole, copy)
     path = copy / "checkpoints/step_00000012/model.safetensors"
     tensors = load_file(path)
-    tensors["blocks.0.mlp.up.weight"][0, 0] = torch.inf
+    tensors[weight][0, 0] = value
     save_file(tensors, path)
-    code, _, err = run(root, "small.toml", "--run.name", "poisoned", "--run.resume", "--train.steps", "15")
+    return copy
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_by_name(root: Path, whole: Path):
+    copy = poisoned(root, whole, "blocks.0.mlp.up.weight", torch.inf)
+    code, _, err = run(root, "small.toml", "--run.name", copy.name, "--run.resume", "--train.steps", "15")
     assert code == 1
     assert "error: the gradient of embedding.weight and of 13 more was not finite in call 1 of step()" in err
     assert "(found before step 14)" in err
@@ -370,13 +376,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_by_name(root: Path, whole: 
 
 
 def test_a_last_step_that_is_not_finite_is_not_saved(root: Path, whole: Path):
-    copy = root / "runs/poisoned_last"
-    shutil.copytree(whole, copy)
-    path = copy / "checkpoints/step_00000012/model.safetensors"
-    tensors = load_file(path)
-    tensors["head.weight"][0, 0] = torch.nan
-    save_file(tensors, path)
-    code, _, err = run(root, "small.toml", "--run.name", "poisoned_last", "--run.resume", "--train.steps", "13")
+    copy = poisoned(root, whole, "head.weight", torch.nan)
+    code, _, err = run(root, "small.toml", "--run.name", copy.name, "--run.resume", "--train.steps", "13")
     assert code == 1
     assert "error: the gradient of " in err
     assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"]
