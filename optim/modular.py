@@ -2,12 +2,13 @@
 
 A module has a mass (its share of feature learning), a sensitivity (Lipschitz constant in its input) and a norm on its weights.
 Atoms hold one weight; bonds hold none and have mass 0; compounds derive theirs. Everything holds for well-normed modules: inputs of
-norm at most 1, weights of norm at most 1. Sources: [MN] Large et al., arXiv 2405.14813, §3; [MD] arXiv 2410.21265, §5.
+norm at most 1, weights of norm at most 1. Tuples carry the sum of their members' norms.
+Sources: [MN] Large et al., arXiv 2405.14813, §3; [MD] arXiv 2410.21265, §5.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,14 +16,22 @@ from torch import Tensor
 
 from .norms import Norm
 
+Sharpness = tuple[float, float, float]  # (α, β, γ): bounds on second derivatives in (w, w), (w, x), (x, x) [MN, §3.3]
+
 
 @dataclass(frozen=True)
 class Module:
-    """A node of the tree. mass >= 0; sensitivity > 0; typical: the sensitivity is the gain at unit-RMS Gaussian input, not a bound."""
+    """A node of the tree. mass >= 0; sensitivity >= 0; typical: the sensitivity is the gain at unit-RMS Gaussian input, not a bound.
+
+    sharpness: (α, β, γ), or None where a bond below does not declare its own; undeclared: the labels of those bonds.
+    str() draws the tree in the order of the forward pass, with the radii of its weights.
+    """
 
     mass: float = 0.0
     sensitivity: float = 1.0
     typical: bool = False
+    sharpness: Sharpness | None = (0.0, 0.0, 0.0)
+    undeclared: tuple[str, ...] = ()
 
     def __matmul__(self, inner: Module) -> Module:
         """self after inner."""
@@ -30,41 +39,76 @@ class Module:
 
     def __add__(self, other: Module) -> Module:
         """The sum of the outputs. Use convex weights to stay in the unit ball."""
-        return bond("add") @ concat(self, other)
+        return bond("add", sharpness=0) @ concat(self, other)
 
     def __mul__(self, scalar: float) -> Module:
         """The output times a scalar."""
         if scalar == 0:
-            raise ValueError("a module times 0: got scalar 0; allowed: any other number; leave the module out instead")
-        return bond(f"mul {scalar:g}", sensitivity=abs(scalar)) @ self
+            raise ValueError("a module times 0\n  got: scalar 0\n  allowed: any other number\n  fix: leave the module out instead")
+        return bond(f"× {scalar:.4g}", sensitivity=abs(scalar), sharpness=0) @ self
 
     __rmul__ = __mul__
 
     def __pow__(self, times: int) -> Module:
         """The module after itself, `times` times; the i-th copy has its atoms' last "{}" filled with i, counted from the input."""
         if not isinstance(times, int) or times < 1:
-            raise ValueError(f"a module's power: got {times!r}; allowed: an integer of at least 1")
-        power = self.numbered(0)
-        for i in range(1, times):
-            power = self.numbered(i) @ power
-        return power
+            raise ValueError(f"a module's power\n  got: {times!r}\n  allowed: an integer of at least 1\n  fix: module ** 1 is the module itself")
+        return Power.of(self, times)
 
     def tare(self, mass: float) -> Module:
         """The same module with its total mass set to `mass`, shared as before."""
         if mass < 0 or (self.mass == 0 and mass > 0):
-            raise ValueError(f"tare: got mass {mass:g} for a module of mass {self.mass:g}; allowed: mass >= 0, on a module that has some")
+            raise ValueError(
+                f"tare\n  got: mass {mass:g} for a module of mass {self.mass:g}\n  allowed: mass >= 0, on a module that has some\n  fix: give its atoms a mass"
+            )
         return self.scaled(mass / self.mass if mass else 0.0)
 
     def scaled(self, factor: float) -> Module:
         """Every mass below times factor."""
-        return replace(self, mass=self.mass * factor)
+        return self.mapped(lambda leaf: replace(leaf, mass=leaf.mass * factor))
 
-    def numbered(self, index: int) -> Module:
+    def mapped(self, change: Callable[[Atom], Module]) -> Module:
+        """The same tree with every atom replaced by change(atom)."""
         return self
 
     def radii(self, target: float = 1.0) -> Iterator[tuple[Atom, float]]:
         """Each atom below with the radius that its update has when the whole module's has norm `target`."""
         return iter(())
+
+    def rows(self, targets: tuple[float, ...] = (1.0,)) -> list[tuple[int, str, tuple[float, ...]]]:
+        """(indentation, text, radii: one per copy) of every line of the drawing."""
+        return [(0, f"{self}", ())]
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        width = max(2 * depth + len(text) for depth, text, _ in rows)
+        lines = [("  " * depth + text).ljust(width) + (f"  radius {_range(radii)}" if radii else "") for depth, text, radii in rows]
+        return "\n".join(line.rstrip() for line in lines)
+
+    def svg(self) -> str:
+        """The same drawing as a picture (SVG): a bar beside every weight is its radius."""
+        from html import escape
+
+        rows, line, em = self.rows(), 20, 7.3
+        width = max(2 * depth + len(text) for depth, text, _ in rows) * em + 20
+        top = max((max(radii) for *_, radii in rows if radii), default=1.0) or 1.0
+        out = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width + 420:.0f}" height="{line * len(rows) + 20}" font-family="monospace" font-size="12">',
+            '<rect width="100%" height="100%" fill="white"/>',
+        ]
+        for i, (depth, text, radii) in enumerate(rows):
+            y = 10 + line * i
+            out.append(f'<text x="{10 + 2 * depth * em:.0f}" y="{y + 14}">{escape(text)}</text>')
+            if radii:
+                length = 220 * max(radii) / top
+                out.append(f'<rect x="{width:.0f}" y="{y + 4}" width="{length:.1f}" height="12" fill="#4477aa"/>')
+                out.append(f'<text x="{width + length + 6:.0f}" y="{y + 14}">{_range(radii)}</text>')
+        return "\n".join([*out, "</svg>\n"])
+
+
+def _range(values: tuple[float, ...]) -> str:
+    low, high = f"{min(values):.4g}", f"{max(values):.4g}"
+    return low if low == high else f"{low} … {high}"
 
 
 @dataclass(frozen=True)
@@ -75,6 +119,9 @@ class Atom(Module):
     norm: Norm = field(default_factory=Norm)
     role: str = ""
 
+    def mapped(self, change: Callable[[Atom], Module]) -> Module:
+        return change(self)
+
     def numbered(self, index: int) -> Atom:
         head, found, tail = self.name.rpartition("{}")
         return replace(self, name=head + str(index) + tail) if found else self
@@ -82,12 +129,20 @@ class Atom(Module):
     def radii(self, target: float = 1.0) -> Iterator[tuple[Atom, float]]:
         yield self, target
 
+    def rows(self, targets: tuple[float, ...] = (1.0,)) -> list[tuple[int, str, tuple[float, ...]]]:
+        role = f", {self.role}" if self.role != self.name else ""
+        return [(0, f"{self.name}: {self.norm}{role}, mass {self.mass:.4g}{_gain(self)}", targets)]
+
 
 def atom(name: str, norm: Norm, *, mass: float = 1.0, sensitivity: float = 1.0, role: str = "") -> Atom:
-    """A weight: parameter name ("{}" is a layer number, filled by **), norm, mass, sensitivity on the unit ball."""
-    if mass < 0:
-        raise ValueError(f"mass of {name}: got {mass:g}; allowed: 0 (never updated) or more")
-    return Atom(mass, sensitivity, name=name, norm=norm, role=role or name)
+    """A weight: parameter name ("{}" is a layer number, filled by **), norm, mass, sensitivity on the unit ball.
+
+    It acts linearly in the weight: (α, β, γ) = (0, 1, 0). A bias, which does not see the input, has sensitivity 0 and (0, 0, 0).
+    """
+    if mass < 0 or sensitivity < 0:
+        what, got = ("mass", mass) if mass < 0 else ("sensitivity", sensitivity)
+        raise ValueError(f"{what} of {name}\n  got: {got:g}\n  allowed: 0 or more (a weight of mass 0 is never updated)\n  fix: atom({name!r}, …, {what}=…)")
+    return Atom(mass, sensitivity, sharpness=(0.0, 1.0 if sensitivity else 0.0, 0.0), name=name, norm=norm, role=role or name)
 
 
 @dataclass(frozen=True)
@@ -96,12 +151,55 @@ class Bond(Module):
 
     label: str = "identity"
 
+    def rows(self, targets: tuple[float, ...] = (1.0,)) -> list[tuple[int, str, tuple[float, ...]]]:
+        return [(0, self.label + ("" if self.label.startswith("× ") else _gain(self)), ())]
 
-def bond(label: str, *, sensitivity: float = 1.0, typical: bool = False) -> Bond:
-    """A map without weights: its Lipschitz constant on the unit ball or, marked typical, its gain at unit-RMS Gaussian input."""
-    if not sensitivity > 0:
-        raise ValueError(f"sensitivity of {label}: got {sensitivity:g}; allowed: more than 0")
-    return Bond(0.0, sensitivity, typical, label)
+
+def bond(label: str, *, sensitivity: float = 1.0, typical: bool = False, sharpness: float | None = None) -> Bond:
+    """A map without weights.
+
+    sensitivity: its Lipschitz constant on the unit ball or, marked typical, its gain at unit-RMS Gaussian input.
+    sharpness: γ, a bound on its second derivative there, 0 for linear maps; None where there is none, as for every typical bond.
+    """
+    if not sensitivity > 0 or (sharpness is not None and (typical or not sharpness >= 0)):
+        raise ValueError(
+            f"bond {label}\n  got: sensitivity {sensitivity:g}, sharpness {sharpness}, typical {typical}\n  allowed: sensitivity more than 0;"
+            " sharpness 0 or more, or None; a typical bond has none\n  fix: bond(label, sensitivity=…, sharpness=…)"
+        )
+    if sharpness is None:
+        return Bond(0.0, sensitivity, typical, None, (label,), label=label)
+    return Bond(0.0, sensitivity, typical, (0.0, 0.0, float(sharpness)), label=label)
+
+
+def attention() -> Bond:
+    """Functional attention softmax(q kᵀ / d_head) v of (q, k, v), in the maximum over heads and tokens of RMS: 1 in each of q, k and v [MN].
+
+    Its γ is (35 + 13√13)/54, the largest second derivative on the unit ball (tests/test_smoothness.py searches for it).
+    """
+    return bond("attention", sharpness=(35 + 13 * 13**0.5) / 54)
+
+
+def _gain(node: Module) -> str:
+    return "" if node.sensitivity == 1 else f", sensitivity {'≈ ' * node.typical}{node.sensitivity:.4g}"
+
+
+def _unite(*nodes: Module) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(label for n in nodes for label in n.undeclared))
+
+
+def _after(outer: Module, inner: Module) -> Sharpness | None:
+    """(α, β, γ) of outer ∘ inner [MN, Prop. 6]; 1 = inner, 2 = outer."""
+    if outer.sharpness is None or inner.sharpness is None:
+        return None
+    (a1, b1, c1), (a2, b2, c2) = inner.sharpness, outer.sharpness
+    mass = inner.mass + outer.mass
+    p1, p2 = (inner.mass / mass, outer.mass / mass) if mass else (0.0, 0.0)
+    q = p1 / outer.sensitivity if p1 else 0.0  # the input of the outer moves by this much under a step of norm 1
+    return (
+        p1 * q * a1 + p2 * p2 * a2 + 2 * p2 * q * b2 + q * q * c2,
+        p1 * b1 + inner.sensitivity * (p2 * b2 + q * c2),
+        outer.sensitivity * c1 + inner.sensitivity**2 * c2,
+    )
 
 
 @dataclass(frozen=True)
@@ -113,19 +211,37 @@ class Composite(Module):
 
     @staticmethod
     def of(outer: Module, inner: Module) -> Composite:
+        if outer.sensitivity == 0 and inner.mass:
+            raise ValueError(
+                "a module after others\n  got: sensitivity 0, which no step of those before it can pass\n  allowed: more than 0\n"
+                "  fix: a bias belongs beside its map: bond('add') @ concat(map, bias)"
+            )
         typical = outer.typical or inner.typical
-        return Composite(outer.mass + inner.mass, outer.sensitivity * inner.sensitivity, typical, outer, inner)
+        gain = outer.sensitivity * inner.sensitivity
+        return Composite(outer.mass + inner.mass, gain, typical, _after(outer, inner), _unite(inner, outer), outer=outer, inner=inner)
 
-    def scaled(self, factor: float) -> Module:
-        return Composite.of(self.outer.scaled(factor), self.inner.scaled(factor))
+    def mapped(self, change: Callable[[Atom], Module]) -> Module:
+        return Composite.of(self.outer.mapped(change), self.inner.mapped(change))
 
-    def numbered(self, index: int) -> Module:
-        return Composite.of(self.outer.numbered(index), self.inner.numbered(index))
+    def _targets(self, target: float) -> tuple[float, float]:
+        """(of inner, of outer)."""
+        share = target / self.mass if self.mass else 0.0
+        return (share * self.inner.mass / self.outer.sensitivity if self.inner.mass else 0.0), share * self.outer.mass
 
     def radii(self, target: float = 1.0) -> Iterator[tuple[Atom, float]]:
-        share = target / self.mass if self.mass else 0.0
-        yield from self.inner.radii(share * self.inner.mass / self.outer.sensitivity)
-        yield from self.outer.radii(share * self.outer.mass)
+        inner, outer = self._targets(target)
+        yield from self.inner.radii(inner)
+        yield from self.outer.radii(outer)
+
+    def rows(self, targets: tuple[float, ...] = (1.0,)) -> list[tuple[int, str, tuple[float, ...]]]:
+        inner, outer = zip(*map(self._targets, targets), strict=True)
+        first, second = self.inner.rows(inner), self.outer.rows(outer)
+        if isinstance(self.outer, Bond):
+            if isinstance(self.inner, Concat):  # "sum of" instead of "side by side, add"
+                return [(0, f"{second[0][1]} of", ()), *first[1:]]
+            if len(first) == 1 and not first[0][2]:  # two bonds on one line
+                return [(0, f"{first[0][1]}, {second[0][1]}", ())]
+        return first + second
 
 
 @dataclass(frozen=True)
@@ -134,33 +250,81 @@ class Concat(Module):
 
     children: tuple[Module, ...] = ()
 
-    def scaled(self, factor: float) -> Module:
-        return concat(*(c.scaled(factor) for c in self.children))
-
-    def numbered(self, index: int) -> Module:
-        return concat(*(c.numbered(index) for c in self.children))
+    def mapped(self, change: Callable[[Atom], Module]) -> Module:
+        return concat(*(c.mapped(change) for c in self.children))
 
     def radii(self, target: float = 1.0) -> Iterator[tuple[Atom, float]]:
         for child in self.children:
             yield from child.radii(target * child.mass / self.mass if self.mass else 0.0)
 
+    def rows(self, targets: tuple[float, ...] = (1.0,)) -> list[tuple[int, str, tuple[float, ...]]]:
+        rows: list[tuple[int, str, tuple[float, ...]]] = [(0, "side by side", ())]
+        for child in self.children:
+            share = child.mass / self.mass if self.mass else 0.0
+            below = child.rows(tuple(t * share for t in targets))
+            first, *rest = below
+            rows += [(1, f"┬ {first[1]}" if rest else f"─ {first[1]}", first[2]), *((d + 2, text, r) for d, text, r in rest)]
+        return rows
+
 
 def concat(*children: Module) -> Concat:
     """The modules side by side on one input."""
     mass, sensitivity = sum(c.mass for c in children), sum(c.sensitivity for c in children)
-    return Concat(mass, sensitivity, any(c.typical for c in children), children)
+    sharpness = None
+    if all(c.sharpness is not None for c in children):
+        parts = [(c.mass / mass if mass else 0.0, c.sharpness) for c in children]
+        sharpness = (sum(p * p * s[0] for p, s in parts if s), sum(p * s[1] for p, s in parts if s), sum(s[2] for _, s in parts if s))
+    return Concat(mass, sensitivity, any(c.typical for c in children), sharpness, _unite(*children), children=children)
+
+
+@dataclass(frozen=True)
+class Power(Module):
+    """A module after itself, a number of times; copies are counted from the input."""
+
+    block: Module = field(default_factory=Module)
+    times: int = 1
+
+    @staticmethod
+    def of(block: Module, times: int) -> Power:
+        unrolled = block
+        for _ in range(times - 1):
+            unrolled = Composite.of(block, unrolled)
+        kept = (unrolled.mass, unrolled.sensitivity, unrolled.typical, unrolled.sharpness, unrolled.undeclared)
+        return Power(*kept, block=block, times=times)
+
+    def mapped(self, change: Callable[[Atom], Module]) -> Module:
+        return Power.of(self.block.mapped(change), self.times)
+
+    def _targets(self, target: float) -> list[float]:
+        """Of each copy: an equal share, magnified by the sensitivity of the copies after it."""
+        if not self.mass:
+            return [0.0] * self.times
+        return [target / self.times / self.block.sensitivity ** (self.times - 1 - i) for i in range(self.times)]
+
+    def radii(self, target: float = 1.0) -> Iterator[tuple[Atom, float]]:
+        for i, share in enumerate(self._targets(target)):
+            for leaf, radius in self.block.radii(share):
+                yield leaf.numbered(i), radius
+
+    def rows(self, targets: tuple[float, ...] = (1.0,)) -> list[tuple[int, str, tuple[float, ...]]]:
+        shares = tuple(share for t in targets for share in self._targets(t))
+        return [
+            (0, f"{self.times} times (mass {self.mass:.4g}{_gain(self)})", ()),
+            *((d + 1, text, r) for d, text, r in self.block.rows(shares)),
+        ]
 
 
 def residual(block: Module, depth: int) -> Module:
     """(1 − 1/depth) x + (1/depth) block(x): `depth` of them in a row have sensitivity 1 where the block has 1, and at most exp(μ − 1) where it has μ [MN]."""
-    return block if depth == 1 else (1 - 1 / depth) * bond("identity") + (1 / depth) * block
+    return block if depth == 1 else (1 - 1 / depth) * bond("identity", sharpness=0) + (1 / depth) * block
 
 
 @dataclass(frozen=True)
 class ModularNorm:
     """The modular norm, resolved: ‖w‖ = max_k ‖w_k‖_k / radius_k over named tensors.
 
-    norms, radii: by parameter name. roles, masses: for the receipt. Tensors left out of a mapping count as zero.
+    norms, radii: by parameter name. roles, masses, shapes, notes: for the receipt. Tensors left out of a mapping count as zero.
+    tree: what it was resolved from; str(norm.tree) draws it.
     """
 
     norms: dict[str, Norm]
@@ -168,11 +332,13 @@ class ModularNorm:
     roles: dict[str, str] = field(default_factory=dict)
     masses: dict[str, float] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    tree: Module | None = None
 
     @staticmethod
     def of(tree: Module) -> ModularNorm:
         """Walk the tree once."""
-        resolved = ModularNorm({}, {})
+        resolved = ModularNorm({}, {}, tree=tree)
         for node, radius in tree.radii():
             if node.name in resolved.norms:
                 raise ValueError(f"the tree names {node.name!r} twice; allowed: once; use '{{}}' in names under **")
@@ -198,13 +364,24 @@ class ModularNorm:
         """radius_k · dualize_k(g_k): a step of modular norm 1 that attains the dual norm."""
         return {k: self.radii[k] * self.norms[k].dualize(g) for k, g in self._checked(grads)}
 
-    def normalize(self, updates: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """radius_k · u_k / ‖u_k‖_k: every tensor of any optimizer's update at its full share of modular norm 1 [MN]; 0 stays 0."""
+    def normalize(self, updates: Mapping[str, Tensor], *, by_block: bool = False) -> dict[str, Tensor]:
+        """radius_k · u_k / ‖u_k‖_k: every tensor of any optimizer's update at its full share of modular norm 1 [MN]; 0 stays 0.
+
+        by_block: every block of a norm that is a maximum over blocks (rows, heads, slices of a convolution) to its full size, as Modula's own code does.
+        """
         out = {}
         for k, u in self._checked(updates):
-            size = self.norms[k].norm(u)
-            out[k] = u / torch.where(size > 0, size, 1).to(u.dtype) * self.radii[k]
+            norm = self.norms[k]
+            out[k] = (norm.sphere(u) if by_block else norm.normalize(u)) * self.radii[k]
         return out
+
+    def smoothness(self) -> Sharpness | None:
+        """(α, β, γ): bounds on second derivatives of the network on the unit ball, in its own norms [MN, §3.3].
+
+        None where a bond does not declare its own (`tree.undeclared` names them) or there is no tree. A loss that is σ-Lipschitz and τ-smooth in
+        the output has a gradient that is (σα + τ)-Lipschitz in the modular norm.
+        """
+        return self.tree.sharpness if self.tree else None
 
     def receipt(self) -> str:
         """A table: parameter, shape, role, norm, mass, radius (the modular norm's share of one step at lr 1)."""

@@ -72,19 +72,23 @@ SCHEDULES = {
 # period follows the plain form within 2e-4 on log-uniform spectra. In bfloat16 no period but 1, the plain form, keeps the band: 2 leaves it
 # by up to 0.1 on log-uniform and rank-one spectra, and 9 diverges (tests/test_polar.py), so that bfloat16 is plain unless gram is asked for.
 GRAM_PERIOD = {torch.float64: 3, torch.float32: 3, torch.bfloat16: 2}
-GRAM_ASPECT = 1.5  # the Gram form has fewer FLOPs exactly above this n/m [GN]
+# The Gram form has fewer FLOPs exactly above n/m = 1.5 [GN]; from 2 on it also fits in two temporaries of X's size.
+GRAM_ASPECT = 2.0
 
 
-def plain(X: Tensor, coefficients: Coefficients) -> Tensor:
-    """The iteration on X (b, m, n), m <= n."""
+def plain(X: Tensor, coefficients: Coefficients, *, inplace: bool = False) -> Tensor:
+    """The iteration on X (b, m, n), m <= n. inplace: in X, with at most two more tensors of its size."""
     for a, b, c in coefficients:
         A = X @ X.mT
         P = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        X = torch.baddbmm(X, P, X, beta=a)
+        del A
+        Y = torch.baddbmm(X, P, X, beta=a)
+        X = X.copy_(Y) if inplace else Y
+        del P, Y
     return X
 
 
-def gram(X: Tensor, coefficients: Coefficients) -> Tensor:
+def gram(X: Tensor, coefficients: Coefficients, *, inplace: bool = False) -> Tensor:
     """The same iteration through R = XXᵀ (b, m, m) and the product Q of its polynomials, m <= n [GN]."""
     Q = R = None
     for step, (a, b, c) in enumerate(coefficients, start=1):
@@ -93,9 +97,12 @@ def gram(X: Tensor, coefficients: Coefficients) -> Tensor:
         P.diagonal(dim1=-2, dim2=-1).add_(a)
         Q = P if Q is None else P @ Q
         if step % GRAM_PERIOD[X.dtype] == 0 or step == len(coefficients):
-            X, Q, R = Q @ X, None, None
+            R = P = None
+            X = X.copy_(Q @ X) if inplace else Q @ X
+            Q = None
         else:
-            R = P @ R @ P
+            R = P @ R
+            R = R @ P
     return X
 
 
@@ -110,7 +117,7 @@ def exact(G: Tensor) -> Tensor:
 class Polar:
     """How a polar factor is computed.
 
-    schedule: "exact" (SVD) or a name in SCHEDULES. form: "plain", "gram", or "auto": gram above GRAM_ASPECT, except in bfloat16.
+    schedule: "exact" (SVD) or a name in SCHEDULES. form: "plain", "gram", or "auto": gram from aspect ratio GRAM_ASPECT on, except in bfloat16.
     dtype: of the iteration; "auto" is bfloat16 on an accelerator and float32 on a CPU (in train_gpt.py: that of run.precision). float64 input is always iterated in float64.
     """
 
@@ -132,21 +139,25 @@ class Polar:
         """Where singular values from [1e-3, 1] · ‖G‖_F land, in exact arithmetic."""
         return (1.0, 1.0) if self.schedule == "exact" else SCHEDULES[self.schedule].band
 
-    def __call__(self, G: Tensor) -> Tensor:
-        """The polar factor of each matrix of G (..., m, n), in G's dtype; zero for a zero matrix, any scale of G."""
+    def __call__(self, G: Tensor, *, inplace: bool = False) -> Tensor:
+        """The polar factor of each matrix of G (..., m, n), in G's dtype; zero for a zero matrix, any scale of G.
+
+        inplace: G may be overwritten; where the iteration is in G's dtype, it then needs two more tensors of G's size, and no third.
+        """
         X = G.double() if G.dtype == torch.float64 else G.float()
         # Divided by its own largest entry first, ‖X‖_F is in [1, √(mn)]: no square under- or overflows, and 0 stays 0.
-        largest = X.abs().amax(dim=(-2, -1), keepdim=True)
-        X = X / torch.where(largest > 0, largest, 1)
+        largest = X.amax(dim=(-2, -1), keepdim=True).maximum(-X.amin(dim=(-2, -1), keepdim=True))
+        scale = torch.where(largest > 0, largest, 1)
+        X = X.div_(scale) if inplace or X is not G else X / scale
         if self.schedule == "exact":
             return exact(X).to(G.dtype)
         schedule = SCHEDULES[self.schedule]
         X.div_(schedule.safety * torch.linalg.matrix_norm(X, keepdim=True).clamp(min=1))
         tall = X.shape[-2] > X.shape[-1]
         X = (X.mT if tall else X).to(self._iteration_dtype(G)).reshape(-1, min(G.shape[-2:]), max(G.shape[-2:]))
-        gram_pays = X.shape[-1] > GRAM_ASPECT * X.shape[-2] and X.dtype != torch.bfloat16
+        gram_pays = X.shape[-1] >= GRAM_ASPECT * X.shape[-2] and X.dtype != torch.bfloat16
         form = gram if self.form == "gram" or (self.form == "auto" and gram_pays) else plain
-        X = form(X, schedule.coefficients)
+        X = form(X, schedule.coefficients, inplace=True)
         return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
 
     def _iteration_dtype(self, G: Tensor) -> torch.dtype:
