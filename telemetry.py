@@ -34,7 +34,8 @@ class StepSizes:
                 old, new = self.old[name].float(), self.weights[name].float()
                 delta = new - old * (1 - requested * group["weight_decay"])
                 # What did not move did not decay either: rows, or whole tensors, without a gradient.
-                still = (new == old).all(-1, keepdim=True) if norm.norms[name].rowwise else (new == old).all()
+                moved = norm.norms[name].fresh(new - old)
+                still = ~moved if moved is not None else (new == old).all()
                 delta = torch.where(still, 0, delta)
                 ratios[name] = norm.norms[name].norm(delta).item() / requested
         self.old = {}

@@ -1,32 +1,67 @@
 """The dualized optimizer: norms, their composition into the modular norm of a network, and steepest descent in it."""
 
-from .dualized import Dualized
-from .metrize import CoverageError, metrize
-from .modular import Atom, Bond, ModularNorm, Module, NonFiniteError, atom, bond, concat, residual
-from .norms import NORMS, Frobenius, L1ToLinf, L1ToRMS, Norm, RMSToLinf, RMSToRMS, VectorRMS, register_norm
+from .directions import DIRECTIONS, Direction, register_direction
+from .dualized import Dualized, Normalized
+from .metrize import CoverageError, Rule, metrize
+from .modular import Atom, Bond, ModularNorm, Module, NonFiniteError, atom, attention, bond, concat, residual
+from .norms import (
+    NORMS,
+    Blocks,
+    ConvRMSToRMS,
+    Experts,
+    Flattened,
+    Frobenius,
+    L1ToLinf,
+    L1ToRMS,
+    MaxEntry,
+    MeanToLinf,
+    Norm,
+    RMSToLinf,
+    RMSToRMS,
+    Spectral,
+    Transposed,
+    VectorRMS,
+    register_norm,
+)
 from .polar import Polar
+from .step_size import EscapeVelocity
 
 __all__ = [
+    "DIRECTIONS",
     "NORMS",
     "Atom",
+    "Blocks",
     "Bond",
+    "ConvRMSToRMS",
     "CoverageError",
+    "Direction",
     "Dualized",
+    "EscapeVelocity",
+    "Experts",
+    "Flattened",
     "Frobenius",
     "L1ToLinf",
     "L1ToRMS",
+    "MaxEntry",
+    "MeanToLinf",
     "ModularNorm",
     "Module",
     "NonFiniteError",
     "Norm",
+    "Normalized",
     "Polar",
     "RMSToLinf",
     "RMSToRMS",
+    "Rule",
+    "Spectral",
+    "Transposed",
     "VectorRMS",
     "atom",
+    "attention",
     "bond",
     "concat",
     "metrize",
+    "register_direction",
     "register_norm",
     "residual",
 ]

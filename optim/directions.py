@@ -1,35 +1,158 @@
-"""Directions: what a step dualizes, from the stream of gradients. Pure functions of stacked tensors.
+"""Directions: what a step dualizes, from the stream of gradients.
 
-A direction takes the fresh gradient G and its one buffer M, equal-shaped stacks, and returns (what is dualized, the new buffer).
+G: fresh gradients (n, *shape), a stack of equal-shaped weights. live: 1 where a weight or a row has a gradient, else 0, broadcastable to G.
+A direction's scale does not matter, as dualize ignores it; so none has a bias correction or an ε.
+Sources: Kingma, Ba, arXiv 1412.6980 (Adam); Vyas et al., arXiv 2409.11321 (SOAP); Chen et al., arXiv 2302.06675 (Lion).
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from torch import Tensor, lerp
+import torch
+from torch import Tensor
 
-Direction = Callable[..., tuple[Tensor, Tensor]]
-
-
-def momentum(G: Tensor, M: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:
-    """The exponential moving average M ← β M + (1 − β) G, 0 <= β < 1."""
-    M = lerp(M, G, 1 - beta)
-    return M, M
+Buffers = dict[str, Tensor]
 
 
-def nesterov(G: Tensor, M: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:
-    """The average one step ahead: (1 − β) G + β M with the new M."""
-    M = lerp(M, G, 1 - beta)
-    return lerp(G, M, beta), M
+class Direction:
+    """A rule for what is dualized. One instance serves all weights; what it remembers is in the buffers.
+
+    gated: it leaves its buffers as they are wherever live is 0. Otherwise the optimizer does that for it, at the price of a copy.
+    """
+
+    gated = False
+
+    def buffers(self, W: Tensor) -> Buffers:
+        """Of one weight (*shape), in its dtype, before the first step."""
+        return {"momentum": torch.zeros_like(W)}
+
+    def __call__(self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool) -> Tensor:
+        """What is dualized (n, *shape), not an alias of a buffer.
+
+        G is 0 where live is, and may be overwritten. state: the buffers, stacked (n, …), updated in place.
+        refresh: a step on which costly parts of the state are made anew.
+        """
+        raise NotImplementedError
 
 
-DIRECTIONS: dict[str, Direction] = {"momentum": momentum, "nesterov": nesterov}
+def _average_(M: Tensor, G: Tensor, live: Tensor, beta: float) -> Tensor:
+    """M ← β M + (1 − β) G, exactly M where live is 0."""
+    return M.lerp_(G, live * (1 - beta))
 
 
-def register_direction(name: str) -> Callable[[Direction], Direction]:
-    """Make a direction known by name, so that configurations can name it."""
+class Momentum(Direction):
+    """The exponential moving average M ← β M + (1 − β) G, 0 <= β < 1; with nesterov the average one step ahead, (1 − β) G + β M."""
 
-    def register(direction: Direction) -> Direction:
-        DIRECTIONS[name] = direction
-        return direction
+    gated = True
+
+    def __init__(self, *, nesterov: bool = False) -> None:
+        self.nesterov = nesterov
+
+    def __call__(self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool) -> Tensor:
+        M = _average_(state["momentum"], G, live, beta)
+        return G.lerp_(M, beta) if self.nesterov else G.copy_(M)
+
+
+class SignMomentum(Direction):
+    """Lion: sign(β M + (1 − β) G) with the old average, then M ← β₂ M + (1 − β₂) G."""
+
+    gated = True
+
+    def __call__(self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool) -> Tensor:
+        D = torch.lerp(state["momentum"], G, 1 - beta).sign_()
+        _average_(state["momentum"], G, live, beta2)
+        return D
+
+
+def _rms_(R: Tensor, G: Tensor, live: Tensor, beta2: float) -> Tensor:
+    """R ← √(β₂ R² + (1 − β₂) G²), without squares that under- or overflow."""
+    rate = live * (1 - beta2)
+    return R.copy_(torch.hypot(R * (1 - rate).sqrt(), G * rate.sqrt()))
+
+
+class Adam(Direction):
+    """M / R: the average gradient over its running RMS R, entry by entry; 0 where there was never a gradient."""
+
+    gated = True
+
+    def buffers(self, W: Tensor) -> Buffers:
+        return {"momentum": torch.zeros_like(W), "rms": torch.zeros_like(W)}
+
+    def __call__(self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool) -> Tensor:
+        M, R = _average_(state["momentum"], G, live, beta), _rms_(state["rms"], G, live, beta2)
+        return torch.where(R > 0, M / R, 0)
+
+
+@dataclass(frozen=True)
+class SOAP(Direction):
+    """Adam in the eigenbasis of Shampoo's factors L ← β₂ L + (1 − β₂) G Gᵀ and R likewise, renewed on refresh by one step of orthogonal iteration.
+
+    A weight of more than 2 dimensions is taken as a matrix (O, rest), a vector as by Adam. A side longer than `limit` keeps its own axes.
+    """
+
+    gated = True
+    limit: int = 8192
+
+    def buffers(self, W: Tensor) -> Buffers:
+        found = {"momentum": torch.zeros_like(W), "rms": torch.zeros_like(W)}
+        if W.ndim >= 2:
+            for side, size in (("left", W.shape[0]), ("right", W[0].numel())):
+                if size <= self.limit:
+                    found |= {side: W.new_zeros(size, size), f"{side}_basis": W.new_zeros(size, size)}
+        return found
+
+    def __call__(self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool) -> Tensor:
+        shape = G.shape
+        M = _average_(state["momentum"], G, live, beta)
+        if G.ndim < 3:
+            R = _rms_(state["rms"], G, live, beta2)
+            return torch.where(R > 0, M / R, 0)
+        G, M = G.flatten(2), M.flatten(2)
+        any_live = live.reshape(live.shape[0], -1).amax(-1)[:, None, None] if live.ndim else live
+        left, right = (self._basis(state, side, P, any_live, beta2, refresh) for side, P in (("left", G), ("right", G.mT)))
+        rotated = _turn(G, left, right)
+        seen = live if live.ndim == 0 else any_live
+        R = _rms_(state["rms"].view_as(G), rotated, seen, beta2)
+        D = _turn(M, left, right)
+        D = torch.where(R > 0, D / R, 0)
+        return _turn(D, *(None if Q is None else Q.mT for Q in (left, right))).reshape(shape)
+
+    @staticmethod
+    def _basis(state: Buffers, side: str, P: Tensor, live: Tensor, beta2: float, refresh: bool) -> Tensor | None:
+        """The side's basis as columns, after P (n, size, other) was seen."""
+        if side not in state:
+            return None
+        F, Q = state[side], state[f"{side}_basis"]
+        _average_(F, P @ P.mT, live, beta2)
+        if refresh:
+            started = (Q != 0).flatten(1).any(-1)[:, None, None]
+            turned = torch.linalg.qr(F @ Q)[0]
+            if not started.all():
+                turned = torch.where(started, turned, torch.linalg.eigh(F)[1].flip(-1))
+            Q.copy_(torch.where(live > 0, turned, Q))
+        return Q
+
+
+def _turn(X: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """leftᵀ X right; None is the identity."""
+    X = X if left is None else left.mT @ X
+    return X if right is None else X @ right
+
+
+DIRECTIONS: dict[str, Direction] = {
+    "momentum": Momentum(),
+    "nesterov": Momentum(nesterov=True),
+    "adam": Adam(),
+    "soap": SOAP(),
+    "lion": SignMomentum(),
+}
+
+
+def register_direction(name: str) -> Callable[[type[Direction]], type[Direction]]:
+    """Make a direction known by name, so that configurations can name it. The class must be constructible without arguments."""
+
+    def register(cls: type[Direction]) -> type[Direction]:
+        DIRECTIONS[name] = cls()
+        return cls
 
     return register

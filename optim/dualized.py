@@ -1,78 +1,89 @@
-"""Dualized: steepest descent in the modular norm, one learning rate, one momentum buffer per weight.
+"""Dualized: steepest descent in the modular norm, one learning rate, one momentum buffer per weight. Normalized: any base optimizer in that norm.
 
-    W ← W − lr · radius · (dualize(direction) + weight_decay · W)
+    W ← retract( W − lr · radius · (dualize(direction) + weight_decay · W) )
 
 Stacks: (n, *shape), the n weights of one (group, norm, shape, dtype, device), so that equal shapes cost one batched call.
-Source: [MD] Bernstein, Newhouse, arXiv 2410.21265.
+Sources: [MD] Bernstein, Newhouse, arXiv 2410.21265; [MN] Large et al., arXiv 2405.14813.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .directions import DIRECTIONS, Direction
+from .directions import DIRECTIONS
 from .metrize import CoverageError, canonical, check_distinct, metrize
 from .modular import ModularNorm, NonFiniteError
 from .norms import Norm
+from .step_size import EscapeVelocity
 
-SCHEMA = 1  # of state_dict()
+SCHEMA = 2  # of state_dict()
+DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+Constraint = Literal["ball", "sphere", "stiefel"]
+RETRACTIONS: dict[str, Callable[[Norm, Tensor], Tensor]] = {
+    "ball": lambda norm, W: norm.project(W),
+    # A bias or gain of norm 1 for ever would be another model: vectors and scalars are kept in the ball.
+    "sphere": lambda norm, W: norm.sphere(W) if norm.ndim >= 2 else norm.project(W),
+    "stiefel": lambda norm, W: norm.stiefel(W) if norm.ndim >= 2 else norm.project(W),
+}
 
 
-def stacked_update(
-    G: Tensor,
-    M: Tensor,
-    W: Tensor | None,
-    radii: Tensor,
-    ok: Tensor,
-    clip: Tensor | None,
-    *,
-    norm: Norm,
-    direction: Direction,
-    beta: float,
-    weight_decay: float,
-    scale: str,
-) -> tuple[Tensor, Tensor]:
-    """(U, new M): the update W ← W − lr · U of a stack, and its momentum. Pure.
+def stacked_update(D: Tensor, weights: list[Tensor], radii: Tensor, live: Tensor, *, norm: Norm, weight_decay: float, scale: str) -> Tensor:
+    """U: the step of a stack is W ← W − lr · U.
 
-    G, M, W: (n, *shape), W only read where weight_decay > 0. radii: (n, 1…). ok: 0-dim bool; where it is False U is 0 and M stays.
-    clip: 0-dim factor of G. A row of a row-wise norm with an exactly zero gradient is treated as if not ok: theory.md §3 tells why.
+    D: (n, *shape), what is dualized, overwritten. weights: n of *shape, only read. radii: (n, 1…). live: bool, broadcastable to D; U is 0 where it is False.
     """
-    live = ok & (G != 0).any(dim=-1, keepdim=True) if norm.rowwise else ok
-    fresh = torch.where(live, G if clip is None else G * clip, M)
-    D, moved = direction(fresh, M, beta=beta)
-    U = norm.sharp(D) if scale == "dual" else norm.dualize(D)
-    if W is not None and weight_decay:
-        U = U + weight_decay * W
-    return torch.where(live, U * radii, 0), torch.where(live, moved, M)
+    U = norm.sharp(D) if scale == "dual" else norm.dualize_(D)
+    if weight_decay:
+        U.add_(_stack(weights), alpha=weight_decay)
+    return U.mul_(radii).masked_fill_(~live, 0)
+
+
+def distance(D: Tensor, start: list[Tensor], weights: list[Tensor], radii: Tensor, live: Tensor, *, norm: Norm) -> Tensor:
+    """(⟨D, W₀ − W⟩, Σ radius · ‖D‖†) of a stack: its part of the escape velocity's two terms (2,). Arguments as above; nothing is written."""
+    live = live.expand_as(D)
+    inner = sum(torch.where(on, d * (w0 - w), 0).sum() for d, on, w0, w in zip(D, live, start, weights, strict=True))
+    dual = torch.where(live, D * norm.dualize(D) * radii, 0).sum()
+    return torch.stack([inner.to(dual), dual])  # type: ignore[union-attr]
 
 
 def _validate(settings: dict[str, Any]) -> None:
     """Raise ValueError for an impossible setting of a parameter group."""
     lr, limit = settings["lr"], settings["max_grad_norm"]
     for what, allowed, fine in (
-        ("lr", "a finite number >= 0", isinstance(lr, Tensor) or 0 <= lr < float("inf")),
+        ("lr", "a finite number >= 0, or \"auto\"", isinstance(lr, Tensor) or 0 <= lr < float("inf")),
         ("beta", "0 <= beta < 1", 0 <= settings["beta"] < 1),
+        ("beta2", "0 <= beta2 < 1", 0 <= settings["beta2"] < 1),
+        ("refresh_every", "1 or more steps", settings["refresh_every"] >= 1),
         ("weight_decay", "a finite number >= 0", 0 <= settings["weight_decay"] < float("inf")),
         ("direction", ", ".join(DIRECTIONS), settings["direction"] in DIRECTIONS),
         ("scale", "unit, dual", settings["scale"] in ("unit", "dual")),
+        ("constraint", f"None, {', '.join(RETRACTIONS)}", settings["constraint"] is None or settings["constraint"] in RETRACTIONS),
+        ("momentum_dtype", "None (the weight's), float32, bfloat16", settings["momentum_dtype"] in DTYPES),
         ("max_grad_norm", "None or a number > 0", limit is None or limit > 0),
     ):
         if not fine:
-            raise ValueError(f"Dualized: {what}: got {settings[what]!r}; allowed: {allowed}")
+            raise ValueError(f"Dualized: {what}\n  got: {settings[what]!r}\n  allowed: {allowed}\n  fix: Dualized(…, {what}=…), or the same key of its parameter group")
 
 
 class Dualized(torch.optim.Optimizer):
     """Steepest descent under a modular norm.
 
-    model_or_named_parameters: a module that declares its structure (see metrize), or (name, parameter) pairs with `norm`.
-    lr: modular norm of one step, before decay; 0 makes step() an exact no-op. A tensor is allowed.
+    model_or_named_parameters: a module (see metrize), or (name, parameter) pairs with `norm`.
+    lr: modular norm of one step, before decay; 0 makes step() an exact no-op. A tensor is allowed. "auto", or an EscapeVelocity, finds it: the
+    groups' lr is then a multiplier, 1 at first, for schedules; one more copy of the weights is kept.
     norm: the ModularNorm; by default metrize(model). direction: a name in DIRECTIONS. beta: decay of the momentum average (0.95 is slow).
+    beta2: of Adam's and SOAP's squares, and of Lion's average. refresh_every: steps between SOAP's eigenbases.
     weight_decay: decoupled and scaled by the radius: every weight stays within norm 1/weight_decay (times the polar band's upper edge).
+    constraint: "ball" keeps every weight at norm <= 1, "sphere" at norm 1, by one scalar per block (matrix, head, row); "stiefel" sets all singular values
+    of spectrally normed weights. Vectors and scalars are kept in the ball. Weights join it at their first step.
     scale: "unit" steps have norm lr; "dual" steps are each weight's dual norm times that, plain steepest descent (with Frobenius: gradient descent).
     max_grad_norm: clip the 2-norm of a parameter group's raw gradients; updates are never clipped.
-    All but the norm may differ by parameter group.
+    momentum_dtype: of the buffers, "float32" or "bfloat16"; None is the weight's. master_weights: keep 16-bit weights in float32 besides, and step there;
+    what others write into a weight counts.
+    All but norm and "auto" may differ by parameter group.
 
     A gradient that is not finite makes the whole step a no-op, found on the device; the next step() or check_finite() raises NonFiniteError
     with the parameter's name. p.grad is never written.
@@ -81,14 +92,19 @@ class Dualized(torch.optim.Optimizer):
     def __init__(
         self,
         model_or_named_parameters: nn.Module | Iterable[tuple[str, Tensor]],
-        lr: float | Tensor,
+        lr: float | Tensor | Literal["auto"] | EscapeVelocity,
         *,
         norm: ModularNorm | None = None,
         direction: str = "momentum",
         beta: float = 0.95,
+        beta2: float = 0.99,
+        refresh_every: int = 10,
         weight_decay: float = 0.0,
+        constraint: Constraint | None = None,
         scale: Literal["unit", "dual"] = "unit",
         max_grad_norm: float | None = None,
+        momentum_dtype: Literal["float32", "bfloat16"] | None = None,
+        master_weights: bool = False,
     ) -> None:
         named: list[Any]
         if isinstance(model_or_named_parameters, nn.Module):
@@ -101,11 +117,28 @@ class Dualized(torch.optim.Optimizer):
             if norm is None:
                 raise CoverageError("Dualized of named parameters: got no norm\n  fix: pass norm=ModularNorm(...), or the model itself")
         # Copied: groups added later bring norms and radii of their own.
-        self.norm = ModularNorm(dict(norm.norms), dict(norm.radii), dict(norm.roles), dict(norm.masses), dict(norm.shapes))
+        self.norm = replace(norm, **{k: dict(getattr(norm, k)) for k in ("norms", "radii", "roles", "masses", "shapes")})
         self.calls = 0  # of step()
+        self.escape = EscapeVelocity() if isinstance(lr, str) and lr == "auto" else lr if isinstance(lr, EscapeVelocity) else None
+        if self.escape and scale == "dual":
+            raise ValueError('Dualized: scale\n  got: "dual" with lr="auto"\n  allowed: "unit"\n  fix: leave scale out: the escape velocity is the size of a unit step')
         self._watch: tuple[Tensor, torch.Event | None, list[str], int] | None = None
         self._radii: dict[tuple[Any, ...], Tensor] = {}
-        defaults = dict(lr=lr, beta=beta, weight_decay=weight_decay, direction=direction, scale=scale, max_grad_norm=max_grad_norm)
+        defaults = dict(
+            lr=1.0 if self.escape else lr,
+            direction=direction,
+            beta=beta,
+            beta2=beta2,
+            refresh_every=refresh_every,
+            weight_decay=weight_decay,
+            constraint=constraint,
+            scale=scale,
+            max_grad_norm=max_grad_norm,
+            momentum_dtype=momentum_dtype,
+            master_weights=master_weights,
+        )
+        if isinstance(defaults["lr"], str):
+            raise ValueError(f'Dualized: lr\n  got: {lr!r}\n  allowed: a finite number >= 0, or "auto"\n  fix: Dualized(model, lr=0.1)')
         _validate(defaults)
         super().__init__(named, defaults)
 
@@ -127,15 +160,30 @@ class Dualized(torch.optim.Optimizer):
                 raise CoverageError(f'{name} has no norm; fix: give its group "norm" and "radius" (got {norm!r} and {radius!r})')
             placed = known or norm
             assert isinstance(placed, Norm)
-            if p.ndim != placed.ndim:
-                raise CoverageError(f"{name}: got shape {tuple(p.shape)}; allowed by {placed}: {placed.ndim} dimensions")
+            wrong = placed.check(p.shape)
+            if wrong or p.is_complex():
+                raise CoverageError(f"{name}: got shape {tuple(p.shape)}, {p.dtype}; allowed by {placed}: {wrong or 'real numbers'}")
+        if self.escape:
+            # One tensor for all groups: it travels in the groups because checkpoint libraries keep nothing else.
+            group["step_size"] = self.param_groups[0]["step_size"] if self.param_groups else self._new_step_size([p for _, p in pairs])
         super().add_param_group(group)
         for name, p in pairs:
             if norm is not None and radius is not None:
                 self.norm.norms[name], self.norm.radii[name], self.norm.shapes[name] = norm, float(radius), tuple(p.shape)
 
+    def _new_step_size(self, params: list[Tensor], value: float | Tensor | None = None) -> Tensor:
+        assert self.escape and params
+        dtype = torch.promote_types(params[0].dtype, torch.float32)
+        return torch.as_tensor(self.escape.initial if value is None else value, dtype=dtype, device=params[0].device).clone()
+
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"norm": self.norm, "calls": self.calls, "_watch": None, "_radii": {}}
+        kept = {"norm": self.norm, "calls": self.calls, "escape": self.escape}
+        return super().__getstate__() | kept | {"_watch": None, "_radii": {}}
+
+    @property
+    def step_size(self) -> float | None:
+        """The escape velocity η, or None without lr="auto". The modular norm of a step is η · lr. Reading it waits for the device."""
+        return self.param_groups[0]["step_size"].item() if self.escape else None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -144,54 +192,117 @@ class Dualized(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.calls += 1
         present: list[tuple[dict[str, Any], list[tuple[str, Tensor]]]] = []
         for group in self.param_groups:
             members = [(n, p) for n, p in zip(group["param_names"], group["params"], strict=True) if p.grad is not None]
             for name, p in members:
                 if p.grad.is_sparse:
-                    raise ValueError(f"{name}: got a sparse gradient; allowed: dense; fix: sparse=False in its module")
+                    raise ValueError(f"{name}\n  got: a sparse gradient\n  allowed: dense ones\n  fix: sparse=False in its module")
                 if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
+                    self.state[p].update(self._new_state(group, p))
             if members and (isinstance(group["lr"], Tensor) or group["lr"] != 0):
                 present.append((group, members))
         if not present:
             return loss
+        self.calls += 1
         ok = self._all_finite([x for _, members in present for x in members])
+        steps: list[tuple[dict[str, Any], Norm, list[Tensor], list[Tensor], Tensor, Tensor]] = []
+        travelled: list[Tensor] = []
         for group, members in present:
             clip = _clip([p.grad for _, p in members if p.grad is not None], group["max_grad_norm"])
             stacks: dict[tuple[Any, ...], list[tuple[str, Tensor]]] = {}
             for name, p in members:
                 stacks.setdefault((self.norm.norms[name], p.shape, p.dtype, p.device), []).append((name, p))
             for (norm, *_), stack in stacks.items():
-                self._step_stack(group, norm, stack, ok, clip)
+                params = [p for _, p in stack]
+                weights = [self._precise(p) for p in params]
+                U, live, part = self._update(group, norm, stack, weights, ok, clip)
+                if part is None:
+                    self._apply(group, norm, params, weights, U, live, None)
+                else:  # the step size needs the whole network's
+                    steps.append((group, norm, params, weights, U, live))
+                    travelled.append(part)
+        if self.escape:
+            step_size = self.param_groups[0]["step_size"]
+            total = torch.stack([t.to(step_size) for t in travelled]).sum(0)
+            step_size.copy_(torch.where(ok.to(step_size.device), self.escape.grow(step_size, *total), step_size))
+            for args in steps:
+                self._apply(*args, step_size)
         return loss
 
-    def _step_stack(self, group: dict[str, Any], norm: Norm, members: list[tuple[str, Tensor]], ok: Tensor, clip: Tensor | None) -> None:
-        weights = [p for _, p in members]
-        moments = [self.state[p]["momentum"] for p in weights]
-        M = _stack(moments)
-        G = _stack([p.grad for p in weights]).to(M.dtype)  # type: ignore[misc]
+    def _new_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        low = p.dtype in (torch.bfloat16, torch.float16)
+        if group["master_weights"] and low:
+            state["master"] = p.detach().float()
+        if self.escape:
+            state["start"] = p.detach().clone()
+        made = DIRECTIONS[group["direction"]].buffers(p.detach())
+        clash = made.keys() & {"master", "start"}
+        assert not clash, clash
+        dtype = DTYPES[group["momentum_dtype"]]
+        return state | {k: b if dtype is None or b.dtype == torch.float64 else b.to(dtype) for k, b in made.items()}
+
+    def _precise(self, p: Tensor) -> Tensor:
+        """The weight that steps: p, or its float32 master, brought up to date where somebody else has written p."""
+        master = self.state[p].get("master")
+        if master is None:
+            return p
+        return master.copy_(torch.where(master.to(p.dtype) == p, master, p))
+
+    def _update(
+        self, group: dict[str, Any], norm: Norm, members: list[tuple[str, Tensor]], weights: list[Tensor], ok: Tensor, clip: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(U, live, travelled) of a stack."""
+        params = [p for _, p in members]
+        compute = torch.promote_types(params[0].dtype, torch.float32)
+        G = torch.stack([p.grad for p in params]).to(compute)  # type: ignore[misc] - a copy, which all that follows may overwrite
         ok = ok.to(G.device)
-        clip = clip if clip is None else clip.to(G)
-        lr = group["lr"]
-        if isinstance(lr, Tensor):
-            lr = lr.to(G.device)
-            ok = ok & (lr != 0)
-        key = (G.dtype, G.device, *(n for n, _ in members))
+        if isinstance(group["lr"], Tensor):
+            ok = ok & (group["lr"] != 0).to(G.device)
+        fresh = norm.fresh(G)
+        live = ok if fresh is None else fresh & ok
+        if clip is not None:
+            G.mul_(clip.to(G))
+        G.masked_fill_(~live, 0)
+        held = {k: [self.state[p][k] for p in params] for k in self.state[params[0]] if k not in ("master", "start")}
+        state = {k: _stack(buffers).to(torch.promote_types(buffers[0].dtype, torch.float32)) for k, buffers in held.items()}
+        refresh = self.calls % group["refresh_every"] == 1 or group["refresh_every"] == 1
+        direct = DIRECTIONS[group["direction"]]
+        if not direct.gated:
+            state = {k: v.clone() for k, v in state.items()}
+        D = direct(G, state, live=live.to(G.dtype), beta=group["beta"], beta2=group["beta2"], refresh=refresh)
+        for k, buffers in held.items():
+            if not direct.gated:
+                state[k] = torch.where(live if state[k].shape == D.shape else ok, state[k], torch.stack(buffers))
+            if len(buffers) > 1 or not direct.gated or state[k].dtype != buffers[0].dtype:  # else the buffer itself was updated
+                torch._foreach_copy_(buffers, state[k].unbind())  # pyright: ignore[reportPrivateImportUsage]
+        del G, state
+        key = (compute, D.device, *(n for n, _ in members))
         if key not in self._radii:  # made once: a copy to the device waits for it
-            precise = torch.promote_types(G.dtype, torch.float32)  # 1/7 is 0.4% off in bfloat16
-            radii = torch.tensor([self.norm.radii[n] for n, _ in members], dtype=precise, device=G.device)
+            radii = torch.tensor([self.norm.radii[n] for n, _ in members], dtype=compute, device=D.device)
             self._radii[key] = radii.reshape(-1, *(1,) * norm.ndim)
-        radii = self._radii[key]
-        W = _stack(weights) if group["weight_decay"] else None
-        options = {k: group[k] for k in ("beta", "weight_decay", "scale")}
-        U, M = stacked_update(G, M, W, radii, ok, clip, norm=norm, direction=DIRECTIONS[group["direction"]], **options)
-        torch._foreach_copy_(moments, M.unbind())  # pyright: ignore[reportPrivateImportUsage]
+        radii, travelled = self._radii[key], None
+        if self.escape:
+            travelled = distance(D, [self.state[p]["start"] for p in params], weights, radii, live, norm=norm)
+        return stacked_update(D, weights, radii, live, norm=norm, weight_decay=group["weight_decay"], scale=group["scale"]), live, travelled
+
+    def _apply(
+        self, group: dict[str, Any], norm: Norm, params: list[Tensor], weights: list[Tensor], U: Tensor, live: Tensor, step_size: Tensor | None
+    ) -> None:
+        """W ← retract(W − lr · U)."""
+        lr = group["lr"] if step_size is None else group["lr"] * step_size
         if isinstance(lr, Tensor):
-            torch._foreach_sub_(weights, (U * lr).unbind())  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_sub_(weights, U.mul_(lr.to(U)).unbind())  # pyright: ignore[reportPrivateImportUsage]
         else:
             torch._foreach_add_(weights, U.unbind(), alpha=-lr)  # pyright: ignore[reportPrivateImportUsage]
+        del U
+        if group["constraint"] is not None:
+            W = _stack(weights)
+            W = torch.where(live, RETRACTIONS[group["constraint"]](norm, W), W)
+            torch._foreach_copy_(weights, W.unbind())  # pyright: ignore[reportPrivateImportUsage]
+        if weights[0] is not params[0]:
+            torch._foreach_copy_(params, weights)  # pyright: ignore[reportPrivateImportUsage]
 
     def _all_finite(self, present: list[tuple[str, Tensor]]) -> Tensor:
         """A 0-dim bool on the device. Which gradient was not finite goes to the host without waiting for it."""
@@ -226,26 +337,150 @@ class Dualized(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but matched by parameter name, whatever the order, and copied; a missing or unknown name raises before anything changes."""
-        if any("param_names" not in g for g in state_dict["param_groups"]):
-            raise ValueError(
-                "optimizer state: got groups without param_names; allowed: the state of an optimizer of named parameters; fix: save Dualized's own"
-            )
-        if state_dict.get("schema", SCHEMA) != SCHEMA:
-            raise ValueError(f"optimizer state: got schema {state_dict['schema']}; allowed: {SCHEMA}")
-        saved = {canonical(n): (g, i) for g in state_dict["param_groups"] for n, i in zip(g["param_names"], g["params"], strict=True)}
-        ours = [n for g in self.param_groups for n in g["param_names"]]
-        if saved.keys() != set(ours):
-            odd = sorted(saved.keys() ^ set(ours))
-            raise ValueError(
-                f"optimizer state: got other parameters; {odd[0]!r} is {'missing' if odd[0] in ours else 'unknown'}; allowed: the same names"
-            )
-        groups = []
-        for names in (list(g["param_names"]) for g in self.param_groups):
-            settings, _ = saved[names[0]]
-            groups.append({**settings, "params": [saved[n][1] for n in names], "param_names": names})
-        # Cloned: torch keeps the loaded tensors themselves, and two optimizers would then share one momentum.
-        state = {i: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()} for i, s in state_dict["state"].items()}
+        groups, state = by_name(state_dict, [list(g["param_names"]) for g in self.param_groups])
+        for group, own in zip(groups, self.param_groups, strict=True):
+            group.update({k: v for k, v in own.items() if k not in group})  # saved by a version that had fewer settings
+            if self.escape:
+                if "step_size" not in group or any("start" not in s for s in state.values()):
+                    raise ValueError(
+                        'optimizer state\n  got: one saved with a fixed lr\n  allowed: one saved with lr="auto"\n  fix: Dualized(model, lr=…), or start anew'
+                    )
+                group["step_size"] = self._new_step_size(own["params"], groups[0]["step_size"])
+            elif "step_size" in group:
+                raise ValueError('optimizer state\n  got: one saved with lr="auto"\n  allowed: one saved with a fixed lr\n  fix: Dualized(model, lr="auto")')
         super().load_state_dict({"state": state, "param_groups": groups})
+        for group in self.param_groups:
+            if self.escape:
+                group["step_size"] = self.param_groups[0]["step_size"]
+        for group, saved in zip(self.param_groups, groups, strict=True):
+            for p, i in zip(group["params"], saved["params"], strict=True):
+                # torch casts buffers to the weight's dtype: masters, and momentum of another one, would lose their digits.
+                self.state[p].update({k: v.to(p.device) for k, v in state.get(i, {}).items() if isinstance(v, Tensor)})
+
+
+class Normalized(torch.optim.Optimizer):
+    """Any base optimizer in the modular norm [MN]: its own update u, each tensor of it rescaled to lr · radius / ‖u‖.
+
+    base_optimizer: a torch optimizer of named parameters, Adam(model.named_parameters(), …), with weight_decay 0. Its groups and its state are
+    this optimizer's; their lr is the modular norm of one step.
+    norm: the ModularNorm, or the model (see metrize). weight_decay: as in Dualized. by_block: see ModularNorm.normalize.
+    from_zero: the base steps from zero weights, so that u comes without rounding in any dtype; False for a base that reads the weights (Adafactor,
+    LAMB, LBFGS): u is then the difference of the weights, and its rounding error is theirs.
+
+    A gradient that is not finite raises NonFiniteError before anything changes: the base cannot be gated on the device.
+    """
+
+    def __init__(
+        self,
+        base_optimizer: torch.optim.Optimizer,
+        norm: ModularNorm | nn.Module,
+        lr: float | Tensor,
+        *,
+        weight_decay: float = 0.0,
+        by_block: bool = False,
+        from_zero: bool = True,
+    ) -> None:
+        self.base, self.weight_decay, self.by_block, self.from_zero = base_optimizer, weight_decay, by_block, from_zero
+        self.norm = metrize(norm) if isinstance(norm, nn.Module) else norm
+        if not isinstance(lr, Tensor) and not 0 <= lr < float("inf"):
+            raise ValueError(f"Normalized: lr\n  got: {lr!r}\n  allowed: a finite number >= 0\n  fix: Normalized(base, norm, lr=0.1)")
+        if from_zero and type(base_optimizer).__name__ in ("Adafactor", "LBFGS", "Lamb", "LAMB"):
+            raise ValueError(
+                f"Normalized\n  got: {type(base_optimizer).__name__}, whose update depends on the weights\n  allowed: with from_zero=False\n  fix: pass it"
+            )
+        for group in base_optimizer.param_groups:
+            if group.get("weight_decay"):
+                raise ValueError(
+                    f"Normalized\n  got: a base with weight_decay {group['weight_decay']:g}\n  allowed: 0, or decay would be rescaled with the update\n"
+                    "  fix: weight_decay=0 in the base, and Normalized(…, weight_decay=…)"
+                )
+            if "param_names" not in group:
+                raise CoverageError(
+                    f"Normalized of {type(base_optimizer).__name__}\n  got: parameters without names\n  allowed: named ones\n"
+                    f"  fix: {type(base_optimizer).__name__}(model.named_parameters(), …)"
+                )
+            group["param_names"] = [canonical(n) for n in group["param_names"]]
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                wrong = self.norm.norms[name].check(p.shape) if name in self.norm.norms else "those of the modular norm"
+                if wrong:
+                    raise CoverageError(f"{name}\n  got: shape {tuple(p.shape)}\n  allowed: {wrong}\n  fix: give norm the base's parameters, no more and no fewer")
+            group["lr"] = lr
+        super().__init__(base_optimizer.param_groups, {"lr": lr})
+        # One truth: schedulers, GradScaler and checkpoints see the base's groups and state.
+        self.param_groups, self.state = base_optimizer.param_groups, base_optimizer.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = [g for g in self.param_groups if float(g["lr"]) != 0]
+        moving = [(g, n, p) for g in groups for n, p in zip(g["param_names"], g["params"], strict=True) if p.grad is not None]
+        if not moving:
+            return loss
+        for _, name, p in moving:
+            if not torch.isfinite(p.grad).all():  # type: ignore[arg-type]
+                raise NonFiniteError(f"the gradient of {name} is not finite; the step was not taken, weights and the base's state are as before")
+        old = [p.detach().clone() for *_, p in moving]
+        if self.from_zero:
+            torch._foreach_zero_([p for *_, p in moving])  # pyright: ignore[reportPrivateImportUsage]
+        try:
+            self.base.step()
+            updates = {n: -p if self.from_zero else w - p for (_, n, p), w in zip(moving, old, strict=True)}
+        finally:
+            torch._foreach_copy_([p for *_, p in moving], old)  # pyright: ignore[reportPrivateImportUsage]
+        for group, name, p in moving:
+            radius, U = self.norm.radii[name], updates.pop(name).unsqueeze(0)
+            norm = self.norm.norms[name]
+            U = norm.sphere(U)[0] if self.by_block else norm.normalize(U)[0]
+            if self.weight_decay:
+                U = torch.where((U != 0).any(), U + self.weight_decay * p, U)
+            p.sub_(U * (group["lr"] * radius))
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused once built: the base would not know it."""
+        if hasattr(self, "state") and self.state is self.base.state:
+            raise CoverageError("Normalized\n  got: a group of parameters after construction\n  allowed: before\n  fix: add it to the base and build Normalized anew")
+        super().add_param_group({k: v for k, v in param_group.items() if k != "param_names"})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's."""
+        return self.base.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The base's, matched by parameter name."""
+        groups, state = by_name(state_dict, [list(g["param_names"]) for g in self.param_groups], schema=None)
+        self.base.load_state_dict({"state": state, "param_groups": groups})
+        self.param_groups, self.state = self.base.param_groups, self.base.state
+
+
+def by_name(
+    state_dict: dict[str, Any], names: list[list[str]], *, schema: int | None = SCHEMA
+) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
+    """(groups, state) of a saved optimizer for these groups of parameter names, tensors copied. Raises ValueError before anything changes."""
+    if any("param_names" not in g for g in state_dict["param_groups"]):
+        raise ValueError(
+            "optimizer state\n  got: groups without param_names\n  allowed: the state of an optimizer of named parameters\n  fix: save Dualized's own"
+        )
+    if schema is not None and not 1 <= state_dict.get("schema", schema) <= schema:
+        raise ValueError(f"optimizer state\n  got: schema {state_dict['schema']}\n  allowed: 1 to {schema}\n  fix: use the version that saved it")
+    saved = {canonical(n): (g, i) for g in state_dict["param_groups"] for n, i in zip(g["param_names"], g["params"], strict=True)}
+    ours = [n for group in names for n in group]
+    if saved.keys() != set(ours):
+        odd = sorted(saved.keys() ^ set(ours))
+        raise ValueError(
+            f"optimizer state\n  got: other parameters; {odd[0]!r} is {'missing' if odd[0] in ours else 'unknown'}\n  allowed: the same names\n"
+            "  fix: load it into the model that it was saved with"
+        )
+    groups = [{**saved[group[0]][0], "params": [saved[n][1] for n in group], "param_names": group} for group in names]
+    # Cloned: torch keeps the loaded tensors themselves, and two optimizers would then share one momentum.
+    state = {i: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()} for i, s in state_dict["state"].items()}
+    return groups, state
 
 
 def _pairs(named: Any) -> list[tuple[str, Tensor]]:

@@ -1,22 +1,67 @@
-"""From a model to its modular norm: the structure it declares, resolved onto its parameters, each assigned exactly once.
+"""From a model to its modular norm: by the structure that it declares, or by the types of its modules and the user's rules.
 
-The receipt of the result is ModularNorm.receipt().
+Each parameter is placed exactly once, or an error names it. The receipt of the result is ModularNorm.receipt().
 """
 
 import difflib
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .modular import ModularNorm, Module
+from .modular import Atom, ModularNorm, Module, atom, bond, concat
+from .norms import NORMS, Blocks, ConvRMSToRMS, Flattened, L1ToRMS, MaxEntry, Norm, RMSToLinf, RMSToRMS, Transposed, VectorRMS
 
-WRAPPERS = ("_orig_mod.", "module.", "_checkpoint_wrapped_module.")  # torch.compile, DataParallel, activation checkpointing
+WRAPPERS = ("_orig_mod.", "module.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")  # torch.compile, DDP, checkpointing, FSDP
+
+# Masses of a model that declares no structure: each role's total, shared equally by its maps (fused queries, keys and values are three). As in
+# model.py, what is between embedding and head has six times the mass of either.
+MASSES = {"embedding": 1.0, "hidden": 6.0, "head": 1.0, "gain": 0.5, "bias": 0.5, "scalar": 0.1}
+# Several maps stored as one weight, by the names that models give them: blocks of as many rows as there are columns.
+FUSED = ("c_attn", "qkv", "qkv_proj", "Wqkv", "gate_up_proj")
+GAINS, BIASES = ("weight", "gamma", "gain", "scale", "g"), ("bias", "beta", "b")  # 1-D weights of modules of unknown type, by name
 
 
 class CoverageError(ValueError):
     """A parameter without a place in the structure, or a place without a parameter."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the user decides: for parameters whose name matches `pattern` (as file names do: * and ?), norm, mass and role; None leaves the default.
+
+    norm: a Norm, or a name in NORMS. mass: of each matching weight, beside the totals in MASSES. role: a key of MASSES, which brings its norm, or a name of your own.
+    """
+
+    pattern: str
+    norm: Norm | str | None = None
+    mass: float | None = None
+    role: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.norm, str):
+            if self.norm not in NORMS:
+                raise CoverageError(f"rule {self.pattern!r}\n  got: norm {self.norm!r}\n  allowed: {', '.join(NORMS)}\n  fix: one of those, or a Norm")
+            object.__setattr__(self, "norm", NORMS[self.norm]())
+        if self.mass is not None and not self.mass >= 0:
+            raise CoverageError(f"rule {self.pattern!r}\n  got: mass {self.mass}\n  allowed: 0 (never updated) or more\n  fix: Rule(…, mass=1)")
+
+    def matches(self, name: str) -> bool:
+        return fnmatchcase(name, self.pattern)
+
+
+@dataclass(frozen=True)
+class Place:
+    """role, norm, and how many maps the weight holds. wrap: what its storage makes of a role's norm. note: a guess that the receipt prints."""
+
+    role: str
+    norm: Norm
+    maps: int = 1
+    wrap: Callable[[Norm], Norm] = lambda norm: norm
+    note: str = ""
 
 
 def canonical(name: str) -> str:
@@ -34,48 +79,227 @@ def check_distinct(names: Iterable[str]) -> None:
         )
 
 
-def metrize(model: nn.Module, structure: Module | None = None) -> ModularNorm:
+def metrize(model: nn.Module, structure: Module | None = None, rules: Iterable[Rule | Mapping[str, Any]] = ()) -> ModularNorm:
     """The modular norm of a model, by canonical parameter names.
 
-    structure: the tree; by default what model.structure() returns. Every trainable parameter must be named by exactly one atom.
-    Raises CoverageError, and names it, for a parameter that is missing, tied to another, of the wrong number of dimensions or empty, and for an atom without a parameter.
+    structure: the tree; by default what model.structure() returns. A model without one is placed by the types of its modules, its weights side by side with the
+    shares of MASSES: nothing is assumed of its forward pass. rules: Rule, or a mapping of its fields; the first that matches a name wins over structure and types.
+    Every trainable parameter is placed exactly once. Raises CoverageError, and names it, for one that is not, that is tied to another without a rule that
+    gives the two one norm, of a shape that its norm does not fit, complex, or with sparse gradients; for a rule without a parameter; for an atom without one.
     """
+    rules = [r if isinstance(r, Rule) else Rule(**r) for r in rules]
+    plain = _unwrapped(model)
+    every = [(canonical(n), p) for n, p in model.named_parameters(remove_duplicate=False)]
+    check_distinct(canonical(n) for n, _ in model.named_parameters())
+    _check_rules(rules, [n for n, _ in every])
+    unique = {canonical(n): p for n, p in model.named_parameters()}
+    alias = _check_ties(every, rules)
+    declare: Callable[[], Module] | None = getattr(plain, "structure", None)
+    structure = structure if structure is not None or declare is None else declare()
+    trainable = {n: p for n, p in unique.items() if p.requires_grad}
+    notes: list[str] = []
+    for name, p in trainable.items():
+        if p.is_complex():
+            raise CoverageError(f"{name}\n  got: complex numbers\n  allowed: real ones\n  fix: keep real and imaginary parts in two parameters, or freeze it")
     if structure is None:
-        declare: Callable[[], Module] | None = getattr(getattr(model, "_orig_mod", model), "structure", None)
-        if declare is None:
-            raise CoverageError(
-                f"{type(model).__name__} declares no modular structure\n  got: no structure, and a model without a structure() method\n"
-                "  allowed: a tree of atoms and bonds that names every trainable parameter once\n  fix: metrize(model, structure=tree)"
-            )
-        structure = declare()
-    found = ModularNorm.of(structure)
-    names = [canonical(n) for n, _ in model.named_parameters()]
-    check_distinct(names)
-    shapes: dict[str, tuple[int, ...]] = {}
-    owner: dict[int, str] = {}
-    for full_name, p in model.named_parameters(remove_duplicate=False):
-        name = canonical(full_name)
-        if p.data_ptr() and owner.setdefault(p.data_ptr(), name) != name:
-            raise CoverageError(
-                f"{name} shares its storage with {owner[p.data_ptr()]}\n  got: one tensor in two roles\n"
-                "  allowed: one role a tensor\n  fix: untie them, or give each its own parameter"
-            )
-        if not p.requires_grad:
-            continue
+        tree = _by_type(plain, trainable, rules, alias, notes)
+    else:
+        tree = structure.unrolled().mapped(lambda leaf: _ruled(leaf, rules)) if rules else structure
+    found = ModularNorm.of(tree)
+    for name, p in trainable.items():
         norm = found.norms.get(name)
         if norm is None:
             raise CoverageError(
                 f"{name} {tuple(p.shape)} has no place in the modular structure{_nearest(name, found.norms)}\n"
                 "  allowed: every trainable parameter named by exactly one atom\n  fix: add an atom for it, or freeze it (requires_grad=False)"
             )
-        if p.ndim != norm.ndim or not p.numel():
-            raise CoverageError(f"{name}: got shape {tuple(p.shape)}; allowed by {norm}: {norm.ndim} dimensions, none of them 0")
-        shapes[name] = tuple(p.shape)
-    absent = sorted(found.norms.keys() - {canonical(n) for n, _ in model.named_parameters(remove_duplicate=False)})
+        wrong = norm.check(p.shape)
+        if wrong:
+            raise CoverageError(f"{name}\n  got: shape {tuple(p.shape)}\n  allowed by {norm}: {wrong}\n  fix: metrize(model, rules=[Rule({name!r}, norm=…)])")
+    absent = sorted(found.norms.keys() - {n for n, _ in every})
     if absent:
-        raise CoverageError(f"the structure names {absent[0]!r}, which the model does not have{_nearest(absent[0], names)}")
-    kept = {f: {k: v for k, v in getattr(found, f).items() if k in shapes} for f in ("norms", "radii", "roles", "masses")}
-    return replace(found, shapes=shapes, **kept)
+        raise CoverageError(
+            f"the structure names {absent[0]!r}, which the model does not have{_nearest(absent[0], unique)}\n  got: {absent[0]}\n"
+            "  allowed: names of the model's parameters\n  fix: rename the atom"
+        )
+    frozen = len(unique) - len(trainable)
+    if frozen:
+        notes.append(f"{frozen} frozen parameter{'s' * (frozen > 1)} left out")
+    kept = {f: {k: v for k, v in getattr(found, f).items() if k in trainable} for f in ("norms", "radii", "roles", "masses")}
+    return replace(found, shapes={n: tuple(p.shape) for n, p in trainable.items()}, notes=tuple(notes), **kept)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner
+    return model
+
+
+def _ruled(leaf: Atom, rules: list[Rule]) -> Module:
+    """An atom of a declared structure, as the first rule that matches it wants it."""
+    rule = next((r for r in rules if r.matches(leaf.name)), None)
+    if rule is None:
+        return leaf
+    assert not isinstance(rule.norm, str)
+    return replace(leaf, norm=rule.norm or leaf.norm, mass=leaf.mass if rule.mass is None else rule.mass, role=rule.role or leaf.role)
+
+
+def _by_type(model: nn.Module, trainable: dict[str, Tensor], rules: list[Rule], alias: dict[str, set[str]], notes: list[str]) -> Module:
+    """The tree of a model that declares none: its weights side by side."""
+    owners = {canonical(f"{path}.{own}" if path else own): (m, own, path) for path, m in model.named_modules() for own in m._parameters}
+    heads = _declared_heads(model)
+    places: dict[str, Place] = {}
+    masses: dict[str, float] = {}
+    for name, p in trainable.items():
+        module, own, path = owners[name]
+        rule = next((r for r in rules for n in sorted({name} | alias.get(name, set())) if r.matches(n)), Rule(name))
+        place = _place(module, own, path, p)
+        role = rule.role or ("head" if id(p) in heads else place.role if place else None)
+        norm = rule.norm
+        if norm is None and role is not None and (place is None or role != place.role):
+            norm = _role_norm(role, p, place)
+        elif norm is None and place:
+            norm = place.norm
+        if norm is None or isinstance(norm, str):
+            raise CoverageError(_unplaced(name, module, p))
+        if getattr(module, "sparse", False):
+            raise CoverageError(f"{name}\n  got: sparse gradients\n  allowed: dense ones\n  fix: build its {type(module).__name__} with sparse=False")
+        places[name] = replace(place or Place("", norm), role=role or "custom", norm=norm)
+        if rule.mass is not None:
+            masses[name] = rule.mass
+        elif rule.norm is None and rule.role is None and place and place.note:
+            notes.append(f"{name}: {place.note}")
+    _check_head(model, trainable, places, rules, notes)
+    counts: dict[str, int] = defaultdict(int)
+    for name, place in places.items():
+        if name not in masses:
+            counts[place.role] += place.maps
+    atoms = []
+    for name, place in places.items():
+        n = place.maps
+        mass = masses.get(name, n * MASSES.get(place.role, MASSES["hidden"]) / max(1, counts[place.role]))
+        leaf = atom(name, place.norm, mass=mass, role=place.role)
+        atoms.append(leaf if n == 1 else bond(f"{n} maps", sensitivity=n, sharpness=0) @ leaf)
+    return bond("any network", typical=True) @ concat(*atoms)
+
+
+def _place(module: nn.Module, own: str, path: str, p: Tensor) -> Place | None:
+    """By the module's type; None where it says nothing."""
+    kind, label = type(module).__name__, path.rpartition(".")[2]
+    bias = Place("bias", VectorRMS())
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return Place("embedding", L1ToRMS())
+    if isinstance(module, nn.Linear) or kind == "Conv1D":
+        wrap: Callable[[Norm], Norm] = Transposed if kind == "Conv1D" else lambda norm: norm  # transformers' GPT-2 stores (I, O)
+        rows, columns = reversed(module.weight.shape) if kind == "Conv1D" else module.weight.shape  # type: ignore[misc, union-attr]
+        maps, norm, vector, note = 1, wrap(RMSToRMS()), VectorRMS(), ""
+        if label in FUSED and rows != columns:
+            maps = 2 if label == "gate_up_proj" else rows // columns
+            if maps not in (2, 3) or rows % maps or (label != "gate_up_proj" and rows % columns):
+                return None
+            norm, vector, note = wrap(Blocks(RMSToRMS(), maps)), Blocks(VectorRMS(), maps), f"{maps} maps fused in one weight, by its name ({label})"
+        return Place("hidden", norm, maps, wrap, note) if own == "weight" else Place("bias", vector, maps) if p.ndim == 1 else None
+    if isinstance(module, nn.modules.conv._ConvNd):
+        dims, transposed = len(module.kernel_size), module.transposed
+        return Place("hidden", ConvRMSToRMS(dims=dims, groups=module.groups, transposed=transposed)) if own == "weight" else bias
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        gates = 4 if "LSTM" in kind else 3 if "GRU" in kind else 1
+        if own.startswith("bias"):
+            return Place("bias", Blocks(VectorRMS(), gates), gates)
+        return Place("hidden", Blocks(RMSToRMS(), gates), gates) if "_hr" not in own else Place("hidden", RMSToRMS())
+    if isinstance(module, nn.MultiheadAttention):
+        if own in ("in_proj_weight", "in_proj_bias"):
+            return Place("hidden", Blocks(RMSToRMS(), 3), 3) if own.endswith("weight") else Place("bias", Blocks(VectorRMS(), 3), 3)
+        return Place("hidden", RMSToRMS()) if p.ndim == 2 else Place("bias", Flattened(VectorRMS(), p.ndim))
+    known = isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.modules.batchnorm._NormBase)
+    if p.ndim == 0:
+        return Place("scalar", MaxEntry(0), note="a scalar")
+    if known or p.ndim == 1:
+        guess = "" if known else f"1-D and named {own}, of a {kind}: taken for a"
+        if own in GAINS:
+            return Place("gain", MaxEntry(p.ndim), note=guess and f"{guess} gain")
+        if own in BIASES:
+            return Place("bias", VectorRMS() if p.ndim == 1 else Flattened(VectorRMS(), p.ndim), note=guess and f"{guess} bias")
+    return None
+
+
+def _role_norm(role: str, p: Tensor, place: Place | None) -> Norm | None:
+    """The default norm of a role that is not the module type's own."""
+    wrap = place.wrap if place else lambda norm: norm
+    if p.ndim == 2 and role in ("embedding", "hidden", "head"):
+        return wrap({"embedding": L1ToRMS(), "hidden": RMSToRMS(), "head": RMSToLinf()}[role])
+    if role in ("gain", "scalar"):
+        return MaxEntry(p.ndim)
+    if role == "bias" and p.ndim:
+        return VectorRMS() if p.ndim == 1 else Flattened(VectorRMS(), p.ndim)
+    return place.norm if place else None
+
+
+def _unplaced(name: str, module: nn.Module, p: Tensor) -> str:
+    shape, kind = tuple(p.shape), type(module).__name__
+    fix = f"metrize(model, rules=[Rule({name!r}, norm=…, role=…)]), or freeze it"
+    if p.ndim == 3:
+        fix += "; for experts norm=Experts(RMSToRMS()), stored (E, in, out) Experts(Transposed(RMSToRMS()))"
+    elif p.ndim == 2:
+        fix += "; several maps fused in one weight are norm=Blocks(RMSToRMS(), (rows of each, …))"
+    return f"{name} {shape} of a {kind} has no place\n  got: a weight whose role its module's type and its name do not tell\n  allowed: one that a rule places\n  fix: {fix}"
+
+
+def _declared_heads(model: nn.Module) -> set[int]:
+    """The ids of the weights of what a transformers model calls its output embeddings."""
+    get: Callable[[], Any] | None = getattr(model, "get_output_embeddings", None)
+    head = get() if get is not None else None
+    weight = getattr(head, "weight", None)
+    return {id(weight)} if isinstance(weight, Tensor) else set()
+
+
+def _check_head(model: nn.Module, trainable: dict[str, Tensor], places: dict[str, Place], rules: list[Rule], notes: list[str]) -> None:
+    """A map to a vocabulary that nobody called the head is not taken for a hidden one."""
+    if any(place.role == "head" for place in places.values()):
+        return
+    vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    for name, place in places.items():
+        shape = trainable[name].shape
+        if place.role == "hidden" and len(shape) == 2 and shape[0] in vocabularies and shape[0] != shape[1] and not any(r.matches(name) for r in rules):
+            raise CoverageError(
+                f"{name} {tuple(shape)} looks like the head\n  got: a map to as many outputs as an embedding has rows, and no head\n  allowed: a head by rule\n"
+                f"  fix: metrize(model, rules=[Rule({name!r}, role='head')]), or role='hidden' if it is not"
+            )
+    notes.append("no head: every linear map is a hidden one; Rule(pattern, role='head') names one that ends in logits")
+
+
+def _check_rules(rules: list[Rule], names: list[str]) -> None:
+    left = list(names)
+    for rule in rules:
+        if not any(rule.matches(n) for n in left):
+            shadowed = any(rule.matches(n) for n in names)
+            got = "matches only parameters that earlier rules have taken" if shadowed else f"matches no parameter{_nearest(rule.pattern, names)}"
+            raise CoverageError(f"rule {rule.pattern!r}\n  got: a pattern that {got}\n  allowed: one that decides something\n  fix: correct it, move it up, or leave it out")
+        left = [n for n in left if not rule.matches(n)]
+
+
+def _check_ties(every: list[tuple[str, Tensor]], rules: list[Rule]) -> dict[str, set[str]]:
+    """{first name: further names} of weights that share memory; an error unless a rule gives them one norm."""
+    alias: dict[str, set[str]] = {}
+    spans: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
+    owner: dict[int, str] = {}
+    for name, p in every:
+        other = owner.setdefault(id(p), name)
+        if other == name and p.numel() and p.device.type != "meta" and p.data_ptr():
+            begin = p.data_ptr()
+            end = begin + (1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))) * p.element_size()
+            memory = spans[p.untyped_storage().data_ptr()]
+            other = next((n for a, b, n in memory if a < end and begin < b), name)
+            memory.append((begin, end, name))
+        if other == name:
+            continue
+        if not any(r.norm is not None and (r.matches(name) or r.matches(other)) for r in rules):
+            raise CoverageError(
+                f"{name} shares its storage with {other}\n  got: one tensor in two roles\n  allowed: one role a tensor, or one norm by rule\n"
+                f"  fix: untie them (transformers: tie_word_embeddings=False in the config, before the model is built), or metrize(model, rules=[Rule({other!r}, norm='RMSToRMS')])"
+            )
+        alias.setdefault(other, set()).add(name)
+    return alias
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:

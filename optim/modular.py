@@ -71,6 +71,10 @@ class Module:
         """The same tree with every atom replaced by change(atom)."""
         return self
 
+    def unrolled(self) -> Module:
+        """The same tree without powers, every atom by its full name."""
+        return self
+
     def radii(self, target: float = 1.0) -> Iterator[tuple[Atom, float]]:
         """Each atom below with the radius that its update has when the whole module's has norm `target`."""
         return iter(())
@@ -223,6 +227,9 @@ class Composite(Module):
     def mapped(self, change: Callable[[Atom], Module]) -> Module:
         return Composite.of(self.outer.mapped(change), self.inner.mapped(change))
 
+    def unrolled(self) -> Module:
+        return Composite.of(self.outer.unrolled(), self.inner.unrolled())
+
     def _targets(self, target: float) -> tuple[float, float]:
         """(of inner, of outer)."""
         share = target / self.mass if self.mass else 0.0
@@ -237,8 +244,9 @@ class Composite(Module):
         inner, outer = zip(*map(self._targets, targets), strict=True)
         first, second = self.inner.rows(inner), self.outer.rows(outer)
         if isinstance(self.outer, Bond):
-            if isinstance(self.inner, Concat):  # "sum of" instead of "side by side, add"
-                return [(0, f"{second[0][1]} of", ()), *first[1:]]
+            if isinstance(self.inner, Concat):  # "sum of" instead of "side by side", "add"
+                label = "sum" if self.outer.label == "add" else second[0][1]
+                return [(0, f"{label} of", ()), *first[1:]]
             if len(first) == 1 and not first[0][2]:  # two bonds on one line
                 return [(0, f"{first[0][1]}, {second[0][1]}", ())]
         return first + second
@@ -252,6 +260,9 @@ class Concat(Module):
 
     def mapped(self, change: Callable[[Atom], Module]) -> Module:
         return concat(*(c.mapped(change) for c in self.children))
+
+    def unrolled(self) -> Module:
+        return concat(*(c.unrolled() for c in self.children))
 
     def radii(self, target: float = 1.0) -> Iterator[tuple[Atom, float]]:
         for child in self.children:
@@ -294,6 +305,13 @@ class Power(Module):
 
     def mapped(self, change: Callable[[Atom], Module]) -> Module:
         return Power.of(self.block.mapped(change), self.times)
+
+    def unrolled(self) -> Module:
+        block = self.block.unrolled()
+        found = block.mapped(lambda leaf: leaf.numbered(0))
+        for i in range(1, self.times):
+            found = Composite.of(block.mapped(lambda leaf, i=i: leaf.numbered(i)), found)
+        return found
 
     def _targets(self, target: float) -> list[float]:
         """Of each copy: an equal share, magnified by the sensitivity of the copies after it."""
@@ -384,13 +402,19 @@ class ModularNorm:
         return self.tree.sharpness if self.tree else None
 
     def receipt(self) -> str:
-        """A table: parameter, shape, role, norm, mass, radius (the modular norm's share of one step at lr 1)."""
-        rows = [("parameter", "shape", "role", "norm", "mass", "radius")]
+        """A table: parameter, shape, role, norm, mass, radius (its share of a step of modular norm 1) and the RMS of that step's entries; then the notes."""
+        rows = [("parameter", "shape", "role", "norm", "mass", "radius", "update RMS")]
         for name, norm in self.norms.items():
-            shape = "×".join(map(str, self.shapes.get(name, ()))) or "?"
-            rows.append((name, shape, self.roles.get(name, ""), str(norm), f"{self.masses.get(name, 0):.6g}", f"{self.radii[name]:.6g}"))
+            shape = self.shapes.get(name)
+            try:
+                predicted = f"{self.radii[name] * norm.update_rms(shape):.4g}" if shape is not None else "?"
+            except NotImplementedError:
+                predicted = "?"
+            spelled = "?" if shape is None else "×".join(map(str, shape)) or "scalar"
+            rows.append((name, spelled, self.roles.get(name, ""), str(norm), f"{self.masses.get(name, 0):.4g}", f"{self.radii[name]:.4g}", predicted))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows) + "\n"
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, *(f"note: {n}" for n in self.notes)]) + "\n"
 
     def _checked(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors.items():

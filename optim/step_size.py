@@ -1,7 +1,14 @@
-"""Learning-rate schedules: pure functions of the step, multipliers of lr in [0, 1]. Step 0 is the first of `total` steps."""
+"""Step sizes: schedules, and the escape velocity that needs no learning rate.
+
+Schedules are pure functions of the step, multipliers of lr in [0, 1]; step 0 is the first of `total` steps.
+"""
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 
 def wsd(step: int, total: int, *, warmup: int, cooldown: float) -> float:
@@ -19,3 +26,26 @@ def cosine(step: int, total: int, *, warmup: int, cooldown: float) -> float:
 
 
 SCHEDULES: dict[str, Callable[..., float]] = {"wsd": wsd, "cosine": cosine}
+
+
+@dataclass(frozen=True)
+class EscapeVelocity:
+    """A step size from the distance travelled: η ← max(η, factor · ⟨d, w₀ − w⟩ / ‖d‖†), in the modular dual norm of the whole network.
+
+    d: the direction that is dualized; w₀: the weights at the first step. By Hölder η stays at or below max(initial, factor · ‖w₀ − w‖).
+    initial: η before anything is known, more than 0. With the largest-entry norm, factor 1 and no averaging this is Prodigy's rule
+    (Mishchenko, Defazio, arXiv 2306.06101; Bernstein, Newhouse, arXiv 2409.20325).
+    """
+
+    initial: float = 1e-4
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"EscapeVelocity.{name}\n  got: {value!r}\n  allowed: a finite number more than 0\n  fix: EscapeVelocity({name}=…)")
+
+    def grow(self, eta: Tensor, travelled: Tensor, dual_norm: Tensor) -> Tensor:
+        """The next η (0-dim) from ⟨d, w₀ − w⟩ and ‖d‖†."""
+        reached = self.factor * travelled / torch.where(dual_norm > 0, dual_norm, 1)
+        return torch.maximum(eta, torch.where(torch.isfinite(reached), reached, 0).to(eta))
