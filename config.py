@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from data.loader import DataConfig
 from model import GPTConfig, RoleMasses, RoleNorms
-from optim import Polar
+from optim import EscapeVelocity, Polar
 from optim.directions import DIRECTIONS
 from optim.step_size import SCHEDULES
 from runtime import RunConfig
@@ -30,19 +30,30 @@ class ConfigError(ValueError):
 
 @dataclass
 class OptimConfig:
-    """lr: modular norm of one step at the schedule's top. schedule: wsd (linear warm-up, stable, linear cooldown) or cosine.
+    """lr: modular norm of one step at the schedule's top, or "auto". schedule: wsd (linear warm-up, stable, linear cooldown) or cosine.
 
-    warmup: steps. cooldown: wsd, the last fraction of all steps; cosine, the depth of the decay. The rest as in Dualized.
+    warmup: steps. cooldown: wsd, the last fraction of all steps; cosine, the depth of the decay. composition: "modular", or "max", the plain maximum over
+    tensors. auto_initial, auto_factor: as in EscapeVelocity. param_dtype: of the weights in memory. The rest as in Dualized.
     """
 
-    lr: float = 1.0
+    lr: float | Literal["auto"] = 1.0
     schedule: str = "wsd"
     warmup: int = 0
     cooldown: float = 0.5
+    auto_initial: float = EscapeVelocity.initial
+    auto_factor: float = EscapeVelocity.factor
     direction: str = "nesterov"
     beta: float = 0.95
+    beta2: float = 0.99
+    refresh_every: int = 10
+    scale: Literal["unit", "dual"] = "unit"
+    composition: Literal["modular", "max"] = "modular"
     weight_decay: float = 0.0
+    constraint: Literal["ball", "sphere", "stiefel"] | None = None
     max_grad_norm: float | None = None
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    master_weights: bool = True
+    momentum_dtype: Literal["float32", "bfloat16"] | None = None
     polar: Polar = field(default_factory=Polar)
     norms: RoleNorms = field(default_factory=RoleNorms)
     masses: RoleMasses = field(default_factory=RoleMasses)
@@ -51,12 +62,17 @@ class OptimConfig:
         """Raise ConfigError for impossible values."""
         require(
             "optim",
-            ("lr", self.lr, self.lr >= 0, "0 or more"),
+            ("lr", self.lr, isinstance(self.lr, str) or self.lr >= 0, '0 or more, or "auto"'),
+            ("auto_initial", self.auto_initial, 0 < self.auto_initial < math.inf, "more than 0"),
+            ("auto_factor", self.auto_factor, 0 < self.auto_factor < math.inf, "more than 0"),
+            ("scale", self.scale, self.scale == "unit" or self.lr != "auto", '"unit" where lr is "auto"'),
             ("schedule", self.schedule, self.schedule in SCHEDULES, ", ".join(SCHEDULES)),
             ("warmup", self.warmup, self.warmup >= 0, "0 or more steps"),
             ("cooldown", self.cooldown, 0 <= self.cooldown <= 1, "a fraction from 0 to 1"),
             ("direction", self.direction, self.direction in DIRECTIONS, ", ".join(DIRECTIONS)),
             ("beta", self.beta, 0 <= self.beta < 1, "0 <= beta < 1"),
+            ("beta2", self.beta2, 0 <= self.beta2 < 1, "0 <= beta2 < 1"),
+            ("refresh_every", self.refresh_every, self.refresh_every >= 1, "1 or more steps"),
             ("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more"),
             ("max_grad_norm", self.max_grad_norm, self.max_grad_norm is None or self.max_grad_norm > 0, "more than 0, or left out"),
         )
@@ -141,6 +157,15 @@ class Config:
             self.train.check()
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        require(
+            "model",
+            (
+                "zero_init",
+                self.model.zero_init,
+                not (self.model.zero_init and self.optim.constraint in ("sphere", "stiefel")),
+                f"false with optim.constraint = {self.optim.constraint!r}, which zero weights cannot be put on",
+            ),
+        )
 
 
 def require(section: str, *checks: tuple[str, object, bool, str]) -> None:
@@ -183,8 +208,7 @@ def spell(hint: Any) -> str:
     if getattr(hint, "__origin__", None) is Literal:
         return ", ".join(map(repr, hint.__args__))
     names = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "left out"}
-    parts = getattr(hint, "__args__", (hint,))
-    return " or ".join(names.get(p, str(p)) for p in parts)
+    return names[hint] if hint in names else " or ".join(map(spell, get_args(hint)))
 
 
 def load(argv: list[str]) -> Config:

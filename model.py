@@ -5,14 +5,14 @@ Linear maps are y = W x with W (out, in). Sources: [MN] arXiv 2405.14813; [MD] a
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optim import NORMS, Module, Norm, Polar, RMSToRMS, atom, bond, concat, residual
+from optim import NORMS, Blocks, Module, Norm, Polar, Spectral, atom, bond, concat, residual
 
 
 @dataclass
@@ -58,24 +58,31 @@ class GPTConfig:
 
 @dataclass
 class RoleNorms:
-    """The norm of each role, by the names of optim.NORMS."""
+    """The norm of each role, by the names of optim.NORMS. per_head: queries, keys and values take the maximum over heads of theirs."""
 
     embedding: str = "L1ToRMS"
     attention: str = "RMSToRMS"
     mlp: str = "RMSToRMS"
     head: str = "RMSToLinf"
+    per_head: bool = False
+
+    def roles(self) -> dict[str, str]:
+        return {role: name for role, name in vars(self).items() if isinstance(name, str)}
 
     def check(self) -> None:
         """Raise ValueError for what cannot be built."""
-        for role, name in vars(self).items():
+        for role, name in self.roles().items():
             if name not in NORMS or NORMS[name]().ndim != 2:
                 allowed = ", ".join(n for n, norm in NORMS.items() if norm().ndim == 2)
                 raise ValueError(
                     f"optim.norms.{role}\n  got: {name!r}\n  allowed: {allowed}\n  fix: set it in the file, or --optim.norms.{role}"
                 )
 
-    def build(self, polar: Polar) -> dict[str, Norm]:
-        return {role: RMSToRMS(polar) if NORMS[name] is RMSToRMS else NORMS[name]() for role, name in vars(self).items()}
+    def build(self, polar: Polar, n_head: int) -> dict[str, Norm]:
+        """The norm of each role, and of queries, keys and values ("qkv")."""
+        made = {role: NORMS[name]() for role, name in self.roles().items()}
+        norms: dict[str, Norm] = {role: replace(norm, polar=polar) if isinstance(norm, Spectral) else norm for role, norm in made.items()}
+        return norms | {"qkv": Blocks(norms["attention"], n_head) if self.per_head else norms["attention"]}
 
 
 @dataclass
@@ -143,8 +150,9 @@ class Attention(nn.Module):
         return self.out(y_BHTK.transpose(1, 2).reshape(B, T, D))
 
     @staticmethod
-    def structure(prefix: str, norm: Norm) -> Module:
-        q, k, v, out = (atom(f"{prefix}.{n}.weight", norm, role="attention") for n in ("q", "k", "v", "out"))
+    def structure(prefix: str, norm: Norm, qkv: Norm) -> Module:
+        q, k, v = (atom(f"{prefix}.{n}.weight", qkv, role="attention") for n in "qkv")
+        out = atom(f"{prefix}.out.weight", norm, role="attention")
         # Sensitivity 1 in each of q, k, v [MN] at scale 1/K; with QK-norm and scale c/K it is the typical value.
         heads = ATTENTION_GAIN * bond("attention", typical=True)
         return out @ heads @ concat(q, k, v) @ bond("rms_norm", typical=True)
@@ -208,13 +216,13 @@ class GPT(nn.Module):
     """A causal language model whose every weight starts at norm 1 of its role's norm, or at 0."""
 
     def __init__(self, config: GPTConfig, norms: dict[str, Norm] | None = None, generator: torch.Generator | None = None) -> None:
-        """norms: by role, RoleNorms().build(Polar()) by default. generator: of the initial weights. vocab_size must be set."""
+        """norms: by role, as RoleNorms.build makes them. generator: of the initial weights. vocab_size must be set."""
         super().__init__()
         config.check()
         if config.vocab_size is None:
             raise ValueError("model.vocab_size: got none; allowed: the tokenizer's vocabulary or more")
         self.config = config
-        self.norms = norms or RoleNorms().build(Polar())
+        self.norms = norms or RoleNorms().build(Polar(), config.n_head)
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -233,7 +241,7 @@ class GPT(nn.Module):
     def structure(self, masses: RoleMasses | None = None) -> Module:
         """The tree of atoms and bonds (theory.md §2): head ∘ norm ∘ blocks ∘ embedding."""
         c, m, norms = self.config, masses or RoleMasses(), self.norms
-        attention = Attention.structure("blocks.{}.attention", norms["attention"]).tare(m.attention)
+        attention = Attention.structure("blocks.{}.attention", norms["attention"], norms["qkv"]).tare(m.attention)
         mlp = MLP.structure("blocks.{}.mlp", norms["mlp"]).tare(m.mlp)
         if c.residual == "convex":
             block = residual(mlp, 2 * c.n_layer) @ residual(attention, 2 * c.n_layer)

@@ -56,7 +56,7 @@ def main(options: Options) -> None:
     runtime = Runtime(config.run)
     tokenizer = get_tokenizer(**state["tokenizer"])
     idx_T = tokenizer.encode_prompt(options.prompt, option="--prompt")
-    model = GPT(config.model, config.optim.norms.build(config.optim.polar))
+    model = GPT(config.model, config.optim.norms.build(config.optim.polar, config.model.n_head))
     checkpoint.load_model(newest, model)
     model.to(runtime.device).eval()
     generator = torch.Generator(runtime.device).manual_seed(options.seed)

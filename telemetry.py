@@ -10,7 +10,8 @@ from optim.metrize import canonical
 class StepSizes:
     """‖ΔW‖ / (lr · radius) per tensor, read from the weights themselves: 1 where the step is exactly as requested.
 
-    before(), then optimizer.step(), then after(). ΔW is what the step did beside weight decay. Tensors that did not move are 0.
+    before(), then optimizer.step(), then after(). ΔW is what the step did beside weight decay, a constraint's retraction included. Tensors that did not
+    move are 0.
     """
 
     def __init__(self, model: nn.Module, optimizer: Dualized) -> None:
@@ -24,10 +25,10 @@ class StepSizes:
 
     @torch.no_grad()
     def after(self) -> dict[str, float]:
-        norm, ratios = self.optimizer.norm, {}
+        norm, ratios, unit = self.optimizer.norm, {}, self.optimizer.step_size or 1.0
         for group in self.optimizer.param_groups:
             for name in group["param_names"]:
-                requested = float(group["lr"]) * norm.radii[name]
+                requested = float(group["lr"]) * unit * norm.radii[name]
                 if not requested:
                     ratios[name] = 0.0
                     continue

@@ -23,7 +23,7 @@ from config import Config, ConfigError
 from data.loader import Dataset, TrainBatches, check_validation, validation_batches
 from data.shards import DataError
 from model import GPT
-from optim import CoverageError, Dualized, NonFiniteError, Polar, metrize
+from optim import CoverageError, Dualized, EscapeVelocity, NonFiniteError, Polar, metrize
 from optim.step_size import SCHEDULES
 from runtime import Clock, RunError, RunFolder, Runtime, Stopwatch, git_state
 from telemetry import StepSizes
@@ -85,13 +85,18 @@ def main(argv: list[str]) -> None:
     if o.polar.dtype == "auto":
         o.polar = Polar(o.polar.schedule, o.polar.form, "bfloat16" if runtime.precision == "bf16" else "float32")
         runtime.choices.append(f"optim.polar.dtype = {o.polar.dtype} (follows run.precision)")
-    model = GPT(config.model, o.norms.build(o.polar), torch.Generator().manual_seed(config.run.seed))
+    model = GPT(config.model, o.norms.build(o.polar, config.model.n_head), torch.Generator().manual_seed(config.run.seed))
     norm = metrize(model, model.structure(o.masses))
+    drawing = norm.tree
+    if o.composition == "max":
+        norm = norm.unweighted()
     if newest:
         checkpoint.load_model(newest, model)
-    model.to(runtime.device)
-    settings = {k: getattr(o, k) for k in ("direction", "beta", "weight_decay", "max_grad_norm")}
-    optimizer = Dualized(model, o.lr, norm=norm, **settings)
+    model.to(runtime.device, getattr(torch, o.param_dtype))
+    shared = ("direction", "beta", "beta2", "refresh_every", "scale", "weight_decay", "constraint", "max_grad_norm", "momentum_dtype", "master_weights")
+    settings = {k: getattr(o, k) for k in shared}
+    lr_top = EscapeVelocity(o.auto_initial, o.auto_factor) if isinstance(o.lr, str) else o.lr
+    optimizer = Dualized(model, lr_top, norm=norm, **settings)
     lr_at = SCHEDULES[o.schedule]
     if newest and saved:
         checkpoint.load_training(newest, saved, optimizer)
@@ -105,7 +110,7 @@ def main(argv: list[str]) -> None:
     # ---- the run folder
     folder.create()
     say = folder.say
-    texts = {"config.toml": configuration.to_toml(config), "receipt.txt": norm.receipt()}
+    texts = {"config.toml": configuration.to_toml(config), "receipt.txt": f"{norm.receipt()}\n{drawing}\n", "modular_norm.svg": drawing.svg()}
     for name, text in texts.items():
         folder.write(f"resumed_{first:08d}_{name}" if newest else name, text)
     if resume:
@@ -155,7 +160,7 @@ def main(argv: list[str]) -> None:
         done = step + 1
         last = done == c.steps
         measured = bool(c.telemetry_every) and (done % c.telemetry_every == 0 or done == 1)
-        lr = o.lr * lr_at(step, c.steps, warmup=o.warmup, cooldown=o.cooldown)
+        lr = (1.0 if isinstance(o.lr, str) else o.lr) * lr_at(step, c.steps, warmup=o.warmup, cooldown=o.cooldown)
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss = torch.zeros((), device=runtime.device)
@@ -177,7 +182,7 @@ def main(argv: list[str]) -> None:
         if last or measured or (c.log_every and done % c.log_every == 0):
             with clock.paused():
                 record: dict[str, Any] = {"step": done, "tokens": done * tokens_per_step, "train_seconds": clock.seconds()}
-                record |= {"loss": loss.item(), "lr": lr, "optimizer_ms": 1e3 * optimizer_watch.latest()}
+                record |= {"loss": loss.item(), "lr": lr * (optimizer.step_size or 1.0), "optimizer_ms": 1e3 * optimizer_watch.latest()}
                 if measured:
                     record["step_sizes"] = sizes.after()
                 folder.log_metrics(record)
@@ -315,7 +320,10 @@ def keep_choices(config: Config, folder: RunFolder, saved: dict[str, Any] | None
     for key, value in configuration.flat(config).items():
         if value == old[key]:
             continue
-        if key.startswith("model.") or key in ("run.seed", "train.batch_size"):
+        buffers = key in ("optim.param_dtype", "optim.master_weights", "optim.momentum_dtype") or (
+            (key == "optim.direction" and {value, old[key]} != {"momentum", "nesterov"}) or (key == "optim.lr" and "auto" in (value, old[key]))
+        )  # a checkpoint has the tensors of its own choice only
+        if buffers or key.startswith("model.") or key in ("run.seed", "train.batch_size"):
             raise ConfigError(
                 f"{key} of a resumed run\n  got: {value!r}\n  allowed: {old[key]!r}, as {folder.path} has it\n"
                 f"  fix: resume with {folder.path / 'config.toml'}, or start a new run"

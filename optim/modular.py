@@ -3,7 +3,8 @@
 A module has a mass (its share of feature learning), a sensitivity (Lipschitz constant in its input) and a norm on its weights.
 Atoms hold one weight; bonds hold none and have mass 0; compounds derive theirs. Everything holds for well-normed modules: inputs of
 norm at most 1, weights of norm at most 1. Tuples carry the sum of their members' norms.
-Sources: [MN] Large et al., arXiv 2405.14813, §3; [MD] arXiv 2410.21265, §5.
+Sources: [MN] Large et al., arXiv 2405.14813, §3; [MD] arXiv 2410.21265, §5;
+[OO] Bernstein, Newhouse, arXiv 2409.20325.
 """
 
 from __future__ import annotations
@@ -392,6 +393,10 @@ class ModularNorm:
             norm = self.norms[k]
             out[k] = (norm.sphere(u) if by_block else norm.normalize(u)) * self.radii[k]
         return out
+
+    def unweighted(self) -> ModularNorm:
+        """The plain maximum over tensors, every radius 1 (0 where it was 0): what older optimizers compose their norms by [OO]."""
+        return replace(self, radii={k: float(r > 0) for k, r in self.radii.items()}, tree=None)
 
     def smoothness(self) -> Sharpness | None:
         """(α, β, γ): bounds on second derivatives of the network on the unit ball, in its own norms [MN, §3.3].

@@ -56,6 +56,7 @@ def test_a_run_leaves_its_folder(whole: Path):
     assert {p.name for p in whole.iterdir()} == {
         "config.toml",
         "receipt.txt",
+        "modular_norm.svg",
         "metrics.jsonl",
         "summary.json",
         "loss.png",
