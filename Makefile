@@ -1,4 +1,4 @@
-# make train · test · check · bench · soak.   PYTHON=/path/to/python uses an environment that exists instead of building .venv.
+# make train · test · check · bench · soak · wheel.   PYTHON=/path/to/python uses an environment that exists instead of building .venv.
 SHELL := /bin/sh
 ifdef PYTHON
   PY := $(PYTHON)
@@ -8,7 +8,7 @@ else
   READY := .venv/.ready
 endif
 
-.PHONY: train test check bench soak clean has-packages
+.PHONY: train test check bench soak wheel clean has-packages
 
 train: $(READY)
 	"$(PY)" -m data.prepare pysource
@@ -29,6 +29,11 @@ bench: $(READY)
 # The kill-and-resume test with 100 random moments instead of 10.
 soak: $(READY)
 	NANODUAL_KILLS=100 "$(PY)" -m pytest tests/test_train.py -k kill
+
+# optim/ as the package `nanodual`, in dist/. build/ goes first: setuptools would pack what an older build has left there. No network.
+wheel: $(READY)
+	rm -rf build
+	"$(PY)" -m pip wheel -q . --no-deps --no-build-isolation -w dist
 
 has-packages:
 	@"$(PY)" -c 'import torch, tyro, pytest' || { echo "PYTHON=$(PY) lacks packages: $(PY) -m pip install -r requirements.txt"; exit 1; }

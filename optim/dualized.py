@@ -19,6 +19,8 @@ from .modular import ModularNorm, NonFiniteError
 from .norms import Norm
 from .step_size import EscapeVelocity
 
+import os
+BETA3 = float(os.environ.get('BETA3', 0))
 SCHEMA = 2  # of state_dict()
 DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 Constraint = Literal["ball", "sphere", "stiefel"]
@@ -41,12 +43,14 @@ def stacked_update(D: Tensor, weights: list[Tensor], radii: Tensor, live: Tensor
     return U.mul_(radii).masked_fill_(~live, 0)
 
 
-def distance(D: Tensor, start: list[Tensor], weights: list[Tensor], radii: Tensor, live: Tensor, *, norm: Norm) -> Tensor:
-    """(⟨D, W₀ − W⟩, Σ radius · ‖D‖†) of a stack: its part of the escape velocity's two terms (2,). Arguments as above; nothing is written."""
-    live = live.expand_as(D)
-    inner = sum(torch.where(on, d * (w0 - w), 0).sum() for d, on, w0, w in zip(D, live, start, weights, strict=True))
-    dual = torch.where(live, D * norm.dualize(D) * radii, 0).sum()
-    return torch.stack([inner.to(dual), dual])  # type: ignore[union-attr]
+def travelled(G: Tensor, start: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """⟨G, W₀ − W⟩ of a stack (0-dim): what the gradient says that the way from W₀ was worth. G: (n, *shape), 0 where nothing is live."""
+    return torch.stack([(g * (w0 - w)).sum() for g, w0, w in zip(G, start, weights, strict=True)]).sum()
+
+
+def dual_norm(D: Tensor, radii: Tensor, live: Tensor, *, norm: Norm) -> Tensor:
+    """Σ radius · ‖D‖† of a stack (0-dim), by what the norm's dualize attains."""
+    return torch.where(live, D * norm.dualize(D) * radii, 0).sum()
 
 
 def _validate(settings: dict[str, Any]) -> None:
@@ -207,7 +211,7 @@ class Dualized(torch.optim.Optimizer):
         self.calls += 1
         ok = self._all_finite([x for _, members in present for x in members])
         steps: list[tuple[dict[str, Any], Norm, list[Tensor], list[Tensor], Tensor, Tensor]] = []
-        travelled: list[Tensor] = []
+        parts: list[Tensor] = []
         for group, members in present:
             clip = _clip([p.grad for _, p in members if p.grad is not None], group["max_grad_norm"])
             stacks: dict[tuple[Any, ...], list[tuple[str, Tensor]]] = {}
@@ -221,11 +225,12 @@ class Dualized(torch.optim.Optimizer):
                     self._apply(group, norm, params, weights, U, live, None)
                 else:  # the step size needs the whole network's
                     steps.append((group, norm, params, weights, U, live))
-                    travelled.append(part)
+                    parts.append(part)
         if self.escape:
             step_size = self.param_groups[0]["step_size"]
-            total = torch.stack([t.to(step_size) for t in travelled]).sum(0)
-            step_size.copy_(torch.where(ok.to(step_size.device), self.escape.grow(step_size, *total), step_size))
+            total = torch.stack([t.to(step_size) for t in parts]).sum(0)
+            self.num = getattr(self, "num", 0) * BETA3 + (1-BETA3) * total[0]
+            step_size.copy_(torch.where(ok.to(step_size.device), self.escape.grow(step_size, self.num, total[1]), step_size))
             for args in steps:
                 self._apply(*args, step_size)
         return loss
@@ -269,6 +274,8 @@ class Dualized(torch.optim.Optimizer):
         state = {k: _stack(buffers).to(torch.promote_types(buffers[0].dtype, torch.float32)) for k, buffers in held.items()}
         refresh = self.calls % group["refresh_every"] == 1 or group["refresh_every"] == 1
         direct = DIRECTIONS[group["direction"]]
+        # Of the fresh gradient: a direction correlates with its own past steps, whatever they were worth.
+        way = travelled(G, [self.state[p]["start"] for p in params], weights) if self.escape else None
         if not direct.gated:
             state = {k: v.clone() for k, v in state.items()}
         D = direct(G, state, live=live.to(G.dtype), beta=group["beta"], beta2=group["beta2"], refresh=refresh)
@@ -282,10 +289,9 @@ class Dualized(torch.optim.Optimizer):
         if key not in self._radii:  # made once: a copy to the device waits for it
             radii = torch.tensor([self.norm.radii[n] for n, _ in members], dtype=compute, device=D.device)
             self._radii[key] = radii.reshape(-1, *(1,) * norm.ndim)
-        radii, travelled = self._radii[key], None
-        if self.escape:
-            travelled = distance(D, [self.state[p]["start"] for p in params], weights, radii, live, norm=norm)
-        return stacked_update(D, weights, radii, live, norm=norm, weight_decay=group["weight_decay"], scale=group["scale"]), live, travelled
+        radii = self._radii[key]
+        part = torch.stack([way, dual_norm(D, radii, live, norm=norm)]) if way is not None else None
+        return stacked_update(D, weights, radii, live, norm=norm, weight_decay=group["weight_decay"], scale=group["scale"]), live, part
 
     def _apply(
         self, group: dict[str, Any], norm: Norm, params: list[Tensor], weights: list[Tensor], U: Tensor, live: Tensor, step_size: Tensor | None
@@ -339,7 +345,6 @@ class Dualized(torch.optim.Optimizer):
         """As torch's, but matched by parameter name, whatever the order, and copied; a missing or unknown name raises before anything changes."""
         groups, state = by_name(state_dict, [list(g["param_names"]) for g in self.param_groups])
         for group, own in zip(groups, self.param_groups, strict=True):
-            group.update({k: v for k, v in own.items() if k not in group})  # saved by a version that had fewer settings
             if self.escape:
                 if "step_size" not in group or any("start" not in s for s in state.values()):
                     raise ValueError(
@@ -348,6 +353,7 @@ class Dualized(torch.optim.Optimizer):
                 group["step_size"] = self._new_step_size(own["params"], groups[0]["step_size"])
             elif "step_size" in group:
                 raise ValueError('optimizer state\n  got: one saved with lr="auto"\n  allowed: one saved with a fixed lr\n  fix: Dualized(model, lr="auto")')
+            group.update({k: v for k, v in own.items() if k not in group})  # saved by a version that had fewer settings
         super().load_state_dict({"state": state, "param_groups": groups})
         for group in self.param_groups:
             if self.escape:

@@ -57,8 +57,8 @@ def test_shipped_configurations_load(file: Path):
         ("[optim]\nbeta = 1.0", "optim.beta\n  got: 1.0\n  allowed: 0 <= beta < 1"),
         ("[optim]\nschedule = 'step'", "optim.schedule\n  got: 'step'\n  allowed: wsd, cosine"),
         (
-            "[optim.norms]\nhead = 'Spectral'",
-            "optim.norms.head\n  got: 'Spectral'\n  allowed: RMSToRMS, L1ToRMS, RMSToLinf, L1ToLinf, Frobenius\n  fix: ",
+            "[optim.norms]\nhead = 'Nuclear'",
+            "optim.norms.head\n  got: 'Nuclear'\n  allowed: Spectral, MuonSpectral, MoonlightSpectral, RMSToRMS, L1ToRMS, RMSToLinf, L1ToLinf, MeanToLinf, Frobenius\n  fix: ",
         ),
         ("[optim.norms]\nhead = 'VectorRMS'", "optim.norms.head\n  got: 'VectorRMS'\n  allowed: RMSToRMS"),
         ("[optim.masses]\nmlp = -1.0", "optim.masses.mlp\n  got: -1\n  allowed: 0 (never updated) or more"),

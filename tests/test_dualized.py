@@ -1,7 +1,10 @@
 """optim/dualized.py. Oracles: torch.optim.SGD, the modular norm of measured steps, and the optimizer's own contract."""
 
 import copy
+import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +12,11 @@ from torch import nn
 
 from optim import (
     DIRECTIONS,
+    Blocks,
     CoverageError,
     Direction,
     Dualized,
+    EscapeVelocity,
     Frobenius,
     L1ToLinf,
     L1ToRMS,
@@ -487,9 +492,237 @@ def test_sparse_gradients_are_refused_by_name():
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("lr", -1.0), ("beta", 1.0), ("weight_decay", -0.1), ("beta2", 1.0), ("direction", "adamw"), ("scale", "two"), ("constraint", "cube"), ("momentum_dtype", "int8"), ("refresh_every", 0), ("max_grad_norm", 0.0)]
+    ("key", "value"),
+    [
+        ("lr", -1.0),
+        ("beta", 1.0),
+        ("weight_decay", -0.1),
+        ("beta2", 1.0),
+        ("direction", "adamw"),
+        ("scale", "two"),
+        ("constraint", "cube"),
+        ("momentum_dtype", "int8"),
+        ("refresh_every", 0),
+        ("max_grad_norm", 0.0),
+    ],
 )
 def test_impossible_settings_are_refused_by_name(key: str, value: object):
     settings = {"lr": 0.1, key: value}
     with pytest.raises(ValueError, match=rf"Dualized: {key}\n  got: {value!r}\n  allowed:"):
         Dualized(Net(), **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_whatever_the_direction_a_step_has_norm_lr_and_the_gate_holds(direction: str):
+    model = Net()
+    optimizer = Dualized(model, 0.1, direction=direction, refresh_every=2)
+    for step in range(4):
+        delta = take_step(model, optimizer, step)
+        assert abs(optimizer.norm.norm(delta).item() / 0.1 - 1) < EXACT_STEP
+    before = [p.detach().clone() for p in model.parameters()], copy.deepcopy(optimizer.state_dict()["state"])
+    loss_of(model).backward()
+    model.head.weight.grad[0, 0] = math.nan  # type: ignore[index]
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before[0], strict=True))
+    for i, buffers in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(b, before[1][i][k]) for k, b in buffers.items()), "buffers stay too"
+
+
+@pytest.mark.parametrize("direction", ["momentum", "nesterov", "adam", "lion"])
+def test_a_row_without_a_gradient_keeps_its_weight_and_its_buffers(direction: str):
+    model = Net()
+    optimizer = Dualized(model, 0.1, direction=direction, weight_decay=0.1)
+    for step in range(3):
+        take_step(model, optimizer, step)
+    weight, buffers = model.embed.weight.detach().clone(), copy.deepcopy(dict(optimizer.state[model.embed.weight]))
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(torch.tensor([2, 5])), torch.tensor([1, 3])).backward()
+    optimizer.step()
+    still = [0, 1, 3, 4, 6]
+    assert torch.equal(model.embed.weight[still], weight[still]) and not torch.equal(model.embed.weight[[2, 5]], weight[[2, 5]])
+    for k, b in buffers.items():
+        assert torch.equal(optimizer.state[model.embed.weight][k][still], b[still])
+
+
+@pytest.mark.parametrize("constraint", ["ball", "sphere", "stiefel"])
+def test_a_constraint_holds_at_every_step(constraint: str):
+    model = Net()
+    optimizer = Dualized(model, 1.0, constraint=constraint, direction="nesterov")  # type: ignore[arg-type]
+    for step in range(30):
+        take_step(model, optimizer, step)
+        for name, p in model.named_parameters():
+            size = optimizer.norm.norms[name].norm(p).item()
+            assert size <= 1 + 1e-3
+            if constraint != "ball":
+                assert size >= 1 - 1e-3, name
+        if constraint == "stiefel":
+            assert (torch.linalg.svdvals(model.up.weight.detach()) - 1).abs().max() < 1e-3
+    assert loss_of(model, 99) < loss_of(Net(), 99)
+
+
+def test_vectors_are_kept_in_the_ball_whatever_the_constraint():
+    bias = nn.Parameter(torch.zeros(4))
+    optimizer = Dualized([("bias", bias)], 0.1, norm=ModularNorm({"bias": VectorRMS()}, {"bias": 1.0}), constraint="sphere", beta=0.0)
+    for _ in range(20):
+        bias.grad = torch.tensor([1.0, -1, 1, -1])
+        optimizer.step()
+        assert 0 < VectorRMS().norm(bias.detach()) <= 1 + 1e-6
+    assert VectorRMS().norm(bias.detach()) > 0.99
+
+
+def test_lr_zero_neither_retracts_nor_counts():
+    model = Net()
+    with torch.no_grad():
+        model.up.weight.mul_(3)
+    before = model.up.weight.detach().clone()
+    optimizer = Dualized(model, "auto", constraint="ball")
+    optimizer.param_groups[0]["lr"] = 0.0
+    for step in range(3):
+        take_step(model, optimizer, step)
+    assert torch.equal(model.up.weight, before) and optimizer.step_size == EscapeVelocity.initial and optimizer.calls == 0
+
+
+def peak_bytes(work: Callable[[], object], folder: Path) -> int:
+    """Bytes allocated at the peak, above what was there before: from the profiler's record of the allocator."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    profile.export_chrome_trace(str(folder / "trace.json"))
+    events = [e for e in json.loads((folder / "trace.json").read_text())["traceEvents"] if e["name"] == "[memory]"]
+    events.sort(key=lambda e: e["ts"])
+    total = peak = 0
+    for e in events:
+        total += e["args"]["Bytes"]
+        peak = max(peak, total)
+    return peak
+
+
+@pytest.mark.parametrize("direction", ["momentum", "nesterov"])
+@pytest.mark.parametrize(
+    ("norm", "count", "shape"),
+    [
+        (RMSToRMS(), 4, (128, 128)),
+        (RMSToRMS(), 4, (128, 192)),
+        (RMSToRMS(), 3, (128, 512)),
+        (RMSToRMS(), 3, (512, 128)),
+        (RMSToRMS(), 1, (256, 256)),
+        (L1ToRMS(), 1, (512, 256)),
+        (RMSToLinf(), 2, (512, 256)),
+        (Blocks(RMSToRMS(), 3), 2, (384, 128)),
+    ],
+    ids=str,
+)
+def test_a_step_allocates_three_temporaries_of_the_largest_stack_at_most(
+    direction: str, norm: Norm, count: int, shape: tuple[int, int], tmp_path: Path
+):
+    named = [(f"w{i}", nn.Parameter(torch.randn(*shape))) for i in range(count)]
+    optimizer = Dualized(
+        named, 0.1, norm=ModularNorm({n: norm for n, _ in named}, {n: 1.0 for n, _ in named}), direction=direction, weight_decay=0.1
+    )
+    for _, p in named:
+        p.grad = torch.randn_like(p)
+    optimizer.step()  # makes the buffers
+    stack = 4 * count * math.prod(shape)
+    # A tenth for what is of a smaller order: norms, masks, the matrices' small sides in the last product.
+    assert peak_bytes(optimizer.step, tmp_path) <= 3.1 * stack
+
+
+def test_state_is_at_most_half_of_adamws():
+    def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+        return sum(t.nbytes for s in optimizer.state.values() for t in s.values())
+
+    ours, theirs = Net(), Net()
+    dualized, adamw = Dualized(ours, 0.1), torch.optim.AdamW(theirs.parameters())
+    take_step(ours, dualized)
+    take_step(theirs, adamw)
+    assert state_bytes(dualized) == sum(p.nbytes for p in ours.parameters()) <= state_bytes(adamw) / 2
+
+
+def test_master_weights_keep_what_bfloat16_would_round_away():
+    torch.manual_seed(0)
+    precise, rounded = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False).bfloat16()
+    rounded.load_state_dict(precise.state_dict())
+    precise.load_state_dict(rounded.state_dict())
+    tree = atom("weight", RMSToRMS(Polar("exact")))
+    first = Dualized(precise, 1e-4, norm=metrize(precise, tree))
+    second = Dualized(rounded, 1e-4, norm=metrize(rounded, tree), master_weights=True, momentum_dtype="float32")
+    for step in range(50):
+        g = torch.randn(8, 8, generator=torch.Generator().manual_seed(step)).bfloat16()
+        precise.weight.grad, rounded.weight.grad = g.float(), g
+        first.step()
+        second.step()
+    assert torch.equal(second.state[rounded.weight]["master"], precise.weight)
+    assert torch.equal(rounded.weight, precise.weight.bfloat16())
+    with torch.no_grad():
+        rounded.weight[0, 0] = 5.0
+    rounded.weight.grad = g
+    second.step()
+    assert rounded.weight[0, 0] == 5.0, "the step is far below bfloat16's spacing there, and what was written counts"
+    loaded = Dualized(rounded, 1e-4, norm=metrize(rounded, tree), master_weights=True, momentum_dtype="float32")
+    loaded.load_state_dict(second.state_dict())
+    for k in ("master", "momentum"):
+        assert loaded.state[rounded.weight][k].dtype == torch.float32
+        assert torch.equal(loaded.state[rounded.weight][k], second.state[rounded.weight][k])
+
+
+def test_bfloat16_momentum_is_half_the_state_and_trains():
+    ends = {}
+    for dtype in ("bfloat16", "float32"):
+        model = Net().float()
+        optimizer = Dualized(model, 0.3, momentum_dtype=dtype)
+        for step in range(30):
+            take_step(model, optimizer, step % 4)
+        assert all(s["momentum"].dtype == getattr(torch, dtype) for s in optimizer.state.values())
+        ends[dtype] = loss_of(model).item()
+    assert abs(ends["bfloat16"] / ends["float32"] - 1) < 0.01 and ends["bfloat16"] < loss_of(Net().float()).item() - 0.03
+
+
+def test_the_escape_velocity_stays_below_the_distance_travelled_and_grows_from_any_start():
+    ends = []
+    for initial in (1e-6, 1e-2):
+        model = Net()
+        start = {n: p.detach().clone() for n, p in model.named_parameters()}
+        optimizer = Dualized(model, EscapeVelocity(initial=initial), beta=0.0)
+        furthest = initial
+        for step in range(60):
+            take_step(model, optimizer, step)
+            assert optimizer.step_size is not None and optimizer.step_size <= furthest * (1 + 1e-9), "Hölder's bound"
+            furthest = max(furthest, optimizer.norm.norm({n: p.detach() - start[n] for n, p in model.named_parameters()}).item())
+        ends.append(loss_of(model, 99).item())
+        assert optimizer.step_size is not None and optimizer.step_size > 3 * 1e-2
+    assert all(end < loss_of(Net(), 99).item() for end in ends)
+
+
+def test_the_escape_velocity_survives_checkpoints_and_deepcopies():
+    model = Net()
+    optimizer = Dualized(model, "auto")
+    for step in range(10):
+        take_step(model, optimizer, step)
+    again = copy.deepcopy(model)
+    loaded = Dualized(again, "auto")
+    loaded.load_state_dict(json_groups(optimizer.state_dict()))
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    for step in range(10, 15):
+        for m, o in ((model, optimizer), (again, loaded), (twin, twin_optimizer)):
+            take_step(m, o, step)
+    assert optimizer.step_size == loaded.step_size == twin_optimizer.step_size
+    for p, q, r in zip(model.parameters(), again.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q) and torch.equal(p, r)
+    with pytest.raises(ValueError, match='got: one saved with lr="auto"'):
+        Dualized(model, 0.1).load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="got: one saved with a fixed lr"):
+        Dualized(model, "auto").load_state_dict(Dualized(model, 0.1).state_dict())
+
+
+def json_groups(state: dict) -> dict:
+    """A state whose groups went through JSON, as in a checkpoint's state.json."""
+    groups = [{k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in g.items()} for g in state["param_groups"]]
+    return {**state, "param_groups": json.loads(json.dumps(groups))}
+
+
+def test_steepest_descents_scale_has_no_escape_velocity():
+    with pytest.raises(ValueError, match='got: "dual" with lr="auto"'):
+        Dualized(Net(), "auto", scale="dual")
+    with pytest.raises(ValueError, match="got: 'automatic'"):
+        Dualized(Net(), "automatic")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"EscapeVelocity.initial\n  got: 0"):
+        EscapeVelocity(initial=0)

@@ -4,6 +4,8 @@ Its atoms carry a scale in the forward pass, so that what acts is scale · weigh
 that starts where the last call ended: on fresh copies of one update, calls converge. Weights come in the same order, that of the forward pass.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,26 +21,28 @@ from optim.norms import ConvRMSToRMS
 CLOSE = 1e-5  # in float64 2e-12 is measured at worst
 SETTLED = 1e-13  # two calls of Modula's normalize differ by no more
 LR = 0.3
+Theirs = Any  # a module of Modula's, whose types are not declared
+NETWORKS: Theirs = compound
 
 
-def leaves(module: abstract.Module) -> list[abstract.Module]:
+def leaves(module: Theirs) -> list[Theirs]:
     """Its atoms in the order of its weights."""
     return [module] if module.length and not module.children else [leaf for child in module.children for leaf in leaves(child)]
 
 
-def normalized(module: abstract.Module, update: list[torch.Tensor]) -> list[torch.Tensor]:
+def normalized(module: Theirs, update: list[torch.Tensor]) -> list[torch.Tensor]:
     """LR · its normalized update as it acts: scale · weight."""
     last = None
     for _ in range(3000):
-        w = Vector([u.clone() for u in update])
-        module.normalize(w, target_norm=LR)
+        w = [u.clone() for u in update]
+        module.normalize(Vector(w), target_norm=LR)
         if last and all(torch.allclose(a, b, rtol=SETTLED, atol=0) for a, b in zip(w, last, strict=True)):
             return [leaf.scale * t for leaf, t in zip(leaves(module), w, strict=True)]
-        last = list(w)
+        last = w
     raise AssertionError("Modula's power iteration has not converged")
 
 
-def declared(label: str, module: abstract.Module) -> Module:
+def declared(label: str, module: Theirs) -> Module:
     """Our bond of a sensitivity that Modula's code declares."""
     return bond(label, sensitivity=module.sensitivity)
 
@@ -78,16 +82,16 @@ def rescnn(num_blocks: int, block_depth: int, blocks_mass: float) -> Module:
     return resnet(atom("initial", ConvRMSToRMS()), atom("{}.{}", ConvRMSToRMS()), final, num_blocks, block_depth, blocks_mass)
 
 
-GPT = {"vocab_size": 11, "context": 7, "d_embed": 12}
-PAIRS = {
-    "GPT, 1 layer of 1 head": (compound.GPT(num_heads=1, d_query=12, d_value=12, num_blocks=1, blocks_mass=5, **GPT), gpt(1, 5)),
-    "GPT, 3 layers of 2 heads": (compound.GPT(num_heads=2, d_query=6, d_value=6, num_blocks=3, blocks_mass=5, **GPT), gpt(3, 5)),
-    "GPT, mass 0.7, uneven heads": (compound.GPT(num_heads=3, d_query=2, d_value=5, num_blocks=2, blocks_mass=0.7, **GPT), gpt(2, 0.7)),
-    "GPT, mass 40": (compound.GPT(num_heads=4, d_query=3, d_value=3, num_blocks=4, blocks_mass=40, **GPT), gpt(4, 40)),
-    "ResMLP": (compound.ResMLP(width=8, num_blocks=3, block_depth=2, input_dim=5, output_dim=4), resmlp(3, 2)),
-    "ResCNN": (compound.ResCNN(width=6, num_blocks=2, block_depth=3, input_dim=3, output_dim=4), rescnn(2, 3, 20)),
+GPT: dict[str, Any] = {"vocab_size": 11, "context": 7, "d_embed": 12}
+PAIRS: dict[str, tuple[Theirs, Any]] = {
+    "GPT, 1 layer of 1 head": (NETWORKS.GPT(num_heads=1, d_query=12, d_value=12, num_blocks=1, blocks_mass=5, **GPT), gpt(1, 5)),
+    "GPT, 3 layers of 2 heads": (NETWORKS.GPT(num_heads=2, d_query=6, d_value=6, num_blocks=3, blocks_mass=5, **GPT), gpt(3, 5)),
+    "GPT, mass 0.7, uneven heads": (NETWORKS.GPT(num_heads=3, d_query=2, d_value=5, num_blocks=2, blocks_mass=0.7, **GPT), gpt(2, 0.7)),
+    "GPT, mass 40": (NETWORKS.GPT(num_heads=4, d_query=3, d_value=3, num_blocks=4, blocks_mass=40, **GPT), gpt(4, 40)),
+    "ResMLP": (NETWORKS.ResMLP(width=8, num_blocks=3, block_depth=2, input_dim=5, output_dim=4), resmlp(3, 2)),
+    "ResCNN": (NETWORKS.ResCNN(width=6, num_blocks=2, block_depth=3, input_dim=3, output_dim=4), rescnn(2, 3, 20)),
     "ResCNN, mass 0.5": (
-        compound.ResCNN(width=6, num_blocks=4, block_depth=1, input_dim=3, output_dim=4, blocks_mass=0.5),
+        NETWORKS.ResCNN(width=6, num_blocks=4, block_depth=1, input_dim=3, output_dim=4, blocks_mass=0.5),
         rescnn(4, 1, 0.5),
     ),
 }
@@ -141,12 +145,12 @@ TREES = st.recursive(
 )
 
 
-def twins(kind: str, *arguments) -> tuple[abstract.Module, Module]:
+def twins(kind: str, *arguments) -> tuple[Theirs, Module]:
     """The same tree in Modula and here."""
     if kind == "atom":
         return atoms.Linear(1, 1, mass=arguments[0]), atom("weight", RMSToRMS(), mass=arguments[0])
     if kind == "bond":
-        theirs = bonds.Identity()
+        theirs: Theirs = bonds.Identity()
         theirs.sensitivity = arguments[0]
         return theirs, bond("bond", sensitivity=arguments[0])
     if kind in ("after", "sum", "beside"):

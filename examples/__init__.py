@@ -1,0 +1,1 @@
+"""Dualized in other people's training code."""

@@ -1,0 +1,49 @@
+"""GPT-2 or Llama from transformers in a plain loop, with gradient accumulation, torch's learning rate schedulers and torch.compile.
+
+python -m examples.hf_plain_loop --model llama --accumulate 2
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+
+from examples.tiny import BATCH, language_model, loss_of, train_and_test, windows
+from optim import Dualized
+
+
+def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
+    """The test loss before and after training."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("gpt2", "llama"), default="gpt2")
+    parser.add_argument("--lr", type=float, default=2.0, help="modular norm of one step")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--accumulate", type=int, default=1, help="batches to a step")
+    parser.add_argument("--compile", nargs="?", const="inductor", help="torch.compile the model, by this backend")
+    args = parser.parse_args(argv)
+
+    train, test = train_and_test()
+    model = language_model(args.model)
+    optimizer = Dualized(model, lr=args.lr, beta=0.8)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=args.steps)
+    print(optimizer.norm.receipt())
+    forward = torch.compile(model, backend=args.compile) if args.compile else model
+
+    before = loss_of(model, test)
+    for step in range(args.steps):
+        for x in windows(train, BATCH * args.accumulate, seed=step).split(BATCH):
+            loss = forward(input_ids=x, labels=x).loss
+            (loss / args.accumulate).backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if step % 25 == 0:
+            print(f"step {step:4}  loss {loss.item():.3f}")
+    optimizer.check_finite()  # a gradient that is not finite is reported at the next step; after the last one, here
+    after = loss_of(model, test)
+    print(f"test loss {before:.3f} → {after:.3f}")
+    return before, after
+
+
+if __name__ == "__main__":
+    main()

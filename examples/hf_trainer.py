@@ -1,0 +1,54 @@
+"""GPT-2 or Llama in the Hugging Face Trainer, with its checkpoints.
+
+python -m examples.hf_trainer; python -m examples.hf_trainer --resume
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from transformers import Trainer, TrainingArguments, get_cosine_schedule_with_warmup
+
+from examples.tiny import BATCH, language_model, loss_of, train_and_test, windows
+from optim import Dualized
+
+
+def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
+    """The test loss before and after training."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("gpt2", "llama"), default="llama")
+    parser.add_argument("--lr", type=float, default=2.0, help="modular norm of one step")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--out", default="runs/hf_trainer", help="folder of the checkpoints, one every 50 steps")
+    parser.add_argument("--resume", action="store_true", help="from the folder's last checkpoint")
+    args = parser.parse_args(argv)
+
+    train, test = train_and_test()
+    model = language_model(args.model)
+    optimizer = Dualized(model, lr=args.lr, beta=0.8)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, args.steps // 10, args.steps)
+    settings = TrainingArguments(
+        args.out,
+        max_steps=args.steps,
+        per_device_train_batch_size=BATCH,
+        max_grad_norm=0,  # Dualized's steps have the same size whatever the gradient's; its own max_grad_norm weighs gradients in the momentum
+        save_steps=50,
+        logging_steps=25,
+        report_to="none",
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(
+        model,
+        settings,
+        train_dataset=[{"input_ids": x, "labels": x} for x in windows(train, 100 * BATCH)],  # type: ignore[arg-type] - a list is one
+        optimizers=(optimizer, scheduler),
+    )
+    before = loss_of(model, test)
+    trainer.train(resume_from_checkpoint=args.resume)
+    after = loss_of(model, test)
+    print(f"test loss {before:.3f} → {after:.3f}")
+    return before, after
+
+
+if __name__ == "__main__":
+    main()

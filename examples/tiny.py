@@ -1,0 +1,47 @@
+"""What the language examples train: the bytes of this repository's own Python, and GPT-2 and Llama at a size for one CPU core."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+LENGTH, BATCH = 64, 16
+
+
+def text(pattern: str = "optim/*.py") -> Tensor:
+    """The files' bytes, a token each (tokens,)."""
+    files = sorted(Path(__file__).parent.parent.glob(pattern))
+    return torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in files)), dtype=torch.uint8).long()
+
+
+def windows(tokens: Tensor, count: int, *, seed: int = 0) -> Tensor:
+    """Random windows (count, LENGTH)."""
+    starts = torch.randint(len(tokens) - LENGTH, (count, 1), generator=torch.Generator().manual_seed(seed))
+    return tokens[starts + torch.arange(LENGTH)]
+
+
+def train_and_test(pattern: str = "optim/*.py") -> tuple[Tensor, Tensor]:
+    """The text, and 64 windows of its last tenth."""
+    tokens = text(pattern)
+    cut = len(tokens) * 9 // 10
+    return tokens[:cut], windows(tokens[cut:], 64)
+
+
+def language_model(name: str, *, seed: int = 0) -> nn.Module:
+    """"gpt2" or "llama" with random weights."""
+    torch.manual_seed(seed)
+    common = dict(vocab_size=256, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False)  # a tied head is refused: one tensor, two roles
+    if name == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(**common, n_positions=LENGTH, n_embd=128, n_layer=2, n_head=4))
+    sizes = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    return LlamaForCausalLM(LlamaConfig(**common, **sizes, max_position_embeddings=LENGTH))
+
+
+@torch.no_grad()
+def loss_of(model: nn.Module, x: Tensor) -> float:
+    """Mean loss on windows, in evaluation mode."""
+    model.eval()
+    loss = model(input_ids=x, labels=x).loss.item()
+    model.train()
+    return loss
