@@ -29,9 +29,10 @@ def train_and_test(pattern: str = "optim/*.py") -> tuple[Tensor, Tensor]:
 
 
 def language_model(name: str, *, seed: int = 0) -> nn.Module:
-    """"gpt2" or "llama" with random weights."""
+    """With random weights; name: "gpt2" or "llama"."""
     torch.manual_seed(seed)
-    common = dict(vocab_size=256, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False)  # a tied head is refused: one tensor, two roles
+    # A tied head is refused: one tensor cannot have two roles.
+    common = dict(vocab_size=256, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False)
     if name == "gpt2":
         return GPT2LMHeadModel(GPT2Config(**common, n_positions=LENGTH, n_embd=128, n_layer=2, n_head=4))
     sizes = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)

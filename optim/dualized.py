@@ -140,6 +140,7 @@ class Dualized(torch.optim.Optimizer):
             max_grad_norm=max_grad_norm,
             momentum_dtype=momentum_dtype,
             master_weights=master_weights,
+            calls=0,  # of step() that moved the group; here, as checkpoint libraries keep the groups and nothing else
         )
         if isinstance(defaults["lr"], str):
             raise ValueError(f'Dualized: lr\n  got: {lr!r}\n  allowed: a finite number >= 0, or "auto"\n  fix: Dualized(model, lr=0.1)')
@@ -204,7 +205,8 @@ class Dualized(torch.optim.Optimizer):
                     raise ValueError(f"{name}\n  got: a sparse gradient\n  allowed: dense ones\n  fix: sparse=False in its module")
                 if not self.state[p]:
                     self.state[p].update(self._new_state(group, p))
-            if members and (isinstance(group["lr"], Tensor) or group["lr"] != 0):
+            lr = group["lr"]
+            if members and ((isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0):  # without waiting for a device
                 present.append((group, members))
         if not present:
             return loss
@@ -213,6 +215,7 @@ class Dualized(torch.optim.Optimizer):
         steps: list[tuple[dict[str, Any], Norm, list[Tensor], list[Tensor], Tensor, Tensor]] = []
         parts: list[Tensor] = []
         for group, members in present:
+            group["calls"] += 1
             clip = _clip([p.grad for _, p in members if p.grad is not None], group["max_grad_norm"])
             stacks: dict[tuple[Any, ...], list[tuple[str, Tensor]]] = {}
             for name, p in members:
@@ -272,7 +275,7 @@ class Dualized(torch.optim.Optimizer):
         G.masked_fill_(~live, 0)
         held = {k: [self.state[p][k] for p in params] for k in self.state[params[0]] if k not in ("master", "start")}
         state = {k: _stack(buffers).to(torch.promote_types(buffers[0].dtype, torch.float32)) for k, buffers in held.items()}
-        refresh = self.calls % group["refresh_every"] == 1 or group["refresh_every"] == 1
+        refresh = (group["calls"] - 1) % group["refresh_every"] == 0
         direct = DIRECTIONS[group["direction"]]
         # Of the fresh gradient: a direction correlates with its own past steps, whatever they were worth.
         way = travelled(G, [self.state[p]["start"] for p in params], weights) if self.escape else None
@@ -444,6 +447,10 @@ class Normalized(torch.optim.Optimizer):
                 U = torch.where((U != 0).any(), U + self.weight_decay * p, U)
             p.sub_(U * (group["lr"] * radius))
         return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("base", "norm", "weight_decay", "by_block", "from_zero")
+        return super().__getstate__() | {k: getattr(self, k) for k in kept}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.base.zero_grad(set_to_none)

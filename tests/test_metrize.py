@@ -1,10 +1,89 @@
-"""optim/metrize.py: every parameter exactly once, or an error that names it."""
+"""optim/metrize.py, and what ModularNorm shows of its result: every parameter exactly once, or an error that names it.
+
+Oracles: real steps of Dualized, and the same network built from separate maps.
+"""
+
+import re
+import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from optim import CoverageError, Frobenius, Module, RMSToRMS, VectorRMS, atom, metrize
+from optim import (
+    Blocks,
+    CoverageError,
+    Dualized,
+    Experts,
+    Frobenius,
+    L1ToRMS,
+    MaxEntry,
+    ModularNorm,
+    Module,
+    Norm,
+    Polar,
+    RMSToLinf,
+    RMSToRMS,
+    Rule,
+    Spectral,
+    VectorRMS,
+    atom,
+    bond,
+    concat,
+    metrize,
+    residual,
+)
+from optim.metrize import MASSES
+
+R = "RMSToRMS[polar_express]"
+NO_HEAD = "no head: every linear map is a hidden one; Rule(pattern, role='head') names one that ends in logits"
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def exact(norm: ModularNorm) -> ModularNorm:
+    """The same with exact polar factors."""
+
+    def one(norm: Norm) -> Norm:
+        if isinstance(norm, Spectral):
+            return replace(norm, polar=Polar("exact"))
+        inner = getattr(norm, "inner", None)
+        return norm if inner is None else replace(norm, inner=one(inner))  # type: ignore[type-var]
+
+    return replace(norm, norms={k: one(n) for k, n in norm.norms.items()})
+
+
+def places(model: nn.Module, *rules: Rule) -> dict[str, str]:
+    """{name: "role norm"}."""
+    norm = metrize(model, rules=rules)
+    return {n: f"{norm.roles[n]} {norm.norms[n]}" for n in norm.norms}
+
+
+def gaussian_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, grads: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """W_before − W_after of a step on Gaussian gradients, or on these."""
+    g = torch.Generator().manual_seed(0)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for n, p in model.named_parameters():
+        p.grad = torch.randn(p.shape, generator=g, dtype=p.dtype) if grads is None else grads[n]
+    optimizer.step()
+    return {n: before[n] - p.detach() for n, p in model.named_parameters()}
+
+
+def holding(**parts: nn.Module | nn.Parameter) -> nn.Module:
+    model = nn.Module()
+    for name, part in parts.items():
+        setattr(model, name, part)
+    return model
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.ones(shape))
 
 
 class Two(nn.Module):
@@ -16,31 +95,45 @@ class Two(nn.Module):
         return atom("b.weight", RMSToRMS(), role="out") @ atom("a.weight", RMSToRMS(), mass=3, role="in")
 
 
+class Conv1D(nn.Module):
+    """As in transformers' GPT-2: weights stored (I, O)."""
+
+    def __init__(self, out: int, into: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(into, out)), nn.Parameter(torch.zeros(out))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.up, self.head = nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        x = self.embed(idx)
+        return self.head(x + self.up(x))
+
+
+# A declared structure.
+
+
 def test_every_parameter_gets_its_norm_and_the_receipt_shows_it():
-    norm = metrize(Two())
-    assert norm.receipt() == (
-        "parameter  shape  role  norm                     mass  radius\n"
-        "a.weight   4×3    in    RMSToRMS[polar_express]  3     0.75\n"
-        "b.weight   2×4    out   RMSToRMS[polar_express]  1     0.25\n"
+    assert metrize(Two()).receipt() == (
+        "parameter  shape  role  norm                     mass  radius  update RMS\n"
+        "a.weight   4×3    in    RMSToRMS[polar_express]  3     0.75    0.433\n"
+        "b.weight   2×4    out   RMSToRMS[polar_express]  1     0.25    0.08839\n"
     )
 
 
 def test_wrappers_do_not_change_names():
     assert metrize(torch.compile(Two())).radii == metrize(Two()).radii  # type: ignore[arg-type]
-    wrapped = nn.Module()
-    wrapped.module = Two()
-    assert metrize(wrapped, Two().structure()).radii == metrize(Two()).radii
-
-
-def test_frozen_parameters_need_no_place():
-    model = Two()
-    model.a.weight.requires_grad_(False)
-    assert list(metrize(model).norms) == ["b.weight"]
+    assert metrize(holding(module=Two()), Two().structure()).radii == metrize(Two()).radii
+    assert metrize(holding(module=nn.Linear(3, 4))).radii == metrize(nn.Linear(3, 4)).radii
 
 
 def test_a_parameter_without_a_place_is_an_error_that_names_it():
     model = Two()
-    model.extra = nn.Parameter(torch.ones(2))
+    model.extra = parameter(2)
     with pytest.raises(CoverageError, match=r"^extra \(2,\) has no place in the modular structure"):
         metrize(model)
 
@@ -50,37 +143,593 @@ def test_a_place_without_a_parameter_is_an_error_with_the_nearest_name():
         metrize(Two(), atom("a.weigth", Frobenius()) @ Two().structure())
 
 
-def test_tied_weights_are_refused_by_storage():
-    model = nn.Module()
-    model.a, model.b = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
-    model.b.weight = model.a.weight
-    with pytest.raises(CoverageError, match=r"^b.weight shares its storage with a.weight"):
-        metrize(model, Two().structure())
-
-
 def test_a_norm_of_other_dimensions_is_refused():
-    model = nn.Module()
-    model.a = nn.Linear(3, 4, bias=False)
-    with pytest.raises(CoverageError, match=r"a.weight: got shape \(4, 3\); allowed by VectorRMS: 1 dimensions"):
+    model = holding(a=nn.Linear(3, 4, bias=False))
+    with pytest.raises(CoverageError) as error:
         metrize(model, atom("a.weight", VectorRMS()))
+    assert str(error.value) == (
+        "a.weight\n  got: shape (4, 3)\n  allowed by VectorRMS: 1 dimensions, none of them 0\n  fix: metrize(model, rules=[Rule('a.weight', norm=…)])"
+    )
+
+
+def test_an_empty_parameter_is_refused():
+    with pytest.raises(CoverageError, match=r"^a\n  got: shape \(0, 3\)\n  allowed by Frobenius: 2 dimensions, none of them 0\n"):
+        metrize(holding(a=parameter(0, 3)), atom("a", Frobenius()))
 
 
 def test_two_parameters_of_one_name_are_refused():
-    model = nn.Module()
-    model.weight = nn.Parameter(torch.ones(2, 2))
-    model.module = nn.Module()
-    model.module.weight = nn.Parameter(torch.ones(2, 2))
+    model = holding(weight=parameter(2, 2), module=holding(weight=parameter(2, 2)))
     with pytest.raises(CoverageError, match="two parameters are named 'weight'"):
         metrize(model, atom("weight", Frobenius()))
 
 
-def test_an_empty_parameter_is_refused():
+# Module types.
+
+LINEAR = {"weight": f"hidden {R}", "bias": "bias VectorRMS"}
+AFFINE = {"weight": "gain MaxEntry", "bias": "bias VectorRMS"}
+
+
+def gates(n: int, *suffixes: str) -> dict[str, str]:
+    kinds = {
+        "weight_ih": f"hidden {n} × {R}",
+        "weight_hh": f"hidden {n} × {R}",
+        "bias_ih": f"bias {n} × VectorRMS",
+        "bias_hh": f"bias {n} × VectorRMS",
+    }
+    return {k + s: place for s in suffixes for k, place in kinds.items()}
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (nn.Linear(3, 4), LINEAR),
+        (Conv1D(4, 3), LINEAR | {"weight": f"hidden Transposed({R})"}),
+        (nn.Embedding(5, 4, padding_idx=1), {"weight": "embedding L1ToRMS"}),
+        (nn.EmbeddingBag(5, 4), {"weight": "embedding L1ToRMS"}),
+        (nn.Conv1d(4, 6, 3), LINEAR | {"weight": f"hidden Conv({R}, 1d)"}),
+        (nn.Conv2d(4, 6, (3, 1), groups=2), LINEAR | {"weight": f"hidden Conv({R}, 2d, 2 groups)"}),
+        (nn.Conv2d(4, 4, 3, groups=4), LINEAR | {"weight": f"hidden Conv({R}, 2d, 4 groups)"}),
+        (nn.Conv3d(2, 3, 2, bias=False), {"weight": f"hidden Conv({R}, 3d)"}),
+        (nn.ConvTranspose1d(4, 6, 3), LINEAR | {"weight": f"hidden Conv({R}, 1d, transposed)"}),
+        (nn.ConvTranspose2d(4, 6, 3, groups=2), LINEAR | {"weight": f"hidden Conv({R}, 2d, 2 groups, transposed)"}),
+        (nn.ConvTranspose3d(2, 3, 2), LINEAR | {"weight": f"hidden Conv({R}, 3d, transposed)"}),
+        (nn.LayerNorm(4), AFFINE),
+        (nn.LayerNorm([2, 3]), AFFINE | {"bias": "bias Flattened(VectorRMS)"}),
+        (nn.RMSNorm([2, 3]), {"weight": "gain MaxEntry"}),
+        (nn.GroupNorm(2, 4), AFFINE),
+        (nn.BatchNorm1d(4), AFFINE),
+        (nn.BatchNorm3d(4), AFFINE),
+        (nn.InstanceNorm2d(4, affine=True), AFFINE),
+        (nn.RNN(3, 4), gates(1, "_l0")),
+        (nn.GRU(3, 4, num_layers=2, bidirectional=True), gates(3, "_l0", "_l0_reverse", "_l1", "_l1_reverse")),
+        (nn.LSTM(3, 4, proj_size=2), gates(4, "_l0") | {"weight_hr_l0": f"hidden {R}"}),
+        (nn.RNNCell(3, 4), gates(1, "")),
+        (nn.GRUCell(3, 4, bias=False), {k: v for k, v in gates(3, "").items() if "bias" not in k}),
+        (nn.LSTMCell(3, 4), gates(4, "")),
+        (
+            nn.MultiheadAttention(8, 2),
+            {
+                "in_proj_weight": f"hidden 3 × {R}",
+                "in_proj_bias": "bias 3 × VectorRMS",
+                "out_proj.weight": f"hidden {R}",
+                "out_proj.bias": "bias VectorRMS",
+            },
+        ),
+        (
+            nn.MultiheadAttention(8, 2, kdim=4, vdim=6, add_bias_kv=True, bias=False),
+            {f"{n}_proj_weight": f"hidden {R}" for n in "qkv"}
+            | {"bias_k": "bias Flattened(VectorRMS)", "bias_v": "bias Flattened(VectorRMS)", "out_proj.weight": f"hidden {R}"},
+        ),
+    ],
+    ids=repr,
+)
+def test_modules_are_placed_by_their_type(module: nn.Module, expected: dict[str, str]):
+    assert places(module) == expected
+    assert metrize(module).notes == (NO_HEAD,), "nothing is guessed"
+
+
+def zoo() -> nn.Module:
+    """Weights of every kind, in float64."""
+    return holding(
+        embedding=nn.Embedding(9, 6, padding_idx=0),
+        linear=nn.Linear(6, 9),
+        conv1d=Conv1D(5, 3),
+        qkv=nn.Linear(4, 12),
+        conv=nn.Conv2d(4, 6, (3, 2), groups=2),
+        depthwise=nn.Conv1d(4, 4, 3, groups=4),
+        transposed=nn.ConvTranspose2d(4, 6, 3, groups=2),
+        layer_norm=nn.LayerNorm([2, 3]),
+        batch_norm=nn.BatchNorm1d(4),
+        lstm=nn.LSTM(3, 4, proj_size=2),
+        gru=nn.GRUCell(3, 5),
+        attention=nn.MultiheadAttention(8, 2, kdim=4, vdim=6, add_bias_kv=True),
+        packed=nn.MultiheadAttention(6, 2),
+        prelu=nn.PReLU(3),
+        experts=parameter(3, 4, 5),
+        head=nn.Linear(6, 9),
+        scalar=parameter(),
+    ).double()
+
+
+ZOO = (Rule("experts", norm=Experts(RMSToRMS()), role="hidden"), Rule("head.weight", role="head"), Rule("linear.weight", role="hidden"))
+
+
+def test_the_receipt_predicts_the_steps_that_dualized_takes():
+    """The column's four digits, at lr = 1 with the exact polar factor."""
+    model = zoo()
+    norm = exact(metrize(model, rules=ZOO))
+    delta = gaussian_step(model, Dualized(model, 1.0, norm=norm))
+    header, *rows = norm.receipt().split("\nnote:")[0].splitlines()
+    assert re.split("  +", header) == ["parameter", "shape", "role", "norm", "mass", "radius", "update RMS"]
+    assert len(rows) == len(delta)
+    for row in rows:
+        name, shape, role, norm_name, mass, radius, predicted = re.split("  +", row)
+        assert shape == ("×".join(map(str, delta[name].shape)) or "scalar") and role == norm.roles[name]
+        assert (norm_name, mass, radius) == (str(norm.norms[name]), f"{norm.masses[name]:.4g}", f"{norm.radii[name]:.4g}")
+        assert float(predicted) == pytest.approx(delta[name].square().mean().sqrt().item(), rel=6e-4), name
+        assert norm.norms[name].norm(delta[name]).item() == pytest.approx(norm.radii[name], rel=1e-6), name
+
+
+def test_what_is_not_known_is_a_question_mark_in_the_receipt():
+    class Odd(Norm):
+        pass
+
+    norm = ModularNorm({"a": Odd(), "b": Frobenius()}, {"a": 0.5, "b": 1.0}, shapes={"a": (2, 3)}, notes=("one", "two"))
+    assert norm.receipt() == (
+        "parameter  shape  role  norm       mass  radius  update RMS\n"
+        "a          2×3          Odd        0     0.5     ?\n"
+        "b          ?            Frobenius  0     1       ?\n"
+        "note: one\n"
+        "note: two\n"
+    )
+
+
+def test_a_padding_row_never_moves_nor_decays():
+    model = nn.Embedding(5, 4, padding_idx=2)
+    model.weight.data[2] = 1
+    before = model.weight.detach().clone()
+    optimizer = Dualized(model, 0.1, weight_decay=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.tensor([0, 1, 2, 2, 3])).square().sum().backward()
+        optimizer.step()
+    moved = (model.weight != before).any(1)
+    assert moved.tolist() == [True, True, False, True, False], "nor does a row that was not seen"
+
+
+# Fused weights: three maps in one are three maps.
+
+
+def split_apart(fused: nn.Module, name: str, parts: int) -> nn.Module:
+    """The same network with fused.name as `parts` Linears beside it."""
     model = nn.Module()
-    model.a = nn.Parameter(torch.ones(0, 3))
-    with pytest.raises(CoverageError, match=r"a: got shape \(0, 3\); allowed by Frobenius: 2 dimensions, none of them 0"):
-        metrize(model, atom("a", Frobenius()))
+    for child_name, child in fused.named_children():
+        if child_name != name:
+            setattr(model, child_name, child)
+            continue
+        weight = child.weight if isinstance(child, nn.Linear) else child.weight.mT  # type: ignore[union-attr]
+        for i, (w, b) in enumerate(zip(weight.chunk(parts), child.bias.chunk(parts), strict=True)):  # type: ignore[union-attr, operator]
+            setattr(model, f"part{i}", nn.Linear(w.shape[1], w.shape[0]))
+            getattr(model, f"part{i}").weight.data, getattr(model, f"part{i}").bias.data = w.detach().clone(), b.detach().clone()
+    return model.double()
 
 
-def test_a_model_without_structure_is_told_what_to_pass():
-    with pytest.raises(CoverageError, match=r"Linear declares no modular structure(.|\n)*fix: metrize\(model, structure=tree\)"):
-        metrize(nn.Linear(2, 2))
+@pytest.mark.parametrize(
+    ("label", "parts", "layer"),
+    [
+        ("qkv", 3, nn.Linear(6, 18)),
+        ("qkv_proj", 3, nn.Linear(6, 18)),
+        ("Wqkv", 3, nn.Linear(6, 18)),
+        ("c_attn", 3, Conv1D(18, 6)),
+        ("gate_up_proj", 2, nn.Linear(6, 20)),
+    ],
+)
+def test_a_fused_weight_steps_as_its_maps_would_apart(label: str, parts: int, layer: nn.Module):
+    fused = holding(embed=nn.Embedding(5, 6), **{label: layer}, out=nn.Linear(6, 6)).double()
+    apart = split_apart(fused, label, parts)
+    norm, theirs = exact(metrize(fused)), exact(metrize(apart))
+    assert norm.notes == (f"{label}.weight: {parts} maps fused in one weight, by its name ({label})", NO_HEAD)
+    assert norm.masses[f"{label}.weight"] == pytest.approx(parts * norm.masses["out.weight"])
+    for kind in ("weight", "bias"):
+        radii = [theirs.radii[f"part{i}.{kind}"] for i in range(parts)]
+        assert radii == pytest.approx([norm.radii[f"{label}.{kind}"]] * parts)
+    assert {k: norm.radii[k] for k in ("embed.weight", "out.weight", "out.bias")} == pytest.approx(
+        {k: theirs.radii[k] for k in ("embed.weight", "out.weight", "out.bias")}
+    )
+    grads = {n: torch.randn_like(p) for n, p in fused.named_parameters()}
+    delta = gaussian_step(fused, Dualized(fused, 1.0, norm=norm), grads)
+    stored = isinstance(layer, Conv1D)
+    for kind in ("weight", "bias"):
+        whole = grads.pop(f"{label}.{kind}")
+        whole = whole.mT if stored and kind == "weight" else whole
+        grads |= {f"part{i}.{kind}": g for i, g in enumerate(whole.chunk(parts))}
+    parted = gaussian_step(apart, Dualized(apart, 1.0, norm=theirs), grads)
+    joined = torch.cat([parted[f"part{i}.weight"] for i in range(parts)])
+    assert torch.allclose(delta[f"{label}.weight"], joined.mT if stored else joined, atol=1e-12)
+    assert torch.allclose(delta[f"{label}.bias"], torch.cat([parted[f"part{i}.bias"] for i in range(parts)]), atol=1e-12)
+
+
+def test_packed_attention_and_gates_have_the_radii_of_separate_maps():
+    packed = metrize(nn.MultiheadAttention(6, 2)).radii
+    apart = metrize(holding(q=nn.Linear(6, 6), k=nn.Linear(6, 6), v=nn.Linear(6, 6), out_proj=nn.Linear(6, 6))).radii
+    assert (packed["in_proj_weight"], packed["in_proj_bias"]) == pytest.approx((apart["q.weight"], apart["q.bias"]))
+    assert packed["out_proj.weight"] == pytest.approx(apart["out_proj.weight"])
+    gru = metrize(nn.GRUCell(4, 4)).radii
+    maps = metrize(holding(**{f"m{i}": nn.Linear(4, 4) for i in range(6)})).radii
+    assert [gru[k] for k in ("weight_ih", "weight_hh", "bias_ih")] == pytest.approx([maps["m0.weight"], maps["m5.weight"], maps["m0.bias"]])
+
+
+def test_a_fused_name_of_grouped_queries_is_refused_and_a_rule_places_it():
+    model = holding(c_attn=nn.Linear(8, 12, bias=False))  # 8 rows of queries, 2 of keys, 2 of values
+    with pytest.raises(
+        CoverageError, match=r"^c_attn.weight \(12, 8\) of a Linear has no place\n(.|\n)*Blocks\(RMSToRMS\(\), \(rows of each, …\)\)$"
+    ):
+        metrize(model)
+    rule = Rule("c_attn.weight", norm=Blocks(RMSToRMS(), (8, 2, 2)), role="hidden")
+    assert places(model, rule) == {"c_attn.weight": f"hidden (8 + 2 × 2) × {R}"}
+
+
+def test_a_square_weight_of_a_fused_name_is_one_map():
+    assert places(holding(qkv=nn.Linear(4, 4, bias=False))) == {"qkv.weight": f"hidden {R}"}
+
+
+# Weights of no known type.
+
+
+@pytest.mark.parametrize(
+    ("name", "role"), [*((n, "gain") for n in ("weight", "gamma", "gain", "scale", "g")), *((n, "bias") for n in ("bias", "beta", "b"))]
+)
+def test_vectors_of_unknown_modules_are_placed_by_name_with_a_note(name: str, role: str):
+    class SomeNorm(nn.Module):
+        pass
+
+    layer = SomeNorm()
+    layer.register_parameter(name, parameter(3))
+    norm = metrize(holding(inner=layer))
+    assert norm.roles == {f"inner.{name}": role}
+    assert norm.notes[0] == f"inner.{name}: 1-D and named {name}, of a SomeNorm: taken for a {role}"
+    assert norm.receipt().endswith(f"\nnote: {norm.notes[0]}\nnote: {NO_HEAD}\n")
+    assert metrize(holding(inner=layer), rules=[Rule("inner.*", role=role)]).notes == (NO_HEAD,), "what a rule decides is no guess"
+
+
+def test_scalars_have_a_role_of_their_own():
+    norm = metrize(holding(temperature=parameter()))
+    assert (norm.roles["temperature"], norm.norms["temperature"], norm.notes[0]) == ("scalar", MaxEntry(0), "temperature: a scalar")
+
+
+@pytest.mark.parametrize(
+    ("weight", "hint"),
+    [
+        (parameter(3), ""),
+        (parameter(3, 4), "; several maps fused in one weight are norm=Blocks(RMSToRMS(), (rows of each, …))"),
+        (parameter(3, 4, 5), "; for experts norm=Experts(RMSToRMS()), stored (E, in, out) Experts(Transposed(RMSToRMS()))"),
+        (parameter(3, 4, 5, 6), ""),
+    ],
+)
+def test_weights_that_neither_type_nor_name_tell_are_refused(weight: nn.Parameter, hint: str):
+    with pytest.raises(CoverageError) as error:
+        metrize(holding(experts=weight))
+    assert str(error.value) == (
+        f"experts {tuple(weight.shape)} of a Module has no place\n  got: a weight whose role its module's type and its name do not tell\n"
+        f"  allowed: one that a rule places\n  fix: metrize(model, rules=[Rule('experts', norm=…, role=…)]), or freeze it{hint}"
+    )
+
+
+# Rules.
+
+
+def test_a_rule_decides_norm_mass_or_role_and_leaves_the_rest():
+    model = nn.Linear(3, 4)
+    assert places(model, Rule("weight", norm=Frobenius())) == LINEAR | {"weight": "hidden Frobenius"}
+    assert places(model, Rule("weight", role="mine")) == LINEAR | {"weight": f"mine {R}"}
+    assert places(model, Rule("weight", norm="L1ToRMS", role="mine")) == LINEAR | {"weight": "mine L1ToRMS"}
+    norm = metrize(model, rules=[Rule("weight", mass=2)])
+    assert places(model, Rule("weight", mass=2)) == LINEAR and norm.masses == {"weight": 2, "bias": MASSES["bias"]}
+
+
+@pytest.mark.parametrize(
+    ("role", "shape", "expected"),
+    [
+        ("embedding", (5, 4), L1ToRMS()),
+        ("hidden", (5, 4), RMSToRMS()),
+        ("head", (5, 4), RMSToLinf()),
+        ("gain", (5,), MaxEntry()),
+        ("gain", (5, 4), MaxEntry(2)),
+        ("scalar", (), MaxEntry(0)),
+        ("bias", (5,), VectorRMS()),
+    ],
+)
+def test_a_role_brings_its_norm(role: str, shape: tuple[int, ...], expected: Norm):
+    norm = metrize(holding(x=parameter(*shape)), rules=[Rule("x", role=role)])
+    assert (norm.roles["x"], norm.norms["x"], norm.masses["x"]) == (role, expected, MASSES[role])
+
+
+def test_a_role_keeps_how_the_weight_is_stored():
+    assert places(Conv1D(4, 3), Rule("weight", role="head"))["weight"] == "head Transposed(RMSToLinf)"
+    assert places(holding(x=parameter(5, 4)), Rule("x", role="bias")) == {"x": "bias Flattened(VectorRMS)"}
+
+
+def test_norms_by_name_and_rules_as_mappings_are_the_same():
+    norms = [
+        metrize(nn.Linear(3, 4), rules=[r])
+        for r in (Rule("w*", norm=Frobenius()), Rule("w*", norm="Frobenius"), {"pattern": "w*", "norm": "Frobenius"})
+    ]
+    assert norms[0].norms == norms[1].norms == norms[2].norms and norms[0].radii == norms[1].radii == norms[2].radii
+
+
+def test_the_first_rule_that_matches_wins():
+    rules = [Rule("0.weight", norm="Frobenius"), Rule("*.weight", mass=5)]
+    norm = metrize(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), rules=rules)
+    assert [str(norm.norms[f"{i}.weight"]) for i in (0, 1)] == ["Frobenius", R]
+    assert norm.masses["1.weight"] == 5 != norm.masses["0.weight"]
+
+
+@pytest.mark.parametrize(
+    ("rules", "text"),
+    [
+        (
+            [Rule("wieght", mass=1)],
+            "rule 'wieght'\n  got: a pattern that matches no parameter (nearest: 'weight')\n  allowed: one that decides something\n",
+        ),
+        (
+            [Rule("*", mass=1), Rule("weight", mass=2)],
+            "rule 'weight'\n  got: a pattern that matches only parameters that earlier rules have taken\n  allowed: one that decides something\n"
+            "  fix: correct it, move it up, or leave it out",
+        ),
+    ],
+)
+@pytest.mark.parametrize("declared", [False, True])
+def test_a_rule_that_decides_nothing_is_an_error(rules: list[Rule], text: str, declared: bool):
+    tree = atom("weight", Frobenius()) if declared else None
+    with pytest.raises(CoverageError) as error:
+        metrize(nn.Linear(3, 4, bias=False), tree, rules)
+    assert str(error.value).startswith(text)
+
+
+def test_an_impossible_rule_is_refused():
+    with pytest.raises(
+        CoverageError, match=r"^rule 'w'\n  got: norm 'RMS2RMS'\n  allowed: (.*, )?RMSToRMS(, .*)?\n  fix: one of those, or a Norm$"
+    ):
+        Rule("w", norm="RMS2RMS")
+    for mass in (-1.0, float("nan")):
+        with pytest.raises(CoverageError, match=rf"^rule 'w'\n  got: mass {mass}\n  allowed: 0 \(never updated\) or more\n"):
+            Rule("w", mass=mass)
+    with pytest.raises(CoverageError, match=r"^weight\n  got: shape \(4, 3\)\n  allowed by VectorRMS: 1 dimensions"):
+        metrize(nn.Linear(3, 4), rules=[Rule("weight", norm="VectorRMS")])
+
+
+class Stacked(nn.Module):
+    """Numbered blocks under a power."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(holding(up=nn.Linear(4, 4, bias=False), down=nn.Linear(4, 4, bias=False)) for _ in range(3))
+
+    def structure(self) -> Module:
+        block = (
+            atom("blocks.{}.down.weight", RMSToRMS(), role="mlp")
+            @ bond("relu²", typical=True)
+            @ atom("blocks.{}.up.weight", RMSToRMS(), role="mlp")
+        )
+        return residual(block, 3) ** 3
+
+
+def test_rules_reach_numbered_atoms_of_a_declared_structure():
+    plain = metrize(Stacked())
+    ruled = metrize(Stacked(), rules=[Rule("blocks.1.up.*", norm="Frobenius", role="odd"), Rule("*.down.weight", role="down")])
+    assert ruled.radii == pytest.approx(plain.radii), "neither norm nor role changes a radius"
+    changed = {n for n in plain.norms if plain.norms[n] != ruled.norms[n]}
+    assert changed == {"blocks.1.up.weight"} and ruled.roles["blocks.1.up.weight"] == "odd"
+    assert [ruled.roles[f"blocks.{i}.down.weight"] for i in range(3)] == ["down"] * 3
+    light = metrize(Stacked(), rules=[Rule("blocks.1.*", mass=0)])
+    assert [n for n, r in light.radii.items() if r == 0] == ["blocks.1.up.weight", "blocks.1.down.weight"]
+    assert light.radii["blocks.0.up.weight"] == pytest.approx(1.5 * plain.radii["blocks.0.up.weight"]), "the others share what it had"
+
+
+@pytest.mark.parametrize("model", [nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)), Two()])
+def test_mass_zero_never_moves(model: nn.Module):
+    name = next(n for n, _ in model.named_parameters())
+    optimizer = Dualized(model, 1.0, norm=metrize(model, rules=[Rule(name, mass=0)]), weight_decay=0.5)
+    delta = gaussian_step(model, optimizer)
+    assert not delta.pop(name).any() and all(d.any() for d in delta.values())
+
+
+# Masses.
+
+
+def test_each_role_has_its_total_mass_shared_by_its_maps():
+    norm = metrize(zoo(), rules=[Rule("*.bias", role="bias"), *ZOO])
+    totals = {role: sum(m for n, m in norm.masses.items() if norm.roles[n] == role) for role in MASSES}
+    assert totals == pytest.approx(MASSES)
+    assert norm.masses["lstm.weight_ih_l0"] == pytest.approx(4 * norm.masses["linear.weight"])
+    assert norm.masses["conv.weight"] == pytest.approx(norm.masses["experts"])
+    hidden = {n: r for n, r in norm.radii.items() if norm.roles[n] == "hidden"}
+    assert len({round(r, 12) for r in hidden.values()}) == 1, "every map has the same radius, fused or not"
+
+
+def test_a_mass_by_rule_is_beside_the_totals():
+    model = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(3)))
+    assert metrize(model, rules=[Rule("1.weight", mass=4)]).masses == {"0.weight": 3, "1.weight": 4, "2.weight": 3}
+    norm = metrize(model, rules=[Rule("1.weight", role="mine")])
+    assert norm.masses == {"0.weight": 3, "1.weight": 6, "2.weight": 3}, "a role of the user's own has a hidden one's total"
+
+
+# The head.
+
+
+def test_what_looks_like_the_head_must_be_named():
+    model = nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 7))
+    with pytest.raises(CoverageError) as error:
+        metrize(model)
+    assert str(error.value) == (
+        "1.weight (7, 6) looks like the head\n  got: a map to as many outputs as an embedding has rows, and no head\n  allowed: a head by rule\n"
+        "  fix: metrize(model, rules=[Rule('1.weight', role='head')]), or role='hidden' if it is not"
+    )
+    head = metrize(model, rules=[Rule("1.weight", role="head")])
+    assert head.norms["1.weight"] == RMSToLinf() and not head.notes
+    hidden = metrize(model, rules=[Rule("1.weight", role="hidden")])
+    assert hidden.norms["1.weight"] == RMSToRMS() and hidden.notes == (NO_HEAD,)
+
+
+def test_a_square_map_between_equal_sizes_does_not_look_like_the_head():
+    assert metrize(nn.Sequential(nn.Embedding(6, 6), nn.Linear(6, 6))).notes == (NO_HEAD,)
+
+
+def test_the_output_embeddings_of_transformers_are_the_head():
+    class Transformer(nn.Module):
+        def __init__(self, head: str | None):
+            super().__init__()
+            self.embed, self.lm_head = nn.Embedding(7, 6), nn.Linear(6, 7, bias=False)
+            self.head = head
+
+        def get_output_embeddings(self) -> nn.Module | None:
+            return getattr(self, self.head) if self.head else None
+
+    assert places(Transformer("lm_head")) == {"embed.weight": "embedding L1ToRMS", "lm_head.weight": "head RMSToLinf"}
+    with pytest.raises(CoverageError, match="^lm_head.weight .* looks like the head"):
+        metrize(Transformer(None))
+
+
+# Ties.
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_tied_weights_are_refused_by_identity(device: str):
+    with torch.device(device):
+        model = Tied()
+    with pytest.raises(CoverageError) as error:
+        metrize(model)
+    assert str(error.value) == (
+        "head.weight shares its storage with embed.weight\n  got: one tensor in two roles\n  allowed: one role a tensor, or one norm by rule\n"
+        "  fix: untie them (transformers: tie_word_embeddings=False in the config, before the model is built), or metrize(model, rules=[Rule('embed.weight', norm='RMSToRMS')])"
+    )
+
+
+def test_tied_weights_of_a_declared_structure_are_refused():
+    model = holding(a=nn.Linear(3, 3, bias=False), b=nn.Linear(3, 3, bias=False))
+    model.b.weight = model.a.weight  # type: ignore[union-attr, assignment]
+    with pytest.raises(CoverageError, match=r"^b.weight shares its storage with a.weight"):
+        metrize(model, Two().structure())
+
+
+def test_overlapping_views_are_refused_and_views_side_by_side_are_fine():
+    flat = torch.zeros(40)
+    parts = {"a": flat[:12].view(4, 3), "b": flat[12:20].view(2, 4), "c": flat[20:]}
+    tree = concat(*(atom(n, Frobenius(p.ndim)) for n, p in parts.items()))
+    assert list(metrize(holding(**{n: nn.Parameter(p) for n, p in parts.items()}), tree).norms) == ["a", "b", "c"]
+    parts["b"] = flat[11:19].view(2, 4)
+    with pytest.raises(CoverageError, match="^b shares its storage with a\n"):
+        metrize(holding(**{n: nn.Parameter(p) for n, p in parts.items()}), tree)
+    with pytest.raises(CoverageError, match="^b shares its storage with a\n"):
+        metrize(holding(a=nn.Parameter(flat), b=nn.Parameter(flat)), tree)
+
+
+def test_weights_on_the_meta_device_are_no_tie_and_cost_nothing():
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(10**6, 10**6, bias=False) for _ in range(3)))
+    assert len(metrize(model).norms) == 3
+
+
+@pytest.mark.parametrize("pattern", ["embed.weight", "head.weight"])
+def test_a_tie_with_one_norm_by_rule_under_either_name_trains(pattern: str):
+    model = Tied()
+    norm = metrize(model, rules=[Rule(pattern, norm="RMSToLinf", role="head")])
+    assert set(norm.norms) == {"embed.weight", "up.weight", "up.bias"} and norm.norms["embed.weight"] == RMSToLinf()
+    optimizer = Dualized(model, 0.5, norm=norm)
+    x, y = torch.randint(7, (2, 64), generator=torch.Generator().manual_seed(0))
+    y = (x * 2 + 1) % 7
+    losses = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0] and model.head.weight is model.embed.weight
+
+
+def test_a_rule_without_a_norm_resolves_no_tie():
+    with pytest.raises(CoverageError, match="^head.weight shares its storage with embed.weight"):
+        metrize(Tied(), rules=[Rule("embed.weight", role="head")])
+
+
+# What takes no part, and what cannot.
+
+
+def test_frozen_parameters_need_no_place_and_are_counted():
+    model = Two()
+    model.a.weight.requires_grad_(False)
+    norm = metrize(model)
+    assert list(norm.norms) == list(norm.radii) == list(norm.shapes) == ["b.weight"]
+    assert norm.receipt().endswith("\nnote: 1 frozen parameter left out\n")
+    foreign = holding(a=nn.Linear(3, 4), odd=parameter(2, 3, 4))
+    for p in (foreign.odd, foreign.a.bias):  # type: ignore[union-attr]
+        p.requires_grad_(False)  # type: ignore[union-attr, operator]
+    assert metrize(foreign).notes[-1] == "2 frozen parameters left out"
+
+
+def test_sparse_gradients_are_refused():
+    with pytest.raises(CoverageError) as error:
+        metrize(nn.Sequential(nn.Embedding(5, 4, sparse=True)))
+    assert str(error.value) == "0.weight\n  got: sparse gradients\n  allowed: dense ones\n  fix: build its Embedding with sparse=False"
+
+
+@pytest.mark.parametrize("tree", [None, atom("weight", RMSToRMS())])
+def test_complex_weights_are_refused(tree: Module | None):
+    with pytest.raises(CoverageError, match=r"^weight\n  got: complex numbers\n  allowed: real ones\n  fix: "):
+        metrize(nn.Linear(3, 4, bias=False, dtype=torch.complex64), tree)
+
+
+# The drawing.
+
+# The radii by hand, of a total mass of 11: head 1/11/10; the last block's share is 4/11/10, of which down has 1/4 / 0.5 and up 3/4 / 0.5 / 2; the first
+# block's is that through a gain of 1.5; w and b share 2/11/10 through 1.5².
+DRAWN = """\
+embed: L1ToRMS, mass 0                            radius 0
+norm
+a < b
+sum of
+  ─ w: RMSToRMS[polar_express], mass 1            radius 0.00404
+  ─ b: VectorRMS, mass 1, sensitivity 0           radius 0.00404
+2 times (mass 8, sensitivity ≈ 2.25)
+  sum of
+    ─ identity, × 0.5
+    ┬ {}.up: RMSToRMS[polar_express], in, mass 3  radius 0.01818 … 0.02727
+      relu², sensitivity ≈ 2
+      {}.down: RMSToRMS[polar_express], mass 1    radius 0.01212 … 0.01818
+      × 0.5
+head: RMSToLinf, mass 1                           radius 0.009091
+× 10"""
+FOREIGN = """\
+any network of
+  ─ 0.weight: L1ToRMS, embedding, mass 1                      radius 0.1429
+  ┬ 1.weight_ih: 3 × RMSToRMS[polar_express], hidden, mass 3  radius 0.1429
+    3 maps, sensitivity 3
+  ┬ 1.weight_hh: 3 × RMSToRMS[polar_express], hidden, mass 3  radius 0.1429
+    3 maps, sensitivity 3"""
+
+
+def test_the_tree_is_drawn_in_the_order_of_the_forward_pass():
+    mlp = atom("{}.down", RMSToRMS()) @ bond("relu²", sensitivity=2, typical=True) @ atom("{}.up", RMSToRMS(), mass=3, role="in")
+    biased = bond("add", sharpness=0) @ concat(atom("w", RMSToRMS()), atom("b", VectorRMS(), sensitivity=0))
+    tree = 10 * atom("head", RMSToLinf()) @ residual(mlp, 2) ** 2 @ biased @ bond("a < b") @ bond("norm") @ atom("embed", L1ToRMS(), mass=0)
+    assert str(tree) == DRAWN
+
+
+def test_a_foreign_models_tree_is_its_weights_side_by_side():
+    assert str(metrize(nn.Sequential(nn.Embedding(5, 4), nn.GRUCell(4, 4, bias=False))).tree) == FOREIGN
+    assert metrize(nn.Linear(3, 4)).smoothness() is None, "nothing is known of its forward pass"
+
+
+def test_the_picture_is_the_drawing_with_a_bar_beside_every_weight():
+    tree = atom("head", RMSToLinf(), mass=3) @ bond("a < b & c") @ atom("embed", L1ToRMS(), role="in")
+    svg = tree.svg()
+    root = ET.fromstring(svg)
+    space = "{http://www.w3.org/2000/svg}"
+    texts = [t.text for t in root.iter(f"{space}text")]
+    assert texts == ["embed: L1ToRMS, in, mass 1", "0.25", "a < b & c", "head: RMSToLinf, mass 3", "0.75"]
+    assert " ".join(str(t) for t in texts).split() == str(tree).replace("radius", "").split(), "word for word"
+    background, *bars = root.iter(f"{space}rect")
+    assert [float(b.get("width", "nan")) for b in bars] == pytest.approx([220 / 3, 220], abs=0.1)
+    assert int(root.get("height", "0")) == 20 * len(str(tree).splitlines()) + 20 and background.get("fill") == "white"
+    assert ET.fromstring(bond("nothing").svg()) is not None

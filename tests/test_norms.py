@@ -439,7 +439,7 @@ def test_spectral_norm_is_within_its_promise_from_below(spectrum: str, dtype: to
         assert (found <= 1 + rounding).all() and (found >= 1 - SIZE).all()
 
 
-@pytest.mark.parametrize("m", [32, 256, 1024])
+@pytest.mark.parametrize("m", [32, 256, 512])
 def test_spectral_norm_holds_on_its_worst_spectrum(m: int):
     """One singular value above m − 1 equal ones, and singular vectors that no column favours (Hadamard's); gaps around the worst one, ln(m) / 2^13."""
     H = torch.ones(1, 1, dtype=torch.float64)

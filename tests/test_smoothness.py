@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import combinations_with_replacement
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from optim import Atom, L1ToRMS, ModularNorm, Module, Norm, Polar, RMSToLinf, RM
 from optim.modular import Bond, Composite, Concat, Power
 from optim.norms import Blocks
 
-DRAWS, RESTARTS, STEPS = 100, 2, 25  # networks per architecture; of the adversary, per network
+DRAWS, RESTARTS, STEPS = 60, 2, 20  # networks per architecture; of the adversary, per network and constant
 WIDTH, TOKENS = 4, 2
 ROUNDING = 1e-9
 TIGHT = 0.98  # the fraction of a constant that the adversary finds where the constant is tight
@@ -52,7 +53,7 @@ BONDS: dict[str, Callable] = {
 }
 
 
-def forward(tree: Module, w: State, x):
+def forward(tree: Module, w: State, x: Any) -> Any:
     """The network that the tree describes."""
     if isinstance(tree, Composite):
         return forward(tree.outer, w, forward(tree.inner, w, x))
@@ -71,7 +72,7 @@ def forward(tree: Module, w: State, x):
 
 
 def linear(name: str, mass: float = 1.0) -> Module:
-    return atom(name, LINEAR, mass=mass)
+    return modular.atom(name, LINEAR, mass=mass)
 
 
 def table(name: str, mass: float = 1.0) -> Module:
@@ -146,15 +147,15 @@ TEXT = {"wte": (5, WIDTH), "x": (TOKENS, 5), "head": (6, WIDTH)}  # vocabularies
 HEAD, WTE = atom("head", RMSToLinf()), atom("wte", L1ToRMS())
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "two maps": Architecture(lambda: linear("b") @ linear("a"), "αβ", {"a": (5, 3), "b": (2, 5), "x": (1, 3)}),
+    "map, half, map": Architecture(lambda: linear("b") @ (0.5 * linear("a")), "αβ", {"a": (5, 3), "b": (2, 5), "x": (1, 3)}),
     "three maps, first b a": Architecture(lambda: linear("c", 2) @ (linear("b") @ linear("a", 3)), "αβ"),
     "three maps, first c b": Architecture(lambda: linear("c", 2) @ linear("b") @ linear("a", 3), "αβ"),
     "half of four maps": Architecture(lambda: 0.5 * linear("d") @ linear("c", 3) @ (linear("b", 2) @ linear("a")), "αβ"),
     "embedding, map and head": Architecture(lambda: HEAD @ linear("a", 2) @ WTE, "αβ", TEXT, L1(), linf),
     "tanh of a doubled map": Architecture(lambda: tanh() @ (2 * linear("a")), "αγ"),  # tanh's constants hold beyond the unit ball
-    "tanh of input and bias": Architecture(lambda: tanh() @ (0.5 * identity() + 0.5 * table("b")), "αβγ", {"b": (1, WIDTH)}),
+    "tanh of input and bias": Architecture(lambda: (0.5 * tanh()) @ (0.5 * identity() + 0.5 * table("b")), "αβγ", {"b": (1, WIDTH)}),
     "tanh MLP": Architecture(lambda: mlp(tanh()), "γ"),
-    "gelu MLP": Architecture(lambda: mlp(gelu()), "γ", {"0.up": (WIDTH, 3), "down": (2, WIDTH), "up": (WIDTH, 3), "x": (1, 3)}),
+    "gelu MLP": Architecture(lambda: mlp(gelu()), "γ"),
     "sum of chains": Architecture(lambda: 0.5 * (linear("b", 2) @ linear("a")) + 0.5 * (linear("d") @ linear("c", 3)), "αβ"),
     "sum of tanh MLPs": Architecture(lambda: 0.5 * (linear("b") @ tanh()) + 0.5 * (linear("d", 2) @ tanh()), "γ"),
     "residual maps": Architecture(lambda: residual(mlp(identity()), 2) ** 2, "αβ"),
@@ -206,27 +207,24 @@ def adversary(
     return curvature(p, u, v)[1], p
 
 
-def draws(norms: dict[str, Norm], shape: Callable[[str], tuple[int, int]]) -> State:
-    """DRAWS networks; each weight or input has norm 1, with probability 1/2, or anything below."""
+def draws(norms: dict[str, Norm], shape: Callable[[str], tuple[int, int]], copies: int) -> State:
+    """DRAWS networks, `copies` times over; each weight or input has norm 1, with probability 1/2, or anything below."""
     p = {k: n.dualize(torch.randn(DRAWS, *shape(k), dtype=torch.float64)) for k, n in norms.items()}
-    return {k: t * (2 * torch.rand(DRAWS, 1, 1, dtype=torch.float64)).clamp(max=1) for k, t in p.items()}
+    return {k: (t * (2 * torch.rand(DRAWS, 1, 1, dtype=torch.float64)).clamp(max=1)).repeat(copies, 1, 1) for k, t in p.items()}
 
 
-def reaches(radii: dict[str, float], searches: list[tuple[str, str]], copies: int) -> tuple[State, State]:
-    """reach_u and reach_v for a batch that holds one search after the other, `copies` each; a search names the tensors that u moves and that v does, or "*" for weights."""
+def reaches(radii: dict[str, float], *searches: tuple[str, str], copies: int = 1) -> tuple[State, State]:
+    """reach_u and reach_v of a batch of searches, DRAWS · copies networks each. A search: the tensors that u moves, those that v moves; "w": all weights."""
 
     def moved(k: str, what: str) -> float:
-        return float(k in what or (what == "*" and k != "x"))
+        return float(k in what or (what == "w" and k != "x"))
 
-    u, v = (
-        {k: r * torch.tensor([moved(k, s[i]) for s in searches]).double().repeat_interleave(copies) for k, r in radii.items()}
-        for i in (0, 1)
-    )
-    return u, v
+    def reach(i: int) -> State:
+        return {
+            k: r * torch.tensor([moved(k, s[i]) for s in searches]).double().repeat_interleave(DRAWS * copies) for k, r in radii.items()
+        }
 
-
-def repeated(p: State, times: int) -> State:
-    return {k: t.repeat(times, 1, 1) for k, t in p.items()}
+    return reach(0), reach(1)
 
 
 @lru_cache
@@ -237,17 +235,21 @@ def worst(name: str) -> tuple[float, ...]:
     tree = a.tree()
     norm = ModularNorm.of(tree)
     norms, radii = norm.norms | {"x": a.inputs}, norm.radii | {"x": 1.0}
-    reach = reaches(radii, [("*", "*"), ("*", "x"), ("x", "x")], RESTARTS * DRAWS)
-    found, p = adversary(lambda p: forward(tree, p, p["x"]), a.size, norms, repeated(draws(norms, a.shape), 3 * RESTARTS), *reach)
+    reach = reaches(radii, ("w", "w"), ("w", "x"), ("x", "x"), copies=RESTARTS)
+    found, p = adversary(lambda p: forward(tree, p, p["x"]), a.size, norms, draws(norms, a.shape, 3 * RESTARTS), *reach)
     assert all(norms[k].norm(t).max() <= 1 + ROUNDING for k, t in p.items())
     assert a.size(forward(tree, p, p["x"])).max() <= 1 + ROUNDING
     return tuple(found.reshape(3, -1).amax(1).tolist())
 
 
+def constants(tree: Module) -> tuple[float, ...]:
+    assert tree.sharpness is not None, tree.undeclared
+    return tree.sharpness
+
+
 def ratios(name: str) -> dict[str, float]:
     """Found over bound, by constant; 0 where both are."""
-    bounds = ARCHITECTURES[name].tree().sharpness
-    assert bounds is not None
+    bounds = constants(ARCHITECTURES[name].tree())
     return {c: found / bound if bound else found for c, found, bound in zip(CONSTANTS, worst(name), bounds, strict=True)}
 
 
@@ -257,6 +259,14 @@ def excesses() -> list[str]:
 
 
 # -- claims --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # many small operations
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -278,45 +288,40 @@ def test_each_constant_is_attained_by_some_of_a_thousand_networks():
 
 
 def test_attention_attains_its_constant_in_a_query_and_a_key():
-    """A bilinear form on a sum norm is largest where each argument is one member of the tuple: every pair by itself. Starts: two kinds of token, any share of each."""
+    """A bilinear form on a sum norm is largest where each argument is one member of the tuple: every pair by itself.
+
+    Starts: 20 tokens of two kinds. Found near one token of the one against 19 of the other.
+    """
     torch.manual_seed(0)
     pairs = list(combinations_with_replacement("qkv", 2))
     norms: dict[str, Norm] = dict.fromkeys("qkv", L1ToRMS())
-    kind = (torch.rand(DRAWS, 20) < torch.rand(DRAWS, 1)).long()[..., None].expand(-1, -1, 2)
-    p = {k: t.gather(1, kind) for k, t in draws(norms, lambda _: (2, 2)).items()}
-    found, _ = adversary(
-        lambda p: attend((p["q"], p["k"], p["v"])), rms, norms, repeated(p, len(pairs)), *reaches(dict.fromkeys("qkv", 1.0), pairs, DRAWS)
-    )
+    two = draws(norms, lambda _: (2, 2), len(pairs))
+    kind = torch.rand(len(two["q"]), 20) < torch.rand(len(two["q"]), 1)
+    p = {k: t.gather(1, kind.long()[..., None].expand(-1, -1, 2)) for k, t in two.items()}
+    found, _ = adversary(lambda p: attend((p["q"], p["k"], p["v"])), rms, norms, p, *reaches(dict.fromkeys("qkv", 1.0), *pairs))
     largest = dict(zip(map("".join, pairs), found.reshape(len(pairs), -1).amax(1).tolist(), strict=True))
-    bound = modular.attention().sharpness[2]
+    bound = constants(modular.attention())[2]
     print({pair: round(value / bound, 4) for pair, value in largest.items()}, end=" ")
     assert largest["qk"] == pytest.approx(bound, rel=1e-3)
     assert max(largest.values()) <= bound + ROUNDING
 
 
 @pytest.mark.parametrize(
-    ("result", "node", "constant"),
-    [
-        ("α", "inner", "α"),
-        ("α", "outer", "α"),
-        ("α", "outer", "β"),
-        ("α", "outer", "γ"),
-        ("β", "inner", "β"),
-        ("β", "outer", "β"),
-        ("β", "outer", "γ"),
-    ]
-    + [("γ", "inner", "γ"), ("γ", "outer", "γ")],
+    "term", ["α inner α", "α outer α", "α outer β", "α outer γ", "β inner β", "β outer β", "β outer γ", "γ inner γ", "γ outer γ"]
 )
-def test_halving_any_term_of_a_composite_is_caught(monkeypatch: pytest.MonkeyPatch, result: str, node: str, constant: str):
+def test_halving_any_term_of_a_composite_is_caught(monkeypatch: pytest.MonkeyPatch, term: str):
     """A term is what one constant of one of the two nodes adds to one constant of the composite, which is linear in them."""
+    result, node, constant = term.split()
     whole, i, j = modular._after, CONSTANTS.index(result), CONSTANTS.index(constant)
 
     def only(m: Module, kept: bool) -> Module:
-        return replace(m, sharpness=tuple(s * (kept and k == j) for k, s in enumerate(m.sharpness)))
+        return replace(m, sharpness=tuple(s * (kept and k == j) for k, s in enumerate(constants(m))))
 
     def halved(outer: Module, inner: Module) -> tuple[float, ...]:
         term = whole(only(outer, node == "outer"), only(inner, node == "inner"))
-        return tuple(s - term[k] / 2 * (k == i) for k, s in enumerate(whole(outer, inner)))
+        full = whole(outer, inner)
+        assert term and full
+        return tuple(s - term[k] / 2 * (k == i) for k, s in enumerate(full))
 
     assert not excesses()
     monkeypatch.setattr(modular, "_after", halved)
@@ -330,9 +335,16 @@ def test_halving_any_constant_of_a_concatenation_is_caught(monkeypatch: pytest.M
 
     def halved(*children: Module) -> Module:
         node = whole(*children)
-        return replace(node, sharpness=tuple(s / 2 if c == result else s for c, s in zip(CONSTANTS, node.sharpness, strict=True)))
+        return replace(node, sharpness=tuple(s / 2 if c == result else s for c, s in zip(CONSTANTS, constants(node), strict=True)))
 
     monkeypatch.setattr(modular, "concat", halved)
+    print(excesses(), end=" ")
+    assert excesses()
+
+
+def test_halving_a_linear_maps_declared_constant_is_caught(monkeypatch: pytest.MonkeyPatch):
+    whole = modular.atom
+    monkeypatch.setattr(modular, "atom", lambda *args, **options: replace(whole(*args, **options), sharpness=(0.0, 0.5, 0.0)))
     print(excesses(), end=" ")
     assert excesses()
 
@@ -341,7 +353,7 @@ def test_halving_any_constant_of_a_concatenation_is_caught(monkeypatch: pytest.M
 def test_halving_a_bonds_declared_constant_is_caught(monkeypatch: pytest.MonkeyPatch, label: str):
     whole = modular.bond
 
-    def halved(name: str, *, sharpness: float, **options: float) -> Module:
+    def halved(name: str, *, sharpness: float, **options: Any) -> Module:
         return whole(name, sharpness=sharpness / 2 if name == label else sharpness, **options)
 
     monkeypatch.setattr(modular, "bond", halved)
@@ -349,24 +361,21 @@ def test_halving_a_bonds_declared_constant_is_caught(monkeypatch: pytest.MonkeyP
     assert excesses()
 
 
-@pytest.mark.parametrize(
-    ("name", "tree", "floor"),
-    [("head", lambda: HEAD, 0.999)] + [(n, ARCHITECTURES[n].tree, 0.0) for n in ("embedding, map and head", "transformer")],
-)
-def test_cross_entropy_of_a_network_with_logits_in_linf_is_smooth(name: str, tree: Callable[[], Module], floor: float):
-    """|dᵀ H d'| <= 2 α + 1 for unit d and d'."""
+@pytest.mark.parametrize("name", ["head", "embedding, map and head", "transformer"])
+def test_cross_entropy_is_smooth_in_the_weights_where_logits_are_measured_in_linf(name: str):
+    """|dᵀ H d'| <= σ α + τ for unit d and d', σ = 2, τ = 1. A head alone, with α = 0, attains τ."""
     torch.manual_seed(0)
-    target = torch.randint(6, (1, TOKENS, 1))
-    network, norm = tree(), ModularNorm.of(tree())
+    tree = HEAD if name == "head" else ARCHITECTURES[name].tree()
+    inputs, shapes = (L1ToRMS(), {**TEXT, "x": (TOKENS, WIDTH)}) if name == "head" else (L1(), TEXT)
+    norm, target = ModularNorm.of(tree), torch.randint(6, (DRAWS, TOKENS, 1))
 
     def loss(p: State) -> Tensor:
-        logits = forward(network, p, p["x"])
-        return (logits.logsumexp(-1) - logits.gather(-1, target.expand(len(logits), -1, -1))[..., 0]).mean(-1)
+        logits = forward(tree, p, p["x"])
+        return (logits.logsumexp(-1) - logits.gather(-1, target)[..., 0]).mean(-1)
 
-    inputs, shapes = (L1ToRMS(), TEXT | {"x": (TOKENS, WIDTH)}) if name == "head" else (L1(), TEXT)
     norms, radii = norm.norms | {"x": inputs}, norm.radii | {"x": 1.0}
-    p = draws(norms, lambda k: shapes.get(k, (WIDTH, WIDTH)))
-    found, _ = adversary(loss, torch.abs, norms, p, *reaches(radii, [("*", "*")], DRAWS))
-    ratio = found.max().item() / (2 * network.sharpness[0] + 1)
+    p = draws(norms, lambda k: shapes.get(k, (WIDTH, WIDTH)), 1)
+    found, _ = adversary(loss, torch.abs, norms, p, *reaches(radii, ("w", "w")))
+    ratio = found.max().item() / (2 * constants(tree)[0] + 1)
     print(f"{ratio:.4f}", end=" ")
-    assert floor <= ratio <= 1 + ROUNDING
+    assert (0.999 if name == "head" else 0) <= ratio <= 1 + ROUNDING

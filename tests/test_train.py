@@ -178,13 +178,18 @@ REFUSED = [
     (["small.toml", "--run.name", "whole", "--run.resume", "--run.seed", "3"], "error: run.seed of a resumed run\n  got: 3\n  allowed: 0"),
     (["small.toml", "--model.block-size", "100000"], "error: training split too short"),
     (["small.toml", "--run.name", "whole", "--run.resume", "--train.steps", "6"], "error: train.steps of a resumed run\n  got: 6\n  allowed: 12 or more"),
-    (["small.toml", "--optim.lr", "fast"], "error: --optim.lr\n  got: 'fast'\n  allowed: a number\n  fix: --optim.lr VALUE"),
+    (["small.toml", "--optim.lr", "fast"], "error: --optim.lr\n  got: 'fast'\n  allowed: a number or 'auto'\n  fix: --optim.lr VALUE"),
     (["small.toml", "--run.dir", "small.toml"], "error: run.dir\n  got: small.toml, a file"),
     (["none.toml"], "error: configuration file\n  got: none.toml (No such file or directory)\n  allowed: a TOML file\n  fix: one of those in configs/: "),
     (["corpora"], "error: configuration file\n  got: corpora (Is a directory)"),
     (["--run.resume"], "error: run.name\n  got: None\n  allowed: the name of a run folder"),
     (["small.toml", "--train.sample-prompt", "語"], "error: train.sample_prompt\n  got: '語'\n  allowed: text of this vocabulary: character '語' is not in the vocabulary"),
-    (["small.toml", "--optim.norms.mlp", "Spectral"], "error: optim.norms.mlp\n  got: 'Spectral'\n  allowed: RMSToRMS"),
+    (["small.toml", "--optim.norms.mlp", "Nuclear"], "error: optim.norms.mlp\n  got: 'Nuclear'\n  allowed: Spectral, MuonSpectral"),
+    (["small.toml", "--optim.constraint", "sphere"], "error: model.zero_init\n  got: True\n  allowed: false with optim.constraint = 'sphere'"),
+    (["small.toml", "--optim.constraint", "cube"], "error: --optim.constraint\n  got: 'cube'\n  allowed: 'ball', 'sphere', 'stiefel' or left out"),
+    (["small.toml", "--optim.lr", "auto", "--optim.scale", "dual"], "error: optim.scale\n  got: 'dual'\n  allowed: \"unit\" where lr is \"auto\""),
+    (["small.toml", "--run.name", "whole", "--run.resume", "--optim.lr", "auto"], "error: optim.lr of a resumed run\n  got: 'auto'\n  allowed: 3.0"),
+    (["small.toml", "--run.name", "whole", "--run.resume", "--optim.direction", "soap"], "error: optim.direction of a resumed run\n  got: 'soap'"),
 ]  # fmt: skip
 
 
@@ -268,6 +273,33 @@ def test_a_validation_split_too_short_is_found_before_training(root: Path, tmp_p
     assert code == 2
     assert "error: validation split too short" in err
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--optim.lr", "auto", "--optim.direction", "adam"),
+        ("--optim.direction", "soap", "--optim.refresh-every", "3", "--optim.constraint", "sphere", "--model.no-zero-init", "--optim.norms.per-head"),
+        ("--optim.param-dtype", "bfloat16", "--optim.momentum-dtype", "float32", "--optim.constraint", "ball", "--optim.direction", "lion"),
+    ],
+    ids=["auto", "soap", "bfloat16"],
+)
+def test_every_kind_of_state_resumes_to_the_same_bits(root: Path, options: tuple[str, ...]):
+    name = options[-1].strip("-")
+    code, _, err = run(root, "small.toml", "--run.name", name, *options)
+    assert code == 0, err
+    cut = shutil.copytree(root / "runs" / name, root / f"runs/{name}-cut")
+    shutil.rmtree(cut / "checkpoints/step_00000012")
+    (cut / "summary.json").unlink()
+    code, out, err = run(root, "small.toml", "--run.name", f"{name}-cut", "--run.resume", *options)
+    assert code == 0 and "at step 8" in out, err
+    assert same(weights(cut), weights(root / "runs" / name))
+
+
+def test_the_receipt_of_a_run_holds_predictions_and_the_drawing(whole: Path):
+    receipt = (whole / "receipt.txt").read_text()
+    assert "update RMS" in receipt.splitlines()[0] and "2 times (mass 6" in receipt
+    assert (whole / "modular_norm.svg").read_text().startswith("<svg") and (whole / "checkpoints/step_00000012/receipt.txt").read_text() == receipt
 
 
 def test_a_run_goes_on_past_its_end_when_it_is_given_more_steps(root: Path, whole: Path):

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from email import message_from_bytes
 from email.message import Message
@@ -88,7 +89,8 @@ def test_it_holds_optim_as_nanodual_and_nothing_else(wheel: Path):
 def test_its_one_dependency_is_torch(wheel: Path):
     about = metadata(wheel)
     assert about.get_all("Requires-Dist") == ["torch>=2.9"]
-    assert (about["Name"], about["Version"]) == ("nanodual", "0.1.0") and wheel.name == "nanodual-0.1.0-py3-none-any.whl"
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert (about["Name"], about["Version"]) == ("nanodual", version) and wheel.name == f"nanodual-{version}-py3-none-any.whl"
     assert about["License-Expression"] == "MIT" and about["Requires-Python"] == ">=3.11"
 
 
