@@ -1,6 +1,6 @@
 """A small ResNet with batch norm on synthetic textures, under autocast and GradScaler.
 
-python -m examples.cnn --precision fp16
+python -m examples.cnn --amp
 """
 
 import argparse
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from optim import Dualized, Rule, metrize
 
-CLASSES = 8
+CLASSES = 16
 
 
 class Block(nn.Module):
@@ -52,7 +52,7 @@ def textures(count: int, *, seed: int) -> tuple[Tensor, Tensor]:
     angle = (math.pi / CLASSES * label)[:, None, None]
     y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
     stripes = torch.sin(1.5 * (x * angle.cos() + y * angle.sin()) + phase)
-    return stripes[:, None] + torch.randn(count, 3, 16, 16, generator=g), label
+    return stripes[:, None] + 2 * torch.randn(count, 3, 16, 16, generator=g), label
 
 
 def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lr", type=float, default=1.0, help="modular norm of one step")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument("--amp", action="store_true", help="16-bit forward pass and scaled loss: float16 on a GPU, bfloat16 on a CPU")
     args = parser.parse_args(argv)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
     norm = metrize(model, rules=[Rule("head.weight", role="head")])  # its outputs are logits; every other norm is its module type's
     optimizer = Dualized(model, lr=args.lr, norm=norm, beta=0.9)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
-    scaler = torch.amp.GradScaler(device, enabled=args.precision == "fp16")
-    autocast = torch.autocast(device, torch.float16 if args.precision == "fp16" else torch.bfloat16, enabled=args.precision != "fp32")
+    scaler = torch.amp.GradScaler(device, enabled=args.amp)
+    autocast = torch.autocast(device, torch.float16 if device == "cuda" else torch.bfloat16, enabled=args.amp)
     print(norm.receipt())
 
     def evaluate() -> tuple[float, float]:

@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
     parser.add_argument("--model", choices=("gpt2", "llama"), default="llama")
     parser.add_argument("--lr", type=float, default=2.0, help="modular norm of one step")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--out", default="runs/hf_trainer", help="folder of the checkpoints, one every 50 steps")
+    parser.add_argument("--out", default="runs/hf_trainer", help="folder of the checkpoints, at half time and at the end")
     parser.add_argument("--resume", action="store_true", help="from the folder's last checkpoint")
     args = parser.parse_args(argv)
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
         max_steps=args.steps,
         per_device_train_batch_size=BATCH,
         max_grad_norm=0,  # Dualized's steps have the same size whatever the gradient's; its own max_grad_norm weighs gradients in the momentum
-        save_steps=50,
+        save_steps=max(1, args.steps // 2),
         logging_steps=25,
         report_to="none",
         use_cpu=True,

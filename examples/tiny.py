@@ -35,7 +35,7 @@ def language_model(name: str, *, seed: int = 0) -> nn.Module:
     common = dict(vocab_size=256, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False)
     if name == "gpt2":
         return GPT2LMHeadModel(GPT2Config(**common, n_positions=LENGTH, n_embd=128, n_layer=2, n_head=4))
-    sizes = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    sizes = dict(hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     return LlamaForCausalLM(LlamaConfig(**common, **sizes, max_position_embeddings=LENGTH))
 
 

@@ -19,8 +19,6 @@ from .modular import ModularNorm, NonFiniteError
 from .norms import Norm
 from .step_size import EscapeVelocity
 
-import os
-BETA3 = float(os.environ.get('BETA3', 0))
 SCHEMA = 2  # of state_dict()
 DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 Constraint = Literal["ball", "sphere", "stiefel"]
@@ -232,8 +230,7 @@ class Dualized(torch.optim.Optimizer):
         if self.escape:
             step_size = self.param_groups[0]["step_size"]
             total = torch.stack([t.to(step_size) for t in parts]).sum(0)
-            self.num = getattr(self, "num", 0) * BETA3 + (1-BETA3) * total[0]
-            step_size.copy_(torch.where(ok.to(step_size.device), self.escape.grow(step_size, self.num, total[1]), step_size))
+            step_size.copy_(torch.where(ok.to(step_size.device), self.escape.grow(step_size, *total), step_size))
             for args in steps:
                 self._apply(*args, step_size)
         return loss

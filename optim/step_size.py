@@ -30,15 +30,16 @@ SCHEDULES: dict[str, Callable[..., float]] = {"wsd": wsd, "cosine": cosine}
 
 @dataclass(frozen=True)
 class EscapeVelocity:
-    """A step size from the distance travelled: η ← max(η, factor · ⟨d, w₀ − w⟩ / ‖d‖†), in the modular dual norm of the whole network.
+    """A step size from the distance travelled: η ← max(η, factor · ⟨g, w₀ − w⟩ / ‖d‖†), in the modular dual norm of the whole network.
 
-    d: the direction that is dualized; w₀: the weights at the first step. By Hölder η stays at or below max(initial, factor · ‖w₀ − w‖).
-    initial: η before anything is known, more than 0. With the largest-entry norm, factor 1 and no averaging this is Prodigy's rule
-    (Mishchenko, Defazio, arXiv 2306.06101; Bernstein, Newhouse, arXiv 2409.20325).
+    g: the fresh gradient (the direction d correlates with its own past steps, whatever they were worth: with ⟨d, w₀ − w⟩ η runs away); d: the direction that
+    is dualized; w₀: the weights at the first step. initial: η before anything is known, more than 0; while the gradient keeps its direction η grows by
+    1 + factor a step. Without momentum, d = g, and by Hölder η <= max(initial, factor · ‖w₀ − w‖); with the largest-entry norm and factor 1 it is then
+    Prodigy's rule without averages (Mishchenko, Defazio, arXiv 2306.06101; Bernstein, Newhouse, arXiv 2409.20325).
     """
 
-    initial: float = 1e-4
-    factor: float = 1.0
+    initial: float = 1e-2
+    factor: float = 0.5
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -46,6 +47,6 @@ class EscapeVelocity:
                 raise ValueError(f"EscapeVelocity.{name}\n  got: {value!r}\n  allowed: a finite number more than 0\n  fix: EscapeVelocity({name}=…)")
 
     def grow(self, eta: Tensor, travelled: Tensor, dual_norm: Tensor) -> Tensor:
-        """The next η (0-dim) from ⟨d, w₀ − w⟩ and ‖d‖†."""
+        """The next η (0-dim) from ⟨g, w₀ − w⟩ and ‖d‖†."""
         reached = self.factor * travelled / torch.where(dual_norm > 0, dual_norm, 1)
         return torch.maximum(eta, torch.where(torch.isfinite(reached), reached, 0).to(eta))

@@ -681,7 +681,7 @@ def test_the_escape_velocity_stays_below_the_distance_travelled_and_grows_from_a
     for initial in (1e-6, 1e-2):
         model = Net()
         start = {n: p.detach().clone() for n, p in model.named_parameters()}
-        optimizer = Dualized(model, EscapeVelocity(initial=initial), beta=0.0)
+        optimizer = Dualized(model, EscapeVelocity(initial=initial, factor=1.0), beta=0.0)
         furthest = initial
         for step in range(60):
             take_step(model, optimizer, step)
