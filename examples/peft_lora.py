@@ -34,10 +34,11 @@ def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
     parser.add_argument("--model", choices=tuple(TARGETS), default="gpt2")
     parser.add_argument("--lr", type=float, default=2.0, help="modular norm of one step of the adapters")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--base-steps", type=int, default=100, help="of the whole model, before")
     args = parser.parse_args(argv)
 
     model = language_model(args.model)
-    train(model, train_and_test("optim/*.py")[0], lr=2.0, steps=100)
+    train(model, train_and_test("optim/*.py")[0], lr=2.0, steps=args.base_steps)
     english, test = train_and_test("*.md")
     adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=8, target_modules=TARGETS[args.model], fan_in_fan_out=args.model == "gpt2"))
     before = loss_of(adapted, test)

@@ -114,7 +114,9 @@ class SOAP(Direction):
         seen = live if live.ndim == 0 else any_live
         R = _rms_(state["rms"].view_as(G), rotated, seen, beta2)
         D = _turn(M, left, right)
-        D = torch.where(R > 0, D / R, 0)
+        # Below rounding, a gradient in its own eigenbasis is noise over noise.
+        floor = max(R.shape[-2:]) * torch.finfo(R.dtype).eps * R.amax((-2, -1), keepdim=True)
+        D = torch.where(R > floor, D / R, 0)
         return _turn(D, *(None if Q is None else Q.mT for Q in (left, right))).reshape(shape)
 
     @staticmethod
@@ -124,13 +126,15 @@ class SOAP(Direction):
             return None
         F, Q = state[side], state[f"{side}_basis"]
         _average_(F, P @ P.mT, live, beta2)
+        started = (Q != 0).flatten(1).any(-1)[:, None, None]
         if refresh:
-            started = (Q != 0).flatten(1).any(-1)[:, None, None]
             turned = torch.linalg.qr(F @ Q)[0]
             if not started.all():
                 turned = torch.where(started, turned, torch.linalg.eigh(F)[1].flip(-1))
-            Q.copy_(torch.where(live > 0, turned, Q))
-        return Q
+            seen = (F != 0).flatten(1).any(-1)[:, None, None]
+            Q.copy_(torch.where(seen & (live > 0), turned, Q))
+            started = started | seen
+        return torch.where(started, Q, torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device))
 
 
 def _turn(X: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:

@@ -726,3 +726,28 @@ def test_steepest_descents_scale_has_no_escape_velocity():
         Dualized(Net(), "automatic")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"EscapeVelocity.initial\n  got: 0"):
         EscapeVelocity(initial=0)
+
+
+def test_soap_without_averages_is_the_polar_factor_and_starts_whenever_gradients_do():
+    """Adam in the eigenbasis of one G = U S Vᵀ divides S by itself: U Vᵀ, Shampoo's step without accumulation."""
+    shape, norm = (5, 8), ModularNorm({"w": Frobenius()}, {"w": 1.0})
+    w = nn.Parameter(torch.zeros(*shape, dtype=torch.float64))
+    optimizer = Dualized([("w", w)], 1.0, norm=norm, direction="soap", beta=0.0, beta2=0.0, refresh_every=1)
+    w.grad = torch.zeros_like(w)
+    optimizer.step()
+    assert not w.detach().any()
+    w.grad = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    optimizer.step()
+    U, _, Vh = torch.linalg.svd(w.grad, full_matrices=False)
+    assert torch.allclose(-w.detach(), U @ Vh / 5**0.5, atol=1e-10)
+
+    late = nn.Parameter(torch.zeros(*shape, dtype=torch.float64))
+    optimizer = Dualized([("w", late)], 1.0, norm=ModularNorm({"w": RMSToLinf()}, {"w": 1.0}), direction="soap")
+    for step in range(12):
+        before = late.detach().clone()
+        late.grad = torch.randn(*shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64) * (step > 0)
+        optimizer.step()
+        assert torch.equal(late.detach(), before) == (step == 0)
+        if step:
+            basis = optimizer.state[late]["right_basis"]
+            assert (step < 10) == (not basis.any()), "axes until the next refresh, then the eigenbasis"

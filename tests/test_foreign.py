@@ -10,13 +10,24 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.pytorch_utils import Conv1D
 
 from optim import Blocks, CoverageError, Dualized, NonFiniteError, Normalized, Polar, RMSToRMS, Rule, Transposed, metrize
@@ -188,7 +199,7 @@ def test_a_fused_weight_steps_as_its_three_maps_do(schedule: str):
 
 
 def test_a_step_of_c_attn_is_the_polar_factor_of_each_block_of_its_transpose():
-    model = gpt2().double()
+    model: Any = gpt2().double()
     c_attn = model.transformer.h[0].attn.c_attn
     optimizer = Dualized(
         model, LR, norm=metrize(model, rules=[Rule("*.c_attn.weight", norm=Transposed(Blocks(RMSToRMS(Polar("exact")), 3)))])
@@ -198,8 +209,8 @@ def test_a_step_of_c_attn_is_the_polar_factor_of_each_block_of_its_transpose():
     radii = optimizer.norm.radii
     assert radii["transformer.h.0.attn.c_attn.weight"] == pytest.approx(radii["transformer.h.0.attn.c_proj.weight"]), "a share for each map"
     for moved, g in zip((before - c_attn.weight).split(D, dim=1), c_attn.weight.grad.split(D, dim=1), strict=True):
-        U, S, Vh = torch.linalg.svd(g.T)
-        rank = int((S > 1e-9 * S[0]).sum())  # a layer norm's outputs have one linear relation
+        U, _, Vh = torch.linalg.svd(g.T)
+        rank = torch.linalg.matrix_rank(g, rtol=1e-9).item()  # a layer norm's outputs have one linear relation
         assert rank in (D - 1, D)
         polar = U[:, :rank] @ Vh[:rank]
         assert (moved.T - LR * radii["transformer.h.0.attn.c_attn.weight"] * polar).abs().max() < 1e-9
@@ -215,6 +226,25 @@ def test_tied_gpt2_is_refused_and_told_how_to_untie_it():
         "  fix: untie them (transformers: tie_word_embeddings=False in the config, before the model is built), "
         "or metrize(model, rules=[Rule('transformer.wte.weight', norm='RMSToRMS')])"
     )
+
+
+def test_a_model_without_a_head_has_none_whatever_its_sizes():
+    """As many positions as channels: c_attn.weight (D, 3D) is no map to positions."""
+    torch.manual_seed(0)
+    model = GPT2Model(GPT2Config(**COMMON, n_positions=D, n_embd=D, n_layer=1, n_head=2))
+    assert set(metrize(model).roles.values()) == {"embedding", "hidden", "gain", "bias"}
+
+
+def test_queries_with_fewer_keys_and_values_in_one_weight_are_asked_for():
+    """Blocks of as many rows as columns would be queries, and keys with values."""
+    sizes: dict[str, Any] = dict(hidden_size=D, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    model = Phi3ForCausalLM(Phi3Config(**COMMON, **sizes, pad_token_id=0))
+    name = "model.layers.0.self_attn.qkv_proj.weight"
+    with pytest.raises(
+        CoverageError, match=rf"^{name} \(32, 16\) of a Linear has no place(.|\n)*norm=Blocks\(RMSToRMS\(\), \(rows of each, …\)\)"
+    ):
+        metrize(model)
+    assert placed(model, Rule(name, norm=Blocks(RMSToRMS(), (D, D // 2, D // 2))))[name] == ("hidden", "(16 + 2 × 8) × RMSToRMS")
 
 
 @pytest.mark.parametrize("fix", ["untied", "by rule"])
@@ -235,6 +265,11 @@ def test_llama_trains():
 # ---- adapters
 
 
+# peft asks transformers for a name that it has given up.
+FORGETFUL = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@FORGETFUL
 def test_only_adapters_are_placed_and_trained():
     model = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
     optimizer = Dualized(model, 4.0)
@@ -248,6 +283,13 @@ def test_only_adapters_are_placed_and_trained():
     assert moved == set(optimizer.norm.norms), "names are the model's, and nothing else moves"
 
 
+@FORGETFUL
+def test_tied_weights_that_are_frozen_need_no_fix():
+    model = get_peft_model(gpt2(tied=True), LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True))
+    assert set(metrize(model).roles.values()) == {"hidden"}
+
+
+@FORGETFUL
 def test_adapters_without_a_module_type_are_refused_until_a_rule_places_them():
     model = get_peft_model(llama(), IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]))
     with pytest.raises(
@@ -266,7 +308,7 @@ def test_adapters_without_a_module_type_are_refused_until_a_rule_places_them():
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
     """A process group of one."""
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -303,7 +345,7 @@ def test_state_passes_between_a_wrapped_model_and_a_plain_one(wrapper: str, save
 @pytest.mark.usefixtures("alone")
 def test_a_sharded_model_keeps_its_names_and_takes_a_plain_models_state():
     plain, sharded = gpt2(), gpt2()
-    fully_shard(sharded, mesh=dist.init_device_mesh("cpu", (1,)))
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
     saving, loading = Dualized(plain, LR), Dualized(sharded, LR)
     take_step(plain, saving)
     loading.load_state_dict(saving.state_dict())
@@ -338,6 +380,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+TRAINED: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "Dualized": lambda m: Dualized(m, LR),
+    "Dualized, lr=auto": lambda m: Dualized(m, "auto"),
+    "Normalized Adam": lambda m: Normalized(torch.optim.Adam(m.named_parameters()), m, LR),
+}
+
+
 def build(settings: str, seed: int = 0) -> tuple[nn.Module, Dualized]:
     model = gpt2(seed).bfloat16() if "masters" in settings else gpt2(seed)
     return model, Dualized(model, **copy.deepcopy(SETTINGS[settings]))
@@ -367,20 +416,21 @@ def test_distributed_checkpoints_load_into_a_fresh_optimizer(settings: str, tmp_
     a, b = build(settings), build(settings, seed=1)
     train(*a, 4)
     model_state, optimizer_state = get_state_dict(*a)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=tmp_path)
+    state_dict_saver.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=tmp_path)
     before = weights(b[0])
     model_state, optimizer_state = get_state_dict(*b)  # makes the state by a step with lr = 0
     assert same(before, weights(b[0])), "a no-op"
     state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=tmp_path)
+    state_dict_loader.load(state, checkpoint_id=tmp_path)
     set_state_dict(*b, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     assert_twins(a, b)
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("settings", [*SETTINGS, "Normalized Adam"])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_of_model_and_optimizer_train_on_alike_and_apart(settings: str, how: str):
-    a = build(settings)
+    model = gpt2()
+    a = build(settings) if settings in SETTINGS else (model, TRAINED[settings](model))
     train(*a, 4)
     b = copy.deepcopy(a) if how == "deepcopy" else pickle.loads(pickle.dumps(a))
     assert_twins(a, b)
@@ -406,13 +456,6 @@ def trainer(folder: Path, seed: int, make: Callable[[nn.Module], torch.optim.Opt
     return Trainer(model, settings, train_dataset=data, optimizers=(optimizer, scheduler))  # type: ignore[arg-type]
 
 
-TRAINED: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-    "Dualized": lambda m: Dualized(m, LR),
-    "Dualized, lr=auto": lambda m: Dualized(m, "auto"),
-    "Normalized Adam": lambda m: Normalized(torch.optim.Adam(m.named_parameters()), m, LR),
-}
-
-
 @pytest.mark.parametrize("make", TRAINED.values(), ids=TRAINED)
 def test_a_resumed_trainer_ends_where_an_uninterrupted_one_does(make: Callable[[nn.Module], torch.optim.Optimizer], tmp_path: Path):
     whole = trainer(tmp_path, 0, make, 6)
@@ -424,7 +467,7 @@ def test_a_resumed_trainer_ends_where_an_uninterrupted_one_does(make: Callable[[
 
 def test_accelerate_saves_and_loads_its_state(tmp_path: Path):
     accelerator = Accelerator(cpu=True)
-    a = accelerator.prepare(*build("default"))
+    a: Any = accelerator.prepare(*build("default"))
     train(*a, 3)
     accelerator.save_state(str(tmp_path))
     kept = weights(a[0])
@@ -497,7 +540,7 @@ EXACT = RMSToRMS(Polar("exact"))
 
 
 def test_accumulated_batches_are_one_large_batch():
-    a, b = gpt2().double(), gpt2().double()
+    a, b = llama().double(), llama().double()
     one, many = Dualized(a, LR), Dualized(b, LR)
     for seed in range(3):
         x = tokens(seed, batch=8)
@@ -507,7 +550,7 @@ def test_accumulated_batches_are_one_large_batch():
         for optimizer in (one, many):
             optimizer.step()
             optimizer.zero_grad()
-    assert max((p - q).abs().max() for p, q in zip(weights(a), weights(b), strict=True)) < 1e-8  # the polar factor magnifies rounding
+    assert max((p - q).abs().max() for p, q in zip(weights(a), weights(b), strict=True)) < ROUNDING
 
 
 def test_a_compiled_model_trains_as_the_plain_one():

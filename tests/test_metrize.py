@@ -714,6 +714,9 @@ def test_the_tree_is_drawn_in_the_order_of_the_forward_pass():
     biased = bond("add", sharpness=0) @ concat(atom("w", RMSToRMS()), atom("b", VectorRMS(), sensitivity=0))
     tree = 10 * atom("head", RMSToLinf()) @ residual(mlp, 2) ** 2 @ biased @ bond("a < b") @ bond("norm") @ atom("embed", L1ToRMS(), mass=0)
     assert str(tree) == DRAWN
+    radii = ModularNorm.of(tree).radii
+    last = 4 / 11 / 10 / 4 / 0.5
+    assert (radii["0.down"], radii["1.down"]) == pytest.approx((last / 1.5, last)), "the first block's is the smaller"
 
 
 def test_a_foreign_models_tree_is_its_weights_side_by_side():
