@@ -58,7 +58,7 @@ def textures(count: int, *, seed: int) -> tuple[Tensor, Tensor]:
 def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
     """The test loss before and after training."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lr", type=float, default=1.0, help="modular norm of one step")
+    parser.add_argument("--lr", type=float, default=2.0, help="modular norm of one step")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--amp", action="store_true", help="16-bit forward pass and scaled loss: float16 on a GPU, bfloat16 on a CPU")
     args = parser.parse_args(argv)
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
     torch.manual_seed(0)
     model = ResNet().to(device)
     norm = metrize(model, rules=[Rule("head.weight", role="head")])  # its outputs are logits; every other norm is its module type's
-    optimizer = Dualized(model, lr=args.lr, norm=norm, beta=0.9)
+    optimizer = Dualized(model, lr=args.lr, norm=norm, beta=0.8)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
     scaler = torch.amp.GradScaler(device, enabled=args.amp)
     autocast = torch.autocast(device, torch.float16 if device == "cuda" else torch.bfloat16, enabled=args.amp)

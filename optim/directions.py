@@ -116,7 +116,7 @@ class SOAP(Direction):
         D = _turn(M, left, right)
         # Below rounding, a gradient in its own eigenbasis is noise over noise.
         floor = max(R.shape[-2:]) * torch.finfo(R.dtype).eps * R.amax((-2, -1), keepdim=True)
-        D = torch.where(R > floor, D / R, 0)
+        D = torch.where(floor < R, D / R, 0)
         return _turn(D, *(None if Q is None else Q.mT for Q in (left, right))).reshape(shape)
 
     @staticmethod

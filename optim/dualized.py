@@ -41,21 +41,20 @@ def stacked_update(D: Tensor, weights: list[Tensor], radii: Tensor, live: Tensor
     return U.mul_(radii).masked_fill_(~live, 0)
 
 
-def travelled(G: Tensor, start: list[Tensor], weights: list[Tensor]) -> Tensor:
-    """⟨G, W₀ − W⟩ of a stack (0-dim): what the gradient says that the way from W₀ was worth. G: (n, *shape), 0 where nothing is live."""
-    return torch.stack([(g * (w0 - w)).sum() for g, w0, w in zip(G, start, weights, strict=True)]).sum()
+def way(G: Tensor, start: list[Tensor], weights: list[Tensor], radii: Tensor, *, norm: Norm) -> Tensor:
+    """(⟨G, W₀ − W⟩, Σ radius · ‖G‖†) of a stack (2,): what its gradients say that the way from W₀ was worth, and their share of the dual norm.
 
-
-def dual_norm(D: Tensor, radii: Tensor, live: Tensor, *, norm: Norm) -> Tensor:
-    """Σ radius · ‖D‖† of a stack (0-dim), by what the norm's dualize attains."""
-    return torch.where(live, D * norm.dualize(D) * radii, 0).sum()
+    G: (n, *shape), 0 where nothing is live. The dual norm is what dualize attains. Nothing is written.
+    """
+    worth = torch.stack([(g * (w0 - w)).sum() for g, w0, w in zip(G, start, weights, strict=True)]).sum()
+    return torch.stack([worth, (G * norm.dualize(G) * radii).sum()])
 
 
 def _validate(settings: dict[str, Any]) -> None:
     """Raise ValueError for an impossible setting of a parameter group."""
     lr, limit = settings["lr"], settings["max_grad_norm"]
     for what, allowed, fine in (
-        ("lr", "a finite number >= 0, or \"auto\"", isinstance(lr, Tensor) or 0 <= lr < float("inf")),
+        ("lr", 'a finite number >= 0, or "auto"', isinstance(lr, Tensor) or 0 <= lr < float("inf")),
         ("beta", "0 <= beta < 1", 0 <= settings["beta"] < 1),
         ("beta2", "0 <= beta2 < 1", 0 <= settings["beta2"] < 1),
         ("refresh_every", "1 or more steps", settings["refresh_every"] >= 1),
@@ -67,7 +66,9 @@ def _validate(settings: dict[str, Any]) -> None:
         ("max_grad_norm", "None or a number > 0", limit is None or limit > 0),
     ):
         if not fine:
-            raise ValueError(f"Dualized: {what}\n  got: {settings[what]!r}\n  allowed: {allowed}\n  fix: Dualized(…, {what}=…), or the same key of its parameter group")
+            raise ValueError(
+                f"Dualized: {what}\n  got: {settings[what]!r}\n  allowed: {allowed}\n  fix: Dualized(…, {what}=…), or the same key of its parameter group"
+            )
 
 
 class Dualized(torch.optim.Optimizer):
@@ -120,10 +121,11 @@ class Dualized(torch.optim.Optimizer):
                 raise CoverageError("Dualized of named parameters: got no norm\n  fix: pass norm=ModularNorm(...), or the model itself")
         # Copied: groups added later bring norms and radii of their own.
         self.norm = replace(norm, **{k: dict(getattr(norm, k)) for k in ("norms", "radii", "roles", "masses", "shapes")})
-        self.calls = 0  # of step()
         self.escape = EscapeVelocity() if isinstance(lr, str) and lr == "auto" else lr if isinstance(lr, EscapeVelocity) else None
         if self.escape and scale == "dual":
-            raise ValueError('Dualized: scale\n  got: "dual" with lr="auto"\n  allowed: "unit"\n  fix: leave scale out: the escape velocity is the size of a unit step')
+            raise ValueError(
+                'Dualized: scale\n  got: "dual" with lr="auto"\n  allowed: "unit"\n  fix: leave scale out: the escape velocity is the size of a unit step'
+            )
         self._watch: tuple[Tensor, torch.Event | None, list[str], int] | None = None
         self._radii: dict[tuple[Any, ...], Tensor] = {}
         defaults = dict(
@@ -180,8 +182,13 @@ class Dualized(torch.optim.Optimizer):
         return torch.as_tensor(self.escape.initial if value is None else value, dtype=dtype, device=params[0].device).clone()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {"norm": self.norm, "calls": self.calls, "escape": self.escape}
+        kept = {"norm": self.norm, "escape": self.escape}
         return super().__getstate__() | kept | {"_watch": None, "_radii": {}}
+
+    @property
+    def calls(self) -> int:
+        """Of step(), where something was to be moved."""
+        return max(group["calls"] for group in self.param_groups)
 
     @property
     def step_size(self) -> float | None:
@@ -208,12 +215,12 @@ class Dualized(torch.optim.Optimizer):
                 present.append((group, members))
         if not present:
             return loss
-        self.calls += 1
+        for group, _ in present:
+            group["calls"] += 1
         ok = self._all_finite([x for _, members in present for x in members])
         steps: list[tuple[dict[str, Any], Norm, list[Tensor], list[Tensor], Tensor, Tensor]] = []
         parts: list[Tensor] = []
         for group, members in present:
-            group["calls"] += 1
             clip = _clip([p.grad for _, p in members if p.grad is not None], group["max_grad_norm"])
             stacks: dict[tuple[Any, ...], list[tuple[str, Tensor]]] = {}
             for name, p in members:
@@ -270,12 +277,16 @@ class Dualized(torch.optim.Optimizer):
         if clip is not None:
             G.mul_(clip.to(G))
         G.masked_fill_(~live, 0)
+        key = (compute, G.device, *(n for n, _ in members))
+        if key not in self._radii:  # made once: a copy to the device waits for it
+            radii = torch.tensor([self.norm.radii[n] for n, _ in members], dtype=compute, device=G.device)
+            self._radii[key] = radii.reshape(-1, *(1,) * norm.ndim)
+        radii = self._radii[key]
+        part = way(G, [self.state[p]["start"] for p in params], weights, radii, norm=norm) if self.escape else None
         held = {k: [self.state[p][k] for p in params] for k in self.state[params[0]] if k not in ("master", "start")}
         state = {k: _stack(buffers).to(torch.promote_types(buffers[0].dtype, torch.float32)) for k, buffers in held.items()}
         refresh = (group["calls"] - 1) % group["refresh_every"] == 0
         direct = DIRECTIONS[group["direction"]]
-        # Of the fresh gradient: a direction correlates with its own past steps, whatever they were worth.
-        way = travelled(G, [self.state[p]["start"] for p in params], weights) if self.escape else None
         if not direct.gated:
             state = {k: v.clone() for k, v in state.items()}
         D = direct(G, state, live=live.to(G.dtype), beta=group["beta"], beta2=group["beta2"], refresh=refresh)
@@ -285,16 +296,17 @@ class Dualized(torch.optim.Optimizer):
             if len(buffers) > 1 or not direct.gated or state[k].dtype != buffers[0].dtype:  # else the buffer itself was updated
                 torch._foreach_copy_(buffers, state[k].unbind())  # pyright: ignore[reportPrivateImportUsage]
         del G, state
-        key = (compute, D.device, *(n for n, _ in members))
-        if key not in self._radii:  # made once: a copy to the device waits for it
-            radii = torch.tensor([self.norm.radii[n] for n, _ in members], dtype=compute, device=D.device)
-            self._radii[key] = radii.reshape(-1, *(1,) * norm.ndim)
-        radii = self._radii[key]
-        part = torch.stack([way, dual_norm(D, radii, live, norm=norm)]) if way is not None else None
         return stacked_update(D, weights, radii, live, norm=norm, weight_decay=group["weight_decay"], scale=group["scale"]), live, part
 
     def _apply(
-        self, group: dict[str, Any], norm: Norm, params: list[Tensor], weights: list[Tensor], U: Tensor, live: Tensor, step_size: Tensor | None
+        self,
+        group: dict[str, Any],
+        norm: Norm,
+        params: list[Tensor],
+        weights: list[Tensor],
+        U: Tensor,
+        live: Tensor,
+        step_size: Tensor | None,
     ) -> None:
         """W ← retract(W − lr · U)."""
         lr = group["lr"] if step_size is None else group["lr"] * step_size
@@ -310,6 +322,7 @@ class Dualized(torch.optim.Optimizer):
         if weights[0] is not params[0]:
             torch._foreach_copy_(params, weights)  # pyright: ignore[reportPrivateImportUsage]
 
+    @torch.compiler.disable
     def _all_finite(self, present: list[tuple[str, Tensor]]) -> Tensor:
         """A 0-dim bool on the device. Which gradient was not finite goes to the host without waiting for it."""
         grads = [p.grad for _, p in present if p.grad is not None]
@@ -322,6 +335,7 @@ class Dualized(torch.optim.Optimizer):
         self._watch = (host, event, [n for n, _ in present], self.calls)
         return finite.all()
 
+    @torch.compiler.disable
     def check_finite(self) -> None:
         """Raise NonFiniteError if the last step met a gradient that was not finite. That step changed nothing."""
         if self._watch is None:
@@ -352,7 +366,9 @@ class Dualized(torch.optim.Optimizer):
                     )
                 group["step_size"] = self._new_step_size(own["params"], groups[0]["step_size"])
             elif "step_size" in group:
-                raise ValueError('optimizer state\n  got: one saved with lr="auto"\n  allowed: one saved with a fixed lr\n  fix: Dualized(model, lr="auto")')
+                raise ValueError(
+                    'optimizer state\n  got: one saved with lr="auto"\n  allowed: one saved with a fixed lr\n  fix: Dualized(model, lr="auto")'
+                )
             group.update({k: v for k, v in own.items() if k not in group})  # saved by a version that had fewer settings
         super().load_state_dict({"state": state, "param_groups": groups})
         for group in self.param_groups:
@@ -409,7 +425,9 @@ class Normalized(torch.optim.Optimizer):
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 wrong = self.norm.norms[name].check(p.shape) if name in self.norm.norms else "those of the modular norm"
                 if wrong:
-                    raise CoverageError(f"{name}\n  got: shape {tuple(p.shape)}\n  allowed: {wrong}\n  fix: give norm the base's parameters, no more and no fewer")
+                    raise CoverageError(
+                        f"{name}\n  got: shape {tuple(p.shape)}\n  allowed: {wrong}\n  fix: give norm the base's parameters, no more and no fewer"
+                    )
             group["lr"] = lr
         super().__init__(base_optimizer.param_groups, {"lr": lr})
         # One truth: schedulers, GradScaler and checkpoints see the base's groups and state.
@@ -427,7 +445,9 @@ class Normalized(torch.optim.Optimizer):
             return loss
         for _, name, p in moving:
             if not torch.isfinite(p.grad).all():  # type: ignore[arg-type]
-                raise NonFiniteError(f"the gradient of {name} is not finite; the step was not taken, weights and the base's state are as before")
+                raise NonFiniteError(
+                    f"the gradient of {name} is not finite; the step was not taken, weights and the base's state are as before"
+                )
         old = [p.detach().clone() for *_, p in moving]
         if self.from_zero:
             torch._foreach_zero_([p for *_, p in moving])  # pyright: ignore[reportPrivateImportUsage]
@@ -455,7 +475,9 @@ class Normalized(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused once built: the base would not know it."""
         if hasattr(self, "state") and self.state is self.base.state:
-            raise CoverageError("Normalized\n  got: a group of parameters after construction\n  allowed: before\n  fix: add it to the base and build Normalized anew")
+            raise CoverageError(
+                "Normalized\n  got: a group of parameters after construction\n  allowed: before\n  fix: add it to the base and build Normalized anew"
+            )
         super().add_param_group({k: v for k, v in param_group.items() if k != "param_names"})
 
     def state_dict(self) -> dict[str, Any]:
@@ -478,7 +500,9 @@ def by_name(
             "optimizer state\n  got: groups without param_names\n  allowed: the state of an optimizer of named parameters\n  fix: save Dualized's own"
         )
     if schema is not None and not 1 <= state_dict.get("schema", schema) <= schema:
-        raise ValueError(f"optimizer state\n  got: schema {state_dict['schema']}\n  allowed: 1 to {schema}\n  fix: use the version that saved it")
+        raise ValueError(
+            f"optimizer state\n  got: schema {state_dict['schema']}\n  allowed: 1 to {schema}\n  fix: use the version that saved it"
+        )
     saved = {canonical(n): (g, i) for g in state_dict["param_groups"] for n, i in zip(g["param_names"], g["params"], strict=True)}
     ours = [n for group in names for n in group]
     if saved.keys() != set(ours):

@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from math import inf
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,20 +35,33 @@ class Rule:
     """What the user decides: for parameters whose name matches `pattern` (as file names do: * and ?), norm, mass and role; None leaves the default.
 
     norm: a Norm, or a name in NORMS. mass: of each matching weight, beside the totals in MASSES. role: a key of MASSES, which brings its norm, or a name of your own.
+    maps: how many maps the weight holds, 3 for fused queries, keys and values, each with a share of the role's mass; a norm that sees its blocks belongs to it.
     """
 
     pattern: str
     norm: Norm | str | None = None
     mass: float | None = None
     role: str | None = None
+    maps: int | None = None
 
     def __post_init__(self) -> None:
+        if not (self.norm is None or isinstance(self.norm, str | Norm)):
+            raise CoverageError(
+                f"rule {self.pattern!r}\n  got: norm {self.norm!r}\n  allowed: a Norm, or a name in NORMS\n  fix: RMSToRMS(), with brackets, say"
+            )
         if isinstance(self.norm, str):
             if self.norm not in NORMS:
-                raise CoverageError(f"rule {self.pattern!r}\n  got: norm {self.norm!r}\n  allowed: {', '.join(NORMS)}\n  fix: one of those, or a Norm")
+                raise CoverageError(
+                    f"rule {self.pattern!r}\n  got: norm {self.norm!r}\n  allowed: {', '.join(NORMS)}\n  fix: one of those, or a Norm"
+                )
             object.__setattr__(self, "norm", NORMS[self.norm]())
-        if self.mass is not None and not self.mass >= 0:
-            raise CoverageError(f"rule {self.pattern!r}\n  got: mass {self.mass}\n  allowed: 0 (never updated) or more\n  fix: Rule(…, mass=1)")
+        if self.mass is not None and not 0 <= self.mass < inf:
+            raise CoverageError(
+                f"rule {self.pattern!r}\n  got: mass {self.mass}\n  allowed: 0 (never updated) or more\n  fix: Rule(…, mass=1)"
+            )
+
+        if self.maps is not None and self.maps < 1:
+            raise CoverageError(f"rule {self.pattern!r}\n  got: maps {self.maps}\n  allowed: 1 or more\n  fix: Rule(…, maps=3)")
 
     def matches(self, name: str) -> bool:
         return fnmatchcase(name, self.pattern)
@@ -62,6 +76,16 @@ class Place:
     maps: int = 1
     wrap: Callable[[Norm], Norm] = lambda norm: norm
     note: str = ""
+
+
+def _rule(fields: Mapping[str, Any]) -> Rule:
+    try:
+        return Rule(**fields)
+    except TypeError as error:
+        allowed = ", ".join(Rule.__dataclass_fields__)
+        raise CoverageError(
+            f"rule\n  got: {dict(fields)}\n  allowed: {allowed}\n  fix: {{'pattern': 'lm_head.weight', 'role': 'head'}}, say"
+        ) from error
 
 
 def canonical(name: str) -> str:
@@ -87,7 +111,7 @@ def metrize(model: nn.Module, structure: Module | None = None, rules: Iterable[R
     Every trainable parameter is placed exactly once. Raises CoverageError, and names it, for one that is not, that is tied to another without a rule that
     gives the two one norm, of a shape that its norm does not fit, complex, or with sparse gradients; for a rule without a parameter; for an atom without one.
     """
-    rules = [r if isinstance(r, Rule) else Rule(**r) for r in rules]
+    rules = [r if isinstance(r, Rule) else _rule(r) for r in rules]
     plain = _unwrapped(model)
     every = [(canonical(n), p) for n, p in model.named_parameters(remove_duplicate=False)]
     check_distinct(canonical(n) for n, _ in model.named_parameters())
@@ -95,16 +119,19 @@ def metrize(model: nn.Module, structure: Module | None = None, rules: Iterable[R
     unique = {canonical(n): p for n, p in model.named_parameters()}
     alias = _check_ties(every, rules)
     declare: Callable[[], Module] | None = getattr(plain, "structure", None)
-    structure = structure if structure is not None or declare is None else declare()
+    if structure is None and declare is not None and not isinstance(declare, nn.Module):
+        structure = declare()
     trainable = {n: p for n, p in unique.items() if p.requires_grad}
     notes: list[str] = []
     for name, p in trainable.items():
         if p.is_complex():
-            raise CoverageError(f"{name}\n  got: complex numbers\n  allowed: real ones\n  fix: keep real and imaginary parts in two parameters, or freeze it")
+            raise CoverageError(
+                f"{name}\n  got: complex numbers\n  allowed: real ones\n  fix: keep real and imaginary parts in two parameters, or freeze it"
+            )
     if structure is None:
         tree = _by_type(plain, trainable, rules, alias, notes)
     else:
-        tree = structure.unrolled().mapped(lambda leaf: _ruled(leaf, rules)) if rules else structure
+        tree = structure.unrolled().mapped(lambda leaf: _ruled(leaf, rules, alias)) if rules else structure
     found = ModularNorm.of(tree)
     for name, p in trainable.items():
         norm = found.norms.get(name)
@@ -115,7 +142,9 @@ def metrize(model: nn.Module, structure: Module | None = None, rules: Iterable[R
             )
         wrong = norm.check(p.shape)
         if wrong:
-            raise CoverageError(f"{name}\n  got: shape {tuple(p.shape)}\n  allowed by {norm}: {wrong}\n  fix: metrize(model, rules=[Rule({name!r}, norm=…)])")
+            raise CoverageError(
+                f"{name}\n  got: shape {tuple(p.shape)}\n  allowed by {norm}: {wrong}\n  fix: metrize(model, rules=[Rule({name!r}, norm=…)])"
+            )
     absent = sorted(found.norms.keys() - {n for n, _ in every})
     if absent:
         raise CoverageError(
@@ -130,14 +159,18 @@ def metrize(model: nn.Module, structure: Module | None = None, rules: Iterable[R
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+    while (
+        not model._parameters
+        and len(list(model.children())) == 1
+        and isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module)
+    ):
         model = inner
     return model
 
 
-def _ruled(leaf: Atom, rules: list[Rule]) -> Module:
+def _ruled(leaf: Atom, rules: list[Rule], alias: dict[str, set[str]]) -> Module:
     """An atom of a declared structure, as the first rule that matches it wants it."""
-    rule = next((r for r in rules if r.matches(leaf.name)), None)
+    rule = next((r for r in rules if any(map(r.matches, {leaf.name} | alias.get(leaf.name, set())))), None)
     if rule is None:
         return leaf
     assert not isinstance(rule.norm, str)
@@ -162,9 +195,14 @@ def _by_type(model: nn.Module, trainable: dict[str, Tensor], rules: list[Rule], 
             norm = place.norm
         if norm is None or isinstance(norm, str):
             raise CoverageError(_unplaced(name, module, p))
-        if getattr(module, "sparse", False):
-            raise CoverageError(f"{name}\n  got: sparse gradients\n  allowed: dense ones\n  fix: build its {type(module).__name__} with sparse=False")
-        places[name] = replace(place or Place("", norm), role=role or "custom", norm=norm)
+        if getattr(module, "sparse", False) is True and isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            raise CoverageError(
+                f"{name}\n  got: sparse gradients\n  allowed: dense ones\n  fix: build its {type(module).__name__} with sparse=False"
+            )
+        as_placed = place is not None and (norm is place.norm or (rule.norm is not None and rule.role is None))
+        maps = rule.maps or (place.maps if place and as_placed else 1)
+        role = role or ("hidden" if p.ndim >= 2 else "bias")
+        places[name] = replace(place or Place(role, norm), role=role, norm=norm, maps=maps)
         if rule.mass is not None:
             masses[name] = rule.mass
         elif rule.norm is None and rule.role is None and place and place.note:
@@ -193,17 +231,22 @@ def _place(module: nn.Module, own: str, path: str, p: Tensor) -> Place | None:
         wrap: Callable[[Norm], Norm] = Transposed if kind == "Conv1D" else lambda norm: norm  # transformers' GPT-2 stores (I, O)
         rows, columns = reversed(module.weight.shape) if kind == "Conv1D" else module.weight.shape  # type: ignore[misc, union-attr]
         maps, norm, vector, note = 1, wrap(RMSToRMS()), VectorRMS(), ""
-        if label in FUSED and rows != columns:
-            maps = 2 if label == "gate_up_proj" else rows // columns
-            if maps not in (2, 3) or rows % maps or (label != "gate_up_proj" and rows % columns):
+        if label == "gate_up_proj" or (label in FUSED and rows != columns):
+            maps = 2 if label == "gate_up_proj" else 3
+            if rows % maps or (label != "gate_up_proj" and rows != maps * columns):
                 return None
-            norm, vector, note = wrap(Blocks(RMSToRMS(), maps)), Blocks(VectorRMS(), maps), f"{maps} maps fused in one weight, by its name ({label})"
-        return Place("hidden", norm, maps, wrap, note) if own == "weight" else Place("bias", vector, maps) if p.ndim == 1 else None
+            norm, vector, note = (
+                wrap(Blocks(RMSToRMS(), maps)),
+                Blocks(VectorRMS(), maps),
+                f"{maps} maps fused in one weight, by its name ({label})",
+            )
+        if own in ("weight", "bias"):
+            return Place("hidden", norm, maps, wrap, note) if own == "weight" else Place("bias", vector, maps)
     if isinstance(module, nn.modules.conv._ConvNd):
         dims, transposed = len(module.kernel_size), module.transposed
         return Place("hidden", ConvRMSToRMS(dims=dims, groups=module.groups, transposed=transposed)) if own == "weight" else bias
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        gates = 4 if "LSTM" in kind else 3 if "GRU" in kind else 1
+        gates = 4 if isinstance(module, nn.LSTM | nn.LSTMCell) else 3 if isinstance(module, nn.GRU | nn.GRUCell) else 1
         if own.startswith("bias"):
             return Place("bias", Blocks(VectorRMS(), gates), gates)
         return Place("hidden", Blocks(RMSToRMS(), gates), gates) if "_hr" not in own else Place("hidden", RMSToRMS())
@@ -241,7 +284,7 @@ def _unplaced(name: str, module: nn.Module, p: Tensor) -> str:
     if p.ndim == 3:
         fix += "; for experts norm=Experts(RMSToRMS()), stored (E, in, out) Experts(Transposed(RMSToRMS()))"
     elif p.ndim == 2:
-        fix += "; several maps fused in one weight are norm=Blocks(RMSToRMS(), (rows of each, …))"
+        fix += "; several maps fused in one weight are norm=Blocks(RMSToRMS(), (rows of each, …)), maps=…"
     return f"{name} {shape} of a {kind} has no place\n  got: a weight whose role its module's type and its name do not tell\n  allowed: one that a rule places\n  fix: {fix}"
 
 
@@ -260,7 +303,15 @@ def _check_head(model: nn.Module, trainable: dict[str, Tensor], places: dict[str
     vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, place in places.items():
         shape = trainable[name].shape
-        if place.role == "hidden" and len(shape) == 2 and shape[0] in vocabularies and shape[0] != shape[1] and not any(r.matches(name) for r in rules):
+        if (
+            place.role == "hidden"
+            and place.maps == 1
+            and not any(part.isdigit() for part in name.split(".")[:-2])  # a layer's own maps are not heads
+            and len(shape) == 2
+            and shape[0] in vocabularies
+            and shape[0] != shape[1]
+            and not any(r.matches(name) for r in rules)
+        ):
             raise CoverageError(
                 f"{name} {tuple(shape)} looks like the head\n  got: a map to as many outputs as an embedding has rows, and no head\n  allowed: a head by rule\n"
                 f"  fix: metrize(model, rules=[Rule({name!r}, role='head')]), or role='hidden' if it is not"
@@ -273,8 +324,14 @@ def _check_rules(rules: list[Rule], names: list[str]) -> None:
     for rule in rules:
         if not any(rule.matches(n) for n in left):
             shadowed = any(rule.matches(n) for n in names)
-            got = "matches only parameters that earlier rules have taken" if shadowed else f"matches no parameter{_nearest(rule.pattern, names)}"
-            raise CoverageError(f"rule {rule.pattern!r}\n  got: a pattern that {got}\n  allowed: one that decides something\n  fix: correct it, move it up, or leave it out")
+            got = (
+                "matches only parameters that earlier rules have taken"
+                if shadowed
+                else f"matches no parameter{_nearest(rule.pattern, names)}"
+            )
+            raise CoverageError(
+                f"rule {rule.pattern!r}\n  got: a pattern that {got}\n  allowed: one that decides something\n  fix: correct it, move it up, or leave it out"
+            )
         left = [n for n in left if not rule.matches(n)]
 
 
@@ -283,6 +340,7 @@ def _check_ties(every: list[tuple[str, Tensor]], rules: list[Rule]) -> dict[str,
     alias: dict[str, set[str]] = {}
     spans: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
     owner: dict[int, str] = {}
+    tensors = dict(every)
     for name, p in every:
         other = owner.setdefault(id(p), name)
         if other == name and p.numel() and p.device.type != "meta" and p.data_ptr():
@@ -291,12 +349,14 @@ def _check_ties(every: list[tuple[str, Tensor]], rules: list[Rule]) -> dict[str,
             memory = spans[p.untyped_storage().data_ptr()]
             other = next((n for a, b, n in memory if a < end and begin < b), name)
             memory.append((begin, end, name))
-        if other == name:
+        twin = tensors[other]
+        if other == name or not (p.requires_grad or twin.requires_grad):
             continue
-        if not any(r.norm is not None and (r.matches(name) or r.matches(other)) for r in rules):
+        rule = next((r for r in rules if r.matches(name) or r.matches(other)), None)
+        if twin is not p or rule is None or rule.norm is None:
             raise CoverageError(
                 f"{name} shares its storage with {other}\n  got: one tensor in two roles\n  allowed: one role a tensor, or one norm by rule\n"
-                f"  fix: untie them (transformers: tie_word_embeddings=False in the config, before the model is built), or metrize(model, rules=[Rule({other!r}, norm='RMSToRMS')])"
+                f"  fix: untie them (transformers: tie_word_embeddings=False in the config, before the model is built), or metrize(model, rules=[Rule({other!r}, norm={'VectorRMS' if p.ndim == 1 else 'RMSToRMS'!r})])"
             )
         alias.setdefault(other, set()).add(name)
     return alias

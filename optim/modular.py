@@ -53,7 +53,9 @@ class Module:
     def __pow__(self, times: int) -> Module:
         """The module after itself, `times` times; the i-th copy has its atoms' last "{}" filled with i, counted from the input."""
         if not isinstance(times, int) or times < 1:
-            raise ValueError(f"a module's power\n  got: {times!r}\n  allowed: an integer of at least 1\n  fix: module ** 1 is the module itself")
+            raise ValueError(
+                f"a module's power\n  got: {times!r}\n  allowed: an integer of at least 1\n  fix: module ** 1 is the module itself"
+            )
         return Power.of(self, times)
 
     def tare(self, mass: float) -> Module:
@@ -146,7 +148,9 @@ def atom(name: str, norm: Norm, *, mass: float = 1.0, sensitivity: float = 1.0, 
     """
     if mass < 0 or sensitivity < 0:
         what, got = ("mass", mass) if mass < 0 else ("sensitivity", sensitivity)
-        raise ValueError(f"{what} of {name}\n  got: {got:g}\n  allowed: 0 or more (a weight of mass 0 is never updated)\n  fix: atom({name!r}, …, {what}=…)")
+        raise ValueError(
+            f"{what} of {name}\n  got: {got:g}\n  allowed: 0 or more (a weight of mass 0 is never updated)\n  fix: atom({name!r}, …, {what}=…)"
+        )
     return Atom(mass, sensitivity, sharpness=(0.0, 1.0 if sensitivity else 0.0, 0.0), name=name, norm=norm, role=role or name)
 
 
@@ -416,7 +420,17 @@ class ModularNorm:
             except NotImplementedError:
                 predicted = "?"
             spelled = "?" if shape is None else "×".join(map(str, shape)) or "scalar"
-            rows.append((name, spelled, self.roles.get(name, ""), str(norm), f"{self.masses.get(name, 0):.4g}", f"{self.radii[name]:.4g}", predicted))
+            rows.append(
+                (
+                    name,
+                    spelled,
+                    self.roles.get(name, ""),
+                    str(norm),
+                    f"{self.masses.get(name, 0):.4g}",
+                    f"{self.radii[name]:.4g}",
+                    predicted,
+                )
+            )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([*lines, *(f"note: {n}" for n in self.notes)]) + "\n"

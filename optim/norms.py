@@ -371,7 +371,9 @@ class _View(Norm):
 
     def __post_init__(self) -> None:
         if self.inner.ndim not in self._inner_dimensions():
-            raise ValueError(f"{type(self).__name__}: got {self.inner}, of {self.inner.ndim} dimensions; allowed: {self._inner_dimensions()}")
+            raise ValueError(
+                f"{type(self).__name__}: got {self.inner}, of {self.inner.ndim} dimensions; allowed: {self._inner_dimensions()}"
+            )
 
     def _inner_dimensions(self) -> tuple[int, ...]:
         return (2,)
@@ -484,7 +486,9 @@ class Blocks(_View):
         return [s.unflatten(-self.ndim, run) for s, run in zip(stacks, runs, strict=True)]
 
     def _join(self, parts: list[Tensor], shape: Sequence[int]) -> Tensor:
-        return torch.cat([p.flatten(-self.ndim - 1, -self.ndim) for p in parts], dim=-self.ndim) if len(parts) > 1 else parts[0].reshape(shape)
+        return (
+            torch.cat([p.flatten(-self.ndim - 1, -self.ndim) for p in parts], dim=-self.ndim) if len(parts) > 1 else parts[0].reshape(shape)
+        )
 
     def _fits(self) -> str:
         return f"rows in {self.sizes} equal blocks" if isinstance(self.sizes, int) else f"{sum(self.sizes)} rows"
@@ -607,5 +611,7 @@ class ConvRMSToRMS(_One):
         return f"{self.ndim} dimensions, the first a multiple of {self.groups} groups"
 
     def __str__(self) -> str:
-        options = ", ".join([f"{self.dims}d", *([f"{self.groups} groups"] if self.groups > 1 else []), *(["transposed"] if self.transposed else [])])
+        options = ", ".join(
+            [f"{self.dims}d", *([f"{self.groups} groups"] if self.groups > 1 else []), *(["transposed"] if self.transposed else [])]
+        )
         return f"Conv({self.inner}, {options})"

@@ -30,12 +30,12 @@ SCHEDULES: dict[str, Callable[..., float]] = {"wsd": wsd, "cosine": cosine}
 
 @dataclass(frozen=True)
 class EscapeVelocity:
-    """A step size from the distance travelled: η ← max(η, factor · ⟨g, w₀ − w⟩ / ‖d‖†), in the modular dual norm of the whole network.
+    """A step size from the distance travelled: η ← max(η, factor · ⟨g, w₀ − w⟩ / ‖g‖†), in the modular dual norm of the whole network.
 
-    g: the fresh gradient (the direction d correlates with its own past steps, whatever they were worth: with ⟨d, w₀ − w⟩ η runs away); d: the direction that
-    is dualized; w₀: the weights at the first step. initial: η before anything is known, more than 0; while the gradient keeps its direction η grows by
-    1 + factor a step. Without momentum, d = g, and by Hölder η <= max(initial, factor · ‖w₀ − w‖); with the largest-entry norm and factor 1 it is then
-    Prodigy's rule without averages (Mishchenko, Defazio, arXiv 2306.06101; Bernstein, Newhouse, arXiv 2409.20325).
+    g: the fresh gradient, not the direction, which correlates with its own past steps, whatever they were worth; w₀: the weights at the first step.
+    initial: η before anything is known, more than 0. While the gradient keeps its direction η grows by 1 + factor a step; by Hölder
+    η <= max(initial, factor · ‖w₀ − w‖). With the largest-entry norm, factor 1 and no momentum this is Prodigy's rule without averages
+    (Mishchenko, Defazio, arXiv 2306.06101; Bernstein, Newhouse, arXiv 2409.20325).
     """
 
     initial: float = 1e-2
@@ -44,9 +44,11 @@ class EscapeVelocity:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not 0 < value < math.inf:
-                raise ValueError(f"EscapeVelocity.{name}\n  got: {value!r}\n  allowed: a finite number more than 0\n  fix: EscapeVelocity({name}=…)")
+                raise ValueError(
+                    f"EscapeVelocity.{name}\n  got: {value!r}\n  allowed: a finite number more than 0\n  fix: EscapeVelocity({name}=…)"
+                )
 
     def grow(self, eta: Tensor, travelled: Tensor, dual_norm: Tensor) -> Tensor:
-        """The next η (0-dim) from ⟨g, w₀ − w⟩ and ‖d‖†."""
+        """The next η (0-dim) from ⟨g, w₀ − w⟩ and ‖g‖†."""
         reached = self.factor * travelled / torch.where(dual_norm > 0, dual_norm, 1)
         return torch.maximum(eta, torch.where(torch.isfinite(reached), reached, 0).to(eta))

@@ -468,13 +468,13 @@ def test_a_resumed_trainer_ends_where_an_uninterrupted_one_does(make: Callable[[
 def test_accelerate_saves_and_loads_its_state(tmp_path: Path):
     accelerator = Accelerator(cpu=True)
     a: Any = accelerator.prepare(*build("default"))
-    train(*a, 3)
+    train(a[0], a[1], 3)
     accelerator.save_state(str(tmp_path))
     kept = weights(a[0])
-    losses = [take_step(*a, seed) for seed in range(3)]
+    losses = [take_step(a[0], a[1], seed) for seed in range(3)]
     accelerator.load_state(str(tmp_path))
     assert same(weights(a[0]), kept)
-    assert [take_step(*a, seed) for seed in range(3)] == losses
+    assert [take_step(a[0], a[1], seed) for seed in range(3)] == losses
 
 
 # ---- loops
@@ -593,7 +593,7 @@ def test_a_compiled_step_still_reports_a_gradient_that_is_not_finite():
         optimizer.zero_grad()
         (model(tokens()).square().mean() * factor).backward()
         compiled()
-    with pytest.raises(NonFiniteError, match=r"the gradient of 0.weight and of 4 more was not finite in call 3 of step\(\)"):
+    with pytest.raises(NonFiniteError, match=r"the gradient of 0.weight and of 5 more was not finite in call 3 of step\(\)"):
         optimizer.check_finite()
 
 

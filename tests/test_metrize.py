@@ -362,7 +362,7 @@ def test_packed_attention_and_gates_have_the_radii_of_separate_maps():
 def test_a_fused_name_of_grouped_queries_is_refused_and_a_rule_places_it():
     model = holding(c_attn=nn.Linear(8, 12, bias=False))  # 8 rows of queries, 2 of keys, 2 of values
     with pytest.raises(
-        CoverageError, match=r"^c_attn.weight \(12, 8\) of a Linear has no place\n(.|\n)*Blocks\(RMSToRMS\(\), \(rows of each, …\)\)$"
+        CoverageError, match=r"^c_attn.weight \(12, 8\) of a Linear has no place\n(.|\n)*Blocks\(RMSToRMS\(\), \(rows of each, …\)\), maps=…$"
     ):
         metrize(model)
     rule = Rule("c_attn.weight", norm=Blocks(RMSToRMS(), (8, 2, 2)), role="hidden")
@@ -401,7 +401,7 @@ def test_scalars_have_a_role_of_their_own():
     ("weight", "hint"),
     [
         (parameter(3), ""),
-        (parameter(3, 4), "; several maps fused in one weight are norm=Blocks(RMSToRMS(), (rows of each, …))"),
+        (parameter(3, 4), "; several maps fused in one weight are norm=Blocks(RMSToRMS(), (rows of each, …)), maps=…"),
         (parameter(3, 4, 5), "; for experts norm=Experts(RMSToRMS()), stored (E, in, out) Experts(Transposed(RMSToRMS()))"),
         (parameter(3, 4, 5, 6), ""),
     ],

@@ -216,7 +216,7 @@ def test_flops_are_what_torch_counts():
 
 
 def test_roles_can_have_other_norms():
-    norms = RoleNorms(head="L1ToLinf", mlp="Frobenius").build(Polar("jordan"))
+    norms = RoleNorms(head="L1ToLinf", mlp="Frobenius").build(Polar("jordan"), 2)
     model = GPT(SMALL, norms)
     found = metrize(model)
     assert str(found.norms["head.weight"]) == "L1ToLinf"
@@ -254,7 +254,7 @@ def test_gpt2_124m_builds_and_steps_within_8_gigabytes():
     import resource
 
     config = load([str(ROOT / "configs/gpt2_124m.toml")])
-    model = GPT(config.model, config.optim.norms.build(Polar(dtype="bfloat16")), torch.Generator().manual_seed(0))
+    model = GPT(config.model, config.optim.norms.build(Polar(dtype="bfloat16"), config.model.n_head), torch.Generator().manual_seed(0))
     assert model.num_params() == 162_201_600
     norm = metrize(model, model.structure(config.optim.masses))
     assert len(norm.receipt().splitlines()) == 1 + 12 * 6 + 2
