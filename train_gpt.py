@@ -23,7 +23,7 @@ from config import Config, ConfigError
 from data.loader import Dataset, TrainBatches, check_validation, validation_batches
 from data.shards import DataError
 from model import GPT
-from optim import CoverageError, Dualized, EscapeVelocity, NonFiniteError, Polar, metrize
+from optim import CoverageError, Dualized, EscapeVelocity, Module, NonFiniteError, Polar, metrize
 from optim.step_size import SCHEDULES
 from runtime import Clock, RunError, RunFolder, Runtime, Stopwatch, git_state
 from telemetry import StepSizes
@@ -87,13 +87,24 @@ def main(argv: list[str]) -> None:
         runtime.choices.append(f"optim.polar.dtype = {o.polar.dtype} (follows run.precision)")
     model = GPT(config.model, o.norms.build(o.polar, config.model.n_head), torch.Generator().manual_seed(config.run.seed))
     norm = metrize(model, model.structure(o.masses))
-    drawing = norm.tree
+    drawing = norm.tree or Module()
     if o.composition == "max":
         norm = norm.unweighted()
     if newest:
         checkpoint.load_model(newest, model)
     model.to(runtime.device, getattr(torch, o.param_dtype))
-    shared = ("direction", "beta", "beta2", "refresh_every", "scale", "weight_decay", "constraint", "max_grad_norm", "momentum_dtype", "master_weights")
+    shared = (
+        "direction",
+        "beta",
+        "beta2",
+        "refresh_every",
+        "scale",
+        "weight_decay",
+        "constraint",
+        "max_grad_norm",
+        "momentum_dtype",
+        "master_weights",
+    )
     settings = {k: getattr(o, k) for k in shared}
     lr_top = EscapeVelocity(o.auto_initial, o.auto_factor) if isinstance(o.lr, str) else o.lr
     optimizer = Dualized(model, lr_top, norm=norm, **settings)
@@ -110,7 +121,11 @@ def main(argv: list[str]) -> None:
     # ---- the run folder
     folder.create()
     say = folder.say
-    texts = {"config.toml": configuration.to_toml(config), "receipt.txt": f"{norm.receipt()}\n{drawing}\n", "modular_norm.svg": drawing.svg()}
+    texts = {
+        "config.toml": configuration.to_toml(config),
+        "receipt.txt": f"{norm.receipt()}\n{drawing}\n",
+        "modular_norm.svg": drawing.svg(),
+    }
     for name, text in texts.items():
         folder.write(f"resumed_{first:08d}_{name}" if newest else name, text)
     if resume:
@@ -321,7 +336,8 @@ def keep_choices(config: Config, folder: RunFolder, saved: dict[str, Any] | None
         if value == old[key]:
             continue
         buffers = key in ("optim.param_dtype", "optim.master_weights", "optim.momentum_dtype") or (
-            (key == "optim.direction" and {value, old[key]} != {"momentum", "nesterov"}) or (key == "optim.lr" and "auto" in (value, old[key]))
+            (key == "optim.direction" and {value, old[key]} != {"momentum", "nesterov"})
+            or (key == "optim.lr" and "auto" in (value, old[key]))
         )  # a checkpoint has the tensors of its own choice only
         if buffers or key.startswith("model.") or key in ("run.seed", "train.batch_size"):
             raise ConfigError(

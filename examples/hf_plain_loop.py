@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
     train, test = train_and_test()
     model = language_model(args.model)
     optimizer = Dualized(model, lr=args.lr, beta=0.8)
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=args.steps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 10, 1 - step / args.steps))
     print(optimizer.norm.receipt())
     forward = torch.compile(model, backend=args.compile) if args.compile else model
 

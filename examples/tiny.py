@@ -36,7 +36,8 @@ def language_model(name: str, *, seed: int = 0) -> nn.Module:
     # A tied head is refused: one tensor cannot have two roles.
     common: dict[str, Any] = dict(vocab_size=256, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False)
     if name == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(**common, n_positions=LENGTH, n_embd=128, n_layer=2, n_head=4))
+        no_dropout: dict[str, Any] = dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+        return GPT2LMHeadModel(GPT2Config(**common, **no_dropout, n_positions=LENGTH, n_embd=128, n_layer=2, n_head=4))
     sizes: dict[str, Any] = dict(hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     return LlamaForCausalLM(LlamaConfig(**common, **sizes, max_position_embeddings=LENGTH))
 

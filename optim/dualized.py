@@ -8,7 +8,7 @@ Sources: [MD] Bernstein, Newhouse, arXiv 2410.21265; [MN] Large et al., arXiv 24
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from .modular import ModularNorm, NonFiniteError
 from .norms import Norm
 from .step_size import EscapeVelocity
 
+F = TypeVar("F", bound=Callable[..., Any])
 SCHEMA = 2  # of state_dict()
 DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 Constraint = Literal["ball", "sphere", "stiefel"]
@@ -28,6 +29,11 @@ RETRACTIONS: dict[str, Callable[[Norm, Tensor], Tensor]] = {
     "sphere": lambda norm, W: norm.sphere(W) if norm.ndim >= 2 else norm.project(W),
     "stiefel": lambda norm, W: norm.stiefel(W) if norm.ndim >= 2 else norm.project(W),
 }
+
+
+def _eager(function: F) -> F:
+    """Left out of torch.compile's graphs: what is for the host to know later must not be traced."""
+    return torch.compiler.disable(function)  # type: ignore[return-value]
 
 
 def stacked_update(D: Tensor, weights: list[Tensor], radii: Tensor, live: Tensor, *, norm: Norm, weight_decay: float, scale: str) -> Tensor:
@@ -322,7 +328,7 @@ class Dualized(torch.optim.Optimizer):
         if weights[0] is not params[0]:
             torch._foreach_copy_(params, weights)  # pyright: ignore[reportPrivateImportUsage]
 
-    @torch.compiler.disable
+    @_eager
     def _all_finite(self, present: list[tuple[str, Tensor]]) -> Tensor:
         """A 0-dim bool on the device. Which gradient was not finite goes to the host without waiting for it."""
         grads = [p.grad for _, p in present if p.grad is not None]
@@ -335,7 +341,7 @@ class Dualized(torch.optim.Optimizer):
         self._watch = (host, event, [n for n, _ in present], self.calls)
         return finite.all()
 
-    @torch.compiler.disable
+    @_eager
     def check_finite(self) -> None:
         """Raise NonFiniteError if the last step met a gradient that was not finite. That step changed nothing."""
         if self._watch is None:

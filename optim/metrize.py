@@ -5,7 +5,7 @@ Each parameter is placed exactly once, or an error names it. The receipt of the 
 
 import difflib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import inf
@@ -177,7 +177,7 @@ def _ruled(leaf: Atom, rules: list[Rule], alias: dict[str, set[str]]) -> Module:
     return replace(leaf, norm=rule.norm or leaf.norm, mass=leaf.mass if rule.mass is None else rule.mass, role=rule.role or leaf.role)
 
 
-def _by_type(model: nn.Module, trainable: dict[str, Tensor], rules: list[Rule], alias: dict[str, set[str]], notes: list[str]) -> Module:
+def _by_type(model: nn.Module, trainable: Mapping[str, Tensor], rules: list[Rule], alias: dict[str, set[str]], notes: list[str]) -> Module:
     """The tree of a model that declares none: its weights side by side."""
     owners = {canonical(f"{path}.{own}" if path else own): (m, own, path) for path, m in model.named_modules() for own in m._parameters}
     heads = _declared_heads(model)
@@ -296,7 +296,7 @@ def _declared_heads(model: nn.Module) -> set[int]:
     return {id(weight)} if isinstance(weight, Tensor) else set()
 
 
-def _check_head(model: nn.Module, trainable: dict[str, Tensor], places: dict[str, Place], rules: list[Rule], notes: list[str]) -> None:
+def _check_head(model: nn.Module, trainable: Mapping[str, Tensor], places: dict[str, Place], rules: list[Rule], notes: list[str]) -> None:
     """A map to a vocabulary that nobody called the head is not taken for a hidden one."""
     if any(place.role == "head" for place in places.values()):
         return
@@ -335,7 +335,7 @@ def _check_rules(rules: list[Rule], names: list[str]) -> None:
         left = [n for n in left if not rule.matches(n)]
 
 
-def _check_ties(every: list[tuple[str, Tensor]], rules: list[Rule]) -> dict[str, set[str]]:
+def _check_ties(every: Sequence[tuple[str, Tensor]], rules: list[Rule]) -> dict[str, set[str]]:
     """{first name: further names} of weights that share memory; an error unless a rule gives them one norm."""
     alias: dict[str, set[str]] = {}
     spans: dict[int, list[tuple[int, int, str]]] = defaultdict(list)

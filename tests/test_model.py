@@ -266,6 +266,7 @@ def test_gpt2_124m_builds_and_steps_within_8_gigabytes():
     first.backward()
     optimizer.step()
     step = norm.norms["head.weight"].norm(model.head.weight.detach() - before).item()
+    assert isinstance(config.optim.lr, float)
     assert step == pytest.approx(config.optim.lr * norm.radii["head.weight"], rel=1e-5)
     assert model(idx[:, :-1], idx[:, 1:])[1] < first
     unit = 1 if sys.platform == "darwin" else 1024

@@ -446,7 +446,7 @@ def test_spectral_norm_holds_on_its_worst_spectrum(m: int):
     while len(H) < m:
         H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
     for gap in torch.linspace(0.4, 1.6, 5) * math.log(m) / 2**13:
-        S = torch.full((m,), 1 - gap, dtype=torch.float64)
+        S = torch.full((m,), 1 - gap.item(), dtype=torch.float64)
         S[0] = 1
         assert 1 - SIZE <= spectral_norm(H * S / m**0.5) <= 1 + EXACT
 

@@ -279,7 +279,16 @@ def test_a_validation_split_too_short_is_found_before_training(root: Path, tmp_p
     "options",
     [
         ("--optim.lr", "auto", "--optim.direction", "adam"),
-        ("--optim.direction", "soap", "--optim.refresh-every", "3", "--optim.constraint", "sphere", "--model.no-zero-init", "--optim.norms.per-head"),
+        (
+            "--optim.direction",
+            "soap",
+            "--optim.refresh-every",
+            "3",
+            "--optim.constraint",
+            "sphere",
+            "--model.no-zero-init",
+            "--optim.norms.per-head",
+        ),
         ("--optim.param-dtype", "bfloat16", "--optim.momentum-dtype", "float32", "--optim.constraint", "ball", "--optim.direction", "lion"),
     ],
     ids=["auto", "soap", "bfloat16"],
@@ -299,7 +308,9 @@ def test_every_kind_of_state_resumes_to_the_same_bits(root: Path, options: tuple
 def test_the_receipt_of_a_run_holds_predictions_and_the_drawing(whole: Path):
     receipt = (whole / "receipt.txt").read_text()
     assert "update RMS" in receipt.splitlines()[0] and "2 times (mass 6" in receipt
-    assert (whole / "modular_norm.svg").read_text().startswith("<svg") and (whole / "checkpoints/step_00000012/receipt.txt").read_text() == receipt
+    assert (whole / "modular_norm.svg").read_text().startswith("<svg") and (
+        whole / "checkpoints/step_00000012/receipt.txt"
+    ).read_text() == receipt
 
 
 def test_a_run_goes_on_past_its_end_when_it_is_given_more_steps(root: Path, whole: Path):
