@@ -413,13 +413,10 @@ class _View(Norm):
         return self._each(self.inner.stiefel, W) / self._factor(W.shape)
 
     def fresh(self, G: Tensor) -> Tensor | None:
-        masks = [self._fresh_blocks(p) for p in self._split(G)]
+        masks = [self.inner.fresh(p) for p in self._split(G)]
         if any(m is None for m in masks):
             return None
         return self._join([m.expand(p.shape) for m, p in zip(masks, self._split(G), strict=True) if m is not None], G.shape)
-
-    def _fresh_blocks(self, part: Tensor) -> Tensor | None:
-        return self.inner.fresh(part)
 
     def init(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
         return self._each(lambda p: self.inner.init(p.shape, generator), torch.empty(*shape)) / self._factor(shape)
@@ -529,6 +526,10 @@ class Transposed(_One):
     def _unview(self, X: Tensor, shape: Sequence[int]) -> Tensor:
         return X.squeeze(-3).mT
 
+    def fresh(self, G: Tensor) -> Tensor | None:
+        mask = self.inner.fresh(G.mT)
+        return None if mask is None else mask.mT
+
 
 @dataclass(frozen=True)
 class Flattened(_One):
@@ -570,11 +571,11 @@ class Experts(_One):
     def _unview(self, X: Tensor, shape: Sequence[int]) -> Tensor:
         return X
 
-    def _fresh_blocks(self, part: Tensor) -> Tensor:
-        rows, dims = self.inner.fresh(part), tuple(range(-self.inner.ndim, 0))
+    def fresh(self, G: Tensor) -> Tensor:
+        rows, dims = self.inner.fresh(G), tuple(range(-self.inner.ndim, 0))
         if rows is not None:
             return rows
-        return (part != 0).any(dim=dims, keepdim=True) if dims else part != 0
+        return (G != 0).any(dim=dims, keepdim=True) if dims else G != 0
 
 
 @dataclass(frozen=True)
@@ -597,10 +598,20 @@ class ConvRMSToRMS(_One):
     def _factor(self, shape: Sequence[int]) -> float:
         return float(prod(shape[len(shape) - self.dims :]))
 
-    def _view(self, W: Tensor) -> Tensor:
-        X = W.flatten(-self.dims).movedim(-1, -3)  # (..., K, O, I/g) or (..., K, I, O/g)
-        X = X.unflatten(-2, (self.groups, -1)).flatten(-4, -3)
+    def _slices(self, W: Tensor) -> Tensor:
+        """(..., K, g, O/g, I/g), sharing memory with W where its kernel positions can be flattened."""
+        X = W.flatten(-self.dims).movedim(-1, -3).unflatten(-2, (self.groups, -1))
         return X.mT if self.transposed else X
+
+    def _view(self, W: Tensor) -> Tensor:
+        return self._slices(W).flatten(-4, -3)
+
+    def dualize_(self, G: Tensor) -> Tensor:
+        """Slice by slice: all of them together are a copy of G."""
+        G = G.contiguous()
+        for X in self._slices(G).unbind(-4):
+            X.copy_(self.inner.dualize_(X.contiguous()))
+        return G.div_(self._factor(G.shape))
 
     def _unview(self, X: Tensor, shape: Sequence[int]) -> Tensor:
         X = X.mT if self.transposed else X

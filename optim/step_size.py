@@ -38,7 +38,7 @@ class EscapeVelocity:
     (Mishchenko, Defazio, arXiv 2306.06101; Bernstein, Newhouse, arXiv 2409.20325).
     """
 
-    initial: float = 1e-2
+    initial: float = 0.1
     factor: float = 0.5
 
     def __post_init__(self) -> None:

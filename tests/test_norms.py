@@ -211,7 +211,8 @@ def test_stacks_equal_loops_zero_gives_zero_and_arguments_stay(norm: Norm, shape
 def test_dualize_in_place_returns_what_dualize_returns(norm: Norm, shape: Shape):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         G = sample(shape).to(dtype)
-        assert torch.equal(norm.dualize_(G.clone()), norm.dualize(G))
+        # Convolutions go slice by slice in place, and sum in another order.
+        assert torch.allclose(norm.dualize_(G.clone()), norm.dualize(G), rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
 @cases(ONE_SHAPE)
