@@ -212,6 +212,10 @@ class Dualized(torch.optim.Optimizer):
         for group in self.param_groups:
             members = [(n, p) for n, p in zip(group["param_names"], group["params"], strict=True) if p.grad is not None]
             for name, p in members:
+                if type(p).__name__ == "DTensor":
+                    raise ValueError(
+                        f"{name}\n  got: a sharded weight (DTensor)\n  allowed: whole ones\n  fix: replicate it; sharded steps are not built yet"
+                    )
                 if p.grad.is_sparse:
                     raise ValueError(f"{name}\n  got: a sparse gradient\n  allowed: dense ones\n  fix: sparse=False in its module")
                 if not self.state[p]:

@@ -23,6 +23,9 @@ WRAPPERS = ("_orig_mod.", "module.", "_checkpoint_wrapped_module.", "_fsdp_wrapp
 MASSES = {"embedding": 1.0, "hidden": 6.0, "head": 1.0, "gain": 0.5, "bias": 0.5, "scalar": 0.1}
 # Several maps stored as one weight, by the names that models give them: blocks of as many rows as there are columns.
 FUSED = ("c_attn", "qkv", "qkv_proj", "Wqkv", "gate_up_proj")
+INTERLEAVED = (
+    "query_key_value",
+)  # GPT-NeoX, Bloom: queries, keys and values of each head in turn, in sizes that only the configuration tells
 GAINS, BIASES = ("weight", "gamma", "gain", "scale", "g"), ("bias", "beta", "b")  # 1-D weights of modules of unknown type, by name
 
 
@@ -117,7 +120,8 @@ def metrize(model: nn.Module, structure: Module | None = None, rules: Iterable[R
     check_distinct(canonical(n) for n, _ in model.named_parameters())
     _check_rules(rules, [n for n, _ in every])
     unique = {canonical(n): p for n, p in model.named_parameters()}
-    alias = _check_ties(every, rules)
+    embeddings = {canonical(f"{path}.weight") for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Embedding)}
+    alias = _check_ties(every, rules, embeddings)
     declare: Callable[[], Module] | None = getattr(plain, "structure", None)
     if structure is None and declare is not None and not isinstance(declare, nn.Module):
         structure = declare()
@@ -231,6 +235,8 @@ def _place(module: nn.Module, own: str, path: str, p: Tensor) -> Place | None:
         wrap: Callable[[Norm], Norm] = Transposed if kind == "Conv1D" else lambda norm: norm  # transformers' GPT-2 stores (I, O)
         rows, columns = reversed(module.weight.shape) if kind == "Conv1D" else module.weight.shape  # type: ignore[misc, union-attr]
         maps, norm, vector, note = 1, wrap(RMSToRMS()), VectorRMS(), ""
+        if label in INTERLEAVED:
+            return None
         if label == "gate_up_proj" or (label in FUSED and rows != columns):
             maps = 2 if label == "gate_up_proj" else 3
             if rows % maps or (label != "gate_up_proj" and rows != maps * columns):
@@ -335,8 +341,8 @@ def _check_rules(rules: list[Rule], names: list[str]) -> None:
         left = [n for n in left if not rule.matches(n)]
 
 
-def _check_ties(every: Sequence[tuple[str, Tensor]], rules: list[Rule]) -> dict[str, set[str]]:
-    """{first name: further names} of weights that share memory; an error unless a rule gives them one norm."""
+def _check_ties(every: Sequence[tuple[str, Tensor]], rules: list[Rule], embeddings: set[str]) -> dict[str, set[str]]:
+    """{first name: further names} of weights that share memory; an error unless all are embeddings, or a rule gives them one norm."""
     alias: dict[str, set[str]] = {}
     spans: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
     owner: dict[int, str] = {}
@@ -353,7 +359,8 @@ def _check_ties(every: Sequence[tuple[str, Tensor]], rules: list[Rule]) -> dict[
         if other == name or not (p.requires_grad or twin.requires_grad):
             continue
         rule = next((r for r in rules if r.matches(name) or r.matches(other)), None)
-        if twin is not p or rule is None or rule.norm is None:
+        one_norm = (rule is not None and rule.norm is not None) or {name, other} <= embeddings
+        if twin is not p or not one_norm:
             raise CoverageError(
                 f"{name} shares its storage with {other}\n  got: one tensor in two roles\n  allowed: one role a tensor, or one norm by rule\n"
                 f"  fix: untie them (transformers: tie_word_embeddings=False in the config, before the model is built), or metrize(model, rules=[Rule({other!r}, norm={'VectorRMS' if p.ndim == 1 else 'RMSToRMS'!r})])"

@@ -84,7 +84,7 @@ class Module:
 
     def rows(self, targets: tuple[float, ...] = (1.0,)) -> list[tuple[int, str, tuple[float, ...]]]:
         """(indentation, text, radii: one per copy) of every line of the drawing."""
-        return [(0, f"{self}", ())]
+        return [(0, type(self).__name__, ())]
 
     def __str__(self) -> str:
         rows = self.rows()

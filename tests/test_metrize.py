@@ -362,7 +362,8 @@ def test_packed_attention_and_gates_have_the_radii_of_separate_maps():
 def test_a_fused_name_of_grouped_queries_is_refused_and_a_rule_places_it():
     model = holding(c_attn=nn.Linear(8, 12, bias=False))  # 8 rows of queries, 2 of keys, 2 of values
     with pytest.raises(
-        CoverageError, match=r"^c_attn.weight \(12, 8\) of a Linear has no place\n(.|\n)*Blocks\(RMSToRMS\(\), \(rows of each, …\)\), maps=…$"
+        CoverageError,
+        match=r"^c_attn.weight \(12, 8\) of a Linear has no place\n(.|\n)*Blocks\(RMSToRMS\(\), \(rows of each, …\)\), maps=…$",
     ):
         metrize(model)
     rule = Rule("c_attn.weight", norm=Blocks(RMSToRMS(), (8, 2, 2)), role="hidden")
@@ -736,3 +737,23 @@ def test_the_picture_is_the_drawing_with_a_bar_beside_every_weight():
     assert [float(b.get("width", "nan")) for b in bars] == pytest.approx([220 / 3, 220], abs=0.1)
     assert int(root.get("height", "0")) == 20 * len(str(tree).splitlines()) + 20 and background.get("fill") == "white"
     assert ET.fromstring(bond("nothing").svg()) is not None
+
+
+def test_one_embedding_under_two_names_is_no_tie_of_roles():
+    """T5's encoder and decoder read one table."""
+    model = nn.Module()
+    model.shared, model.encoder = nn.Embedding(7, 4), nn.Module()
+    model.encoder.embed_tokens = model.shared
+    assert list(metrize(model).norms) == ["shared.weight"]
+    model.encoder.embed_tokens = nn.Embedding(7, 4)
+    model.encoder.embed_tokens.weight = model.shared.weight
+    assert list(metrize(model).norms) == ["shared.weight"]
+
+
+def test_queries_keys_and_values_interleaved_by_head_need_a_rule():
+    model = nn.Module()
+    model.query_key_value = nn.Linear(4, 12, bias=False)
+    with pytest.raises(CoverageError, match="^query_key_value.weight .* has no place"):
+        metrize(model)
+    norm = metrize(model, rules=[Rule("query_key_value.weight", norm=Blocks(RMSToRMS(), 6), maps=3)])
+    assert str(norm.norms["query_key_value.weight"]) == "6 × RMSToRMS[polar_express]"
