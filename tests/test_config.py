@@ -60,7 +60,7 @@ def test_shipped_configurations_load(file: Path):
             "[optim.norms]\nhead = 'Nuclear'",
             "optim.norms.head\n  got: 'Nuclear'\n  allowed: Spectral, MuonSpectral, MoonlightSpectral, RMSToRMS, L1ToRMS, RMSToLinf, L1ToLinf, MeanToLinf, Frobenius\n  fix: ",
         ),
-        ("[optim.norms]\nhead = 'VectorRMS'", "optim.norms.head\n  got: 'VectorRMS'\n  allowed: RMSToRMS"),
+        ("[optim.norms]\nhead = 'VectorRMS'", "optim.norms.head\n  got: 'VectorRMS'\n  allowed: Spectral"),
         ("[optim.masses]\nmlp = -1.0", "optim.masses.mlp\n  got: -1\n  allowed: 0 (never updated) or more"),
         (
             "[optim.polar]\nschedule = 'newton'",
@@ -81,7 +81,7 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, text: str, message: str):
 def test_the_command_line_is_as_strict():
     with pytest.raises(ConfigError, match="unknown option --optim.lrr\n  got: --optim.lrr(.|\n)*fix: nearest valid name: --optim.lr"):
         load(["--run.name", "x", "--optim.lrr", "3"])
-    with pytest.raises(ConfigError, match="--optim.lr\n  got: 'fast'\n  allowed: a number\n  fix: --optim.lr VALUE"):
+    with pytest.raises(ConfigError, match="--optim.lr\n  got: 'fast'\n  allowed: a number or 'auto'\n  fix: --optim.lr VALUE"):
         load(["--run.name", "x", "--optim.lr", "fast"])
     with pytest.raises(ConfigError, match="--optim.lr\n  got: ''"):
         load(["--run.name", "x", "--optim.lr"])
