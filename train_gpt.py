@@ -23,7 +23,7 @@ from config import Config, ConfigError
 from data.loader import Dataset, TrainBatches, check_validation, validation_batches
 from data.shards import DataError
 from model import GPT
-from optim import CoverageError, Dualized, EscapeVelocity, Module, NonFiniteError, Polar, metrize
+from optim import CoverageError, Dualized, EscapeVelocity, NonFiniteError, Polar, metrize
 from optim.step_size import SCHEDULES
 from runtime import Clock, RunError, RunFolder, Runtime, Stopwatch, git_state
 from telemetry import StepSizes
@@ -87,7 +87,6 @@ def main(argv: list[str]) -> None:
         runtime.choices.append(f"optim.polar.dtype = {o.polar.dtype} (follows run.precision)")
     model = GPT(config.model, o.norms.build(o.polar, config.model.n_head), torch.Generator().manual_seed(config.run.seed))
     norm = metrize(model, model.structure(o.masses))
-    drawing = norm.tree or Module()
     if o.composition == "max":
         norm = norm.unweighted()
     if newest:
@@ -121,11 +120,9 @@ def main(argv: list[str]) -> None:
     # ---- the run folder
     folder.create()
     say = folder.say
-    texts = {
-        "config.toml": configuration.to_toml(config),
-        "receipt.txt": f"{norm.receipt()}\n{drawing}\n",
-        "modular_norm.svg": drawing.svg(),
-    }
+    texts = {"config.toml": configuration.to_toml(config), "receipt.txt": norm.receipt()}
+    if norm.tree:  # the plain maximum over tensors has none
+        texts |= {"receipt.txt": f"{norm.receipt()}\n{norm.tree}\n", "modular_norm.svg": norm.tree.svg()}
     for name, text in texts.items():
         folder.write(f"resumed_{first:08d}_{name}" if newest else name, text)
     if resume:

@@ -70,6 +70,11 @@ def _rms_(R: Tensor, G: Tensor, live: Tensor, beta2: float) -> Tensor:
     return R.copy_(torch.hypot(R * (1 - rate).sqrt(), G * rate.sqrt()))
 
 
+def _ratio(M: Tensor, R: Tensor) -> Tensor:
+    """M / R, 0 where R is; finite where R has forgotten what M still remembers."""
+    return torch.where(R > 0, M / R, 0).clamp_(-1e6, 1e6)
+
+
 class Adam(Direction):
     """M / R: the average gradient over its running RMS R, entry by entry; 0 where there was never a gradient."""
 
@@ -80,21 +85,23 @@ class Adam(Direction):
 
     def __call__(self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool) -> Tensor:
         M, R = _average_(state["momentum"], G, live, beta), _rms_(state["rms"], G, live, beta2)
-        return torch.where(R > 0, M / R, 0)
+        return _ratio(M, R)
 
 
 @dataclass(frozen=True)
 class SOAP(Direction):
     """Adam in the eigenbasis of Shampoo's factors L ← β₂ L + (1 − β₂) G Gᵀ and R likewise, renewed on refresh by one step of orthogonal iteration.
 
-    A weight of more than 2 dimensions is taken as a matrix (O, rest), a vector as by Adam. A side longer than `limit` keeps its own axes.
+    A weight of more than 2 dimensions is taken as a matrix (O, rest), a vector as by Adam. A side longer than `limit` keeps its own axes, and so does
+    every side until the first refresh with a gradient.
     """
 
     gated = True
     limit: int = 8192
 
     def buffers(self, W: Tensor) -> Buffers:
-        found = {"momentum": torch.zeros_like(W), "rms": torch.zeros_like(W)}
+        found = {k: torch.zeros_like(W, memory_format=torch.contiguous_format) for k in ("momentum", "rms")}
+        found["unit"] = W.new_zeros(())
         if W.ndim >= 2:
             for side, size in (("left", W.shape[0]), ("right", W[0].numel())):
                 if size <= self.limit:
@@ -106,10 +113,14 @@ class SOAP(Direction):
         M = _average_(state["momentum"], G, live, beta)
         if G.ndim < 3:
             R = _rms_(state["rms"], G, live, beta2)
-            return torch.where(R > 0, M / R, 0)
+            return _ratio(M, R)
         G, M = G.flatten(2), M.flatten(2)
+        # Factors are kept in units of the first gradient's largest entry, a power of two: squares neither under- nor overflow, and digits stay.
+        largest, unit = torch.frexp(G.abs().amax((-2, -1))), state["unit"]
+        unit.copy_(torch.where((unit > 0) | (largest.mantissa == 0), unit, torch.ldexp(torch.ones_like(unit), largest.exponent)))
+        scale = torch.where(unit > 0, unit, 1)[:, None, None]
         any_live = live.reshape(live.shape[0], -1).amax(-1)[:, None, None] if live.ndim else live
-        left, right = (self._basis(state, side, P, any_live, beta2, refresh) for side, P in (("left", G), ("right", G.mT)))
+        left, right = (self._basis(state, side, P / scale, any_live, beta2, refresh) for side, P in (("left", G), ("right", G.mT)))
         rotated = _turn(G, left, right)
         seen = live if live.ndim == 0 else any_live
         R = _rms_(state["rms"].view_as(G), rotated, seen, beta2)

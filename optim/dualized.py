@@ -7,7 +7,8 @@ Sources: [MD] Bernstein, Newhouse, arXiv 2410.21265; [MN] Large et al., arXiv 24
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import inf
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from .step_size import EscapeVelocity
 
 F = TypeVar("F", bound=Callable[..., Any])
 SCHEMA = 2  # of state_dict()
+LOW = (torch.bfloat16, torch.float16)
 DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 Constraint = Literal["ball", "sphere", "stiefel"]
 RETRACTIONS: dict[str, Callable[[Norm, Tensor], Tensor]] = {
@@ -36,18 +38,16 @@ def _eager(function: F) -> F:
     return torch.compiler.disable(function)  # type: ignore[return-value]
 
 
-def stacked_update(D: Tensor, weights: list[Tensor], radii: Tensor, live: Tensor, *, norm: Norm, weight_decay: float, scale: str) -> Tensor:
-    """U: the step of a stack is W ← W − lr · U.
+def stacked_update(D: Tensor, radii: Tensor, live: Tensor, *, norm: Norm, scale: str) -> Tensor:
+    """U: the step of a stack, before decay and retraction, is W ← W − lr · U.
 
-    D: (n, *shape), what is dualized, overwritten. weights: n of *shape, only read. radii: (n, 1…). live: bool, broadcastable to D; U is 0 where it is False.
+    D: (n, *shape), what is dualized, overwritten. radii: (n, 1…). live: bool, broadcastable to D; U is 0 where it is False.
     """
     U = norm.sharp(D) if scale == "dual" else norm.dualize_(D)
-    if weight_decay:
-        U.add_(_stack(weights), alpha=weight_decay)
     return U.mul_(radii).masked_fill_(~live, 0)
 
 
-def way(G: Tensor, start: list[Tensor], weights: list[Tensor], radii: Tensor, *, norm: Norm) -> Tensor:
+def escape_terms(G: Tensor, start: list[Tensor], weights: list[Tensor], radii: Tensor, *, norm: Norm) -> Tensor:
     """(⟨G, W₀ − W⟩, Σ radius · ‖G‖†) of a stack (2,): what its gradients say that the way from W₀ was worth, and their share of the dual norm.
 
     G: (n, *shape), 0 where nothing is live. The dual norm is what dualize attains. Nothing is written.
@@ -56,22 +56,59 @@ def way(G: Tensor, start: list[Tensor], weights: list[Tensor], radii: Tensor, *,
     return torch.stack([worth, (G * norm.dualize(G) * radii).sum()])
 
 
-def _validate(settings: dict[str, Any]) -> None:
+@dataclass
+class _Stack:
+    """Equal-shaped weights of one group that step together. weights: what steps, the parameters or their masters; radii: (n, 1…)."""
+
+    group: dict[str, Any]
+    norm: Norm
+    params: list[Tensor]
+    weights: list[Tensor]
+    radii: Tensor
+    ok: Tensor
+    clip: Tensor | None
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """(G (n, *shape), a copy, clipped and 0 where nothing is live; live, a mask broadcastable to it)."""
+        G = torch.stack([p.grad for p in self.params]).to(self.radii.dtype)  # type: ignore[misc]
+        ok = self.ok.to(G.device)
+        if isinstance(self.group["lr"], Tensor):
+            ok = ok & (self.group["lr"] != 0).to(G.device)
+        fresh = self.norm.fresh(G)
+        live = ok if fresh is None else fresh & ok
+        if self.clip is not None:
+            G.mul_(self.clip.to(G))
+        return G.masked_fill_(~live, 0), live
+
+
+def _validate(settings: dict[str, Any], *, auto: bool = False) -> None:
     """Raise ValueError for an impossible setting of a parameter group."""
-    lr, limit = settings["lr"], settings["max_grad_norm"]
-    for what, allowed, fine in (
-        ("lr", 'a finite number >= 0, or "auto"', isinstance(lr, Tensor) or 0 <= lr < float("inf")),
-        ("beta", "0 <= beta < 1", 0 <= settings["beta"] < 1),
-        ("beta2", "0 <= beta2 < 1", 0 <= settings["beta2"] < 1),
-        ("refresh_every", "1 or more steps", settings["refresh_every"] >= 1),
-        ("weight_decay", "a finite number >= 0", 0 <= settings["weight_decay"] < float("inf")),
-        ("direction", ", ".join(DIRECTIONS), settings["direction"] in DIRECTIONS),
-        ("scale", "unit, dual", settings["scale"] in ("unit", "dual")),
-        ("constraint", f"None, {', '.join(RETRACTIONS)}", settings["constraint"] is None or settings["constraint"] in RETRACTIONS),
-        ("momentum_dtype", "None (the weight's), float32, bfloat16", settings["momentum_dtype"] in DTYPES),
-        ("max_grad_norm", "None or a number > 0", limit is None or limit > 0),
-    ):
-        if not fine:
+
+    def number(low: float, high: float) -> Callable[[Any], bool]:
+        return lambda x: low <= x < high
+
+    checks: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+        (
+            "lr",
+            'a finite number >= 0, or "auto" for all groups',
+            lambda x: x.device.type != "cpu" or x >= 0 if isinstance(x, Tensor) else 0 <= x < inf,
+        ),
+        ("beta", "0 <= beta < 1", number(0, 1)),
+        ("beta2", "0 <= beta2 < 1", number(0, 1)),
+        ("refresh_every", "1 or more steps", lambda x: isinstance(x, int) and x >= 1),
+        ("weight_decay", "a finite number >= 0", number(0, inf)),
+        ("direction", ", ".join(DIRECTIONS), lambda x: x in DIRECTIONS),
+        ("scale", '"unit" with lr="auto"' if auto else "unit, dual", lambda x: x == "unit" or (x == "dual" and not auto)),
+        ("constraint", f"None, {', '.join(RETRACTIONS)}", lambda x: x is None or x in RETRACTIONS),
+        ("momentum_dtype", "None (the weight's), float32, bfloat16", lambda x: x in DTYPES),
+        ("max_grad_norm", "None or a number > 0", lambda x: x is None or x > 0),
+    )
+    for what, allowed, fine in checks:
+        try:
+            good = fine(settings[what])
+        except TypeError:
+            good = False
+        if not good:
             raise ValueError(
                 f"Dualized: {what}\n  got: {settings[what]!r}\n  allowed: {allowed}\n  fix: Dualized(…, {what}=…), or the same key of its parameter group"
             )
@@ -82,15 +119,15 @@ class Dualized(torch.optim.Optimizer):
 
     model_or_named_parameters: a module (see metrize), or (name, parameter) pairs with `norm`.
     lr: modular norm of one step, before decay; 0 makes step() an exact no-op. A tensor is allowed. "auto", or an EscapeVelocity, finds it: the
-    groups' lr is then a multiplier, 1 at first, for schedules; one more copy of the weights is kept.
+    groups' lr is then a multiplier, 1 at first, for schedules; one more copy of the weights is kept. 16-bit weights need master_weights for it.
     norm: the ModularNorm; by default metrize(model). direction: a name in DIRECTIONS. beta: decay of the momentum average (0.95 is slow).
     beta2: of Adam's and SOAP's squares, and of Lion's average. refresh_every: steps between SOAP's eigenbases.
     weight_decay: decoupled and scaled by the radius: every weight stays within norm 1/weight_decay (times the polar band's upper edge).
     constraint: "ball" keeps every weight at norm <= 1, "sphere" at norm 1, by one scalar per block (matrix, head, row); "stiefel" sets all singular values
-    of spectrally normed weights. Vectors and scalars are kept in the ball. Weights join it at their first step.
+    of spectrally normed weights. Vectors and scalars are kept in the ball. Blocks join it at their first step, the row of a token with its first gradient.
     scale: "unit" steps have norm lr; "dual" steps are each weight's dual norm times that, plain steepest descent (with Frobenius: gradient descent).
     max_grad_norm: clip the 2-norm of a parameter group's raw gradients; updates are never clipped.
-    momentum_dtype: of the buffers, "float32" or "bfloat16"; None is the weight's. master_weights: keep 16-bit weights in float32 besides, and step there;
+    momentum_dtype: of the buffers, "float32" or "bfloat16" (whose 8 bits stall averages of beta above 0.99); None is the weight's, and 64-bit weights keep theirs. master_weights: keep 16-bit weights in float32 besides, and step there;
     what others write into a weight counts.
     All but norm and "auto" may differ by parameter group.
 
@@ -122,16 +159,12 @@ class Dualized(torch.optim.Optimizer):
         else:
             named = list(model_or_named_parameters)
             if not all(isinstance(x, dict) for x in named):
-                named = _pairs(named)
+                named = [(n, p) for n, p in _pairs(named) if p.requires_grad]
             if norm is None:
                 raise CoverageError("Dualized of named parameters: got no norm\n  fix: pass norm=ModularNorm(...), or the model itself")
         # Copied: groups added later bring norms and radii of their own.
         self.norm = replace(norm, **{k: dict(getattr(norm, k)) for k in ("norms", "radii", "roles", "masses", "shapes")})
         self.escape = EscapeVelocity() if isinstance(lr, str) and lr == "auto" else lr if isinstance(lr, EscapeVelocity) else None
-        if self.escape and scale == "dual":
-            raise ValueError(
-                'Dualized: scale\n  got: "dual" with lr="auto"\n  allowed: "unit"\n  fix: leave scale out: the escape velocity is the size of a unit step'
-            )
         self._watch: tuple[Tensor, torch.Event | None, list[str], int] | None = None
         self._radii: dict[tuple[Any, ...], Tensor] = {}
         defaults = dict(
@@ -146,11 +179,9 @@ class Dualized(torch.optim.Optimizer):
             max_grad_norm=max_grad_norm,
             momentum_dtype=momentum_dtype,
             master_weights=master_weights,
-            calls=0,  # of step() that moved the group; here, as checkpoint libraries keep the groups and nothing else
+            calls=0,  # of step() with gradients and an lr; here, as checkpoint libraries keep the groups and nothing else
         )
-        if isinstance(defaults["lr"], str):
-            raise ValueError(f'Dualized: lr\n  got: {lr!r}\n  allowed: a finite number >= 0, or "auto"\n  fix: Dualized(model, lr=0.1)')
-        _validate(defaults)
+        _validate(defaults, auto=self.escape is not None)
         super().__init__(named, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -159,7 +190,7 @@ class Dualized(torch.optim.Optimizer):
         norm, radius = param_group.get("norm"), param_group.get("radius")
         pairs = [(canonical(n), p) for n, p in _pairs(group["params"])]
         group["params"] = pairs
-        _validate(self.defaults | group)
+        _validate(self.defaults | group, auto=self.escape is not None)
         check_distinct([*(n for g in self.param_groups for n in g["param_names"]), *(n for n, _ in pairs)])
         for name, p in pairs:
             known = self.norm.norms.get(name)
@@ -170,7 +201,10 @@ class Dualized(torch.optim.Optimizer):
             if known is None and (norm is None or radius is None):
                 raise CoverageError(f'{name} has no norm; fix: give its group "norm" and "radius" (got {norm!r} and {radius!r})')
             placed = known or norm
-            assert isinstance(placed, Norm)
+            if not isinstance(placed, Norm) or (radius is not None and not 0 <= radius < inf):
+                raise CoverageError(
+                    f"{name}\n  got: norm {norm!r}, radius {radius!r}\n  allowed: a Norm and a finite number >= 0\n  fix: RMSToRMS() and 0.1, say"
+                )
             wrong = placed.check(p.shape)
             if wrong or p.is_complex():
                 raise CoverageError(f"{name}: got shape {tuple(p.shape)}, {p.dtype}; allowed by {placed}: {wrong or 'real numbers'}")
@@ -228,34 +262,42 @@ class Dualized(torch.optim.Optimizer):
         for group, _ in present:
             group["calls"] += 1
         ok = self._all_finite([x for _, members in present for x in members])
-        steps: list[tuple[dict[str, Any], Norm, list[Tensor], list[Tensor], Tensor, Tensor]] = []
-        parts: list[Tensor] = []
+        stacks: list[_Stack] = []
         for group, members in present:
             clip = _clip([p.grad for _, p in members if p.grad is not None], group["max_grad_norm"])
-            stacks: dict[tuple[Any, ...], list[tuple[str, Tensor]]] = {}
+            equal: dict[tuple[Any, ...], list[tuple[str, Tensor]]] = {}
             for name, p in members:
-                stacks.setdefault((self.norm.norms[name], p.shape, p.dtype, p.device), []).append((name, p))
-            for (norm, *_), stack in stacks.items():
-                params = [p for _, p in stack]
-                weights = [self._precise(p) for p in params]
-                U, live, part = self._update(group, norm, stack, weights, ok, clip)
-                if part is None:
-                    self._apply(group, norm, params, weights, U, live, None)
-                else:  # the step size needs the whole network's
-                    steps.append((group, norm, params, weights, U, live))
-                    parts.append(part)
-        if self.escape:
-            step_size = self.param_groups[0]["step_size"]
-            total = torch.stack([t.to(step_size) for t in parts]).sum(0)
-            step_size.copy_(torch.where(ok.to(step_size.device), self.escape.grow(step_size, *total), step_size))
-            for args in steps:
-                self._apply(*args, step_size)
+                equal.setdefault((self.norm.norms[name], p.shape, p.dtype, p.device), []).append((name, p))
+            for (norm, *_), pairs in equal.items():
+                params = [p for _, p in pairs]
+                stacks.append(_Stack(group, norm, params, [self._precise(group, p) for p in params], self._radii_of(norm, pairs), ok, clip))
+        step_size = self._grow(stacks) if self.escape else None
+        for stack in stacks:
+            self._step_stack(stack, step_size)
         return loss
+
+    def _grow(self, stacks: list[_Stack]) -> Tensor:
+        """The escape velocity, after what these gradients say."""
+        assert self.escape
+        step_size = self.param_groups[0]["step_size"]
+        parts = []
+        for s in stacks:
+            start = [self.state[p]["start"] for p in s.params]
+            parts.append(escape_terms(s.gradients()[0], start, s.weights, s.radii, norm=s.norm).to(step_size))
+        return step_size.copy_(self.escape.grow(step_size, *torch.stack(parts).sum(0)))
+
+    def _radii_of(self, norm: Norm, pairs: list[tuple[str, Tensor]]) -> Tensor:
+        """(n, 1…), made once: a copy to the device waits for it."""
+        values = tuple(self.norm.radii[n] for n, _ in pairs)
+        p = pairs[0][1]
+        key = (torch.promote_types(p.dtype, torch.float32), p.device, norm.ndim, values)
+        if key not in self._radii:
+            self._radii[key] = torch.tensor(values, dtype=key[0], device=p.device).reshape(-1, *(1,) * norm.ndim)
+        return self._radii[key]
 
     def _new_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
-        low = p.dtype in (torch.bfloat16, torch.float16)
-        if group["master_weights"] and low:
+        if group["master_weights"] and p.dtype in LOW:
             state["master"] = p.detach().float()
         if self.escape:
             state["start"] = p.detach().clone()
@@ -263,37 +305,21 @@ class Dualized(torch.optim.Optimizer):
         clash = made.keys() & {"master", "start"}
         assert not clash, clash
         dtype = DTYPES[group["momentum_dtype"]]
-        return state | {k: b if dtype is None or b.dtype == torch.float64 else b.to(dtype) for k, b in made.items()}
+        kept = (torch.float64, *(b.dtype for b in made.values() if not b.is_floating_point()))
+        return state | {k: b if dtype is None or b.dtype in kept else b.to(dtype) for k, b in made.items()}
 
-    def _precise(self, p: Tensor) -> Tensor:
+    def _precise(self, group: dict[str, Any], p: Tensor) -> Tensor:
         """The weight that steps: p, or its float32 master, brought up to date where somebody else has written p."""
-        master = self.state[p].get("master")
-        if master is None:
+        if not group["master_weights"] or p.dtype not in LOW:
             return p
+        master = self.state[p].setdefault("master", p.detach().float())
         return master.copy_(torch.where(master.to(p.dtype) == p, master, p))
 
-    def _update(
-        self, group: dict[str, Any], norm: Norm, members: list[tuple[str, Tensor]], weights: list[Tensor], ok: Tensor, clip: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(U, live, travelled) of a stack."""
-        params = [p for _, p in members]
-        compute = torch.promote_types(params[0].dtype, torch.float32)
-        G = torch.stack([p.grad for p in params]).to(compute)  # type: ignore[misc] - a copy, which all that follows may overwrite
-        ok = ok.to(G.device)
-        if isinstance(group["lr"], Tensor):
-            ok = ok & (group["lr"] != 0).to(G.device)
-        fresh = norm.fresh(G)
-        live = ok if fresh is None else fresh & ok
-        if clip is not None:
-            G.mul_(clip.to(G))
-        G.masked_fill_(~live, 0)
-        key = (compute, G.device, *(n for n, _ in members))
-        if key not in self._radii:  # made once: a copy to the device waits for it
-            radii = torch.tensor([self.norm.radii[n] for n, _ in members], dtype=compute, device=G.device)
-            self._radii[key] = radii.reshape(-1, *(1,) * norm.ndim)
-        radii = self._radii[key]
-        part = way(G, [self.state[p]["start"] for p in params], weights, radii, norm=norm) if self.escape else None
-        held = {k: [self.state[p][k] for p in params] for k in self.state[params[0]] if k not in ("master", "start")}
+    def _step_stack(self, s: _Stack, step_size: Tensor | None) -> None:
+        """W ← retract(W − lr · radius · (dualize(direction) + weight_decay · W)), the direction's buffers first."""
+        group = s.group
+        G, live = s.gradients()
+        held = {k: [self.state[p][k] for p in s.params] for k in self.state[s.params[0]] if k not in ("master", "start")}
         state = {k: _stack(buffers).to(torch.promote_types(buffers[0].dtype, torch.float32)) for k, buffers in held.items()}
         refresh = (group["calls"] - 1) % group["refresh_every"] == 0
         direct = DIRECTIONS[group["direction"]]
@@ -302,35 +328,35 @@ class Dualized(torch.optim.Optimizer):
         D = direct(G, state, live=live.to(G.dtype), beta=group["beta"], beta2=group["beta2"], refresh=refresh)
         for k, buffers in held.items():
             if not direct.gated:
-                state[k] = torch.where(live if state[k].shape == D.shape else ok, state[k], torch.stack(buffers))
+                state[k] = torch.where(live if state[k].shape == D.shape else s.ok, state[k], torch.stack(buffers))
             if len(buffers) > 1 or not direct.gated or state[k].dtype != buffers[0].dtype:  # else the buffer itself was updated
                 torch._foreach_copy_(buffers, state[k].unbind())  # pyright: ignore[reportPrivateImportUsage]
         del G, state
-        return stacked_update(D, weights, radii, live, norm=norm, weight_decay=group["weight_decay"], scale=group["scale"]), live, part
-
-    def _apply(
-        self,
-        group: dict[str, Any],
-        norm: Norm,
-        params: list[Tensor],
-        weights: list[Tensor],
-        U: Tensor,
-        live: Tensor,
-        step_size: Tensor | None,
-    ) -> None:
-        """W ← retract(W − lr · U)."""
+        U = stacked_update(D, s.radii, live, norm=s.norm, scale=group["scale"])
+        del D
         lr = group["lr"] if step_size is None else group["lr"] * step_size
+        lr = lr.to(U) if isinstance(lr, Tensor) else lr
+        # What decay and retraction do is not part of the way that the escape velocity measures: W₀ moves along.
+        start = [self.state[p]["start"] for p in s.params] if self.escape else []
+        if group["weight_decay"]:
+            decay = torch.where(live, _stack(s.weights), 0).mul_(s.radii * group["weight_decay"]).mul_(lr)
+            torch._foreach_sub_(s.weights, decay.unbind())  # pyright: ignore[reportPrivateImportUsage]
+            if start:
+                torch._foreach_sub_(start, decay.unbind())  # pyright: ignore[reportPrivateImportUsage]
+            del decay
         if isinstance(lr, Tensor):
-            torch._foreach_sub_(weights, U.mul_(lr.to(U)).unbind())  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_sub_(s.weights, U.mul_(lr).unbind())  # pyright: ignore[reportPrivateImportUsage]
         else:
-            torch._foreach_add_(weights, U.unbind(), alpha=-lr)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_add_(s.weights, U.unbind(), alpha=-lr)  # pyright: ignore[reportPrivateImportUsage]
         del U
         if group["constraint"] is not None:
-            W = _stack(weights)
-            W = torch.where(live, RETRACTIONS[group["constraint"]](norm, W), W)
-            torch._foreach_copy_(weights, W.unbind())  # pyright: ignore[reportPrivateImportUsage]
-        if weights[0] is not params[0]:
-            torch._foreach_copy_(params, weights)  # pyright: ignore[reportPrivateImportUsage]
+            W = _stack(s.weights)
+            R = torch.where(live & (s.radii > 0), RETRACTIONS[group["constraint"]](s.norm, W), W)
+            if start:
+                torch._foreach_add_(start, (R - W).unbind())  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_copy_(s.weights, R.unbind())  # pyright: ignore[reportPrivateImportUsage]
+        if s.weights[0] is not s.params[0]:
+            torch._foreach_copy_(s.params, s.weights)  # pyright: ignore[reportPrivateImportUsage]
 
     @_eager
     def _all_finite(self, present: list[tuple[str, Tensor]]) -> Tensor:
@@ -396,8 +422,8 @@ class Normalized(torch.optim.Optimizer):
     base_optimizer: a torch optimizer of named parameters, Adam(model.named_parameters(), …), with weight_decay 0. Its groups and its state are
     this optimizer's; their lr is the modular norm of one step.
     norm: the ModularNorm, or the model (see metrize). weight_decay: as in Dualized. by_block: see ModularNorm.normalize.
-    from_zero: the base steps from zero weights, so that u comes without rounding in any dtype; False for a base that reads the weights (Adafactor,
-    LAMB, LBFGS): u is then the difference of the weights, and its rounding error is theirs.
+    from_zero: the base steps from zero weights, with lr 1, so that u comes without rounding in any dtype; False for a base that reads the weights
+    (Adafactor, LAMB): u is then the difference of the weights, and its rounding error is theirs. Where some groups' lr is 0, the base still counts the step.
 
     A gradient that is not finite raises NonFiniteError before anything changes: the base cannot be gated on the device.
     """
@@ -414,31 +440,41 @@ class Normalized(torch.optim.Optimizer):
     ) -> None:
         self.base, self.weight_decay, self.by_block, self.from_zero = base_optimizer, weight_decay, by_block, from_zero
         self.norm = metrize(norm) if isinstance(norm, nn.Module) else norm
-        if not isinstance(lr, Tensor) and not 0 <= lr < float("inf"):
-            raise ValueError(f"Normalized: lr\n  got: {lr!r}\n  allowed: a finite number >= 0\n  fix: Normalized(base, norm, lr=0.1)")
-        if from_zero and type(base_optimizer).__name__ in ("Adafactor", "LBFGS", "Lamb", "LAMB"):
-            raise ValueError(
-                f"Normalized\n  got: {type(base_optimizer).__name__}, whose update depends on the weights\n  allowed: with from_zero=False\n  fix: pass it"
-            )
-        for group in base_optimizer.param_groups:
+        kind, groups = type(base_optimizer).__name__, base_optimizer.param_groups
+
+        def refuse(got: str, allowed: str, fix: str) -> None:
+            raise CoverageError(f"Normalized\n  got: {got}\n  allowed: {allowed}\n  fix: {fix}")
+
+        if isinstance(lr, str) or (not isinstance(lr, Tensor) and not 0 <= lr < inf):
+            refuse(f"lr {lr!r}", "a finite number >= 0", "Normalized(base, norm, lr=0.1)")
+        if kind in ("LBFGS", "ASGD"):
+            refuse(f"{kind}, which keeps weights or closures of its own", "bases that turn gradients into an update", "another base")
+        if from_zero and kind in ("Adafactor", "Lamb", "LAMB"):
+            refuse(f"{kind}, whose update depends on the weights", "with from_zero=False", "pass it")
+        if len({float(g["lr"]) for g in groups}) > 1:
+            refuse("a base whose groups have different lr", "one lr", "give all its groups one lr: radii are what differs by weight")
+        for group in groups:
             if group.get("weight_decay"):
-                raise ValueError(
-                    f"Normalized\n  got: a base with weight_decay {group['weight_decay']:g}\n  allowed: 0, or decay would be rescaled with the update\n"
-                    "  fix: weight_decay=0 in the base, and Normalized(…, weight_decay=…)"
+                refuse(
+                    f"a base with weight_decay {group['weight_decay']:g}",
+                    "0, or decay would be rescaled with the update",
+                    "weight_decay=0 in the base, and Normalized(…, weight_decay=…)",
                 )
             if "param_names" not in group:
-                raise CoverageError(
-                    f"Normalized of {type(base_optimizer).__name__}\n  got: parameters without names\n  allowed: named ones\n"
-                    f"  fix: {type(base_optimizer).__name__}(model.named_parameters(), …)"
-                )
-            group["param_names"] = [canonical(n) for n in group["param_names"]]
-            for name, p in zip(group["param_names"], group["params"], strict=True):
-                wrong = self.norm.norms[name].check(p.shape) if name in self.norm.norms else "those of the modular norm"
-                if wrong:
-                    raise CoverageError(
-                        f"{name}\n  got: shape {tuple(p.shape)}\n  allowed: {wrong}\n  fix: give norm the base's parameters, no more and no fewer"
-                    )
-            group["lr"] = lr
+                refuse(f"{kind} of parameters without names", "named ones", f"{kind}(model.named_parameters(), …)")
+        found = {canonical(n): p for g in groups for n, p in zip(g["param_names"], g["params"], strict=True) if p.requires_grad}
+        if found.keys() != self.norm.norms.keys():
+            odd = sorted(found.keys() ^ self.norm.norms.keys())[0]
+            refuse(
+                f"{odd!r} in {'the base' if odd in found else 'the norm'} alone",
+                "the same parameters in both",
+                f"{kind}(model.named_parameters(), …)",
+            )
+        for name, p in found.items():
+            if wrong := self.norm.norms[name].check(p.shape):
+                refuse(f"{name} of shape {tuple(p.shape)}", wrong, "metrize the model that the base was built for")
+        for group in groups:
+            group["param_names"], group["lr"] = [canonical(n) for n in group["param_names"]], lr
         super().__init__(base_optimizer.param_groups, {"lr": lr})
         # One truth: schedulers, GradScaler and checkpoints see the base's groups and state.
         self.param_groups, self.state = base_optimizer.param_groups, base_optimizer.state
@@ -461,10 +497,15 @@ class Normalized(torch.optim.Optimizer):
         old = [p.detach().clone() for *_, p in moving]
         if self.from_zero:
             torch._foreach_zero_([p for *_, p in moving])  # pyright: ignore[reportPrivateImportUsage]
+        lrs = [g["lr"] for g in self.param_groups]
         try:
+            for group in self.param_groups:
+                group["lr"] = torch.ones_like(group["lr"]) if isinstance(group["lr"], Tensor) else 1.0
             self.base.step()
             updates = {n: -p if self.from_zero else w - p for (_, n, p), w in zip(moving, old, strict=True)}
         finally:
+            for group, own in zip(self.param_groups, lrs, strict=True):
+                group["lr"] = own
             torch._foreach_copy_([p for *_, p in moving], old)  # pyright: ignore[reportPrivateImportUsage]
         for group, name, p in moving:
             radius, U = self.norm.radii[name], updates.pop(name).unsqueeze(0)
@@ -521,6 +562,12 @@ def by_name(
             f"optimizer state\n  got: other parameters; {odd[0]!r} is {'missing' if odd[0] in ours else 'unknown'}\n  allowed: the same names\n"
             "  fix: load it into the model that it was saved with"
         )
+    for group in names:
+        if any(saved[n][0] is not saved[group[0]][0] for n in group):
+            raise ValueError(
+                f"optimizer state\n  got: parameters of one group here in several there, {group[0]!r} among them\n  allowed: the same groups\n"
+                "  fix: build the optimizer with the groups that it was saved with"
+            )
     groups = [{**saved[group[0]][0], "params": [saved[n][1] for n in group], "param_names": group} for group in names]
     # Cloned: torch keeps the loaded tensors themselves, and two optimizers would then share one momentum.
     state = {i: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()} for i, s in state_dict["state"].items()}

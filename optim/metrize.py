@@ -39,6 +39,7 @@ class Rule:
 
     norm: a Norm, or a name in NORMS. mass: of each matching weight, beside the totals in MASSES. role: a key of MASSES, which brings its norm, or a name of your own.
     maps: how many maps the weight holds, 3 for fused queries, keys and values, each with a share of the role's mass; a norm that sees its blocks belongs to it.
+    On a declared structure a rule changes norm, mass and the role's name.
     """
 
     pattern: str
@@ -63,7 +64,7 @@ class Rule:
                 f"rule {self.pattern!r}\n  got: mass {self.mass}\n  allowed: 0 (never updated) or more\n  fix: Rule(…, mass=1)"
             )
 
-        if self.maps is not None and self.maps < 1:
+        if self.maps is not None and not (isinstance(self.maps, int) and self.maps >= 1):
             raise CoverageError(f"rule {self.pattern!r}\n  got: maps {self.maps}\n  allowed: 1 or more\n  fix: Rule(…, maps=3)")
 
     def matches(self, name: str) -> bool:
@@ -123,6 +124,12 @@ def metrize(model: nn.Module, structure: Module | None = None, rules: Iterable[R
     embeddings = {canonical(f"{path}.weight") for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Embedding)}
     alias = _check_ties(every, rules, embeddings)
     declare: Callable[[], Module] | None = getattr(plain, "structure", None)
+    for path, m in model.named_modules():
+        name = canonical(f"{path}.weight" if path else "weight")
+        if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse and name in unique and m.weight.requires_grad:
+            raise CoverageError(
+                f"{name}\n  got: sparse gradients\n  allowed: dense ones\n  fix: build its {type(m).__name__} with sparse=False"
+            )
     if structure is None and declare is not None and not isinstance(declare, nn.Module):
         structure = declare()
     trainable = {n: p for n, p in unique.items() if p.requires_grad}
@@ -199,12 +206,12 @@ def _by_type(model: nn.Module, trainable: Mapping[str, Tensor], rules: list[Rule
             norm = place.norm
         if norm is None or isinstance(norm, str):
             raise CoverageError(_unplaced(name, module, p))
-        if getattr(module, "sparse", False) is True and isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            raise CoverageError(
-                f"{name}\n  got: sparse gradients\n  allowed: dense ones\n  fix: build its {type(module).__name__} with sparse=False"
-            )
         as_placed = place is not None and (norm is place.norm or (rule.norm is not None and rule.role is None))
         maps = rule.maps or (place.maps if place and as_placed else 1)
+        if role is not None and role not in MASSES and _nearest(role, MASSES):
+            raise CoverageError(
+                f"rule {rule.pattern!r}\n  got: role {role!r}{_nearest(role, MASSES)}\n  allowed: {', '.join(MASSES)}\n  fix: one of those, or a name that is not nearly one"
+            )
         role = role or ("hidden" if p.ndim >= 2 else "bias")
         places[name] = replace(place or Place(role, norm), role=role, norm=norm, maps=maps)
         if rule.mass is not None:
@@ -231,12 +238,13 @@ def _place(module: nn.Module, own: str, path: str, p: Tensor) -> Place | None:
     bias = Place("bias", VectorRMS())
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return Place("embedding", L1ToRMS())
-    if isinstance(module, nn.Linear) or kind == "Conv1D":
+    if isinstance(module, nn.Linear) or (kind == "Conv1D" and getattr(module.weight, "ndim", 0) == 2):
         wrap: Callable[[Norm], Norm] = Transposed if kind == "Conv1D" else lambda norm: norm  # transformers' GPT-2 stores (I, O)
         rows, columns = reversed(module.weight.shape) if kind == "Conv1D" else module.weight.shape  # type: ignore[misc, union-attr]
         maps, norm, vector, note = 1, wrap(RMSToRMS()), VectorRMS(), ""
-        if label in INTERLEAVED:
-            return None
+        fused = "qkv" in label or label in ("kv", "to_kv", "kv_proj")
+        if label in INTERLEAVED or (fused and label not in FUSED and rows in (2 * columns, 3 * columns)):
+            return None  # several maps in an order that the name does not tell
         if label == "gate_up_proj" or (label in FUSED and rows != columns):
             maps = 2 if label == "gate_up_proj" else 3
             if rows % maps or (label != "gate_up_proj" and rows != maps * columns):

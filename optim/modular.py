@@ -9,6 +9,7 @@ Sources: [MN] Large et al., arXiv 2405.14813, §3; [MD] arXiv 2410.21265, §5;
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -146,8 +147,8 @@ def atom(name: str, norm: Norm, *, mass: float = 1.0, sensitivity: float = 1.0, 
 
     It acts linearly in the weight: (α, β, γ) = (0, 1, 0). A bias, which does not see the input, has sensitivity 0 and (0, 0, 0).
     """
-    if mass < 0 or sensitivity < 0:
-        what, got = ("mass", mass) if mass < 0 else ("sensitivity", sensitivity)
+    if not 0 <= mass < math.inf or not 0 <= sensitivity < math.inf:
+        what, got = ("mass", mass) if not 0 <= mass < math.inf else ("sensitivity", sensitivity)
         raise ValueError(
             f"{what} of {name}\n  got: {got:g}\n  allowed: 0 or more (a weight of mass 0 is never updated)\n  fix: atom({name!r}, …, {what}=…)"
         )
@@ -339,6 +340,8 @@ class Power(Module):
 
 def residual(block: Module, depth: int) -> Module:
     """(1 − 1/depth) x + (1/depth) block(x): `depth` of them in a row have sensitivity 1 where the block has 1, and at most exp(μ − 1) where it has μ [MN]."""
+    if depth < 1:
+        raise ValueError(f"residual\n  got: depth {depth}\n  allowed: 1 or more\n  fix: the number of residual blocks in a row")
     return block if depth == 1 else (1 - 1 / depth) * bond("identity", sharpness=0) + (1 / depth) * block
 
 
@@ -368,6 +371,15 @@ class ModularNorm:
             resolved.norms[node.name], resolved.radii[node.name] = node.norm, radius
             resolved.roles[node.name], resolved.masses[node.name] = node.role, node.mass
         return resolved
+
+    def __post_init__(self) -> None:
+        odd = sorted(self.norms.keys() ^ self.radii.keys())
+        bad = next((k for k, r in self.radii.items() if not 0 <= r < math.inf), None)
+        if odd or bad is not None:
+            got = f"{odd[0]!r} with a norm or a radius alone" if odd else f"radius {self.radii[str(bad)]} of {bad!r}"
+            raise ValueError(
+                f"ModularNorm\n  got: {got}\n  allowed: a norm and a finite radius >= 0 for each name\n  fix: metrize(model), or both by name"
+            )
 
     def norm(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """max_k ‖w_k‖_k / radius_k (0-dim); infinite where a tensor of radius 0 is not zero."""

@@ -460,6 +460,11 @@ class Blocks(_View):
 
     sizes: int | tuple[int, ...] = 1
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.sizes, int):
+            object.__setattr__(self, "sizes", tuple(self.sizes))  # a norm is a key of stacks
+
     def _inner_dimensions(self) -> tuple[int, ...]:
         return (1, 2, 3)
 

@@ -26,6 +26,7 @@ from optim import (
     Module,
     NonFiniteError,
     Norm,
+    Normalized,
     Polar,
     RMSToLinf,
     RMSToRMS,
@@ -728,7 +729,7 @@ def json_groups(state: dict) -> dict:
 
 
 def test_steepest_descents_scale_has_no_escape_velocity():
-    with pytest.raises(ValueError, match='got: "dual" with lr="auto"'):
+    with pytest.raises(ValueError, match='Dualized: scale\n  got: \'dual\'\n  allowed: "unit" with lr="auto"'):
         Dualized(Net(), "auto", scale="dual")
     with pytest.raises(ValueError, match="got: 'automatic'"):
         Dualized(Net(), "automatic")  # type: ignore[arg-type]
@@ -736,7 +737,7 @@ def test_steepest_descents_scale_has_no_escape_velocity():
         EscapeVelocity(initial=0)
 
 
-def test_soap_without_averages_is_the_polar_factor_and_starts_whenever_gradients_do():
+def test_soap_without_averages_is_the_polar_factor_and_starts_at_the_first_refresh_with_gradients():
     """Adam in the eigenbasis of one G = U S Vᵀ divides S by itself: U Vᵀ, Shampoo's step without accumulation."""
     shape, norm = (5, 8), ModularNorm({"w": Frobenius()}, {"w": 1.0})
     w = nn.Parameter(torch.zeros(*shape, dtype=torch.float64))
@@ -759,3 +760,150 @@ def test_soap_without_averages_is_the_polar_factor_and_starts_whenever_gradients
         if step:
             basis = optimizer.state[late]["right_basis"]
             assert (step < 10) == (not basis.any()), "axes until the next refresh, then the eigenbasis"
+
+
+def noise(step: int, shape: tuple[int, ...] = (16, 16)) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("constraint", [None, "ball", "sphere"])
+def test_retraction_and_decay_are_no_way_of_the_escape_velocity(constraint):
+    """Gradients that are noise say nothing of the way; being pulled to the ball from norm 3 would look like one."""
+    w = nn.Parameter(3 * RMSToRMS().init((16, 16), torch.Generator().manual_seed(0)).double())
+    norm = ModularNorm({"w": RMSToRMS(Polar("exact"))}, {"w": 1.0})
+    optimizer = Dualized([("w", w)], EscapeVelocity(1e-6), norm=norm, constraint=constraint, weight_decay=0.0 if constraint else 1.0)
+    for step in range(20):
+        w.grad = noise(step)
+        optimizer.step()
+    assert optimizer.step_size is not None and optimizer.step_size < 1e-5
+
+
+def test_a_constant_gradient_grows_the_step_by_the_factor_whatever_the_decay():
+    for decay in (0.0, 1.0):
+        w = nn.Parameter(8 * RMSToRMS().init((16, 16), torch.Generator().manual_seed(0)).double())
+        norm = ModularNorm({"w": RMSToRMS(Polar("exact"))}, {"w": 1.0})
+        optimizer = Dualized([("w", w)], EscapeVelocity(1e-6, factor=0.5), norm=norm, weight_decay=decay)
+        for _ in range(12):
+            w.grad = noise(1)
+            optimizer.step()
+        assert optimizer.step_size == pytest.approx(1e-6 * 1.5**9, rel=1e-6), "η = ½ Σ of the steps before, from the fourth step on"
+
+
+def test_mass_zero_is_not_retracted_either():
+    w = nn.Parameter(3 * torch.eye(4))
+    optimizer = Dualized([("w", w)], 0.1, norm=ModularNorm({"w": RMSToRMS()}, {"w": 0.0}), constraint="sphere", weight_decay=0.1)
+    w.grad = torch.ones(4, 4)
+    optimizer.step()
+    assert torch.equal(w.detach(), 3 * torch.eye(4))
+
+
+def test_masters_are_made_where_a_loaded_state_has_none():
+    params = [nn.Parameter(torch.randn(4, 4).bfloat16()) for _ in range(2)]
+    named = [(f"w{i}", p) for i, p in enumerate(params)]
+    norm = ModularNorm({n: RMSToRMS() for n, _ in named}, {n: 1.0 for n, _ in named})
+    before = Dualized(named, 0.1, norm=norm)
+    params[0].grad = torch.ones_like(params[0])
+    before.step()
+    after = Dualized(named, 0.1, norm=norm, master_weights=True)
+    after.load_state_dict(before.state_dict())
+    after.param_groups[0]["master_weights"] = True
+    old = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    after.step()
+    assert all(not torch.equal(p, q) and "master" in after.state[p] for p, q in zip(params, old, strict=True))
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**66])
+@pytest.mark.parametrize("direction", ["momentum", "adam", "soap", "lion"])
+def test_directions_ignore_the_scale_of_gradients(direction: str, scale: float):
+    ends = []
+    for c in (1.0, scale):
+        w = nn.Parameter(torch.zeros(6, 8))
+        optimizer = Dualized([("w", w)], 0.1, norm=ModularNorm({"w": Frobenius()}, {"w": 1.0}), direction=direction, refresh_every=2)
+        for step in range(5):
+            w.grad = c * noise(step, (6, 8)).float()
+            optimizer.step()
+        ends.append(w.detach().clone())
+    assert torch.allclose(*ends, atol=1e-6)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_channels_last_weights_step_like_contiguous_ones(direction: str):
+    ends = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        w = nn.Parameter(noise(0, (4, 6, 3, 3)).to(memory_format=layout))
+        optimizer = Dualized([("w", w)], 0.1, norm=ModularNorm({"w": ConvRMSToRMS()}, {"w": 1.0}), direction=direction, constraint="ball")
+        for step in range(4):
+            w.grad = noise(step, (4, 6, 3, 3)).to(memory_format=layout)
+            optimizer.step()
+        ends.append(w.detach().contiguous())
+    assert torch.allclose(*ends, atol=1e-9)
+
+
+def test_a_running_rms_that_forgets_first_gives_no_nan():
+    w = nn.Parameter(torch.ones(3, 3))
+    optimizer = Dualized([("w", w)], 0.1, norm=ModularNorm({"w": RMSToRMS()}, {"w": 1.0}), direction="adam", beta2=0.0)
+    for size in (1.0, 1e-40):
+        w.grad = torch.full((3, 3), size)
+        optimizer.step()
+    assert torch.isfinite(w).all()
+
+
+def test_what_cannot_be_meant_is_refused_in_words():
+    w = nn.Parameter(torch.ones(3, 3))
+    norm = ModularNorm({"w": RMSToRMS()}, {"w": 1.0})
+    for settings, text in (
+        ({"lr": None}, "Dualized: lr\n  got: None"),
+        ({"lr": torch.tensor(-1.0)}, "Dualized: lr"),
+        ({"lr": 0.1, "beta": "a"}, "Dualized: beta\n  got: 'a'"),
+        ({"lr": 0.1, "refresh_every": 1.5}, "Dualized: refresh_every\n  got: 1.5"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            Dualized([("w", w)], norm=norm, **settings)
+    optimizer = Dualized([("w", w)], 0.1, norm=norm)
+    for bad in ({"norm": "RMSToRMS", "radius": 1.0}, {"norm": RMSToRMS(), "radius": -1.0}, {"norm": RMSToRMS(), "radius": math.nan}):
+        with pytest.raises(CoverageError, match="allowed: a Norm and a finite number >= 0"):
+            optimizer.add_param_group({"params": [("v", nn.Parameter(torch.ones(3, 3)))], **bad})
+    with pytest.raises(ValueError, match='allowed: "unit" with lr="auto"'):
+        Dualized([("w", w)], "auto", norm=norm).add_param_group(
+            {"params": [("v", nn.Parameter(torch.ones(3, 3)))], "norm": RMSToRMS(), "radius": 1.0, "scale": "dual"}
+        )
+    with pytest.raises(ValueError, match="ModularNorm\n  got: radius -1.0 of 'w'"):
+        ModularNorm({"w": RMSToRMS()}, {"w": -1.0})
+    frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+    assert Dualized([("w", w), ("frozen", frozen)], 0.1, norm=norm).param_groups[0]["param_names"] == ["w"]
+
+
+def test_a_state_saved_in_other_groups_is_refused():
+    params = [(n, nn.Parameter(torch.ones(2, 2))) for n in "ab"]
+    norm = ModularNorm({n: RMSToRMS() for n in "ab"}, dict.fromkeys("ab", 1.0))
+    two = Dualized([{"params": [params[0]], "lr": 0.1}, {"params": [params[1]], "lr": 5.0}], 1.0, norm=norm)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="parameters of one group here in several there"):
+        Dualized(params, 1.0, norm=norm).load_state_dict(two.state_dict())
+
+
+def test_normalized_keeps_sixteen_bit_updates_decays_and_refuses_what_it_cannot_scale():
+    w = nn.Parameter(torch.ones(6, 6).half())
+    norm = ModularNorm({"w": Frobenius()}, {"w": 1.0})
+    optimizer = Normalized(torch.optim.SGD([("w", w)], lr=1.0), norm, 1e-2)
+    g = 1e-4 * noise(0, (6, 6))
+    w.grad = g.half()
+    optimizer.step()
+    u = 1 - w.detach().double()
+    assert (u * g).sum() / (u.norm() * g.norm()) > 0.99, "the step's own rounding is what is left"
+    v = nn.Parameter(torch.ones(6, 6).double())
+    decayed = Normalized(torch.optim.SGD([("w", v)], lr=1.0), norm, 0.1, weight_decay=0.5)
+    v.grad = noise(0, (6, 6))
+    decayed.step()
+    assert torch.allclose(1 - v.detach(), 0.1 * (v.grad / v.grad.norm() + 0.5))
+    for base, text in (
+        (torch.optim.LBFGS([v]), "LBFGS"),
+        (torch.optim.ASGD([("w", v)]), "ASGD"),
+        (torch.optim.Adafactor([("w", v)]), "with from_zero=False"),
+        (torch.optim.SGD([("w", v), ("x", nn.Parameter(torch.ones(2)))]), "'x' in the base alone"),
+        (torch.optim.SGD([{"params": [("w", v)]}, {"params": [("x", nn.Parameter(torch.ones(2)))], "lr": 3.0}]), "different lr"),
+    ):
+        with pytest.raises(CoverageError, match=text):
+            Normalized(base, norm, 0.1)
+        assert base.param_groups[0]["lr"] != 0.1

@@ -613,7 +613,6 @@ BASES: dict[str, Base] = {
         "Adagrad": dict(),
         "Adadelta": dict(),
         "Rprop": dict(),
-        "ASGD": dict(),
     }.items()
 }
 STEP = 1e-3  # size() against the exact norm: it is fast, and from below
