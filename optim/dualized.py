@@ -87,7 +87,7 @@ def _validate(settings: dict[str, Any], *, auto: bool = False) -> None:
     def number(low: float, high: float) -> Callable[[Any], bool]:
         return lambda x: low <= x < high
 
-    checks: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    checks: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
         (
             "lr",
             'a finite number >= 0, or "auto" for all groups',

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -853,12 +854,13 @@ def test_a_running_rms_that_forgets_first_gives_no_nan():
 def test_what_cannot_be_meant_is_refused_in_words():
     w = nn.Parameter(torch.ones(3, 3))
     norm = ModularNorm({"w": RMSToRMS()}, {"w": 1.0})
-    for settings, text in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"lr": None}, "Dualized: lr\n  got: None"),
         ({"lr": torch.tensor(-1.0)}, "Dualized: lr"),
         ({"lr": 0.1, "beta": "a"}, "Dualized: beta\n  got: 'a'"),
         ({"lr": 0.1, "refresh_every": 1.5}, "Dualized: refresh_every\n  got: 1.5"),
-    ):
+    )
+    for settings, text in cases:
         with pytest.raises(ValueError, match=text):
             Dualized([("w", w)], norm=norm, **settings)
     optimizer = Dualized([("w", w)], 0.1, norm=norm)
