@@ -221,7 +221,7 @@ def load(argv: list[str]) -> Config:
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             shipped = Path(__file__).parent / "configs"
-            there = ", ".join(sorted(p.name for p in shipped.glob("*.toml")))
+            there = ", ".join(sorted(str(p.relative_to(shipped)) for p in shipped.rglob("*.toml")))
             raise ConfigError(
                 f"configuration file\n  got: {path} ({error.strerror})\n  allowed: a TOML file\n  fix: one of those in {shipped.name}/: {there}"
             ) from error

@@ -247,6 +247,8 @@ def main(argv: list[str]) -> None:
     split = dataset.manifest.splits["val"]
     gzipped = f"; gzip -9 of the validation bytes: {8 * split.gzip9_bytes / split.bytes:.4f}" if split.gzip9_bytes and split.bytes else ""
     say(f"validation: {progress.val_bpb:.4f} bits per byte{gzipped}")
+    if optimizer.step_size is not None:
+        say(f"lr found: {optimizer.step_size:.4g} (started at {o.auto_initial:g}), times the schedule")
     say(f"{summary['tokens']:,} tokens in {seconds:.1f} s of training ({speed:,.0f} tokens/s), {summary['wall_seconds']:.1f} s in all")
     python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
     say(f"picture: {folder.path / 'loss.png'}   more text: {python} sample.py {folder.path} --prompt …")

@@ -1,4 +1,4 @@
-"""From AdamW's or Muon's settings to Dualized's, with the predicted step of every layer before and after.
+"""From AdamW's or Muon's settings to Dualized's, with the predicted step of every layer before and after (python -m nanodual.convert with the wheel).
 
     python -m optim.convert adamw --model module:callable --lr 6e-4 --weight-decay 0.1 --betas 0.9 0.95
     python -m optim.convert muon --shapes wte=50304x768:embedding h.{0..11}.up=3072x768:hidden … --lr 0.02 --weight-decay 0.01
@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .metrize import MASSES, Rule, metrize
+from .metrize import MASSES, CoverageError, Rule, metrize
 from .modular import ModularNorm
 from .norms import NORMS, SCALES, Norm, Spectral
 
@@ -286,6 +286,11 @@ def main(argv: list[str] | None = None) -> int:
         print(convert(norm, args.pop("rival"), **args))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, CoverageError) and not shapes:
+            print(
+                "  here: --rule PATTERN,role=ROLE or --rule PATTERN,norm=NAME; a norm with arguments needs Python: convert(metrize(model, rules=…), …)",
+                file=sys.stderr,
+            )
         return 2
     for note in norm.notes:
         print(f"note: {note}", file=sys.stderr)

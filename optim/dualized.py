@@ -100,7 +100,7 @@ def _validate(settings: dict[str, Any], *, auto: bool = False) -> None:
         ("direction", ", ".join(DIRECTIONS), lambda x: x in DIRECTIONS),
         ("scale", '"unit" with lr="auto"' if auto else "unit, dual", lambda x: x == "unit" or (x == "dual" and not auto)),
         ("constraint", f"None, {', '.join(RETRACTIONS)}", lambda x: x is None or x in RETRACTIONS),
-        ("momentum_dtype", "None (the weight's), float32, bfloat16", lambda x: x in DTYPES),
+        ("momentum_dtype", 'None (the weight\'s), "float32", "bfloat16"', lambda x: x in DTYPES),
         ("max_grad_norm", "None or a number > 0", lambda x: x is None or x > 0),
     )
     for what, allowed, fine in checks:
@@ -124,7 +124,8 @@ class Dualized(torch.optim.Optimizer):
     beta2: of Adam's and SOAP's squares, and of Lion's average. refresh_every: steps between SOAP's eigenbases.
     weight_decay: decoupled and scaled by the radius: every weight stays within norm 1/weight_decay (times the polar band's upper edge).
     constraint: "ball" keeps every weight at norm <= 1, "sphere" at norm 1, by one scalar per block (matrix, head, row); "stiefel" sets all singular values
-    of spectrally normed weights. Vectors and scalars are kept in the ball. Blocks join it at their first step, the row of a token with its first gradient.
+    of spectrally normed weights. They bound the logits too: a head of norm 1 on inputs of RMS 1 gives logits of at most 1, unless the model scales them, as
+    model.py does; give the head a group without constraint otherwise. Vectors and scalars are kept in the ball. Blocks join it at their first step, the row of a token with its first gradient.
     scale: "unit" steps have norm lr; "dual" steps are each weight's dual norm times that, plain steepest descent (with Frobenius: gradient descent).
     max_grad_norm: clip the 2-norm of a parameter group's raw gradients; updates are never clipped.
     momentum_dtype: of the buffers, "float32" or "bfloat16" (whose 8 bits stall averages of beta above 0.99); None is the weight's, and 64-bit weights keep theirs. master_weights: keep 16-bit weights in float32 besides, and step there;
@@ -149,9 +150,10 @@ class Dualized(torch.optim.Optimizer):
         constraint: Constraint | None = None,
         scale: Literal["unit", "dual"] = "unit",
         max_grad_norm: float | None = None,
-        momentum_dtype: Literal["float32", "bfloat16"] | None = None,
+        momentum_dtype: Literal["float32", "bfloat16"] | torch.dtype | None = None,
         master_weights: bool = False,
     ) -> None:
+        momentum_dtype = str(momentum_dtype).removeprefix("torch.") if isinstance(momentum_dtype, torch.dtype) else momentum_dtype  # type: ignore[assignment]
         named: list[Any]
         if isinstance(model_or_named_parameters, nn.Module):
             norm = norm or metrize(model_or_named_parameters)

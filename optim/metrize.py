@@ -199,6 +199,10 @@ def _by_type(model: nn.Module, trainable: Mapping[str, Tensor], rules: list[Rule
         rule = next((r for r in rules for n in sorted({name} | alias.get(name, set())) if r.matches(n)), Rule(name))
         place = _place(module, own, path, p)
         role = rule.role or ("head" if id(p) in heads else place.role if place else None)
+        if role is not None and role not in MASSES and _nearest(role, MASSES):
+            raise CoverageError(
+                f"rule {rule.pattern!r}\n  got: role {role!r}{_nearest(role, MASSES)}\n  allowed: {', '.join(MASSES)}\n  fix: one of those, or a name that is not nearly one"
+            )
         norm = rule.norm
         if norm is None and role is not None and (place is None or role != place.role):
             norm = _role_norm(role, p, place)
@@ -208,10 +212,6 @@ def _by_type(model: nn.Module, trainable: Mapping[str, Tensor], rules: list[Rule
             raise CoverageError(_unplaced(name, module, p))
         as_placed = place is not None and (norm is place.norm or (rule.norm is not None and rule.role is None))
         maps = rule.maps or (place.maps if place and as_placed else 1)
-        if role is not None and role not in MASSES and _nearest(role, MASSES):
-            raise CoverageError(
-                f"rule {rule.pattern!r}\n  got: role {role!r}{_nearest(role, MASSES)}\n  allowed: {', '.join(MASSES)}\n  fix: one of those, or a name that is not nearly one"
-            )
         role = role or ("hidden" if p.ndim >= 2 else "bias")
         places[name] = replace(place or Place(role, norm), role=role, norm=norm, maps=maps)
         if rule.mass is not None:
@@ -296,7 +296,7 @@ def _unplaced(name: str, module: nn.Module, p: Tensor) -> str:
     shape, kind = tuple(p.shape), type(module).__name__
     fix = f"metrize(model, rules=[Rule({name!r}, norm=…, role=…)]), or freeze it"
     if p.ndim == 3:
-        fix += "; for experts norm=Experts(RMSToRMS()), stored (E, in, out) Experts(Transposed(RMSToRMS()))"
+        fix += "; for experts norm=Experts(RMSToRMS()), stored (E, in, out) Experts(Transposed(RMSToRMS())); for vectors (1, T, D) Experts(L1ToRMS())"
     elif p.ndim == 2:
         fix += "; several maps fused in one weight are norm=Blocks(RMSToRMS(), (rows of each, …)), maps=…"
     return f"{name} {shape} of a {kind} has no place\n  got: a weight whose role its module's type and its name do not tell\n  allowed: one that a rule places\n  fix: {fix}"
