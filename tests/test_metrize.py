@@ -403,7 +403,10 @@ def test_scalars_have_a_role_of_their_own():
     [
         (parameter(3), ""),
         (parameter(3, 4), "; several maps fused in one weight are norm=Blocks(RMSToRMS(), (rows of each, …)), maps=…"),
-        (parameter(3, 4, 5), "; for experts norm=Experts(RMSToRMS()), stored (E, in, out) Experts(Transposed(RMSToRMS())); for vectors (1, T, D) Experts(L1ToRMS())"),
+        (
+            parameter(3, 4, 5),
+            "; for experts norm=Experts(RMSToRMS()), stored (E, in, out) Experts(Transposed(RMSToRMS())); for vectors (1, T, D) Experts(L1ToRMS())",
+        ),
         (parameter(3, 4, 5, 6), ""),
     ],
 )
