@@ -20,6 +20,7 @@ from data.loader import DataConfig
 from model import GPTConfig, RoleMasses, RoleNorms
 from optim import EscapeVelocity, Polar
 from optim.directions import DIRECTIONS
+from optim.dualized import Constraint
 from optim.step_size import SCHEDULES
 from runtime import RunConfig
 
@@ -49,7 +50,7 @@ class OptimConfig:
     scale: Literal["unit", "dual"] = "unit"
     composition: Literal["modular", "max"] = "modular"
     weight_decay: float = 0.0
-    constraint: Literal["ball", "sphere", "stiefel"] | None = None
+    constraint: Constraint | None = None
     max_grad_norm: float | None = None
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     master_weights: bool = True

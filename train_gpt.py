@@ -172,7 +172,7 @@ def main(argv: list[str]) -> None:
         done = step + 1
         last = done == c.steps
         measured = bool(c.telemetry_every) and (done % c.telemetry_every == 0 or done == 1)
-        lr = (1.0 if isinstance(o.lr, str) else o.lr) * lr_at(step, c.steps, warmup=o.warmup, cooldown=o.cooldown)
+        lr = optimizer.defaults["lr"] * lr_at(step, c.steps, warmup=o.warmup, cooldown=o.cooldown)
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss = torch.zeros((), device=runtime.device)

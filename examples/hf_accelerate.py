@@ -3,22 +3,18 @@
 python -m examples.hf_accelerate --precision bf16 --accumulate 2
 """
 
-import argparse
 from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
 
-from examples.tiny import BATCH, language_model, loss_of, train_and_test, windows
+from examples.tiny import BATCH, language_model, loss_of, options, train_and_test, windows
 from optim import Dualized
 
 
 def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
     """The test loss before and after training."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("gpt2", "llama"), default="llama")
-    parser.add_argument("--lr", type=float, default=2.0, help="modular norm of one step")
-    parser.add_argument("--steps", type=int, default=100)
+    parser = options(__doc__, model="llama", lr=2.0, steps=100)
     parser.add_argument("--accumulate", type=int, default=1, help="batches to a step")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
     args = parser.parse_args(argv)

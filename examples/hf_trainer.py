@@ -3,21 +3,17 @@
 python -m examples.hf_trainer; python -m examples.hf_trainer --resume
 """
 
-import argparse
 from collections.abc import Sequence
 
 from transformers import Trainer, TrainingArguments, get_cosine_schedule_with_warmup
 
-from examples.tiny import BATCH, language_model, loss_of, train_and_test, windows
+from examples.tiny import BATCH, language_model, loss_of, options, train_and_test, windows
 from optim import Dualized
 
 
 def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
     """The test loss before and after training."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("gpt2", "llama"), default="llama")
-    parser.add_argument("--lr", type=float, default=2.0, help="modular norm of one step")
-    parser.add_argument("--steps", type=int, default=100)
+    parser = options(__doc__, model="llama", lr=2.0, steps=100)
     parser.add_argument("--out", default="runs/hf_trainer", help="folder of the checkpoints, at half time and at the end")
     parser.add_argument("--resume", action="store_true", help="from the folder's last checkpoint")
     args = parser.parse_args(argv)

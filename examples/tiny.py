@@ -1,5 +1,6 @@
 """What the language examples train: the bytes of this repository's own Python, and GPT-2 and Llama at a size for one CPU core."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,15 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 LENGTH, BATCH = 64, 16
+
+
+def options(doc: str | None, *, model: str, lr: float, steps: int) -> argparse.ArgumentParser:
+    """What every language example lets its caller choose, with its defaults."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("gpt2", "llama"), default=model)
+    parser.add_argument("--lr", type=float, default=lr, help="modular norm of one step")
+    parser.add_argument("--steps", type=int, default=steps)
+    return parser
 
 
 def text(pattern: str = "optim/*.py") -> Tensor:

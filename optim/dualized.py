@@ -27,15 +27,24 @@ DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 Constraint = Literal["ball", "sphere", "stiefel"]
 RETRACTIONS: dict[str, Callable[[Norm, Tensor], Tensor]] = {
     "ball": lambda norm, W: norm.project(W),
-    # A bias or gain of norm 1 for ever would be another model: vectors and scalars are kept in the ball.
-    "sphere": lambda norm, W: norm.sphere(W) if norm.ndim >= 2 else norm.project(W),
-    "stiefel": lambda norm, W: norm.stiefel(W) if norm.ndim >= 2 else norm.project(W),
+    "sphere": lambda norm, W: norm.sphere(W),
+    "stiefel": lambda norm, W: norm.stiefel(W),
 }
 
 
 def _eager(function: F) -> F:
     """Left out of torch.compile's graphs: what is for the host to know later must not be traced."""
     return torch.compiler.disable(function)  # type: ignore[return-value]
+
+
+def retract(W: Tensor, *, norm: Norm, constraint: str) -> Tensor:
+    """A stack (n, *shape) on its constraint. Vectors and scalars are kept in the ball: a bias of norm 1 for ever would be another model."""
+    return RETRACTIONS[constraint if norm.ndim >= 2 else "ball"](norm, W)
+
+
+def _finite(grads: list[Tensor]) -> Tensor:
+    """(n,) bool on the first one's device: which gradients are finite throughout."""
+    return torch.stack([torch.isfinite(x).to(grads[0].device) for x in torch._foreach_norm(grads, torch.inf)])  # pyright: ignore[reportPrivateImportUsage]
 
 
 def stacked_update(D: Tensor, radii: Tensor, live: Tensor, *, norm: Norm, scale: str) -> Tensor:
@@ -124,12 +133,13 @@ class Dualized(torch.optim.Optimizer):
     beta2: of Adam's and SOAP's squares, and of Lion's average. refresh_every: steps between SOAP's eigenbases.
     weight_decay: decoupled and scaled by the radius: every weight stays within norm 1/weight_decay (times the polar band's upper edge).
     constraint: "ball" keeps every weight at norm <= 1, "sphere" at norm 1, by one scalar per block (matrix, head, row); "stiefel" sets all singular values
-    of spectrally normed weights. They bound the logits too: a head of norm 1 on inputs of RMS 1 gives logits of at most 1, unless the model scales them, as
-    model.py does; give the head a group without constraint otherwise. Vectors and scalars are kept in the ball. Blocks join it at their first step, the row of a token with its first gradient.
+    of spectrally normed weights. Vectors and scalars are kept in the ball. Blocks join it at their first step, the row of a token with its first
+    gradient. A head of norm 1 on inputs of RMS 1 gives logits of at most 1, unless the model scales them, as model.py does: else give the head
+    a group without constraint.
     scale: "unit" steps have norm lr; "dual" steps are each weight's dual norm times that, plain steepest descent (with Frobenius: gradient descent).
     max_grad_norm: clip the 2-norm of a parameter group's raw gradients; updates are never clipped.
-    momentum_dtype: of the buffers, "float32" or "bfloat16" (whose 8 bits stall averages of beta above 0.99); None is the weight's, and 64-bit weights keep theirs. master_weights: keep 16-bit weights in float32 besides, and step there;
-    what others write into a weight counts.
+    momentum_dtype: of the buffers, "float32" or "bfloat16" (whose 8 bits stall averages of beta above 0.99); None is the weight's, and 64-bit
+    weights keep theirs. master_weights: keep 16-bit weights in float32 besides, and step there; what others write into a weight counts.
     All but norm and "auto" may differ by parameter group.
 
     A gradient that is not finite makes the whole step a no-op, found on the device; the next step() or check_finite() raises NonFiniteError
@@ -353,7 +363,7 @@ class Dualized(torch.optim.Optimizer):
         del U
         if group["constraint"] is not None:
             W = _stack(s.weights)
-            R = torch.where(live & (s.radii > 0), RETRACTIONS[group["constraint"]](s.norm, W), W)
+            R = torch.where(live & (s.radii > 0), retract(W, norm=s.norm, constraint=group["constraint"]), W)
             if start:
                 torch._foreach_add_(start, (R - W).unbind())  # pyright: ignore[reportPrivateImportUsage]
             torch._foreach_copy_(s.weights, R.unbind())  # pyright: ignore[reportPrivateImportUsage]
@@ -364,8 +374,7 @@ class Dualized(torch.optim.Optimizer):
     def _all_finite(self, present: list[tuple[str, Tensor]]) -> Tensor:
         """A 0-dim bool on the device. Which gradient was not finite goes to the host without waiting for it."""
         grads = [p.grad for _, p in present if p.grad is not None]
-        largest = torch._foreach_norm(grads, torch.inf)  # type: ignore[arg-type]
-        finite = torch.stack([torch.isfinite(x).to(grads[0].device) for x in largest])
+        finite = _finite(grads)
         host, event = finite.to("cpu", non_blocking=finite.is_cuda), None
         if finite.is_cuda:
             event = torch.Event(finite.device)
@@ -491,11 +500,12 @@ class Normalized(torch.optim.Optimizer):
         moving = [(g, n, p) for g in groups for n, p in zip(g["param_names"], g["params"], strict=True) if p.grad is not None]
         if not moving:
             return loss
-        for _, name, p in moving:
-            if not torch.isfinite(p.grad).all():  # type: ignore[arg-type]
-                raise NonFiniteError(
-                    f"the gradient of {name} is not finite; the step was not taken, weights and the base's state are as before"
-                )
+        finite = _finite([p.grad for *_, p in moving]).tolist()  # one wait for the device, not one a weight
+        if not all(finite):
+            name = moving[finite.index(False)][1]
+            raise NonFiniteError(
+                f"the gradient of {name} is not finite; the step was not taken, weights and the base's state are as before"
+            )
         old = [p.detach().clone() for *_, p in moving]
         if self.from_zero:
             torch._foreach_zero_([p for *_, p in moving])  # pyright: ignore[reportPrivateImportUsage]

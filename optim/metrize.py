@@ -121,12 +121,15 @@ def metrize(model: nn.Module, structure: Module | None = None, rules: Iterable[R
     check_distinct(canonical(n) for n, _ in model.named_parameters())
     _check_rules(rules, [n for n, _ in every])
     unique = {canonical(n): p for n, p in model.named_parameters()}
-    embeddings = {canonical(f"{path}.weight") for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Embedding)}
-    alias = _check_ties(every, rules, embeddings)
+    tables = {
+        canonical(f"{path}.weight".lstrip(".")): m
+        for path, m in model.named_modules(remove_duplicate=False)
+        if isinstance(m, nn.Embedding | nn.EmbeddingBag)
+    }
+    alias = _check_ties(every, rules, {n for n, m in tables.items() if isinstance(m, nn.Embedding)})
     declare: Callable[[], Module] | None = getattr(plain, "structure", None)
-    for path, m in model.named_modules():
-        name = canonical(f"{path}.weight" if path else "weight")
-        if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse and name in unique and m.weight.requires_grad:
+    for name, m in tables.items():
+        if m.sparse and m.weight.requires_grad:
             raise CoverageError(
                 f"{name}\n  got: sparse gradients\n  allowed: dense ones\n  fix: build its {type(m).__name__} with sparse=False"
             )
@@ -213,7 +216,7 @@ def _by_type(model: nn.Module, trainable: Mapping[str, Tensor], rules: list[Rule
         as_placed = place is not None and (norm is place.norm or (rule.norm is not None and rule.role is None))
         maps = rule.maps or (place.maps if place and as_placed else 1)
         role = role or ("hidden" if p.ndim >= 2 else "bias")
-        places[name] = replace(place or Place(role, norm), role=role, norm=norm, maps=maps)
+        places[name] = Place(role, norm, maps)
         if rule.mass is not None:
             masses[name] = rule.mass
         elif rule.norm is None and rule.role is None and place and place.note:

@@ -19,6 +19,7 @@ from torch import Tensor
 from .norms import Norm
 
 Sharpness = tuple[float, float, float]  # (α, β, γ): bounds on second derivatives in (w, w), (w, x), (x, x) [MN, §3.3]
+Rows = list[tuple[int, str, tuple[float, ...]]]  # of a drawing: indentation, text, and the radius of every copy
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ class Module:
         """Each atom below with the radius that its update has when the whole module's has norm `target`."""
         return iter(())
 
-    def rows(self, targets: tuple[float, ...] = (1.0,)) -> list[tuple[int, str, tuple[float, ...]]]:
-        """(indentation, text, radii: one per copy) of every line of the drawing."""
+    def rows(self, targets: tuple[float, ...] = (1.0,)) -> Rows:
+        """The lines of the drawing, for these radii of the module's copies."""
         return [(0, type(self).__name__, ())]
 
     def __str__(self) -> str:
@@ -137,7 +138,7 @@ class Atom(Module):
     def radii(self, target: float = 1.0) -> Iterator[tuple[Atom, float]]:
         yield self, target
 
-    def rows(self, targets: tuple[float, ...] = (1.0,)) -> list[tuple[int, str, tuple[float, ...]]]:
+    def rows(self, targets: tuple[float, ...] = (1.0,)) -> Rows:
         role = f", {self.role}" if self.role != self.name else ""
         return [(0, f"{self.name}: {self.norm}{role}, mass {self.mass:.4g}{_gain(self)}", targets)]
 
@@ -161,7 +162,7 @@ class Bond(Module):
 
     label: str = "identity"
 
-    def rows(self, targets: tuple[float, ...] = (1.0,)) -> list[tuple[int, str, tuple[float, ...]]]:
+    def rows(self, targets: tuple[float, ...] = (1.0,)) -> Rows:
         return [(0, self.label + ("" if self.label.startswith("× ") else _gain(self)), ())]
 
 
@@ -246,7 +247,7 @@ class Composite(Module):
         yield from self.inner.radii(inner)
         yield from self.outer.radii(outer)
 
-    def rows(self, targets: tuple[float, ...] = (1.0,)) -> list[tuple[int, str, tuple[float, ...]]]:
+    def rows(self, targets: tuple[float, ...] = (1.0,)) -> Rows:
         inner, outer = zip(*map(self._targets, targets), strict=True)
         first, second = self.inner.rows(inner), self.outer.rows(outer)
         if isinstance(self.outer, Bond):
@@ -274,8 +275,8 @@ class Concat(Module):
         for child in self.children:
             yield from child.radii(target * child.mass / self.mass if self.mass else 0.0)
 
-    def rows(self, targets: tuple[float, ...] = (1.0,)) -> list[tuple[int, str, tuple[float, ...]]]:
-        rows: list[tuple[int, str, tuple[float, ...]]] = [(0, "side by side", ())]
+    def rows(self, targets: tuple[float, ...] = (1.0,)) -> Rows:
+        rows: Rows = [(0, "side by side", ())]
         for child in self.children:
             share = child.mass / self.mass if self.mass else 0.0
             below = child.rows(tuple(t * share for t in targets))
@@ -330,7 +331,7 @@ class Power(Module):
             for leaf, radius in self.block.radii(share):
                 yield leaf.numbered(i), radius
 
-    def rows(self, targets: tuple[float, ...] = (1.0,)) -> list[tuple[int, str, tuple[float, ...]]]:
+    def rows(self, targets: tuple[float, ...] = (1.0,)) -> Rows:
         shares = tuple(share for t in targets for share in self._targets(t))
         return [
             (0, f"{self.times} times (mass {self.mass:.4g}{_gain(self)})", ()),

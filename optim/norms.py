@@ -270,7 +270,7 @@ class MaxEntry(Norm):
         return 1.0
 
     def norm(self, W: Tensor) -> Tensor:
-        return self._factor(W.shape) * self._largest(W)
+        return self._factor(W.shape) * self._over_weight(torch.amax, _at_least_fp32(W).abs())
 
     def dual_norm(self, G: Tensor) -> Tensor:
         return self._over_weight(torch.sum, _at_least_fp32(G).abs()) / self._factor(G.shape)
@@ -286,9 +286,6 @@ class MaxEntry(Norm):
 
     def update_rms(self, shape: Sequence[int]) -> float:
         return 1 / self._factor(shape)
-
-    def _largest(self, W: Tensor) -> Tensor:
-        return self._over_weight(torch.amax, _at_least_fp32(W).abs())
 
     def _over_weight(self, reduce: Callable[..., Tensor], X: Tensor) -> Tensor:
         return reduce(X, dim=tuple(range(-self.ndim, 0))) if self.ndim else X
@@ -398,10 +395,10 @@ class _View(Norm):
         return torch.stack([self.inner.dual_norm(p).sum(-1) for p in self._split(G)]).sum(0) / self._factor(G.shape)
 
     def dualize(self, G: Tensor) -> Tensor:
-        return self._each(lambda p: self.inner.dualize(p), G) / self._factor(G.shape)
+        return self._each(self.inner.dualize, G) / self._factor(G.shape)
 
     def dualize_(self, G: Tensor) -> Tensor:
-        return self._each(lambda p: self.inner.dualize_(p), G).div_(self._factor(G.shape))
+        return self._each(self.inner.dualize_, G).div_(self._factor(G.shape))
 
     def project(self, W: Tensor) -> Tensor:
         return self._each(lambda p: self.inner.project(p * self._factor(W.shape)), W) / self._factor(W.shape)
@@ -413,10 +410,9 @@ class _View(Norm):
         return self._each(self.inner.stiefel, W) / self._factor(W.shape)
 
     def fresh(self, G: Tensor) -> Tensor | None:
-        masks = [self.inner.fresh(p) for p in self._split(G)]
-        if any(m is None for m in masks):
-            return None
-        return self._join([m.expand(p.shape) for m, p in zip(masks, self._split(G), strict=True) if m is not None], G.shape)
+        parts = self._split(G)
+        masks = [m.expand(p.shape) for p in parts if (m := self.inner.fresh(p)) is not None]
+        return self._join(masks, G.shape) if len(masks) == len(parts) else None
 
     def init(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
         return self._each(lambda p: self.inner.init(p.shape, generator), torch.empty(*shape)) / self._factor(shape)

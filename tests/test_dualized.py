@@ -565,9 +565,10 @@ def test_a_constraint_holds_at_every_step(constraint: str):
     assert loss_of(model, 99) < loss_of(Net(), 99)
 
 
-def test_vectors_are_kept_in_the_ball_whatever_the_constraint():
+@pytest.mark.parametrize("constraint", ["ball", "sphere", "stiefel"])
+def test_vectors_are_kept_in_the_ball_whatever_the_constraint(constraint):
     bias = nn.Parameter(torch.zeros(4))
-    optimizer = Dualized([("bias", bias)], 0.1, norm=ModularNorm({"bias": VectorRMS()}, {"bias": 1.0}), constraint="sphere", beta=0.0)
+    optimizer = Dualized([("bias", bias)], 0.1, norm=ModularNorm({"bias": VectorRMS()}, {"bias": 1.0}), constraint=constraint, beta=0.0)
     for _ in range(20):
         bias.grad = torch.tensor([1.0, -1, 1, -1])
         optimizer.step()
@@ -909,3 +910,37 @@ def test_normalized_keeps_sixteen_bit_updates_decays_and_refuses_what_it_cannot_
         with pytest.raises(CoverageError, match=text):
             Normalized(base, norm, 0.1)
         assert base.param_groups[0]["lr"] != 0.1
+
+
+def test_a_state_of_the_first_schema_loads_with_this_versions_other_settings():
+    model = Net()
+    optimizer = Dualized(model, 0.1)
+    take_step(model, optimizer)
+    old: dict[str, Any] = {**copy.deepcopy(optimizer.state_dict()), "schema": 1}
+    for group in old["param_groups"]:
+        for key in ("beta2", "refresh_every", "constraint", "momentum_dtype", "master_weights", "calls"):
+            del group[key]
+    again = copy.deepcopy(model)
+    loaded = Dualized(again, 0.7, constraint="ball")
+    loaded.load_state_dict(old)
+    assert loaded.param_groups[0]["lr"] == 0.1 and loaded.param_groups[0]["constraint"] == "ball"
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(optimizer.state[p]["momentum"], loaded.state[q]["momentum"])
+
+
+def test_normalized_by_block_gives_every_row_its_full_size():
+    w = nn.Parameter(torch.zeros(5, 4, dtype=torch.float64))
+    norm = ModularNorm({"w": L1ToRMS()}, {"w": 0.5})
+    sizes = {}
+    for by_block in (False, True):
+        w.data.zero_()
+        w.grad = noise(0, (5, 4))
+        Normalized(torch.optim.SGD([("w", w)], lr=1.0), norm, 0.2, by_block=by_block).step()
+        sizes[by_block] = w.detach().square().mean(-1).sqrt()
+    assert torch.allclose(sizes[True], torch.full_like(sizes[True], 0.1)), "lr · radius"
+    assert sizes[False].amax() == pytest.approx(0.1) and sizes[False].amin() < 0.09
+
+
+def test_unweighted_radii_are_one_but_for_what_is_never_updated():
+    norm = ModularNorm({"a": Frobenius(), "b": Frobenius()}, {"a": 0.3, "b": 0.0})
+    assert norm.unweighted().radii == {"a": 1.0, "b": 0.0}
