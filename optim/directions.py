@@ -18,9 +18,10 @@ class Direction:
     """A rule for what is dualized. One instance serves all weights; what it remembers is in the buffers.
 
     gated: it leaves its buffers as they are wherever live is 0. Otherwise the optimizer does that for it, at the price of a copy.
+    entrywise: no entry depends on another one, so that ranks may each hold some rows of a weight.
     """
 
-    gated = False
+    gated = entrywise = False
 
     def buffers(self, W: Tensor) -> Buffers:
         """Of one weight (*shape), in its dtype, before the first step."""
@@ -43,7 +44,7 @@ def _average_(M: Tensor, G: Tensor, live: Tensor, beta: float) -> Tensor:
 class Momentum(Direction):
     """The exponential moving average M ← β M + (1 − β) G, 0 <= β < 1; with nesterov the average one step ahead, (1 − β) G + β M."""
 
-    gated = True
+    gated = entrywise = True
 
     def __init__(self, *, nesterov: bool = False) -> None:
         self.nesterov = nesterov
@@ -56,7 +57,7 @@ class Momentum(Direction):
 class SignMomentum(Direction):
     """Lion: sign(β M + (1 − β) G) with the old average, then M ← β₂ M + (1 − β₂) G."""
 
-    gated = True
+    gated = entrywise = True
 
     def __call__(self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool) -> Tensor:
         D = torch.lerp(state["momentum"], G, 1 - beta).sign_()
@@ -78,7 +79,7 @@ def _ratio(M: Tensor, R: Tensor) -> Tensor:
 class Adam(Direction):
     """M / R: the average gradient over its running RMS R, entry by entry; 0 where there was never a gradient."""
 
-    gated = True
+    gated = entrywise = True
 
     def buffers(self, W: Tensor) -> Buffers:
         return {"momentum": torch.zeros_like(W), "rms": torch.zeros_like(W)}

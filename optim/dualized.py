@@ -6,14 +6,17 @@ Stacks: (n, *shape), the n weights of one (group, norm, shape, dtype, device), s
 Sources: [MD] Bernstein, Newhouse, arXiv 2410.21265; [MN] Large et al., arXiv 2405.14813.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .comm import Alone, CommError, Job, Piece, Replicas, Shards, ranks_of, run, sharded
 from .directions import DIRECTIONS
 from .metrize import CoverageError, canonical, check_distinct, metrize
 from .modular import ModularNorm, NonFiniteError
@@ -42,36 +45,33 @@ def retract(W: Tensor, *, norm: Norm, constraint: str) -> Tensor:
     return RETRACTIONS[constraint if norm.ndim >= 2 else "ball"](norm, W)
 
 
-def _finite(grads: list[Tensor]) -> Tensor:
-    """(n,) bool on the first one's device: which gradients are finite throughout."""
-    return torch.stack([torch.isfinite(x).to(grads[0].device) for x in torch._foreach_norm(grads, torch.inf)])  # pyright: ignore[reportPrivateImportUsage]
+def _finite(grads: list[Tensor]) -> list[Tensor]:
+    """0-dim bools: which gradients are finite throughout."""
+    return [torch.isfinite(x) for x in torch._foreach_norm(grads, torch.inf)]  # pyright: ignore[reportPrivateImportUsage]
 
 
-def stacked_update(D: Tensor, radii: Tensor, live: Tensor, *, norm: Norm, scale: str) -> Tensor:
-    """U: the step of a stack, before decay and retraction, is W ← W − lr · U.
-
-    D: (n, *shape), what is dualized, overwritten. radii: (n, 1…). live: bool, broadcastable to D; U is 0 where it is False.
-    """
-    U = norm.sharp(D) if scale == "dual" else norm.dualize_(D)
-    return U.mul_(radii).masked_fill_(~live, 0)
-
-
-def escape_terms(G: Tensor, start: list[Tensor], weights: list[Tensor], radii: Tensor, *, norm: Norm) -> Tensor:
+def escape_terms(G: Tensor, dual: Tensor, start: list[Tensor], weights: list[Tensor], radii: Tensor) -> Tensor:
     """(⟨G, W₀ − W⟩, Σ radius · ‖G‖†) of a stack (2,): what its gradients say that the way from W₀ was worth, and their share of the dual norm.
 
-    G: (n, *shape), 0 where nothing is live. The dual norm is what dualize attains. Nothing is written.
+    G: (n, *shape), 0 where nothing is live. dual: dualize(G), which attains the dual norm. Nothing is written.
     """
     worth = torch.stack([(g * (w0 - w)).sum() for g, w0, w in zip(G, start, weights, strict=True)]).sum()
-    return torch.stack([worth, (G * norm.dualize(G) * radii).sum()])
+    return torch.stack([worth, (G * dual * radii).sum()])
 
 
 @dataclass
 class _Stack:
-    """Equal-shaped weights of one group that step together. weights: what steps, the parameters or their masters; radii: (n, 1…)."""
+    """Equal-shaped weights of one group that step together, and what this rank steps of them.
+
+    everyone: all parameters of the stack; params: those of which this rank has pieces. weights: what steps, the pieces or their masters; radii: (n, 1…); ok: a bool, or one for each (n, 1…).
+    """
 
     group: dict[str, Any]
     norm: Norm
+    at: Alone
+    everyone: list[Tensor]
     params: list[Tensor]
+    pieces: list[Tensor]
     weights: list[Tensor]
     radii: Tensor
     ok: Tensor
@@ -79,7 +79,8 @@ class _Stack:
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """(G (n, *shape), a copy, clipped and 0 where nothing is live; live, a mask broadcastable to it)."""
-        G = torch.stack([p.grad for p in self.params]).to(self.radii.dtype)  # type: ignore[misc]
+        grads = [self.at.gradient(p) for p in self.params]
+        G = torch.stack([torch.zeros_like(w) if g is None else g for g, w in zip(grads, self.weights, strict=True)]).to(self.radii.dtype)
         ok = self.ok.to(G.device)
         if isinstance(self.group["lr"], Tensor):
             ok = ok & (self.group["lr"] != 0).to(G.device)
@@ -137,13 +138,17 @@ class Dualized(torch.optim.Optimizer):
     gradient. A head of norm 1 on inputs of RMS 1 gives logits of at most 1, unless the model scales them, as model.py does: else give the head
     a group without constraint.
     scale: "unit" steps have norm lr; "dual" steps are each weight's dual norm times that, plain steepest descent (with Frobenius: gradient descent).
+    grads: "reduced": p.grad is the same on all processes, or there is one; nothing is communicated. "local": every process of the default process group has the
+    gradient of its own share of the batch; step() averages them, each weight is stepped by its owner alone, which has its momentum, and all get the
+    result. See last_backward() and docs/cluster.md. Weights sharded by fully_shard stay so, under either.
     max_grad_norm: clip the 2-norm of a parameter group's raw gradients; updates are never clipped.
     momentum_dtype: of the buffers, "float32" or "bfloat16" (whose 8 bits stall averages of beta above 0.99); None is the weight's, and 64-bit
     weights keep theirs. master_weights: keep 16-bit weights in float32 besides, and step there; what others write into a weight counts.
     All but norm and "auto" may differ by parameter group.
 
-    A gradient that is not finite makes the whole step a no-op, found on the device; the next step() or check_finite() raises NonFiniteError
-    with the parameter's name. p.grad is never written.
+    A gradient that is not finite makes the whole step a no-op, on all ranks, found on the device; the next step() or check_finite() raises NonFiniteError
+    with the parameter's name and rank. p.grad is never written. With several processes step(), and state_dict() with local gradients, are
+    collective: every rank calls them. A gradient absent on some ranks counts as zero there.
     """
 
     def __init__(
@@ -159,6 +164,7 @@ class Dualized(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         constraint: Constraint | None = None,
         scale: Literal["unit", "dual"] = "unit",
+        grads: Literal["reduced", "local"] = "reduced",
         max_grad_norm: float | None = None,
         momentum_dtype: Literal["float32", "bfloat16"] | torch.dtype | None = None,
         master_weights: bool = False,
@@ -179,6 +185,19 @@ class Dualized(torch.optim.Optimizer):
         self.escape = EscapeVelocity() if isinstance(lr, str) and lr == "auto" else lr if isinstance(lr, EscapeVelocity) else None
         self._watch: tuple[Tensor, torch.Event | None, list[str], int] | None = None
         self._radii: dict[tuple[Any, ...], Tensor] = {}
+        self._here: dict[tuple[bool, ...], Tensor] = {}  # on the device: which weights have a gradient on this rank
+        if grads not in ("reduced", "local"):
+            raise ValueError(f"Dualized: grads\n  got: {grads!r}\n  allowed: reduced, local\n  fix: Dualized(…, grads=…)")
+        if grads == "local" and type(model_or_named_parameters).__name__ == "DistributedDataParallel":
+            raise CommError(
+                'Dualized(DistributedDataParallel(…), grads="local")\n  got: gradients that DDP has reduced already\n  allowed: the bare module, or'
+                ' grads="reduced"\n  fix: one of them'
+            )
+        tensors = [p for x in named for p in (_tensors(x) if isinstance(x, dict) else [x[1]])]
+        self._ranks = ranks_of(tensors, local=grads == "local")
+        self._alone = Alone(self._ranks)
+        self._plain = Replicas(self._ranks) if grads == "local" and self._ranks.size > 1 else self._alone
+        self._shards: dict[Any, Shards] = {}
         defaults = dict(
             lr=1.0 if self.escape else lr,
             direction=direction,
@@ -223,10 +242,42 @@ class Dualized(torch.optim.Optimizer):
         if self.escape:
             # One tensor for all groups: it travels in the groups because checkpoint libraries keep nothing else.
             group["step_size"] = self.param_groups[0]["step_size"] if self.param_groups else self._new_step_size([p for _, p in pairs])
+        self._refuse_unsupported(self.defaults | group, pairs)
         super().add_param_group(group)
         for name, p in pairs:
             if norm is not None and radius is not None:
                 self.norm.norms[name], self.norm.radii[name], self.norm.shapes[name] = norm, float(radius), tuple(p.shape)
+        entries: dict[Alone, list[tuple[Tensor, float, bool]]] = {}
+        entrywise = DIRECTIONS[self.param_groups[-1]["direction"]].entrywise
+        for name, p in pairs:
+            norm = self.norm.norms[name]
+            by_rows = entrywise and _by_rows(norm, self.param_groups[-1])
+            entries.setdefault(self._at(p), []).append((p, float(norm.flops(p.shape)), by_rows))
+        for at, placed in entries.items():
+            at.place(placed)
+
+    def _at(self, p: Tensor) -> Alone:
+        """Where a weight is stepped."""
+        if not sharded(p):
+            return self._plain
+        mesh = p.device_mesh  # type: ignore[attr-defined]
+        return self._shards.setdefault(mesh, Shards(self._ranks, mesh))
+
+    def _refuse_unsupported(self, group: dict[str, Any], pairs: list[tuple[str, Tensor]]) -> None:
+        for name, p in pairs:
+            if not sharded(p):
+                continue
+            Shards.check(name, p)  # type: ignore[arg-type]
+            if not DIRECTIONS[group["direction"]].entrywise:
+                fine = ", ".join(k for k, d in DIRECTIONS.items() if d.entrywise)
+                raise CommError(
+                    f"{name}\n  got: the direction {group['direction']!r} of a sharded weight\n  allowed: {fine}, entry by entry\n"
+                    '  fix: one of them, or replicas (grads="local"), whose owners have whole weights'
+                )
+            if ranks_of([p], local=False) != self._ranks and ranks_of([p], local=False).group is not self._ranks.group:
+                raise CommError(
+                    f"{name}\n  got: a mesh that no weight before it has\n  allowed: one mesh\n  fix: build Dualized with sharded weights"
+                )
 
     def _new_step_size(self, params: list[Tensor], value: float | Tensor | None = None) -> Tensor:
         assert self.escape and params
@@ -234,8 +285,10 @@ class Dualized(torch.optim.Optimizer):
         return torch.as_tensor(self.escape.initial if value is None else value, dtype=dtype, device=params[0].device).clone()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {"norm": self.norm, "escape": self.escape}
-        return super().__getstate__() | kept | {"_watch": None, "_radii": {}}
+        if self._ranks.size > 1:
+            raise TypeError("Dualized of several processes: got a copy or pickle of it; allowed: state_dict() of one, loaded into another")
+        kept = {k: getattr(self, k) for k in ("norm", "escape", "_ranks", "_alone", "_plain", "_shards")}
+        return super().__getstate__() | kept | {"_watch": None, "_radii": {}, "_here": {}}
 
     @property
     def calls(self) -> int:
@@ -248,58 +301,104 @@ class Dualized(torch.optim.Optimizer):
         return self.param_groups[0]["step_size"].item() if self.escape else None
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None, *, loss: Tensor | None = None) -> Any:  # type: ignore[override]
+        """One step. loss: this rank's, 0-dim; one that is not finite stops the step as such a gradient does. Returns what closure does."""
         self.check_finite()
-        loss = None
+        result = None
         if closure is not None:
             with torch.enable_grad():
-                loss = closure()
-        present: list[tuple[dict[str, Any], list[tuple[str, Tensor]]]] = []
+                result = closure()
+        entries: list[tuple[dict[str, Any], str, Tensor]] = []
         for group in self.param_groups:
-            members = [(n, p) for n, p in zip(group["param_names"], group["params"], strict=True) if p.grad is not None]
-            for name, p in members:
-                if type(p).__name__ == "DTensor":
-                    raise ValueError(
-                        f"{name}\n  got: a sharded weight (DTensor)\n  allowed: whole ones\n  fix: replicate it; sharded steps are not built yet"
-                    )
-                if p.grad.is_sparse:
-                    raise ValueError(f"{name}\n  got: a sparse gradient\n  allowed: dense ones\n  fix: sparse=False in its module")
-                if not self.state[p]:
-                    self.state[p].update(self._new_state(group, p))
             lr = group["lr"]
-            if members and ((isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0):  # without waiting for a device
-                present.append((group, members))
-        if not present:
-            return loss
-        for group, _ in present:
-            group["calls"] += 1
-        ok = self._all_finite([x for _, members in present for x in members])
+            moves = (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0  # without waiting for a device
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                if p.grad is not None and p.grad.is_sparse:
+                    raise ValueError(f"{name}\n  got: a sparse gradient\n  allowed: dense ones\n  fix: sparse=False in its module")
+                # What other ranks have is not known here: with several, every weight takes part, and those without any gradient are masked.
+                if p.grad is not None or self._ranks.size > 1:
+                    self._make_state(group, p)  # at lr 0 too: checkpoint libraries have it made so
+                    if moves:
+                        entries.append((group, name, p))
+        if not entries:
+            return result
+        groups: list[dict[str, Any]] = []
+        for group, *_ in entries:
+            if not any(group is g for g in groups):
+                group["calls"] += 1
+                groups.append(group)
+        self._plain.receive_gradients()
+        ok, present = self._all_finite(entries, loss)
         stacks: list[_Stack] = []
-        for group, members in present:
-            clip = _clip([p.grad for _, p in members if p.grad is not None], group["max_grad_norm"])
-            equal: dict[tuple[Any, ...], list[tuple[str, Tensor]]] = {}
-            for name, p in members:
-                equal.setdefault((self.norm.norms[name], p.shape, p.dtype, p.device), []).append((name, p))
-            for (norm, *_), pairs in equal.items():
-                params = [p for _, p in pairs]
-                stacks.append(_Stack(group, norm, params, [self._precise(group, p) for p in params], self._radii_of(norm, pairs), ok, clip))
-        step_size = self._grow(stacks) if self.escape else None
-        for stack in stacks:
-            self._step_stack(stack, step_size)
-        return loss
+        for group in groups:
+            mine = [(i, name, p) for i, (g, name, p) in enumerate(entries) if g is group]
+            clip = self._clip([p for *_, p in mine], group["max_grad_norm"])
+            equal: dict[tuple[Any, ...], list[tuple[int, str, Tensor]]] = {}
+            for i, name, p in mine:
+                equal.setdefault((self._at(p), self.norm.norms[name], p.shape, p.dtype, p.device), []).append((i, name, p))
+            for key, members in equal.items():
+                at, norm, *_ = key
+                held = [(i, n, p) for i, n, p in members if self.state.get(p)]
+                pieces = [at.piece(p) for *_, p in held]
+                weights = [self._precise(group, p, piece) for (*_, p), piece in zip(held, pieces, strict=True)]
+                live = ok
+                if present is not None and held:
+                    live = ok & torch.stack([present[i] for i, *_ in held]).reshape(-1, *(1,) * norm.ndim)
+                radii = self._radii_of(norm, [(n, p) for _, n, p in held])
+                stacks.append(_Stack(group, norm, at, [p for *_, p in members], [p for *_, p in held], pieces, weights, radii, live, clip))
+        # What is stepped by rows is cheap to step and large to send: first, so that the rest hides its way.
+        stacks.sort(key=lambda s: not _by_rows(s.norm, s.group))
+        ahead = max(s.at.ahead for s in stacks)
+        step_size = self._grow(stacks, ahead) if self.escape else None
+        run((self._step_stack(s, step_size) for s in stacks), ahead=ahead)
+        return result
 
-    def _grow(self, stacks: list[_Stack]) -> Tensor:
+    @contextmanager
+    def last_backward(self) -> Iterator[None]:
+        """Around the last backward pass of a step: with grads="local", gradients leave for their owners as they come, while it goes on.
+
+        Without it they leave in step(). What is written into p.grad after it (clipping, unscaling) is not seen.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self._plain.listening())
+            yield
+
+    def _grow(self, stacks: list[_Stack], ahead: int) -> Tensor:
         """The escape velocity, after what these gradients say."""
         assert self.escape
-        step_size = self.param_groups[0]["step_size"]
-        parts = []
-        for s in stacks:
-            start = [self.state[p]["start"] for p in s.params]
-            parts.append(escape_terms(s.gradients()[0], start, s.weights, s.radii, norm=s.norm).to(step_size))
-        return step_size.copy_(self.escape.grow(step_size, *torch.stack(parts).sum(0)))
+        step_size, parts = self.param_groups[0]["step_size"], []
+
+        def terms(s: _Stack) -> Job:
+            if not s.params:
+                return
+            G, _ = s.gradients()
+            dual = yield from s.at.whole(s.norm.dualize, G, s.params, by_rows=s.norm.dualizes_by_rows)
+            start = [s.at.local(self.state[p]["start"]) for p in s.params]
+            parts.append(escape_terms(G, dual, start, s.weights, s.radii).to(step_size) / s.at.copies)
+
+        run((terms(s) for s in stacks), ahead=ahead)
+        total = torch.stack(parts).sum(0) if parts else step_size.new_zeros(2)
+        return step_size.copy_(self.escape.grow(step_size, *self._ranks.gather(total).sum(0)))
+
+    def _clip(self, params: list[Tensor], limit: float | None) -> Tensor | None:
+        """The factor, at most 1, that brings the gradients' 2-norm to the limit; scaled by the largest entry first, so that no square overflows."""
+        if limit is None:
+            return None
+        mine = [(self._at(p), g) for p in params if (g := self._at(p).gradient(p)) is not None and g.numel()]
+        grads = [g if at.copies == 1 else g / at.copies**0.5 for at, g in mine]
+        total = torch.zeros((), device=params[0].device)
+        if grads:
+            largest = torch.nn.utils.get_total_norm(grads, torch.inf)
+            scale = torch.where(largest > 0, largest, 1)
+            total = scale * torch.nn.utils.get_total_norm([g / scale.to(g) for g in grads]).to(scale)
+        of_ranks = self._ranks.gather(total)
+        largest = torch.where(of_ranks.amax() > 0, of_ranks.amax(), 1)
+        return (limit / (largest * torch.linalg.vector_norm(of_ranks / largest))).clamp(max=1)
 
     def _radii_of(self, norm: Norm, pairs: list[tuple[str, Tensor]]) -> Tensor:
         """(n, 1…), made once: a copy to the device waits for it."""
+        if not pairs:
+            return torch.empty(0)
         values = tuple(self.norm.radii[n] for n, _ in pairs)
         p = pairs[0][1]
         key = (torch.promote_types(p.dtype, torch.float32), p.device, norm.ndim, values)
@@ -307,31 +406,45 @@ class Dualized(torch.optim.Optimizer):
             self._radii[key] = torch.tensor(values, dtype=key[0], device=p.device).reshape(-1, *(1,) * norm.ndim)
         return self._radii[key]
 
-    def _new_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
+    def _make_state(self, group: dict[str, Any], p: Tensor) -> None:
+        """The buffers of this rank's piece of p, where there is one and it has none yet."""
+        at = self._at(p)
+        piece = at.piece(p).detach()
+        if self.state.get(p) or (at.owned and not piece.numel()):
+            return
         state: dict[str, Tensor] = {}
         if group["master_weights"] and p.dtype in LOW:
-            state["master"] = p.detach().float()
+            state["master"] = piece.float()
         if self.escape:
-            state["start"] = p.detach().clone()
-        made = DIRECTIONS[group["direction"]].buffers(p.detach())
+            state["start"] = piece.clone()
+        made = DIRECTIONS[group["direction"]].buffers(piece)
         clash = made.keys() & {"master", "start"}
         assert not clash, clash
         dtype = DTYPES[group["momentum_dtype"]]
         kept = (torch.float64, *(b.dtype for b in made.values() if not b.is_floating_point()))
-        return state | {k: b if dtype is None or b.dtype in kept else b.to(dtype) for k, b in made.items()}
+        state |= {k: b if dtype is None or b.dtype in kept else b.to(dtype) for k, b in made.items()}
+        self.state[p].update({k: at.keep(p, b) for k, b in state.items()})
 
-    def _precise(self, group: dict[str, Any], p: Tensor) -> Tensor:
-        """The weight that steps: p, or its float32 master, brought up to date where somebody else has written p."""
+    def _precise(self, group: dict[str, Any], p: Tensor, piece: Tensor) -> Tensor:
+        """What steps: the piece of p, or its float32 master, brought up to date where somebody else has written p."""
         if not group["master_weights"] or p.dtype not in LOW:
-            return p
-        master = self.state[p].setdefault("master", p.detach().float())
-        return master.copy_(torch.where(master.to(p.dtype) == p, master, p))
+            return piece
+        at = self._at(p)
+        if "master" not in self.state[p]:
+            self.state[p]["master"] = at.keep(p, piece.detach().float())
+        master = at.local(self.state[p]["master"])
+        return master.copy_(torch.where(master.to(p.dtype) == piece, master, piece))
 
-    def _step_stack(self, s: _Stack, step_size: Tensor | None) -> None:
-        """W ← retract(W − lr · radius · (dualize(direction) + weight_decay · W)), the direction's buffers first."""
-        group = s.group
+    def _step_stack(self, s: _Stack, step_size: Tensor | None) -> Job:
+        """W ← retract(W − lr · radius · (dualize(direction) + weight_decay · W)), the direction's buffers first. Yields as run() wants it."""
+        if s.params:
+            yield from self._step_pieces(s, step_size)
+        yield from s.at.publish(s.everyone)
+
+    def _step_pieces(self, s: _Stack, step_size: Tensor | None) -> Job:
+        group, at = s.group, s.at
         G, live = s.gradients()
-        held = {k: [self.state[p][k] for p in s.params] for k in self.state[s.params[0]] if k not in ("master", "start")}
+        held = {k: [at.local(self.state[p][k]) for p in s.params] for k in self.state[s.params[0]] if k not in ("master", "start")}
         state = {k: _stack(buffers).to(torch.promote_types(buffers[0].dtype, torch.float32)) for k, buffers in held.items()}
         refresh = (group["calls"] - 1) % group["refresh_every"] == 0
         direct = DIRECTIONS[group["direction"]]
@@ -340,16 +453,19 @@ class Dualized(torch.optim.Optimizer):
         D = direct(G, state, live=live.to(G.dtype), beta=group["beta"], beta2=group["beta2"], refresh=refresh)
         for k, buffers in held.items():
             if not direct.gated:
-                state[k] = torch.where(live if state[k].shape == D.shape else s.ok, state[k], torch.stack(buffers))
+                ok = s.ok if s.ok.ndim == 0 else s.ok.reshape(-1, *(1,) * (state[k].ndim - 1))
+                state[k] = torch.where(live if state[k].shape == D.shape else ok, state[k], torch.stack(buffers))
             if len(buffers) > 1 or not direct.gated or state[k].dtype != buffers[0].dtype:  # else the buffer itself was updated
                 torch._foreach_copy_(buffers, state[k].unbind())  # pyright: ignore[reportPrivateImportUsage]
         del G, state
-        U = stacked_update(D, s.radii, live, norm=s.norm, scale=group["scale"])
+        dualize = s.norm.sharp if group["scale"] == "dual" else s.norm.dualize_
+        D = yield from at.whole(dualize, D, s.params, by_rows=s.norm.dualizes_by_rows and group["scale"] == "unit")
+        U = D.mul_(s.radii).masked_fill_(~live, 0)
         del D
         lr = group["lr"] if step_size is None else group["lr"] * step_size
         lr = lr.to(U) if isinstance(lr, Tensor) else lr
         # What decay and retraction do is not part of the way that the escape velocity measures: W₀ moves along.
-        start = [self.state[p]["start"] for p in s.params] if self.escape else []
+        start = [at.local(self.state[p]["start"]) for p in s.params] if self.escape else []
         if group["weight_decay"]:
             decay = torch.where(live, _stack(s.weights), 0).mul_(s.radii * group["weight_decay"]).mul_(lr)
             torch._foreach_sub_(s.weights, decay.unbind())  # pyright: ignore[reportPrivateImportUsage]
@@ -363,44 +479,86 @@ class Dualized(torch.optim.Optimizer):
         del U
         if group["constraint"] is not None:
             W = _stack(s.weights)
-            R = torch.where(live & (s.radii > 0), retract(W, norm=s.norm, constraint=group["constraint"]), W)
+            onto = partial(retract, norm=s.norm, constraint=group["constraint"])
+            R = yield from at.whole(onto, W, s.params, by_rows=s.norm.retracts_by_rows)
+            R = torch.where(live & (s.radii > 0), R, W)
             if start:
                 torch._foreach_add_(start, (R - W).unbind())  # pyright: ignore[reportPrivateImportUsage]
             torch._foreach_copy_(s.weights, R.unbind())  # pyright: ignore[reportPrivateImportUsage]
-        if s.weights[0] is not s.params[0]:
-            torch._foreach_copy_(s.params, s.weights)  # pyright: ignore[reportPrivateImportUsage]
+        if s.weights[0] is not s.pieces[0]:
+            torch._foreach_copy_(s.pieces, s.weights)  # pyright: ignore[reportPrivateImportUsage]
 
     @_eager
-    def _all_finite(self, present: list[tuple[str, Tensor]]) -> Tensor:
-        """A 0-dim bool on the device. Which gradient was not finite goes to the host without waiting for it."""
-        grads = [p.grad for _, p in present if p.grad is not None]
-        finite = _finite(grads)
-        host, event = finite.to("cpu", non_blocking=finite.is_cuda), None
-        if finite.is_cuda:
-            event = torch.Event(finite.device)
+    def _all_finite(self, entries: list[tuple[dict[str, Any], str, Tensor]], loss: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(0-dim bool, the same on all ranks: every number is finite; (n,) bool: the weight has a gradient on some rank, None for one rank).
+
+        What was not finite, and where, goes to the host without waiting for it.
+        """
+        w, n = self._ranks.size, len(entries)
+        device = self._at(entries[0][2]).piece(entries[0][2]).device
+        nothing = torch.zeros(1, device=device)
+        numbers = [self._at(p).own(p) for *_, p in entries] + [loss]
+        if w > 1:  # and the averages, which may overflow
+            numbers += [self._at(p).gradient(p) if self._at(p).owned else None for *_, p in entries] + [None]
+        finite = _finite([nothing if x is None or not x.numel() else x.detach() for x in numbers])
+        bad = torch.where(torch.stack([x.to(device) for x in finite]), 0, w - self._ranks.rank).to(torch.int32).view(-1, n + 1)
+        present = None
+        if w > 1:
+            here = tuple(x is not None for x in numbers[: n + 1])
+            if here not in self._here:
+                self._here = {here: torch.tensor(here, dtype=torch.int32, device=device)}
+            bad = self._ranks.maximum(torch.cat((bad, self._here[here][None])))
+            present, bad = bad[-1, :n] > 0, bad[:-1]
+        host, event = bad.to("cpu", non_blocking=bad.is_cuda), None
+        if bad.is_cuda:
+            event = torch.Event(bad.device)
             event.record()
-        self._watch = (host, event, [n for n, _ in present], self.calls)
-        return finite.all()
+        self._watch = (host, event, [f"the gradient of {name}" for _, name, _ in entries] + ["the loss"], self.calls)
+        return (bad == 0).all(), present
 
     @_eager
     def check_finite(self) -> None:
         """Raise NonFiniteError if the last step met a gradient that was not finite. That step changed nothing."""
         if self._watch is None:
             return
-        finite, event, names, call = self._watch
+        host, event, names, call = self._watch
         self._watch = None
         if event is not None:
             event.synchronize()
-        if not finite.all():
-            bad = [n for n, fine in zip(names, finite.tolist(), strict=True) if not fine]
-            more = f" and of {len(bad) - 1} more" if len(bad) > 1 else ""
-            raise NonFiniteError(
-                f"the gradient of {bad[0]}{more} was not finite in call {call} of step(); that step was not taken, weights and momentum are as before"
-            )
+        if not host.any():
+            return
+        w, found = self._ranks.size, []
+        for what, codes in zip(("", "the average over ranks of "), host.tolist(), strict=False):
+            found += [f"{what}{name}" + (f" on rank {w - code}" if w > 1 else "") for name, code in zip(names, codes, strict=True) if code]
+        if host[0, -1]:  # the loss comes first: gradients follow it
+            found.insert(0, found.pop(int((host[0, :-1] > 0).sum())))
+        more = f" and of {len(found) - 1} more" if len(found) > 1 else ""
+        raise NonFiniteError(
+            f"{found[0]}{more} was not finite in call {call} of step(); that step was not taken, weights and momentum are as before"
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's layout, with param_names in every group and a schema version."""
-        return super().state_dict() | {"schema": SCHEMA}
+        """torch's layout, with param_names in every group and a schema version. With local gradients: the whole state, gathered on every rank."""
+        found = super().state_dict()
+        if self._plain.owned:
+            for group, saved in zip(self.param_groups, found["param_groups"], strict=True):
+                for p, i in zip(group["params"], saved["params"], strict=True):
+                    if self._plain is self._at(p) and group["calls"]:
+                        found["state"][i] = self._plain.collect(p, self.state.get(p, {}))
+        return found | {"schema": SCHEMA}
+
+    def held(self) -> dict[str, Piece]:
+        """This rank's part of the state: {"<parameter>.<buffer>": piece}. For checkpoints of pieces, as checkpoint.py writes them."""
+        named = [(n, p) for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)]
+        return {f"{n}.{k}": self._at(p).held(p, b) for n, p in named for k, b in self.state.get(p, {}).items()}
+
+    @torch.no_grad()
+    def make_state(self, wanted: Callable[[str], bool]) -> None:
+        """Make the buffers of the parameters of these names that have none, as their first step would: held() can then be read into."""
+        for group in self.param_groups:
+            for name, p in zip(group["param_names"], group["params"], strict=True):
+                if wanted(name):
+                    self._make_state(group, p)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but matched by parameter name, whatever the order, and copied; a missing or unknown name raises before anything changes."""
@@ -417,14 +575,16 @@ class Dualized(torch.optim.Optimizer):
                     'optimizer state\n  got: one saved with lr="auto"\n  allowed: one saved with a fixed lr\n  fix: Dualized(model, lr="auto")'
                 )
             group.update({k: v for k, v in own.items() if k not in group})  # saved by a version that had fewer settings
-        super().load_state_dict({"state": state, "param_groups": groups})
+        super().load_state_dict({"state": {}, "param_groups": groups})
         for group in self.param_groups:
             if self.escape:
                 group["step_size"] = self.param_groups[0]["step_size"]
         for group, saved in zip(self.param_groups, groups, strict=True):
             for p, i in zip(group["params"], saved["params"], strict=True):
-                # torch casts buffers to the weight's dtype: masters, and momentum of another one, would lose their digits.
-                self.state[p].update({k: v.to(p.device) for k, v in state.get(i, {}).items() if isinstance(v, Tensor)})
+                # Not by torch, which casts buffers to the weight's dtype: masters, and momentum of another one, would lose their digits.
+                taken = {k: self._at(p).take(p, v.to(p.device)) for k, v in state.get(i, {}).items() if isinstance(v, Tensor)}
+                if any(v is not None for v in taken.values()):
+                    self.state[p].update({k: v for k, v in taken.items() if v is not None})
 
 
 class Normalized(torch.optim.Optimizer):
@@ -500,7 +660,7 @@ class Normalized(torch.optim.Optimizer):
         moving = [(g, n, p) for g in groups for n, p in zip(g["param_names"], g["params"], strict=True) if p.grad is not None]
         if not moving:
             return loss
-        finite = _finite([p.grad for *_, p in moving]).tolist()  # one wait for the device, not one a weight
+        finite = torch.stack(_finite([p.grad for *_, p in moving])).tolist()  # one wait for the device, not one a weight
         if not all(finite):
             name = moving[finite.index(False)][1]
             raise NonFiniteError(
@@ -598,14 +758,13 @@ def _pairs(named: Any) -> list[tuple[str, Tensor]]:
     return pairs
 
 
-def _clip(grads: list[Tensor], limit: float | None) -> Tensor | None:
-    """The factor, at most 1, that brings the gradients' 2-norm to the limit; scaled by the largest entry first, so that no square overflows."""
-    if limit is None:
-        return None
-    largest = torch.nn.utils.get_total_norm(grads, torch.inf)
-    scale = torch.where(largest > 0, largest, 1)
-    total = scale * torch.nn.utils.get_total_norm([g / scale.to(g) for g in grads]).to(scale)
-    return (limit / total).clamp(max=1)
+def _by_rows(norm: Norm, group: dict[str, Any]) -> bool:
+    """Whether a weight steps row by row: then ranks may have some rows each."""
+    return norm.dualizes_by_rows and group["scale"] == "unit" and (group["constraint"] is None or norm.retracts_by_rows)
+
+
+def _tensors(group: dict[str, Any]) -> list[Tensor]:
+    return [p for _, p in _pairs(group["params"])]
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:

@@ -26,6 +26,9 @@ class Norm:
     """
 
     ndim: int = 2  # dimensions of one weight, the trailing ones of a stack
+    # Whether a slice of the first dimension is dualized (retracted) as it is in the whole weight: then ranks may hold slices.
+    dualizes_by_rows: bool = False
+    retracts_by_rows: bool = False
 
     def norm(self, W: Tensor) -> Tensor:
         """(..., O, I) → (...): the norm's value."""
@@ -79,6 +82,10 @@ class Norm:
     def update_rms(self, shape: Sequence[int]) -> float:
         """Root mean square of the entries of dualize(G), G of this shape without zeros and of full rank."""
         raise NotImplementedError
+
+    def flops(self, shape: Sequence[int]) -> int:
+        """Of dualize for one weight: those of matrix products, where there are any, else 4 an entry (|x|, x², two products)."""
+        return 4 * prod(shape)
 
     def check(self, shape: Sequence[int]) -> str | None:
         """None if a weight of this shape fits, else what does."""
@@ -191,6 +198,9 @@ class Spectral(Norm):
     def update_rms(self, shape: Sequence[int]) -> float:
         return self._scale(shape) / max(shape[-2:]) ** 0.5
 
+    def flops(self, shape: Sequence[int]) -> int:
+        return self.polar.flops(shape[-2], shape[-1])
+
     def _scale(self, shape: Sequence[int]) -> float:
         return SCALES[self.scale](shape[-2], shape[-1])
 
@@ -215,6 +225,8 @@ class RMSToRMS(Spectral):
 
 class _RowWise(Norm):
     """A maximum over rows of c ‖row‖₂, c given by the width: dualize gives every non-zero row its full size 1/c."""
+
+    dualizes_by_rows = retracts_by_rows = True
 
     def _row_factor(self, width: int) -> float:
         raise NotImplementedError
@@ -265,6 +277,10 @@ class MaxEntry(Norm):
     """max |entry| of a weight of ndim dimensions: a gain, which is a diagonal map from RMS to RMS; a scalar (ndim 0); sign descent for any [OO]."""
 
     ndim: int = 1
+
+    @property
+    def dualizes_by_rows(self) -> bool:  # type: ignore[override]
+        return self.ndim >= 1
 
     def _factor(self, shape: Sequence[int]) -> float:
         return 1.0
@@ -422,6 +438,11 @@ class _View(Norm):
         squares = sum(p.numel() * self.inner.update_rms(p.shape[-self.inner.ndim :] if self.inner.ndim else ()) ** 2 for p in parts)
         return (squares / prod(shape)) ** 0.5 / self._factor(shape)
 
+    def flops(self, shape: Sequence[int]) -> int:
+        parts = self._split(torch.empty(*shape, device="meta"))
+        blocks = [p.shape[p.ndim - self.inner.ndim :] for p in parts]
+        return sum(p.numel() // max(1, prod(b)) * self.inner.flops(b) for p, b in zip(parts, blocks, strict=True))
+
     def check(self, shape: Sequence[int]) -> str | None:
         wrong = super().check(shape)
         if wrong:
@@ -558,6 +579,8 @@ class Experts(_One):
 
     An expert that was given no token, whose gradient is exactly zero, does not move, as a row of an embedding.
     """
+
+    dualizes_by_rows = retracts_by_rows = True
 
     def _inner_dimensions(self) -> tuple[int, ...]:
         return (0, 1, 2, 3)

@@ -4,6 +4,7 @@ m, n: rows and columns of one matrix. Everything takes stacks (..., m, n).
 Sources: [MU] kellerjordan.github.io/posts/muon; [PE] arXiv 2505.16932; [GN] Zhang, Amsel, Chen, Dao, Gram Newton-Schulz, 2026.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -155,10 +156,29 @@ class Polar:
         X.div_(schedule.safety * torch.linalg.matrix_norm(X, keepdim=True).clamp(min=1))
         tall = X.shape[-2] > X.shape[-1]
         X = (X.mT if tall else X).to(self._iteration_dtype(G)).reshape(-1, min(G.shape[-2:]), max(G.shape[-2:]))
-        gram_pays = X.shape[-1] >= GRAM_ASPECT * X.shape[-2] and X.dtype != torch.bfloat16
-        form = gram if self.form == "gram" or (self.form == "auto" and gram_pays) else plain
-        X = form(X, schedule.coefficients, inplace=True)
+        X = self._form(X.shape, X.dtype)(X, schedule.coefficients, inplace=True)
         return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
+
+    def flops(self, m: int, n: int) -> int:
+        """Of the matrix products for one matrix (m, n), 2 per multiplication with its addition; dtype "auto" counts as float32.
+
+        The SVD: 6 n m² + 20 m³ for m <= n (Golub, Van Loan, Matrix Computations, 4th ed., fig. 8.6.1: R-SVD with U₁, Σ, V).
+        """
+        m, n = sorted((m, n))
+        dtype = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+        if self.schedule == "exact":
+            return 6 * n * m * m + 20 * m**3
+        steps, side, square = len(SCHEDULES[self.schedule].coefficients), 2 * m * m * n, 2 * m**3
+        if self._form((1, m, n), dtype) is plain:
+            return steps * (2 * side + square)
+        ends = [step == steps or step % GRAM_PERIOD[dtype] == 0 for step in range(1, steps + 1)]
+        starts = [True, *ends[:-1]]
+        return sum(side * (start + end) + square * (1 + (not start) + 2 * (not end)) for start, end in zip(starts, ends, strict=True))
+
+    def _form(self, shape: Sequence[int], dtype: torch.dtype) -> Callable[..., Tensor]:
+        """Of X (..., m, n), m <= n."""
+        pays = shape[-1] >= GRAM_ASPECT * shape[-2] and dtype != torch.bfloat16
+        return gram if self.form == "gram" or (self.form == "auto" and pays) else plain
 
     def _iteration_dtype(self, G: Tensor) -> torch.dtype:
         if G.dtype == torch.float64:
