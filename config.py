@@ -34,7 +34,7 @@ class OptimConfig:
     """lr: modular norm of one step at the schedule's top, or "auto". schedule: wsd (linear warm-up, stable, linear cooldown) or cosine.
 
     warmup: steps. cooldown: wsd, the last fraction of all steps; cosine, the depth of the decay. composition: "modular", or "max", the plain maximum over
-    tensors. auto_initial, auto_factor: as in EscapeVelocity. param_dtype: of the weights in memory. The rest as in Dualized.
+    tensors. auto_initial, auto_factor: as in EscapeVelocity. param_dtype: of the weights in memory (float64 is for checks). The rest as in Dualized.
     """
 
     lr: float | Literal["auto"] = 1.0
@@ -52,7 +52,7 @@ class OptimConfig:
     weight_decay: float = 0.0
     constraint: Constraint | None = None
     max_grad_norm: float | None = None
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     master_weights: bool = True
     momentum_dtype: Literal["float32", "bfloat16"] | None = None
     polar: Polar = field(default_factory=Polar)
@@ -86,7 +86,9 @@ class TrainConfig:
     """steps: of the optimizer. batch_size: sequences of block_size tokens in one step, over all micro-batches.
 
     eval_every: steps, 0 is at the end only; the whole validation split, or its first eval_tokens targets. target_loss: nats per token.
-    log_every, telemetry_every, checkpoint_every: steps, 0 is never (a checkpoint is always saved at the end). keep_checkpoints: newest ones kept.
+    gradient_accumulation_steps: micro-batches of every process; batch_size must be a multiple of them times the processes.
+    log_every, telemetry_every, checkpoint_every: steps, 0 is never (a checkpoint is always saved at the end). keep_checkpoints: newest ones kept,
+    beside the one of lowest validation loss. max_nonfinite: steps in a row whose loss or gradient is not finite, and which are left out, that end the run.
     """
 
     steps: int = 1000
@@ -100,6 +102,7 @@ class TrainConfig:
     telemetry_every: int = 0
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
+    max_nonfinite: int = 3
     sample_tokens: int = 256
     sample_prompt: str = "\n"
 
@@ -121,6 +124,7 @@ class TrainConfig:
                 (k, getattr(self, k), getattr(self, k) >= 0, "0 or more")
                 for k in ("eval_every", "log_every", "telemetry_every", "checkpoint_every", "sample_tokens")
             ),
+            ("max_nonfinite", self.max_nonfinite, self.max_nonfinite >= 1, "1 (the first one ends the run) or more"),
             ("keep_checkpoints", self.keep_checkpoints, self.keep_checkpoints >= 1, "1 or more"),
             ("sample_prompt", self.sample_prompt, bool(self.sample_prompt), "at least one character"),
         )
@@ -261,7 +265,7 @@ def read_options(options: list[str]) -> dict[str, Any]:
             raise ConfigError(
                 f"unknown option {flag}\n  got: {flag}\n  allowed: --section.key, with the keys of the configuration file\n  fix: {fix}"
             )
-        if not equals and hints[name] is bool and (not rest or rest[0].startswith("--")):
+        if not equals and bool in (hints[name], *get_args(hints[name])) and (not rest or rest[0].startswith("--")):
             found[name] = True
             continue
         if not equals:

@@ -261,7 +261,8 @@ class GPT(nn.Module):
         x_BTD = self.embedding(idx_BT)
         for i, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, rope, past[i] if past else None)
-        logits_BTV = self.head(rms_norm(x_BTD)).float() * self.config.logit_scale
+        logits_BTV = self.head(rms_norm(x_BTD))
+        logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32)) * self.config.logit_scale
         if self.config.logit_softcap is not None:
             logits_BTV = self.config.logit_softcap * torch.tanh(logits_BTV / self.config.logit_softcap)
         if target_BT is None:

@@ -1,19 +1,35 @@
-"""Around a run: device, precision, seeds, the run folder, metrics, clocks. Nothing here knows the model or the optimizer."""
+"""Around a run: processes, device, precision, seeds, the run folder, metrics, clocks. Nothing here knows the model or the optimizer.
+
+A rank is one process of a run, started alone or by torchrun (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+"""
 
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
+
+T = TypeVar("T")
+HUNG = 124  # exit code, as timeout(1)'s
 
 
 class RunError(ValueError):
@@ -25,7 +41,9 @@ class RunConfig:
     """name: of the run folder, by default the configuration's name and the time. dir: where run folders live.
 
     device: auto takes cuda, then mps, then cpu. precision: bf16 is autocast; auto takes it where the hardware has it, found by running it.
-    threads: of the CPU, by default torch's choice. resume: go on from the newest checkpoint of the named run.
+    threads: of the CPU, by default torch's choice. resume: go on from the newest whole checkpoint of the named run; "auto" starts it where there is none.
+    parallel: with several processes, ddp has the weights on every one, fsdp shards them over all, hsdp over groups of shard_size neighbours (by
+    default those of one machine), a copy in each group. timeout: seconds without progress until the run ends and names the rank it waits for.
     """
 
     name: str | None = None
@@ -35,7 +53,10 @@ class RunConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
     threads: int | None = None
-    resume: bool = False
+    resume: bool | Literal["auto"] = False
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    shard_size: int | None = None
+    timeout: float = 600.0
 
 
 # Dense bf16 peaks in FLOP/s, by the device's full name, from NVIDIA's data sheets (without sparsity).
@@ -49,32 +70,194 @@ PEAK_FLOPS = {
 
 
 class Runtime:
-    """What a run computes on: torch device, precision, autocast, generators. `choices` says what was chosen for the user."""
+    """What a run computes on: ranks, torch device, precision, autocast, generators. `choices` says what was chosen for the user."""
 
     def __init__(self, config: RunConfig) -> None:
         self.choices: list[str] = []
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.local_rank, self.local_size = (
+            int(os.environ.get(k, d)) for k, d in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", str(self.size)))
+        )
+        self.main = self.rank == 0
+        missing = [k for k in ("RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
+        if self.size > 1 and missing:
             raise RunError(
-                f"WORLD_SIZE: got {os.environ['WORLD_SIZE']}; allowed: 1, this version trains in one process\n  fix: start it without torchrun"
+                f"WORLD_SIZE {self.size}\n  got: no {', '.join(missing)}\n  allowed: one process without WORLD_SIZE, or all that torchrun sets\n"
+                "  fix: torchrun --standalone --nproc_per_node=N train_gpt.py …"
             )
+        self.parallel = config.parallel if self.size > 1 else "ddp"
+        if self.parallel != config.parallel:
+            self.choices.append(f"run.parallel = ddp (one process: there is nothing to shard, {config.parallel} would change nothing)")
         if config.threads is not None:
             if config.threads < 1:
                 raise RunError(f"run.threads\n  got: {config.threads}\n  allowed: 1 or more\n  fix: leave it out")
             torch.set_num_threads(config.threads)
+        if not config.timeout > 0:
+            raise RunError(
+                f"run.timeout\n  got: {config.timeout:g}\n  allowed: seconds, more than 0\n  fix: leave it out for {RunConfig.timeout:g}"
+            )
+        self.shards = self._shards(config)
         self.device = torch.device(self._device(config))
-        self.precision = self._precision(config)
+        self.control: Any = None  # small things between hosts
+        self.watchdog: Watchdog | None = None
+        self.signal = 0
+        self._stopping: tuple[Any, torch.Tensor] | None = None  # the agreement on signals that is under way
+        if self.size > 1:
+            self._connect(config)
+        self.precision: Literal["fp32", "bf16"] = self.on_main(lambda: self._precision(config))  # type: ignore[assignment]
         torch.manual_seed(config.seed)
+
+    # ---- ranks
+
+    def _connect(self, config: RunConfig) -> None:
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        store, *_ = next(rendezvous("env://", timeout=timedelta(seconds=config.timeout)))
+        # Later than the watchdog, which can say more.
+        patience = timedelta(seconds=config.timeout + 60)
+        kwargs: dict[str, Any] = {"device_id": self.device} if self.device.type == "cuda" else {}
+        dist.init_process_group(
+            backend, store=PrefixStore("nanodual", store), rank=self.rank, world_size=self.size, timeout=patience, **kwargs
+        )
+        self.control = dist.new_group(backend="gloo", timeout=patience)
+        self.watchdog = Watchdog(PrefixStore("watchdog", store), self.rank, self.size, config.timeout)
+        machines = self.size // self.local_size
+        self.choices.append(
+            f"backend = {'nccl' if self.device.type == 'cuda' else 'gloo'} for {self.size} ranks on {machines} machine{'s' * (machines > 1)},"
+            f" run.parallel = {self.parallel}" + (f" with {self.shards} shards" if self.parallel != "ddp" else "")
+        )
+
+    def _shards(self, config: RunConfig) -> int:
+        if self.parallel != "hsdp":
+            return self.size if self.parallel == "fsdp" else 1
+        shards = config.shard_size or self.local_size
+        if not 1 <= shards <= self.size or self.size % shards:
+            raise RunError(
+                f"run.shard_size\n  got: {shards}\n  allowed: a divisor of the {self.size} ranks\n  fix: --run.shard-size, or leave it out for one"
+                " group a machine"
+            )
+        return shards
+
+    def group(self) -> Any:
+        """A process group of its own for the thread that writes checkpoints."""
+        return dist.new_group(backend="gloo", timeout=timedelta(hours=1)) if self.size > 1 else None
+
+    def gather(self, value: T) -> list[T]:
+        """Everybody's value, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.control)
+        return found
+
+    def together(self, f: Callable[[], T]) -> T:
+        """f() on every rank. A ValueError on any of them is one on all."""
+        value, error = None, None
+        try:
+            value = f()
+        except ValueError as found:
+            error = found
+        errors = self.gather(None if error is None else str(error))
+        if error is not None:
+            raise error
+        for rank, text in enumerate(errors):
+            if text is not None:
+                raise RunError(f"rank {rank}: {text}")
+        return value  # type: ignore[return-value]
+
+    def on_main(self, f: Callable[[], T]) -> T:
+        """f() on rank 0, its value on all."""
+        return self.gather(self.together(lambda: f() if self.main else None))[0]  # type: ignore[return-value]
+
+    def total(self, *values: float) -> list[float]:
+        """Sums over ranks, in their order."""
+        return [sum(column) for column in zip(*self.gather(values), strict=True)]
+
+    def shard(self, model: nn.Module, units: Iterable[nn.Module]) -> None:
+        """Shard the weights of a model, one unit after the other and the rest at last, as run.parallel says."""
+        if self.parallel == "ddp":
+            return
+        shape, names = (
+            ((self.size,), ("shard",)) if self.parallel == "fsdp" else ((self.size // self.shards, self.shards), ("replicate", "shard"))
+        )
+        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        for unit in (*units, model):
+            fully_shard(unit, mesh=mesh)
+        for unit in model.modules():
+            # gloo has taken FSDP's average for a sum (pytorch#162338): sums are asked for, and divided here.
+            if self.device.type == "cpu" and hasattr(unit, "set_force_sum_reduction_for_comms"):
+                unit.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+
+    def beat(self, step: int, doing: str) -> None:
+        """This rank goes on: what it does now, for the watchdog."""
+        if self.watchdog is not None:
+            self.watchdog.beat(step, doing)
+
+    def stop_wanted(self) -> int:
+        """The signal (SIGTERM, SIGINT) that a rank got, the same on all ranks; 0 for none. Called once a step; with several ranks, one step late."""
+        if self.size == 1:
+            return self.signal
+        wanted = 0
+        if self._stopping is not None:
+            work, seen = self._stopping
+            work.wait()
+            wanted = int(seen.item())
+        seen = torch.tensor([self.signal])
+        self._stopping = dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.control, async_op=True), seen
+        return wanted
+
+    @contextmanager
+    def catching_signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT are for stop_wanted() in here. A second one interrupts at once."""
+
+        def note(number: int, _: object) -> None:
+            if self.signal:
+                raise KeyboardInterrupt
+            self.signal = number
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def seed(self, *numbers: int) -> None:
+        """Seed torch's generators from the numbers alone, so that nothing depends on who draws, or on what was drawn before."""
+        torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+
+    def close(self) -> None:
+        """Leave, when everybody has come here: a rank that leaves early aborts the others."""
+        if self.watchdog is not None:
+            self.watchdog.stop()
+        if self.size > 1:
+            if self._stopping is not None:
+                self._stopping[0].wait()
+            dist.barrier(group=self.control)
+            dist.destroy_process_group()
+
+    # ---- device
 
     def _device(self, config: RunConfig) -> str:
         there = [
             d for d, found in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)) if found
         ]
-        if config.device == "auto":
-            self.choices.append(f"run.device = {there[0]} (found here: {', '.join(there)})")
-            return there[0]
-        if config.device not in there:
-            raise RunError(f"run.device\n  got: {config.device}\n  allowed: {', '.join(there)}, found here\n  fix: --run.device auto")
-        return config.device
+        device = config.device
+        if device == "auto":
+            device = there[0]
+            self.choices.append(f"run.device = {device} (found here: {', '.join(there)})")
+        if device not in there:
+            raise RunError(f"run.device\n  got: {device}\n  allowed: {', '.join(there)}, found here\n  fix: --run.device auto")
+        if device == "mps" and self.size > 1:
+            raise RunError(f"run.device\n  got: mps and {self.size} ranks\n  allowed: cuda, cpu\n  fix: --run.device cpu, or one process")
+        if device == "cuda" and self.size > 1:
+            if self.local_rank >= torch.cuda.device_count():
+                raise RunError(
+                    f"LOCAL_RANK\n  got: {self.local_rank}\n  allowed: below {torch.cuda.device_count()}, the GPUs of this machine\n"
+                    "  fix: torchrun --nproc_per_node=gpu"
+                )
+            torch.cuda.set_device(self.local_rank)
+            return f"cuda:{self.local_rank}"
+        return device
 
     def _precision(self, config: RunConfig) -> Literal["fp32", "bf16"]:
         if config.precision != "auto":
@@ -106,7 +289,7 @@ class Runtime:
         return PEAK_FLOPS.get(self.device_name()) if self.precision == "bf16" else None
 
     def peak_memory_bytes(self) -> int:
-        """Most memory held: of the device's allocator, or of the process on a CPU."""
+        """Most memory held by this rank: of the device's allocator, or of the process on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         unit = 1 if sys.platform == "darwin" else 1024
@@ -129,6 +312,54 @@ def bf16_gain(device: torch.device, size: int = 512) -> float:
         return best(torch.float32) / best(torch.bfloat16)
     except RuntimeError:
         return 0.0
+
+
+class Watchdog(threading.Thread):
+    """Ends the process with code HUNG when it makes no progress for `timeout` seconds, and says which rank the others wait for."""
+
+    def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
+        super().__init__(daemon=True)
+        self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
+        self.latest, self.since = (0, 0, "starts"), time.monotonic()  # (beats, step, doing)
+        self.ended = threading.Event()
+
+    def beat(self, step: int, doing: str) -> None:
+        self.latest, self.since = (self.latest[0] + 1, step, doing), time.monotonic()
+        if not self.is_alive() and not self.ended.is_set():
+            self.start()
+
+    def stop(self) -> None:
+        self.ended.set()
+
+    def run(self) -> None:
+        while not self.ended.wait(min(1.0, self.timeout / 10)):
+            with suppress(RuntimeError):  # the store went with its rank: that is an error of the main thread's
+                self.store.set(str(self.rank), json.dumps(self.latest))
+            if time.monotonic() - self.since > self.timeout:
+                print(self.report(), file=sys.stderr, flush=True)
+                os._exit(HUNG)
+
+    def report(self) -> str:
+        """Which ranks are behind all others."""
+        found: dict[int, tuple[int, int, str]] = {}
+
+        def read() -> None:
+            for rank in range(self.size):
+                with suppress(RuntimeError):
+                    found[rank] = tuple(json.loads(self.store.get(str(rank))))  # type: ignore[assignment]
+
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        reader.join(10)
+        _, step, doing = self.latest
+        silent = sorted(set(range(self.size)) - found.keys())
+        behind = min(found.values(), default=self.latest)[0]
+        late = [f"rank {r} ({what} at step {at})" for r, (beats, at, what) in sorted(found.items()) if beats == behind]
+        late = [f"rank {r} (not heard of)" for r in silent] or late
+        return (
+            f"error: no progress for {self.timeout:g} s\n  got: {', '.join(late)} behind the others; this is rank {self.rank}, {doing} at step {step}\n"
+            "  allowed: run.timeout seconds between two parts of a step\n  fix: look at that rank's machine and output; --run.timeout where parts take longer"
+        )
 
 
 class Clock:
@@ -198,8 +429,11 @@ class Stopwatch:
 class RunFolder:
     """runs/<name>/: config.toml, receipt.txt, metrics.jsonl, summary.json, loss.png, checkpoints/, log.txt."""
 
-    def __init__(self, path: Path, *, resume: bool) -> None:
-        self.path, self.resume = path, resume
+    def __init__(self, path: Path, *, resume: bool | Literal["auto"], main: bool = True) -> None:
+        """main: False for the ranks that write nothing."""
+        self.path, self.main = path, main
+        self.resume = (path / "config.toml").is_file() if resume == "auto" else resume
+        resume = self.resume
         if path.parent.exists() and not path.parent.is_dir():
             raise RunError(
                 f"run.dir\n  got: {path.parent}, a file\n  allowed: a folder, which is made where it is missing\n  fix: --run.dir FOLDER"
@@ -215,6 +449,8 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
 
     def create(self) -> None:
+        if not self.main:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=self.resume)
         except FileExistsError as error:
@@ -225,6 +461,8 @@ class RunFolder:
 
     def say(self, text: str = "") -> None:
         """To the terminal, above a progress bar, and to log.txt."""
+        if not self.main:
+            return
         tqdm.write(text)
         sys.stdout.flush()
         with (self.path / "log.txt").open("a", encoding="utf-8") as f:
@@ -232,6 +470,8 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """A whole file, atomically."""
+        if not self.main:
+            return
         temporary = self.path / f".{name}.tmp"
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(self.path / name)
@@ -240,6 +480,8 @@ class RunFolder:
         self.write(name, json.dumps(value, indent=1) + "\n")
 
     def log_metrics(self, record: dict[str, Any]) -> None:
+        if not self.main:
+            return
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as f:
             f.write(json.dumps(record) + "\n")
 
@@ -257,6 +499,8 @@ class RunFolder:
 
     def keep_metrics(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """For a resumed run: drop the other records, and the summary of an earlier end."""
+        if not self.main:
+            return
         self.write("metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.metrics() if wanted(r)))
         (self.path / "summary.json").unlink(missing_ok=True)
 

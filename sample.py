@@ -45,7 +45,9 @@ def main(options: Options) -> None:
         raise RunError(
             f"no run at {options.run}\n  got: no such folder\n  allowed: {listing(options.run.parent)}\n  fix: python sample.py runs/NAME"
         )
-    newest = checkpoint.latest(options.run / "checkpoints")
+    newest, damage = checkpoint.newest_whole(options.run / "checkpoints")
+    for line in damage:
+        print(f"left out: {line}", file=sys.stderr)
     if newest is None:
         raise RunError(
             f"{options.run}\n  got: no checkpoint\n  allowed: a run that has saved one\n  fix: python train_gpt.py {options.run}/config.toml --run.resume"

@@ -4,13 +4,19 @@ import torch
 from torch import Tensor, nn
 
 from optim import Dualized
+from optim.comm import sharded
 from optim.metrize import canonical
+
+
+def whole(p: Tensor) -> Tensor:
+    """A weight, gathered where it is sharded."""
+    return (p.full_tensor() if sharded(p) else p).detach()  # type: ignore[attr-defined]
 
 
 class StepSizes:
     """‖ΔW‖ / (lr · radius) per tensor, read from the weights themselves: 1 where the step is exactly as requested.
 
-    before(), then optimizer.step(), then after(). ΔW is what the step did beside weight decay, a constraint's retraction included. Tensors that did not
+    before(), then optimizer.step(), then after(), on every rank where weights are sharded. ΔW is what the step did beside weight decay, a constraint's retraction included. Tensors that did not
     move are 0.
     """
 
@@ -21,7 +27,7 @@ class StepSizes:
 
     @torch.no_grad()
     def before(self) -> None:
-        self.old = {n: p.detach().clone() for n, p in self.weights.items()}
+        self.old = {n: whole(p).clone() for n, p in self.weights.items()}
 
     @torch.no_grad()
     def after(self) -> dict[str, float]:
@@ -32,7 +38,7 @@ class StepSizes:
                 if not requested:
                     ratios[name] = 0.0
                     continue
-                old, new = self.old[name].float(), self.weights[name].float()
+                old, new = self.old[name].float(), whole(self.weights[name]).float()
                 delta = new - old * (1 - requested * group["weight_decay"])
                 # What did not move did not decay either: rows, or whole tensors, without a gradient.
                 moved = norm.norms[name].fresh(new - old)

@@ -1,14 +1,20 @@
-"""Train a GPT with the dualized optimizer.
+"""Train a GPT with the dualized optimizer, alone or under torchrun.
 
     python train_gpt.py configs/quickstart.toml [--section.key value]…      (--help lists every key)
+    torchrun --standalone --nproc_per_node=2 train_gpt.py configs/quickstart.toml
 
-Exit codes: 0 done, 2 refused before any work (the message says why), 1 stopped by a number that was not finite, 130 interrupted.
+Exit codes: 0 done; 2 refused before any work (the message says why); 1 stopped by numbers that were not finite, or by a last checkpoint that could not
+be written; 143 and 130 ended by SIGTERM and SIGINT, with a checkpoint (--run.resume goes on); 124 another rank made no progress.
 """
 
 import math
 import os
+import signal
 import sys
 import time
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +34,15 @@ from optim.step_size import SCHEDULES
 from runtime import Clock, RunError, RunFolder, Runtime, Stopwatch, git_state
 from telemetry import StepSizes
 
+
+class Stopped(Exception):
+    """A signal ended the run at this step, with a checkpoint."""
+
+    def __init__(self, number: int, step: int, folder: Path) -> None:
+        super().__init__(f"{signal.Signals(number).name}: saved step {step} in {folder}; --run.name {folder.name} --run.resume goes on")
+        self.code = 128 + number
+
+
 REFUSALS = (ConfigError, DataError, RunError, CoverageError, checkpoint.CheckpointError)
 
 
@@ -46,24 +61,45 @@ class Progress:
 
 
 def main(argv: list[str]) -> None:
-    # ---- configuration and runtime; nothing is written before everything is known to fit
     config = configuration.load(argv)
+    runtime = Runtime(config.run)
+    try:
+        train(config, runtime)
+        runtime.close()
+    except (*REFUSALS, Stopped, NonFiniteError, checkpoint.SaveError):  # alike on all ranks
+        runtime.close()
+        raise
+
+
+def train(config: Config, runtime: Runtime) -> None:
+    # ---- configuration and run folder; nothing is written before everything is known to fit
     resume, config.run.resume = config.run.resume, False  # the written configuration starts a run
-    folder = RunFolder(Path(config.run.dir) / str(config.run.name), resume=resume)
-    newest = checkpoint.latest(folder.checkpoints) if resume else None
+    config.run.name = runtime.on_main(lambda: config.run.name)  # which has the time in it
+    folder = runtime.together(lambda: RunFolder(Path(config.run.dir) / str(config.run.name), resume=resume, main=runtime.main))
+    newest, damage = runtime.on_main(lambda: checkpoint.newest_whole(folder.checkpoints)) if folder.resume else (None, [])
     saved = checkpoint.read_state(newest) if newest else None
     first = saved["step"] if saved else 0
-    changes = keep_choices(config, folder, saved) if resume else []
+    changes = keep_choices(config, folder, saved) if folder.resume else []
     if first > config.train.steps:
         raise ConfigError(
             f"train.steps of a resumed run\n  got: {config.train.steps}\n  allowed: {first} or more, the steps taken\n  fix: --train.steps"
         )
-    runtime = Runtime(config.run)
     config.run.device, config.run.precision = runtime.device.type, runtime.precision  # type: ignore[assignment]
     c, o = config.train, config.optim
+    parts = c.gradient_accumulation_steps
+    if c.batch_size % (parts * runtime.size):
+        raise ConfigError(
+            f"train.batch_size\n  got: {c.batch_size}\n  allowed: a multiple of {parts * runtime.size}, {runtime.size} ranks times"
+            f" train.gradient_accumulation_steps = {parts}\n  fix: --train.batch-size, --train.gradient-accumulation-steps, or other ranks"
+        )
+    if config.run.compile and runtime.parallel != "ddp":
+        raise ConfigError(
+            f"run.compile\n  got: true with run.parallel = {runtime.parallel!r}\n  allowed: with ddp\n  fix: leave one of them out"
+        )
 
     # ---- data
-    dataset = Dataset(config.data)
+    config.data.verify &= runtime.local_rank == 0  # once a machine
+    dataset = runtime.together(lambda: Dataset(config.data))
     tokenizer, training, val = dataset.tokenizer, dataset.split("train"), dataset.split("val")
     config.model.vocab_size = config.model.vocab_size or tokenizer.vocab_size
     if config.model.vocab_size < tokenizer.vocab_size:
@@ -89,9 +125,8 @@ def main(argv: list[str]) -> None:
     norm = metrize(model, model.structure(o.masses))
     if o.composition == "max":
         norm = norm.unweighted()
-    if newest:
-        checkpoint.load_model(newest, model)
     model.to(runtime.device, getattr(torch, o.param_dtype))
+    runtime.shard(model, model.blocks)
     shared = (
         "direction",
         "beta",
@@ -106,26 +141,29 @@ def main(argv: list[str]) -> None:
     )
     settings = {k: getattr(o, k) for k in shared}
     lr_top = EscapeVelocity(o.auto_initial, o.auto_factor) if isinstance(o.lr, str) else o.lr
-    optimizer = Dualized(model, lr_top, norm=norm, **settings)
+    optimizer = Dualized(model, lr_top, norm=norm, grads="local", **settings)
     lr_at = SCHEDULES[o.schedule]
     if newest and saved:
-        checkpoint.load_training(newest, saved, optimizer)
+        runtime.together(lambda: checkpoint.load_model(newest, model))
+        runtime.together(lambda: checkpoint.load_optimizer(newest, saved, optimizer))
         optimizer.param_groups[0].update(settings)  # the configuration's, which may have changed
     progress = Progress(**saved["progress"]) if saved else Progress()
-    forward, parts = model, c.gradient_accumulation_steps
+    forward = model
     if config.run.compile:
-        forward, compile_seconds = compile_ahead(model, runtime, c.batch_size // parts)
+        forward, compile_seconds = compile_ahead(model, runtime, c.batch_size // parts // runtime.size)
         progress.compile_seconds += compile_seconds
 
     # ---- the run folder
-    folder.create()
+    runtime.together(folder.create)
     say = folder.say
     texts = {"config.toml": configuration.to_toml(config), "receipt.txt": norm.receipt()}
     if norm.tree:  # the plain maximum over tensors has none
         texts |= {"receipt.txt": f"{norm.receipt()}\n{norm.tree}\n", "modular_norm.svg": norm.tree.svg()}
     for name, text in texts.items():
         folder.write(f"resumed_{first:08d}_{name}" if newest else name, text)
-    if resume:
+    for line in damage:
+        say(f"left out: {line}")
+    if folder.resume:
         # Metrics that the checkpoint does not know are dropped: the run makes them again.
         folder.keep_metrics(lambda r: saved is not None and r["step"] <= (progress.val_step if "val_loss" in r else first))
         say(f"resumed from {newest} at step {first}" if newest else "no checkpoint yet: from the start")
@@ -138,7 +176,7 @@ def main(argv: list[str]) -> None:
     say(f"{config.data.dataset}: {train_tokens:,} tokens; {c.steps} steps of {tokens_per_step:,}, {epochs:.2f} epochs")
 
     def evaluate(done: int) -> None:
-        loss, bpb = validation(model, runtime, dataset, config)
+        loss, bpb = validation(model, runtime, dataset, config, done)
         if not math.isfinite(loss):
             raise NonFiniteError(f"the validation loss after step {done} is {loss}")
         point = {"step": done, "tokens": done * tokens_per_step, "train_seconds": clock.seconds()}
@@ -149,7 +187,6 @@ def main(argv: list[str]) -> None:
         say(f"step {done:6d}  validation {loss:.4f} nats per token, {bpb:.4f} bits per byte  {clock.seconds():.1f} s")
 
     def save(done: int) -> None:
-        optimizer.check_finite()
         progress.train_seconds, progress.optimizer_seconds = clock.seconds(), optimizer_watch.seconds()
         progress.wall_seconds = time.perf_counter() - wall_start
         state = {
@@ -158,55 +195,86 @@ def main(argv: list[str]) -> None:
             "shards": shards,
             "tokenizer": {"name": tokenizer.name, "characters": tokenizer.characters},
         }
-        checkpoint.save(folder.checkpoints, done, model, optimizer, state, texts, keep=c.keep_checkpoints)
+        try:
+            saver.save(done, model, optimizer, state, texts)
+        except checkpoint.SaveError as error:
+            say(f"error: {error}")  # of an older one: training goes on
+
+    def check_finite(step: int) -> None:
+        """What is known by now of the last step, if it was not finite."""
+        nonlocal bad
+        try:
+            optimizer.check_finite()
+        except NonFiniteError as error:
+            bad = [*bad, step] if bad[-1:] == [step - 1] else [step]
+            count = f"{len(bad)} in a row" if len(bad) > 1 else "the first"
+            say(f"step {step} was left out, {count} of train.max_nonfinite = {c.max_nonfinite}: {error}")
+            if len(bad) >= c.max_nonfinite:
+                raise NonFiniteError(f"step {step}: {error}") from error
 
     # ---- the loop
     wall_start = time.perf_counter() - progress.wall_seconds
     clock, optimizer_watch = Clock(runtime, progress.train_seconds), Stopwatch(runtime, progress.optimizer_seconds)
     sizes = StepSizes(model, optimizer)
+    saver = checkpoint.Saver(folder.checkpoints, keep=c.keep_checkpoints, group=runtime.group())
+    bad: list[int] = []
     if c.eval_every and first == 0 and progress.val_step < 0:
         evaluate(0)
-    bar = tqdm(total=c.steps, initial=first, disable=None, unit="step", dynamic_ncols=True)
-    clock.start()
-    for step in range(first, c.steps):
-        done = step + 1
-        last = done == c.steps
-        measured = bool(c.telemetry_every) and (done % c.telemetry_every == 0 or done == 1)
-        lr = optimizer.defaults["lr"] * lr_at(step, c.steps, warmup=o.warmup, cooldown=o.cooldown)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss = torch.zeros((), device=runtime.device)
-        for part in range(parts):
-            x_BT, y_BT = runtime.to_device(*batches.batch(step, part=part, parts=parts))
-            with runtime.autocast():
-                part_loss = forward(x_BT, y_BT)[1] / parts
-            part_loss.backward()
-            loss += part_loss.detach()
-        if measured:
-            sizes.before()
-        try:
+    bar = tqdm(total=c.steps, initial=first, disable=None if runtime.main else True, unit="step", dynamic_ncols=True)
+    with runtime.catching_signals():
+        clock.start()
+        for step in range(first, c.steps):
+            done = step + 1
+            last = done == c.steps
+            measured = bool(c.telemetry_every) and (done % c.telemetry_every == 0 or done == 1)
+            lr = optimizer.defaults["lr"] * lr_at(step, c.steps, warmup=o.warmup, cooldown=o.cooldown)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            losses: list[Tensor] = []
+            for part in range(parts):
+                runtime.beat(done, "forward and backward")
+                slot = part * runtime.size + runtime.rank  # of the global batch, which does not depend on ranks
+                runtime.seed(config.run.seed, step, slot)
+                x_BT, y_BT = runtime.to_device(*batches.batch(step, part=slot, parts=parts * runtime.size))
+                with runtime.autocast():
+                    part_loss = forward(x_BT, y_BT)[1] / parts
+                with optimizer.last_backward() if part == parts - 1 else nullcontext():
+                    part_loss.backward()
+                losses.append(part_loss.detach())
+            loss = torch.stack(losses).sum()
+            sized = measured and (runtime.main or runtime.parallel != "ddp")
+            if sized:
+                sizes.before()
+            runtime.beat(done, "optimizer")
+            check_finite(step)
             with optimizer_watch:
-                optimizer.step()
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{error} (found before step {done})") from error
-        optimizer.zero_grad(set_to_none=True)
-        bar.update()
-        if last or measured or (c.log_every and done % c.log_every == 0):
-            with clock.paused():
-                record: dict[str, Any] = {"step": done, "tokens": done * tokens_per_step, "train_seconds": clock.seconds()}
-                record |= {"loss": loss.item(), "lr": lr * (optimizer.step_size or 1.0), "optimizer_ms": 1e3 * optimizer_watch.latest()}
-                if measured:
-                    record["step_sizes"] = sizes.after()
-                folder.log_metrics(record)
-                bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=f"{record['tokens'] / clock.seconds():,.0f}")
-        if c.eval_every and done % c.eval_every == 0:
-            with clock.paused():
-                evaluate(done)
-        if last or (c.checkpoint_every and done % c.checkpoint_every == 0):
-            with clock.paused():
-                save(done)
-    clock.stop()
+                optimizer.step(loss=loss)
+            optimizer.zero_grad(set_to_none=True)
+            bar.update()
+            signal = runtime.stop_wanted()
+            if last or measured or (c.log_every and done % c.log_every == 0):
+                with clock.paused():
+                    record: dict[str, Any] = {"step": done, "tokens": done * tokens_per_step, "train_seconds": clock.seconds()}
+                    record |= {"loss": runtime.total(loss.item())[0] / runtime.size, "lr": lr * (optimizer.step_size or 1.0)}
+                    record["optimizer_ms"] = 1e3 * optimizer_watch.latest()
+                    if sized:
+                        record["step_sizes"] = sizes.after()
+                    folder.log_metrics(record)
+                    bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=f"{record['tokens'] / clock.seconds():,.0f}")
+            if c.eval_every and done % c.eval_every == 0:
+                with clock.paused():
+                    evaluate(done)
+            if last or signal or (c.checkpoint_every and done % c.checkpoint_every == 0):
+                with clock.paused():
+                    runtime.beat(done, "checkpoint")
+                    check_finite(done)
+                    save(done)
+            if signal and not last:
+                saver.wait()
+                raise Stopped(signal, done, folder.path)
+        clock.stop()
     bar.close()
+    saver.wait()
     if progress.val_step < c.steps:
         evaluate(c.steps)
 
@@ -214,6 +282,8 @@ def main(argv: list[str]) -> None:
     seconds, peak = progress.train_seconds, runtime.peak_flops()
     speed = c.steps * tokens_per_step / seconds
     commit, dirty = git_state()
+    held = sum(piece.tensor.nbytes for piece in optimizer.held().values())
+    most = [max(column) for column in zip(*runtime.gather((runtime.peak_memory_bytes(), held)), strict=True)]
     summary = {
         "params": model.num_params(),
         "tokens": c.steps * tokens_per_step,
@@ -225,19 +295,20 @@ def main(argv: list[str]) -> None:
         "wall_seconds": time.perf_counter() - wall_start,
         "optimizer_seconds": progress.optimizer_seconds,
         "tokens_per_second": speed,
-        "mfu": model.flops_per_token() * speed / peak if peak else None,
-        "peak_memory_bytes": runtime.peak_memory_bytes(),
-        "optimizer_state_bytes": sum(t.nbytes for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor)),
+        "mfu": model.flops_per_token() * speed / (peak * runtime.size) if peak else None,
+        "peak_memory_bytes": most[0],
+        "optimizer_state_bytes": most[1],
         "target": progress.target,
         "seed": config.run.seed,
-        "world_size": 1,
+        "world_size": runtime.size,
         "device": runtime.device_name(),
         "torch": torch.__version__,
         "commit": commit,
         "dirty": dirty,
     }
     folder.write_json("summary.json", summary)
-    plot_losses(folder)
+    if runtime.main:
+        plot_losses(folder)
     if c.sample_tokens:
         model.eval()
         generator = torch.Generator(runtime.device).manual_seed(config.run.seed)
@@ -255,15 +326,17 @@ def main(argv: list[str]) -> None:
 
 
 @torch.no_grad()
-def validation(model: GPT, runtime: Runtime, dataset: Dataset, config: Config) -> tuple[float, float]:
-    """(nats per token, bits per byte) over the whole validation split, or its first train.eval_tokens targets."""
+def validation(model: GPT, runtime: Runtime, dataset: Dataset, config: Config, step: int) -> tuple[float, float]:
+    """(nats per token, bits per byte) over the whole validation split, or its first train.eval_tokens targets. Each rank has its share of the batches."""
     model.eval()
     lengths = torch.from_numpy(dataset.tokenizer.byte_lengths())
     nats, tokens, size = 0.0, 0, 0
     c = config.train
-    for x_BT, y_BT in validation_batches(
+    stream = validation_batches(
         dataset.split("val"), block_size=config.model.block_size, batch_size=c.eval_batch_size, tokens=c.eval_tokens
-    ):
+    )
+    for x_BT, y_BT in shares(stream, runtime.rank, runtime.size):
+        runtime.beat(step, "evaluation")
         targets = y_BT[y_BT >= 0]
         tokens, size = tokens + targets.numel(), size + int(lengths[targets].sum())
         x_BT, y_BT = runtime.to_device(x_BT, y_BT)
@@ -271,7 +344,19 @@ def validation(model: GPT, runtime: Runtime, dataset: Dataset, config: Config) -
             loss = model(x_BT, y_BT, reduction="sum")[1]
         nats += loss.item()  # type: ignore[union-attr]
     model.train()
+    nats, tokens, size = runtime.total(nats, tokens, size)
     return nats / tokens, nats / math.log(2) / max(1, size)
+
+
+def shares(stream: Iterable[tuple[Tensor, Tensor]], rank: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every size-th batch. All ranks get as many, as sharded models need: at the end, some get one whose targets do not count."""
+    for i, (x_BT, y_BT) in enumerate(stream):
+        if i % size == rank:
+            yield x_BT, y_BT
+        last = i, x_BT, y_BT
+    i, x_BT, y_BT = last
+    if i % size < rank:
+        yield x_BT, torch.full_like(y_BT, -1)
 
 
 def compile_ahead(model: GPT, runtime: Runtime, batch: int) -> tuple[Any, float]:
@@ -354,15 +439,37 @@ def keep_choices(config: Config, folder: RunFolder, saved: dict[str, Any] | None
     return changes
 
 
+def report(error: object) -> None:
+    """Once: refusals and ends are alike on all ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}" if isinstance(error, Exception) and not isinstance(error, Stopped) else error, file=sys.stderr)
+
+
 if __name__ == "__main__":
+    code = 0
     try:
         main(sys.argv[1:])
     except REFUSALS as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+        report(error)
+    except (NonFiniteError, checkpoint.SaveError) as error:
+        code = 1
+        report(error)
+    except Stopped as stopped:
+        code = stopped.code
+        report(stopped)
     except KeyboardInterrupt:
-        print("\ninterrupted; go on from the newest checkpoint: python train_gpt.py runs/NAME/config.toml --run.resume", file=sys.stderr)
-        sys.exit(130)
-    except NonFiniteError as error:
-        print(f"error: {error}\n  the checkpoints of this run are as they were", file=sys.stderr)
-        sys.exit(1)
+        code = 130
+        report("interrupted at once; what was saved before stays")
+    except RuntimeError:
+        if "RANK" not in os.environ:
+            raise
+        # Not all ranks are here: leave at once, as a thread that writes a checkpoint, or a backend, may wait for the others for ever.
+        traceback.print_exc()
+        print(
+            f"error: rank {os.environ['RANK']} failed, perhaps as another one left: see the outputs of all ranks",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+    sys.exit(code)

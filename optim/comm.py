@@ -371,13 +371,10 @@ class Shards(Alone):
         return self.keep(p, whole[first:end].clone())
 
     def held(self, p: Tensor, buffer: Tensor) -> Piece:
-        return Piece(self.local(buffer), self._span(p, self.ranks.rank)[0], tuple(buffer.shape))
+        return piece_of(buffer)
 
     def _span(self, p: Tensor, rank: int) -> tuple[int, int]:
-        """Rows of a rank: those of torch.chunk, the last ones fewer or none."""
-        O, shard = p.shape[0], rank % self.shards  # noqa: E741
-        step = -(-O // self.shards)
-        return min(O, shard * step), min(O, (shard + 1) * step)
+        return _chunk(p.shape[0], self.shards, rank % self.shards)
 
     def whole(self, f: Callable[[Tensor], Tensor], X: Tensor, params: list[Tensor], *, by_rows: bool) -> Generator[None, None, Tensor]:
         if by_rows:
@@ -447,9 +444,24 @@ def _world() -> dist.ProcessGroup | None:
     return None
 
 
+def piece_of(x: Tensor) -> Piece:
+    """What this rank has of a tensor, sharded by rows or whole."""
+    if not isinstance(x, DTensor):
+        return Piece(x, 0, tuple(x.shape))
+    dimension = x.device_mesh.ndim - 1
+    first, _ = _chunk(x.shape[0], x.device_mesh.size(dimension), x.device_mesh.get_local_rank(dimension))
+    return Piece(x.to_local(), first, tuple(x.shape))
+
+
 def sharded(p: Tensor) -> bool:
     """Whether a weight is a DTensor."""
     return isinstance(p, DTensor)
+
+
+def _chunk(rows: int, shards: int, shard: int) -> tuple[int, int]:
+    """(first, end) of a shard's rows: those of torch.chunk, the last ones fewer or none."""
+    step = -(-rows // shards)
+    return min(rows, shard * step), min(rows, (shard + 1) * step)
 
 
 def _rows(x: Tensor, first: int, end: int) -> Tensor:

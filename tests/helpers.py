@@ -1,11 +1,24 @@
-"""Shared by tests: small datasets, and train_gpt.py run in processes of its own."""
+"""Shared by tests: small datasets, functions run by the ranks of a process group, and train_gpt.py in processes of its own.
+
+w: ranks, the processes of one group.
+"""
 
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from datetime import timedelta
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 TEXT = "".join(f"{i} times {j} is {i * j}.\n" for i in range(40) for j in range(40))
@@ -47,30 +60,131 @@ def small_dataset(root: Path) -> Path:
     return root / "small.toml"
 
 
-def _run(script: str, argv: list[str], cwd: str) -> None:
-    """In a child: the script as __main__, its output in <cwd>/stdout and <cwd>/stderr."""
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    [
+        "torch",
+        "torch.distributed",
+        "torch.distributed.device_mesh",
+        "torch.distributed.fsdp",
+        "config",
+        "checkpoint",
+        "telemetry",
+        "data.loader",
+        "optim",
+        "pytest",
+        "hypothesis",
+    ]
+)
+
+
+def _join(processes: Sequence[BaseProcess], deadline: float, *, together: bool = False) -> list[int]:
+    """Wait until all have ended, or with `together` until one has failed; kill those left, at the deadline at the latest, and return their places."""
+    end, running = time.monotonic() + deadline, {p.sentinel: i for i, p in enumerate(processes)}
+    try:
+        while running and (ended := wait(list(running), max(0.0, end - time.monotonic()))):
+            for i in [running.pop(sentinel) for sentinel in ended]:  # type: ignore[index]
+                processes[i].join()
+            if together and any(p.exitcode for p in processes):
+                break
+    finally:
+        for i in running.values():
+            processes[i].kill()
+            processes[i].join()
+    return list(running.values())
+
+
+# ---- functions in the ranks of a process group
+
+
+def _rank(folder: str, rank: int, world: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """In a child: what the function returns in <folder>/<rank>, or a traceback in <folder>/<rank>.failed."""
+    import torch
+    import torch.distributed as dist
+
+    warnings.filterwarnings("ignore", module=r"torch\.")
+    torch.set_num_threads(1)
+    try:
+        store = dist.FileStore(f"{folder}/store", world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=30))
+        torch.save(function(rank, world, *args), f"{folder}/{rank}")
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        Path(f"{folder}/{rank}.failed").write_text(traceback.format_exc())
+        os._exit(1)  # not by way of destructors, which may wait for the other ranks
+
+
+def ranks(world: int, function: Callable[..., Any], *args: Any, deadline: float = 60) -> list[Any]:
+    """What function(rank, world, *args), of a module, returns in each of `world` real processes, the ranks of a gloo group.
+
+    One that fails takes the others with it, and its traceback is the test's failure; so is the deadline (seconds).
+    """
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [_context.Process(target=_rank, args=(folder, r, world, function, args)) for r in range(world)]
+        for process in processes:
+            process.start()
+        killed = _join(processes, deadline, together=True)
+        failed = sorted(Path(folder).glob("*.failed"), key=lambda f: f.stat().st_mtime_ns)
+        died = [f"rank {i} of {world} died, exit code {p.exitcode}" for i, p in enumerate(processes) if p.exitcode and i not in killed]
+        hung = [f"ranks {killed} of {world} were still running" + ("" if died else f" after {deadline} s")] if killed else []
+        assert not died + hung, "\n".join(died + hung + [f"rank {f.stem}: {f.read_text()}" for f in failed])
+        return [torch.load(f"{folder}/{r}", weights_only=False) for r in range(world)]
+
+
+# ---- scripts
+
+
+def _run(script: str, argv: list[str], cwd: str, env: dict[str, str], suffix: str) -> None:
+    """In a child: the script as __main__, its output in <cwd>/stdout<suffix> and <cwd>/stderr<suffix>."""
     os.chdir(cwd)
+    os.environ.update(env)
     for stream in ("stdout", "stderr"):
-        file = open(stream, "w", buffering=1)  # noqa: SIM115 - open as long as the process is
+        file = open(stream + suffix, "w", buffering=1)  # noqa: SIM115 - open as long as the process is
         os.dup2(file.fileno(), getattr(sys, stream).fileno())
     sys.argv = [script, *argv]
     runpy.run_path(script, run_name="__main__")
 
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "config", "checkpoint", "telemetry", "data.loader"])
-
-
-def start(cwd: Path, *argv: str, script: str = "train_gpt.py") -> BaseProcess:
-    """`python train_gpt.py argv…` in cwd, in a real process that is forked from one with torch imported."""
-    process = _context.Process(target=_run, args=(str(ROOT / script), list(argv), str(cwd)))
+def _start(cwd: Path, argv: Sequence[str], script: str, env: dict[str, str] | None, suffix: str = "") -> BaseProcess:
+    process = _context.Process(target=_run, args=(str(ROOT / script), list(argv), str(cwd), env or {}, suffix))
     process.start()
     return process
 
 
-def run(cwd: Path, *argv: str, script: str = "train_gpt.py") -> tuple[int, str, str]:
+def _finish(cwd: Path, processes: Sequence[BaseProcess], suffixes: Sequence[str]) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of each."""
+    hanging = _join(processes, 120)
+    found = [
+        (p.exitcode, *((cwd / f"{s}{suffix}").read_text() for s in ("stdout", "stderr")))
+        for p, suffix in zip(processes, suffixes, strict=True)
+    ]
+    assert not hanging, f"processes {hanging} of {len(processes)} hang:\n" + "\n".join(found[i][2] for i in hanging)
+    return found  # type: ignore[return-value]
+
+
+def start(cwd: Path, *argv: str, script: str = "train_gpt.py", env: dict[str, str] | None = None) -> BaseProcess:
+    """`python train_gpt.py argv…` in cwd, in a real process that is forked from one with torch imported. env: added to the environment."""
+    return _start(cwd, argv, script, env)
+
+
+def run(cwd: Path, *argv: str, script: str = "train_gpt.py", env: dict[str, str] | None = None) -> tuple[int, str, str]:
     """The same to its end: (exit code, stdout, stderr)."""
-    process = start(cwd, *argv, script=script)
-    process.join(120)
-    assert process.exitcode is not None, "the process hangs"
-    return process.exitcode, (cwd / "stdout").read_text(), (cwd / "stderr").read_text()
+    return _finish(cwd, [_start(cwd, argv, script, env)], [""])[0]
+
+
+def start_ranks(cwd: Path, world: int, *argv: str, script: str = "train_gpt.py", env: dict[str, str] | None = None) -> list[BaseProcess]:
+    """`torchrun --nproc_per_node=world train_gpt.py argv…` in cwd, without torchrun: each rank's output in cwd/stdout.<rank> and cwd/stderr.<rank>."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        port = server.getsockname()[1]
+    common = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [_start(cwd, argv, script, common | {"RANK": str(r), "LOCAL_RANK": str(r)} | (env or {}), f".{r}") for r in range(world)]
+
+
+def run_ranks(
+    cwd: Path, world: int, *argv: str, script: str = "train_gpt.py", env: dict[str, str] | None = None
+) -> list[tuple[int, str, str]]:
+    """The same to the end of all: (exit code, stdout, stderr) of each rank."""
+    return _finish(cwd, start_ranks(cwd, world, *argv, script=script, env=env), [f".{r}" for r in range(world)])

@@ -1,5 +1,6 @@
 """train_gpt.py, sample.py, checkpoint.py and runtime.py together, in real processes on a small dataset."""
 
+import hashlib
 import json
 import os
 import random
@@ -45,7 +46,25 @@ def records(folder: Path) -> list[dict]:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     newest = max((folder / "checkpoints").glob("step_*"))
-    return {f"{f}.{k}": v for f in ("model", "optimizer", "rng") for k, v in load_file(newest / f"{f}.safetensors").items()}
+    return {f"{kind}.{k}": v for kind in ("model", "optimizer") for k, v in load_file(file_of(newest, kind)).items()}
+
+
+def file_of(checkpoint: Path, kind: str) -> Path:
+    """Of a run of one process: the only file of this kind ("model", "optimizer"), or one by its name."""
+    if kind.endswith(".json"):
+        return checkpoint / kind
+    (path,) = (checkpoint / kind).iterdir()
+    return path
+
+
+def sign_anew(checkpoint: Path, file: Path) -> None:
+    """Let state.json agree with what a test wrote into a file."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["files"][str(file.relative_to(checkpoint))] = {
+        "bytes": file.stat().st_size,
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+    }
+    (checkpoint / "state.json").write_text(json.dumps(state))
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -222,25 +241,48 @@ def test_damaged_data_stops_a_run_before_it_starts(root: Path, tmp_path: Path, d
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(
-    ("file", "text"),
-    [("model.safetensors", "damaged checkpoint"), ("state.json", "damaged checkpoint"), ("optimizer.safetensors", "damaged checkpoint")],
-)
-def test_a_damaged_checkpoint_is_named(root: Path, whole: Path, file: str, text: str):
-    copy = root / f"runs/damaged_{file}"
+@pytest.mark.parametrize("file", ["model", "state.json", "optimizer"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(root: Path, whole: Path, tmp_path: Path, file: str, damage: str):
+    copy = tmp_path / "runs/damaged"
     shutil.copytree(whole, copy)
-    path = copy / "checkpoints/step_00000012" / file
-    path.write_bytes(path.read_bytes()[:50])
-    code, _, err = run(root, "small.toml", "--run.name", copy.name, "--run.resume")
+    path = file_of(copy / "checkpoints/step_00000012", file)
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(raw[:50] if damage == "cut" else raw)
+    if file == "state.json" and damage == "flipped":
+        path.write_text(
+            json.dumps(json.loads((whole / "checkpoints/step_00000012/state.json").read_text()) | {"files": {"model/none": {"bytes": 1}}})
+        )
+    args = ("small.toml", "--run.dir", str(tmp_path / "runs"), "--run.name", "damaged", "--run.resume", "--train.eval-every", "6")
+    code, out, err = run(root, *args)
+    assert code == 0, err
+    assert "damaged checkpoint\n  got: " in out
+    assert "left out: " in out
+    assert "resumed from" in out and "step_00000008 at step 8" in out
+    assert same(weights(copy), weights(whole)), "the damaged one is made again"
+
+
+def test_damage_to_all_checkpoints_is_refused_and_deletes_nothing(root: Path, whole: Path, tmp_path: Path):
+    shutil.copytree(whole, tmp_path / "runs/damaged")
+    for checkpoint in (tmp_path / "runs/damaged/checkpoints").iterdir():
+        file_of(checkpoint, "model").write_bytes(b"")
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    code, _, err = run(root, "small.toml", "--run.dir", str(tmp_path / "runs"), "--run.name", "damaged", "--run.resume")
     assert code == 2
-    assert text in err
+    assert "damaged checkpoint\n  got: bytes 0" in err
+    assert sorted(str(p) for p in tmp_path.rglob("*")) == before
 
 
 def test_other_weights_in_a_checkpoint_are_named(root: Path, whole: Path):
     copy = root / "runs/other_weights"
     shutil.copytree(whole, copy)
-    path = copy / "checkpoints/step_00000012/model.safetensors"
+    path = file_of(copy / "checkpoints/step_00000012", "model")
     save_file({k: (v[:, :8].contiguous() if k == "head.weight" else v) for k, v in load_file(path).items()}, path)
+    sign_anew(path.parent.parent, path)
     code, _, err = run(root, "small.toml", "--run.name", copy.name, "--run.resume")
     assert code == 2
     assert "another architecture\n  got: head.weight (" in err
@@ -403,27 +445,29 @@ def poisoned(root: Path, whole: Path, weight: str, value: float) -> Path:
     """A copy of the run with one entry of one saved weight replaced."""
     copy = root / f"runs/poisoned_{weight}"
     shutil.copytree(whole, copy)
-    path = copy / "checkpoints/step_00000012/model.safetensors"
+    path = file_of(copy / "checkpoints/step_00000012", "model")
     tensors = load_file(path)
     tensors[weight][0, 0] = value
     save_file(tensors, path)
+    sign_anew(path.parent.parent, path)
     return copy
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_by_name(root: Path, whole: Path):
+def test_steps_that_are_not_finite_are_named_left_out_and_end_the_run(root: Path, whole: Path):
     copy = poisoned(root, whole, "blocks.0.mlp.up.weight", torch.inf)
-    code, _, err = run(root, "small.toml", "--run.name", copy.name, "--run.resume", "--train.steps", "15")
+    code, out, err = run(root, "small.toml", "--run.name", copy.name, "--run.resume", "--train.steps", "16")
     assert code == 1
-    assert "error: the gradient of embedding.weight and of 13 more was not finite in call 13 of step()" in err
-    assert "(found before step 14)" in err
+    for line in ("step 13 was left out, the first of train.max_nonfinite = 3: the loss", "step 14 was left out, 2 in a row of train.max"):
+        assert line in out
+    assert "error: step 15: the loss and of 14 more was not finite in call 15 of step(); that step was not taken" in err
     assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"]
 
 
 def test_a_last_step_that_is_not_finite_is_not_saved(root: Path, whole: Path):
     copy = poisoned(root, whole, "head.weight", torch.nan)
-    code, _, err = run(root, "small.toml", "--run.name", copy.name, "--run.resume", "--train.steps", "13")
+    code, _, err = run(root, "small.toml", "--run.name", copy.name, "--run.resume", "--train.steps", "13", "--train.max-nonfinite", "1")
     assert code == 1
-    assert "error: the gradient of " in err
+    assert "error: step 13: the loss" in err
     assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"]
 
 
@@ -431,7 +475,7 @@ def test_the_reported_loss_is_that_of_the_saved_weights_without_dropout(root: Pa
     newest = whole / "checkpoints/step_00000012"
     config = from_dict(Config, json.loads((newest / "state.json").read_text())["config"])
     model = GPT(config.model).eval()
-    model.load_state_dict(load_file(newest / "model.safetensors"))
+    model.load_state_dict(load_file(file_of(newest, "model")))
     stream = torch.from_numpy(read_shard(root / "corpora/small/val_000000.bin")[:513].astype(np.int64))
     with torch.no_grad():
         loss = model(stream[:-1].view(-1, 16), stream[1:].view(-1, 16))[1]
@@ -457,14 +501,25 @@ def test_a_compiled_run_agrees_and_its_compilation_is_off_the_clock(root: Path, 
     assert first["train_seconds"] < 1, "nothing is compiled in the first step"
 
 
-def test_an_interrupted_run_says_how_to_go_on(root: Path, whole: Path):
-    process = start(root, "small.toml", "--run.name", "interrupted", "--train.steps", "100000", "--train.checkpoint-every", "5")
-    while not list((root / "runs/interrupted/checkpoints").glob("step_*")):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_saves_and_ends_with_its_code(root: Path, whole: Path, number: int, code: int):
+    name = f"signal{code}"
+    folder = root / "runs" / name
+    process = start(root, "small.toml", "--run.name", name, "--train.steps", "100000")
+    while not (folder / "metrics.jsonl").is_file():
         time.sleep(0.01)
-    os.kill(process.pid or 0, signal.SIGINT)
+    os.kill(process.pid or 0, number)
     process.join(60)
-    assert process.exitcode == 130
-    assert "interrupted; go on from the newest checkpoint" in (root / "stderr").read_text()
+    assert process.exitcode == code
+    (newest,) = (folder / "checkpoints").glob(f"step_{max(r['step'] for r in records(folder)):08d}")
+    step = int(newest.name[5:])
+    assert (
+        f"{signal.Signals(number).name}: saved step {step} in runs/{name}; --run.name {name} --run.resume goes on"
+        in (root / "stderr").read_text()
+    )
+    found, out, err = run(root, "small.toml", "--run.name", name, "--run.resume", "--train.steps", str(step + 1))
+    assert found == 0, err
+    assert f"at step {step}" in out
 
 
 def test_sample_continues_the_prompt(root: Path, whole: Path):
@@ -492,9 +547,9 @@ def test_sample_needs_no_dataset(whole: Path, tmp_path: Path):
     assert "3 times" in out
 
 
-def test_torchrun_is_refused_rather_than_misused(root: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_world_without_a_rank_is_refused(monkeypatch: pytest.MonkeyPatch):
     from runtime import RunConfig, RunError, Runtime
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RunError, match="WORLD_SIZE: got 2; allowed: 1"):
+    with pytest.raises(RunError, match="WORLD_SIZE 2\n  got: no RANK, MASTER_ADDR, MASTER_PORT\n  allowed: .*\n  fix: torchrun"):
         Runtime(RunConfig(device="cpu"))
