@@ -6,6 +6,7 @@ Configuration files are data: nothing in them is executed.
 import difflib
 import json
 import math
+import os
 import re
 import time
 import tomllib
@@ -242,6 +243,10 @@ def load(argv: list[str]) -> Config:
             table = table.setdefault(section, {})
         table[name] = value
     config = from_dict(Config, raw)
+    if config.run.name is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        raise ConfigError(
+            "run.name\n  got: none, under torchrun --max-restarts\n  allowed: a name, by which a restart finds the run\n  fix: --run.name NAME"
+        )
     if config.run.name is None and path is not None and not config.run.resume:
         config.run.name = f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     config.check()

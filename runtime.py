@@ -112,11 +112,13 @@ class Runtime:
     def _connect(self, config: RunConfig) -> None:
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         store, *_ = next(rendezvous("env://", timeout=timedelta(seconds=config.timeout)))
+        # After a restart by torchrun the store still has the addresses of the dead.
+        store = PrefixStore(f"nanodual {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         # Later than the watchdog, which can say more.
         patience = timedelta(seconds=config.timeout + 60)
         kwargs: dict[str, Any] = {"device_id": self.device} if self.device.type == "cuda" else {}
         dist.init_process_group(
-            backend, store=PrefixStore("nanodual", store), rank=self.rank, world_size=self.size, timeout=patience, **kwargs
+            backend, store=PrefixStore("group", store), rank=self.rank, world_size=self.size, timeout=patience, **kwargs
         )
         self.control = dist.new_group(backend="gloo", timeout=patience)
         self.watchdog = Watchdog(PrefixStore("watchdog", store), self.rank, self.size, config.timeout)

@@ -29,7 +29,7 @@ from config import Config, ConfigError
 from data.loader import Dataset, TrainBatches, check_validation, validation_batches
 from data.shards import DataError
 from model import GPT
-from optim import CoverageError, Dualized, EscapeVelocity, NonFiniteError, Polar, metrize
+from optim import CommError, CoverageError, Dualized, EscapeVelocity, NonFiniteError, Polar, metrize
 from optim.step_size import SCHEDULES
 from runtime import Clock, RunError, RunFolder, Runtime, Stopwatch, git_state
 from telemetry import StepSizes
@@ -43,7 +43,7 @@ class Stopped(Exception):
         self.code = 128 + number
 
 
-REFUSALS = (ConfigError, DataError, RunError, CoverageError, checkpoint.CheckpointError)
+REFUSALS = (ConfigError, DataError, RunError, CommError, CoverageError, checkpoint.CheckpointError)
 
 
 @dataclass
@@ -74,6 +74,8 @@ def main(argv: list[str]) -> None:
 def train(config: Config, runtime: Runtime) -> None:
     # ---- configuration and run folder; nothing is written before everything is known to fit
     resume, config.run.resume = config.run.resume, False  # the written configuration starts a run
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        resume = resume or "auto"
     config.run.name = runtime.on_main(lambda: config.run.name)  # which has the time in it
     folder = runtime.together(lambda: RunFolder(Path(config.run.dir) / str(config.run.name), resume=resume, main=runtime.main))
     newest, damage = runtime.on_main(lambda: checkpoint.newest_whole(folder.checkpoints)) if folder.resume else (None, [])

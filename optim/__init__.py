@@ -1,5 +1,6 @@
 """The dualized optimizer: norms, their composition into the modular norm of a network, and steepest descent in it."""
 
+from .comm import CommError
 from .directions import DIRECTIONS, Direction, register_direction
 from .dualized import Dualized, Normalized
 from .metrize import CoverageError, Rule, metrize
@@ -32,6 +33,7 @@ __all__ = [
     "Atom",
     "Blocks",
     "Bond",
+    "CommError",
     "ConvRMSToRMS",
     "CoverageError",
     "Direction",

@@ -527,11 +527,12 @@ class Dualized(torch.optim.Optimizer):
             event.synchronize()
         if not host.any():
             return
-        w, found = self._ranks.size, []
-        for what, codes in zip(("", "the average over ranks of "), host.tolist(), strict=False):
-            found += [f"{what}{name}" + (f" on rank {w - code}" if w > 1 else "") for name, code in zip(names, codes, strict=True) if code]
-        if host[0, -1]:  # the loss comes first: gradients follow it
-            found.insert(0, found.pop(int((host[0, :-1] > 0).sum())))
+        w, (local, *average) = self._ranks.size, host.tolist()
+        found = [f"{name} on rank {w - code}" if w > 1 else name for name, code in zip(names, local, strict=True) if code]
+        if local[-1]:  # the loss comes first: gradients follow it
+            found.insert(0, found.pop())
+        for codes in average:
+            found += [f"the average over ranks of {n}" for n, code, own in zip(names, codes, local, strict=True) if code and not own]
         more = f" and of {len(found) - 1} more" if len(found) > 1 else ""
         raise NonFiniteError(
             f"{found[0]}{more} was not finite in call {call} of step(); that step was not taken, weights and momentum are as before"
