@@ -26,9 +26,9 @@ check: $(READY)
 bench: $(READY)
 	"$(PY)" -m benchmarks.polar
 
-# The kill-and-resume test with 100 random moments instead of 10.
+# The kill-and-resume tests, of one process and of one of two ranks, with 100 random moments instead of a few.
 soak: $(READY)
-	NANODUAL_KILLS=100 "$(PY)" -m pytest tests/test_train.py -k kill
+	NANODUAL_KILLS=100 "$(PY)" -m pytest tests/test_train.py tests/test_ranks.py -k killed_at
 
 # optim/ as the package `nanodual`, in dist/. build/ goes first: setuptools would pack what an older build has left there. No network.
 wheel: $(READY)

@@ -434,7 +434,7 @@ class RunFolder:
     def __init__(self, path: Path, *, resume: bool | Literal["auto"], main: bool = True) -> None:
         """main: False for the ranks that write nothing."""
         self.path, self.main = path, main
-        self.resume = (path / "config.toml").is_file() if resume == "auto" else resume
+        self.resume = path.is_dir() if resume == "auto" else resume
         resume = self.resume
         if path.parent.exists() and not path.parent.is_dir():
             raise RunError(

@@ -62,6 +62,7 @@ class Progress:
 
 def main(argv: list[str]) -> None:
     config = configuration.load(argv)
+    remember(config)
     runtime = Runtime(config.run)
     try:
         train(config, runtime)
@@ -311,7 +312,7 @@ def train(config: Config, runtime: Runtime) -> None:
     folder.write_json("summary.json", summary)
     if runtime.main:
         plot_losses(folder)
-    if c.sample_tokens:
+    if c.sample_tokens and (runtime.main or runtime.parallel != "ddp"):
         model.eval()
         generator = torch.Generator(runtime.device).manual_seed(config.run.seed)
         idx_BT = torch.tensor([prompt], device=runtime.device)
@@ -404,17 +405,26 @@ def plot_losses(folder: RunFolder) -> None:
     plt.close(figure)
 
 
+def remember(config: Config) -> None:
+    """A resumed run keeps the device and the precision that were chosen for it: what there is before there is a runtime to ask."""
+    path = Path(config.run.dir) / str(config.run.name)
+    before = None
+    if config.run.resume and (path / "config.toml").is_file():
+        before = configuration.load([str(path / "config.toml")]).run
+    for key in ("device", "precision"):
+        if before is not None and getattr(config.run, key) == "auto":
+            setattr(config.run, key, getattr(before, key))
+
+
 def keep_choices(config: Config, folder: RunFolder, saved: dict[str, Any] | None) -> list[str]:
-    """A resumed run keeps what was chosen for it at its start. Its model, seed and batches must not differ; other differences are returned, to be told."""
+    """A resumed run keeps what was chosen for its model. Model, seed and batches must not differ; other differences are returned, to be told."""
     if saved:
         before = configuration.from_dict(Config, saved["config"])
     elif (folder.path / "config.toml").is_file():
         before = configuration.load([str(folder.path / "config.toml")])
     else:
         return []
-    for section, key in (("run", "device"), ("run", "precision"), ("model", "vocab_size")):
-        if getattr(getattr(config, section), key) in ("auto", None):
-            setattr(getattr(config, section), key, getattr(getattr(before, section), key))
+    config.model.vocab_size = config.model.vocab_size or before.model.vocab_size
     if config.optim.polar.dtype == "auto":
         config.optim.polar = Polar(config.optim.polar.schedule, config.optim.polar.form, before.optim.polar.dtype)
     old, changes = configuration.flat(before), []
@@ -461,9 +471,9 @@ if __name__ == "__main__":
         code = stopped.code
         report(stopped)
     except KeyboardInterrupt:
-        code = 130
         report("interrupted at once; what was saved before stays")
-    except RuntimeError:
+        os._exit(130)  # without waiting for ranks, or for a checkpoint that is being written
+    except Exception:
         if "RANK" not in os.environ:
             raise
         # Not all ranks are here: leave at once, as a thread that writes a checkpoint, or a backend, may wait for the others for ever.

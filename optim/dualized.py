@@ -643,6 +643,8 @@ class Normalized(torch.optim.Optimizer):
                 f"{kind}(model.named_parameters(), …)",
             )
         for name, p in found.items():
+            if sharded(p):
+                refuse(f"{name}, a sharded weight (DTensor)", "whole ones", "Dualized, whose owners have whole weights")
             if wrong := self.norm.norms[name].check(p.shape):
                 refuse(f"{name} of shape {tuple(p.shape)}", wrong, "metrize the model that the base was built for")
         for group in groups:

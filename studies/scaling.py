@@ -61,6 +61,13 @@ def direct_speed(ranks: int) -> float:
 # ---- models
 
 
+class Shapes(GPT):
+    """A GPT for the meta device: there is nothing to initialize."""
+
+    def _init_weights(self, generator: torch.Generator | None) -> None:
+        pass
+
+
 @dataclass(frozen=True)
 class Case:
     """A model and one step of it. sequences: of block_size tokens, over all GPUs."""
@@ -76,6 +83,7 @@ class Case:
         o = c.optim
         for key, got, fine, allowed in (
             ("optim.lr", o.lr, not isinstance(o.lr, str), "a number: the second dualization of auto is not counted"),
+            ("optim.scale", o.scale, o.scale == "unit", "unit: dual norms are not counted"),
             ("optim.constraint", o.constraint, o.constraint is None, "none: retractions are not counted"),
             ("optim.direction", o.direction, DIRECTIONS[o.direction].entrywise, "directions entry by entry: others are not counted"),
             ("model.vocab_size", c.model.vocab_size, c.model.vocab_size is not None, "a number: no tokenizer is asked"),
@@ -91,7 +99,7 @@ class Case:
     def gpt(self, polar: Polar) -> GPT:
         """Without numbers; norms as in training, with this polar factor."""
         with torch.device("meta"):
-            return GPT(self.model, self.optim.norms.build(polar, self.model.n_head)).to(getattr(torch, self.optim.param_dtype))
+            return Shapes(self.model, self.optim.norms.build(polar, self.model.n_head)).to(getattr(torch, self.optim.param_dtype))
 
     @property
     def polar(self) -> Polar:
@@ -112,16 +120,27 @@ def cases() -> dict[str, Case]:
 # ---- optimizers
 
 
-class Planned(Dualized):
-    """Dualized of weights without numbers. It places them as it would on w GPUs, and takes no step."""
+class Recorder(Alone):
+    """One process, and what Dualized wants placed: (p, FLOPs, by rows)."""
 
-    def __init__(self, model: GPT, at: Alone, optim: OptimConfig) -> None:
-        self._planned = at
+    def __init__(self) -> None:
+        super().__init__(Ranks())
+        self.entries: list[tuple[Tensor, float, bool]] = []
+
+    def place(self, entries: list[tuple[Tensor, float, bool]]) -> None:
+        self.entries += entries
+
+
+class Planned(Dualized):
+    """Dualized of weights without numbers. It takes no step."""
+
+    def __init__(self, model: GPT, optim: OptimConfig) -> None:
+        self.seen = Recorder()
         same = ("direction", "scale", "momentum_dtype", "master_weights")
         super().__init__(model, lr=1.0, **{k: getattr(optim, k) for k in same})
 
     def _at(self, p: Tensor) -> Alone:
-        return self._planned
+        return self.seen
 
 
 class _Mesh:
@@ -157,27 +176,16 @@ OURS, ADAMW, ZERO, MUON_PLAIN, MUON_OWNED = "Dualized", "AdamW", "AdamW, sharded
 OPTIMIZERS = (OURS, ADAMW, ZERO, MUON_PLAIN, MUON_OWNED)
 
 
-class Recorder(Alone):
-    """One process, and what Dualized would have placed: (p, FLOPs, by rows)."""
-
-    def __init__(self) -> None:
-        super().__init__(Ranks())
-        self.entries: list[tuple[Tensor, float, bool]] = []
-
-    def place(self, entries: list[tuple[Tensor, float, bool]]) -> None:
-        self.entries += entries
-
-
 def weights_of(case: Case, optimizer: str, polar: Polar | None = None) -> tuple[GPT, list[Weight]]:
     """The model, and its weights in the order in which Dualized has them; polar: by default that of the case, or Muon's."""
     muon = optimizer in (MUON_PLAIN, MUON_OWNED)
     if muon:
         case = replace(case, optim=OptimConfig(param_dtype=case.optim.param_dtype, polar=MUON))
     model = case.gpt(polar or case.polar)
-    planned = Planned(model, seen := Recorder(), case.optim)
+    planned = Planned(model, case.optim)
     planned.make_state(lambda name: True)
     found = []
-    for name, (p, flops, by_rows) in zip(planned.param_groups[0]["param_names"], seen.entries, strict=True):
+    for name, (p, flops, by_rows) in zip(planned.param_groups[0]["param_names"], planned.seen.entries, strict=True):
         state = sum(b.nbytes for b in planned.state[p].values())
         whole, split = (0, int(flops)) if by_rows else (int(flops), 0)
         split += MOMENTUM_FLOPS * p.numel()
@@ -428,28 +436,30 @@ def percent(x: float) -> str:
     return f"{100 * x:.2g} %" if x < 0.995 else f"{100 * x:.4g} %"
 
 
-def rows(case: Case, gpus: Iterable[int], parallel: Iterable[str], optimizers: Iterable[str], gpu: GPU, shards: int) -> Iterator[Row]:
-    made = {optimizer: weights_of(case, optimizer) for optimizer in optimizers}
+def rows(case: Case, made: dict[str, tuple[GPT, list[Weight]]], args: argparse.Namespace) -> Iterator[Row]:
+    """made: by optimizer, what weights_of found."""
     tokens = float(case.sequences * case.model.block_size)
-    for w in gpus:
-        for mode in parallel if w > 1 else ["ddp"]:
-            s = {"ddp": 1, "fsdp": w, "hsdp": min(w, shards)}[mode]
-            if w % s:
+    for w in args.gpus:
+        if w < 1:
+            raise ValueError(f"--gpus\n  got: {w}\n  allowed: 1 or more\n  fix: --gpus 8")
+        for mode in args.parallel if w > 1 else ["ddp"]:
+            s = {"ddp": 1, "fsdp": w, "hsdp": min(w, args.shards)}[mode]
+            if s < 1 or w % s:
                 raise ValueError(f"--shards\n  got: {s}\n  allowed: a divisor of the {w} GPUs\n  fix: another number of GPUs, or --shards")
-            for optimizer, (model, weights) in made.items():
+            for optimizer in args.optimizer:
+                model, weights = made[optimizer]
                 step = step_of(optimizer, weights, mode, w, s)
                 if step is not None:
-                    yield Row(case, w, mode if w > 1 else "–", optimizer, around(model, tokens, mode, w, s), step, gpu)
+                    yield Row(case, w, mode if w > 1 else "–", optimizer, around(model, tokens, mode, w, s), step, GPUS[args.gpu])
 
 
-def headline(case: Case, gpu: GPU) -> str:
+def headline(case: Case, model: GPT, weights: list[Weight], gpu: GPU) -> str:
     """The model, and what of it cannot be split."""
-    model, weights = weights_of(case, OURS)
     top = max(weights, key=lambda x: x.whole)
     return (
-        f"{case.name}: {model.num_params():,} weights; {case.sequences:,} sequences of {case.model.block_size:,} tokens a step; {sum(x.whole > 0 for x in weights)} "
-        f"matrices that need an owner, the largest {' × '.join(map(str, top.p.shape))}: {giga(4 * top.p.numel())} GB in float32, {top.whole:.3g} FLOPs to "
-        f"dualize, {1e3 * top.whole / gpu.flops:.3g} ms at peak"
+        f"{case.name}: {model.num_params():,} weights; {case.sequences:,} sequences of {case.model.block_size:,} tokens a step;"
+        f" {sum(x.whole > 0 for x in weights)} matrices that need an owner, the largest {' × '.join(map(str, top.p.shape))}:"
+        f" {giga(4 * top.p.numel())} GB in float32, {top.whole:.3g} FLOPs to dualize, {number(1e3 * top.whole / gpu.flops)} ms at peak"
     )
 
 
@@ -465,22 +475,25 @@ def table(header: list[str], lines: list[list[str]], *, markdown: bool) -> str:
 
 def report(found: Iterable[Case], args: argparse.Namespace) -> Iterator[str]:
     """The tables, line by line."""
-    gpu, made = GPUS[args.gpu], list[Row]()
+    counted: list[Row] = []
     for case in found:
         if args.tokens_per_step is not None:
             length = case.model.block_size
             if args.tokens_per_step < 1 or args.tokens_per_step % length:
                 raise ValueError(
-                    f"--tokens-per-step\n  got: {args.tokens_per_step}\n  allowed: a multiple of {case.name}'s {length} tokens a sequence\n  fix: {length * max(1, args.tokens_per_step // length)}"
+                    f"--tokens-per-step\n  got: {args.tokens_per_step}\n  allowed: a multiple of {case.name}'s {length} tokens a sequence\n"
+                    f"  fix: {length * max(1, args.tokens_per_step // length)}"
                 )
             case = replace(case, sequences=args.tokens_per_step // length)
-        yield ("- " if args.markdown else "") + headline(case, gpu)
-        made += rows(case, args.gpus, args.parallel, args.optimizer, gpu, args.shards)
+        made = {optimizer: weights_of(case, optimizer) for optimizer in {OURS, *args.optimizer}}
+        yield ("- " if args.markdown else "") + headline(case, *made[OURS], GPUS[args.gpu])
+        counted += rows(case, made, args)
     for name in args.table:
-        yield f"\n{name}: {UNITS[name]} ({args.gpu})\n"
-        yield table([*KEY, *TABLES[name]], [[*row.key(), *getattr(row, name)()] for row in made], markdown=args.markdown)
-    if any(row.case.sequences < row.w for row in made):
-        yield "\n* fewer sequences than GPUs: data parallelism alone cannot share them out"
+        title = f"{name}: {UNITS[name]} ({args.gpu})"
+        yield f"\n**{title}**\n" if args.markdown else f"\n{title}\n"
+        yield table([*KEY, *TABLES[name]], [[*row.key(), *getattr(row, name)()] for row in counted], markdown=args.markdown)
+    if any(row.case.sequences < row.w for row in counted):
+        yield f"\n{'&ast;' if args.markdown else '*'} fewer sequences than GPUs: data parallelism alone cannot share them out"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -105,7 +105,7 @@ def _rank(folder: str, rank: int, world: int, function: Callable[..., Any], args
     warnings.filterwarnings("ignore", module=r"torch\.")
     torch.set_num_threads(1)
     try:
-        store = dist.FileStore(f"{folder}/store", world)
+        store = dist.FileStore(f"{folder}/store", world)  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=30))
         torch.save(function(rank, world, *args), f"{folder}/{rank}")
         dist.barrier()
@@ -157,12 +157,9 @@ def _start(cwd: Path, argv: Sequence[str], script: str, env: dict[str, str] | No
 def _finish(cwd: Path, processes: Sequence[BaseProcess], suffixes: Sequence[str]) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of each."""
     hanging = _join(processes, 120)
-    found = [
-        (p.exitcode, *((cwd / f"{s}{suffix}").read_text() for s in ("stdout", "stderr")))
-        for p, suffix in zip(processes, suffixes, strict=True)
-    ]
-    assert not hanging, f"processes {hanging} of {len(processes)} hang:\n" + "\n".join(found[i][2] for i in hanging)
-    return found  # type: ignore[return-value]
+    texts = [[(cwd / f"{stream}{suffix}").read_text() for stream in ("stdout", "stderr")] for suffix in suffixes]
+    assert not hanging, f"processes {hanging} of {len(processes)} hang:\n" + "\n".join(texts[i][1] for i in hanging)
+    return [(int(p.exitcode or 0), out, err) for p, (out, err) in zip(processes, texts, strict=True)]
 
 
 def start(cwd: Path, *argv: str, script: str = "train_gpt.py", env: dict[str, str] | None = None) -> BaseProcess:

@@ -6,12 +6,14 @@ Functions that take (rank, world, …) run in the processes of a group: see test
 
 import copy
 import math
+import os
+import re
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import cache
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +28,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import load
-from model import GPT
+from model import GPT, GPTConfig
 from optim import (
     Blocks,
     ConvRMSToRMS,
@@ -44,12 +46,12 @@ from optim import (
     RMSToRMS,
     Transposed,
     VectorRMS,
+    comm,
     metrize,
 )
-from optim import comm
 from optim.comm import CommError, Job, Piece, Ranks, assign, run
 from optim.polar import SCHEDULES
-from tests.helpers import ROOT, ranks
+from tests.helpers import ROOT, ranks, run_ranks
 
 SAME = 1e-9  # of float64 weights, relative to their largest entry: only the order of sums differs; 2e-14 measured after 20 steps
 SAME_FLOAT32 = 1e-5  # after one step; Polar Express is steep where a singular value is near 0
@@ -61,7 +63,7 @@ Weights = dict[str, Tensor]
 
 
 class Net(nn.Module):
-    """Uneven shapes, biases, two row-wise norms, a weight of one row, an unused layer, a gain of one entry, two equal hidden maps.
+    """Uneven shapes, a bias, two row-wise norms, a weight of one row, a gain of one entry, and three equal maps, one of them unused.
 
     Over 4 ranks the last shard of 5 rows is empty, and all but the first of one row.
     """
@@ -71,9 +73,8 @@ class Net(nn.Module):
         torch.manual_seed(0)
         self.embed = nn.Embedding(13, 10)
         self.narrow, self.wide = nn.Linear(10, 5), nn.Linear(5, 10, bias=False)
-        self.sign, self.up, self.down = (nn.Linear(10, 10, bias=False) for _ in range(3))
-        self.one, self.unused = nn.Linear(10, 1), nn.Linear(3, 2, bias=False)
-        self.head = nn.Linear(10, 11, bias=False)
+        self.sign, self.up, self.down, self.unused = (nn.Linear(10, 10, bias=False) for _ in range(4))
+        self.one, self.head = nn.Linear(10, 1, bias=False), nn.Linear(10, 11, bias=False)
         self.gain = nn.Parameter(torch.ones(1))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
 
 def dualized(model: Net, case: str, *, polar: str = "exact", **settings: Any) -> Dualized:
     named = list(model.named_parameters())
-    groups = [
+    groups: Any = [
         {"params": [(n, p) for n, p in named if n.split(".")[0] in modules.split()], **options} for modules, options in CASES[case].items()
     ]
     assert sum(len(g["params"]) for g in groups) == len(named)
@@ -118,7 +119,7 @@ def sharded(model: nn.Module, mode: str, world: int) -> nn.Module:
     if mode != "replicas":
         shape, names = ((world,), ("shard",)) if mode == "fsdp" else ((2, world // 2), ("replicate", "shard"))
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-        for unit in (model.narrow, model) if hasattr(model, "narrow") else (model,):
+        for unit in [m for n, m in model.named_children() if n == "narrow"] + [model]:
             fully_shard(unit, mesh=mesh, reshard_after_forward=False)
     return model
 
@@ -175,14 +176,13 @@ def alone(case: str, steps: int = STEPS) -> Weights:
 
 def _trained(rank: int, world: int, mode: str, case: str, parts: int) -> Weights:
     model = sharded(Net().double(), mode, world)
-    train(model, dualized(model, case, grads="local"), range(STEPS), rank=rank, world=world, parts=parts)  # type: ignore[arg-type]
+    grads = "reduced" if mode == "hsdp" else "local"  # of sharded weights they are the same
+    train(model, dualized(model, case, grads=grads), range(STEPS), rank=rank, world=world, parts=parts)  # type: ignore[arg-type]
     return weights(model)
 
 
 def _all_trained(rank: int, world: int, mode: str) -> dict[tuple[str, int], Weights]:
-    # Sharded gradients are accumulated and reduced by FSDP, whatever the settings.
-    runs = [(case, parts) for case, parts in product(CASES, (1, 4)) if mode == "replicas" or (case, parts) != ("auto", 4)]
-    return {(case, parts): _trained(rank, world, mode, case, parts) for case, parts in runs}
+    return {(case, parts): _trained(rank, world, mode, case, parts) for case, parts in (("groups", 1), ("groups", 4), ("auto", 1))}
 
 
 @pytest.mark.parametrize(("mode", "world"), MODES)
@@ -196,6 +196,36 @@ def test_any_number_of_ranks_and_parts_trains_as_one_process(mode: str, world: i
         for rank in range(world):
             assert equal(found[rank][case, parts], found[0][case, parts]), "bit for bit on all ranks"
             assert difference(found[rank][case, parts], alone(case)) < SAME, (case, parts)
+
+
+def _in_another_setting(rank: int, world: int, what: str) -> Weights:
+    model: nn.Module = Net().double()
+    if what == "two pairs":
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pair", "shard"))["shard"]
+        fully_shard(model, mesh=mesh)
+        rank, world = rank % 2, 2
+    elif what != "DDP":
+        fully_shard(model.narrow, mesh=init_device_mesh("cpu", (world,)))
+    optimizer = dualized(model, "auto", grads="local" if "local" in what else "reduced")  # type: ignore[arg-type]
+    forward = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if what == "DDP" else model
+
+    def average(*_: Any) -> None:
+        for p in model.parameters():
+            if p.grad is not None and not isinstance(p, DTensor):
+                dist.all_reduce(p.grad)
+                p.grad /= world
+
+    if what == "a sharded layer, reduced":
+        optimizer.register_step_pre_hook(average)
+    train(forward, optimizer, range(5), rank=rank, world=world)
+    return weights(model)
+
+
+@pytest.mark.parametrize(("world", "what"), [(2, "DDP"), (2, "a sharded layer, local"), (3, "a sharded layer, reduced"), (4, "two pairs")])
+def test_reduced_gradients_part_of_the_weights_sharded_and_part_of_the_ranks_train_as_one_process(world: int, what: str):
+    """Two pairs: each shards its own model over two of the four ranks, and has the whole batch."""
+    for found in ranks(world, _in_another_setting, what):
+        assert difference(found, alone("auto", 5)) < SAME
 
 
 EXACT = Polar("exact")
@@ -220,7 +250,7 @@ KEPT: dict[str, tuple[torch.dtype, dict[str, Any]]] = {  # of the weights; setti
     "dual": (torch.float32, {"scale": "dual", "beta": 0.5, "lr": 0.01}),
     "soap": (torch.float64, {"direction": "soap", "refresh_every": 2}),
 }
-HAND_STEPS = 4
+HAND_STEPS = 3
 
 
 class Bag(nn.Module):
@@ -243,19 +273,25 @@ def share(name: str, step: int, rank: int, world: int) -> Tensor:
     """A rank's gradient: small whole numbers, whose average over any number of ranks is the same and exact in every dtype. (1 of 1: that average.)"""
 
     def numbers(of: int) -> Tensor:
-        return torch.randint(-4, 5, KINDS[name][1], generator=torch.Generator().manual_seed(1000 * step + 100 * of + list(KINDS).index(name)))
+        return torch.randint(
+            -4, 5, KINDS[name][1], generator=torch.Generator().manual_seed(1000 * step + 100 * of + list(KINDS).index(name))
+        )
 
     others = [numbers(r) for r in range(1, world)]
     return (others[rank - 1] if rank else world * numbers(0) - sum(others)).double()
 
 
+def set_gradients(model: nn.Module, step: int, rank: int, world: int) -> None:
+    for name, p in model.named_parameters():
+        if isinstance(p, DTensor):  # gradients of shards come reduced
+            p.grad = distribute_tensor(share(name, step, 0, 1).to(p.dtype), p.device_mesh, p.placements, src_data_rank=None)
+        else:
+            p.grad = torch.empty_like(p).copy_(share(name, step, rank, world))
+
+
 def step_by_hand(model: nn.Module, optimizer: Dualized, steps: Iterable[int], rank: int = 0, world: int = 1) -> None:
     for step in steps:
-        for name, p in model.named_parameters():
-            if isinstance(p, DTensor):  # gradients of shards come reduced
-                p.grad = distribute_tensor(share(name, step, 0, 1).to(p.dtype), p.device_mesh, p.placements, src_data_rank=None)
-            else:
-                p.grad = share(name, step, rank, world).to(p.dtype)
+        set_gradients(model, step, rank, world)
         optimizer.step()
     optimizer.check_finite()
 
@@ -278,7 +314,7 @@ def _by_hand(rank: int, world: int, mode: str) -> dict[str, Weights]:
     return found
 
 
-@pytest.mark.parametrize(("mode", "world"), MODES[1:])
+@pytest.mark.parametrize(("mode", "world"), [("replicas", 2), ("replicas", 3), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4)])
 def test_weights_and_state_of_every_kind_and_dtype_are_as_in_one_process(mode: str, world: int):
     """Averages are exact here, so that little is left to rounding: otherwise it alone tells apart some of SOAP's axes."""
     found = ranks(world, _by_hand, mode)
@@ -299,6 +335,52 @@ def test_weights_and_state_of_every_kind_and_dtype_are_as_in_one_process(mode: s
                 assert torch.equal(y, found[0][kept][n]) and y.dtype == x.dtype, (kept, n)
                 if not n.endswith("_basis"):
                     assert difference({n: y}, {n: x}) <= max(coarse, TOLERANCES[x.dtype]), (kept, n)
+
+
+def _grown(rank: int, world: int, mode: str) -> Weights:
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.narrow, self.later = Bag(["matrix", "rows"]), Bag(["twin", "experts"])
+
+    model = Two().double()
+    sharded(model, mode, world)
+    optimizer = model.narrow.dualized(grads="local")
+    step_by_hand(model.narrow, optimizer, range(2), rank, world)
+    for name, p in model.later.named_parameters():
+        optimizer.add_param_group({"params": [(name, p)], "norm": KINDS[name][0], "radius": 0.2, "direction": "adam"})
+    for step in range(2, 4):
+        for part in (model.later, model.narrow):
+            set_gradients(part, step, rank, world)
+        optimizer.step()
+    optimizer.check_finite()
+    return weights(model)
+
+
+@pytest.mark.parametrize(("mode", "world"), [("replicas", 3), ("fsdp", 2)])
+def test_weights_that_are_added_later_find_their_owners(mode: str, world: int):
+    expected = _grown(0, 1, "replicas")
+    for found in ranks(world, _grown, mode):
+        assert difference(found, expected) < SAME
+
+
+def _frozen(rank: int, world: int) -> Weights:
+    model = Bag(["matrix", "rows"])
+    model.rows.requires_grad_(False)
+    norms = {n: KINDS[n][0] for n, _ in model.named_parameters()}
+    groups: Any = [{"params": list(model.named_parameters())}]
+    optimizer = Dualized(groups, 0.5, norm=ModularNorm(norms, dict.fromkeys(norms, 0.1)), grads="local")
+    model.matrix.grad = share("matrix", 0, rank, world).float()
+    optimizer.step()
+    return weights(model)
+
+
+def test_a_frozen_weight_in_a_group_stays():
+    """As in one process, where a group's weights need not want gradients."""
+    expected = _frozen(0, 1)
+    assert torch.equal(expected["rows"], Bag(["matrix", "rows"]).rows)  # type: ignore[arg-type]
+    for found in ranks(2, _frozen):
+        assert difference(found, expected) < SAME_FLOAT32
 
 
 def _clipped(rank: int, world: int, mode: str, dtype: torch.dtype, name: str) -> Weights:
@@ -334,20 +416,19 @@ def test_one_step_in_float32_follows_one_process(world: int):
         assert difference(found, weights(model)) < SAME_FLOAT32
 
 
-def _overlapped(rank: int, world: int, bucket: int) -> list[Weights]:
-    comm.BUCKET_BYTES = bucket
+def _overlapped(rank: int, world: int) -> list[Weights]:
     found = []
-    for overlap in (True, False):
+    for overlap, bucket in ((False, 600), (True, 1), (True, 600), (True, comm.BUCKET_BYTES)):
+        comm.BUCKET_BYTES = bucket
         model = Net()
         train(model, dualized(model, "groups", grads="local"), range(3), rank=rank, world=world, parts=2, overlap=overlap)
         found.append(weights(model))
     return found
 
 
-@pytest.mark.parametrize("bucket", [1, 600, comm.BUCKET_BYTES])
-def test_gradients_that_leave_during_backward_give_the_same_bits(bucket: int):
-    (early, late), *_ = ranks(3, _overlapped, bucket)
-    assert equal(early, late)
+def test_gradients_that_leave_during_backward_give_the_same_bits():
+    late, *early = ranks(3, _overlapped)[0]
+    assert all(equal(weights, late) for weights in early)
 
 
 # ---- gradients that are missing, or come in any order
@@ -363,7 +444,7 @@ class Layers(nn.Module):
         self.maps[3].float()
 
     def dualized(self, **settings: Any) -> Dualized:
-        norms = {n: L1ToRMS() if n.startswith("maps.4") else RMSToRMS(EXACT) for n, _ in self.named_parameters()}
+        norms: dict[str, Norm] = {n: L1ToRMS() if n == "maps.4.weight" else RMSToRMS(EXACT) for n, _ in self.named_parameters()}
         return Dualized(self, 0.5, norm=ModularNorm(norms, dict.fromkeys(norms, 0.1)), weight_decay=0.1, **settings)
 
     def loss(self, used: Iterable[int], seed: int) -> Tensor:
@@ -371,7 +452,7 @@ class Layers(nn.Module):
         x = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         total = torch.zeros((), dtype=torch.float64, requires_grad=True)
         for i in used:
-            total = total + (self.maps[i](x.to(self.maps[i].weight.dtype)) - x.roll(i, 0)).square().mean()
+            total = total + (self.maps[i](x.float() if i == 3 else x) - x.roll(i, 0)).square().mean()
         return total
 
 
@@ -390,7 +471,14 @@ def used_by(rank: int, step: int) -> list[int]:
     ][step]
 
 
-def _missing(rank: int, world: int, overlap: bool, bucket: int) -> Weights:
+BUCKETS = (1, 300, comm.BUCKET_BYTES)  # bytes: one weight in each, two, all of a dtype
+
+
+def _missing(rank: int, world: int) -> list[Weights]:
+    return [_missing_with(rank, world, overlap, bucket) for overlap in (True, False) for bucket in BUCKETS]
+
+
+def _missing_with(rank: int, world: int, overlap: bool, bucket: int) -> Weights:
     comm.BUCKET_BYTES = bucket
     model = Layers()
     optimizer = model.dualized(grads="local")
@@ -411,12 +499,9 @@ def _missing(rank: int, world: int, overlap: bool, bucket: int) -> Weights:
     return weights(model)
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("bucket", [300, comm.BUCKET_BYTES])
 @pytest.mark.parametrize("world", [2, 3])
-def test_a_gradient_missing_on_some_ranks_counts_as_zero_there(world: int, overlap: bool, bucket: int):
-    """And where it is missing on all, nothing of that weight moves."""
-    found = ranks(world, _missing, overlap, bucket, deadline=40)
+def test_a_gradient_missing_on_some_ranks_counts_as_zero_there(world: int):
+    """And where it is missing on all, nothing of that weight moves. Whatever the order of gradients, and however they leave."""
     model = Layers()
     optimizer = model.dualized()
     for step in range(8):
@@ -424,10 +509,11 @@ def test_a_gradient_missing_on_some_ranks_counts_as_zero_there(world: int, overl
             (model.loss(used_by(rank, step), 10 * step + rank) / world).backward()
         optimizer.step()
         optimizer.zero_grad()
-    for rank in range(world):
-        assert equal(found[rank], found[0])
-        for n, p in weights(model).items():
-            assert difference({n: found[rank][n]}, {n: p}) < TOLERANCES[p.dtype], n
+    found = ranks(world, _missing, deadline=40)
+    for other in [w for of_rank in found for w in of_rank]:
+        assert equal(other, found[0][0])
+        for n, w in weights(model).items():
+            assert difference({n: other[n]}, {n: w}) < TOLERANCES[w.dtype], n
 
 
 def _calls(rank: int, world: int) -> list[int]:
@@ -450,9 +536,9 @@ def _two_backward_passes(rank: int, world: int, bucket: int) -> tuple[str, Weigh
     comm.BUCKET_BYTES = bucket
     model = Layers()
     optimizer = model.dualized(grads="local")
+    losses = [model.loss(range(5), rank) for _ in range(2)]
     with pytest.raises(RuntimeError) as caught, optimizer.last_backward():
-        for _ in range(2):
-            model.loss(range(5), rank).backward()
+        [loss.backward() for loss in losses]
     optimizer.zero_grad()
     with optimizer.last_backward():
         model.loss(range(5), rank).backward()
@@ -468,43 +554,53 @@ def test_two_backward_passes_as_the_last_one_are_refused(bucket: int):
         (model.loss(range(5), rank) / 2).backward()
     optimizer.step()
     for text, found in ranks(2, _two_backward_passes, bucket):
-        expected = "last_backward()\n  got: two backward passes inside\n  allowed: one, the last of a step\n  fix: accumulate the others before it"
+        expected = (
+            "last_backward()\n  got: two backward passes inside\n  allowed: one, the last of a step\n  fix: accumulate the others before it"
+        )
         assert text == expected
         assert difference(found, weights(model)) < SAME_FLOAT32, "and a step goes on as if nothing had been"
 
 
-def _step_not_taken(rank: int, world: int, bucket: int, skipped: list[list[int]], goes_on: str) -> Weights:
-    comm.BUCKET_BYTES = bucket
-    model = Layers()
-    optimizer = model.dualized(grads="local")
-    with optimizer.last_backward():
-        model.loss(skipped[rank], 50 + rank).backward()
-    optimizer.zero_grad()
-    for _ in range(2):
-        if goes_on == "in parts":
-            (model.loss(range(5), rank) / 2).backward()
-        with nullcontext() if goes_on == "without overlap" else optimizer.last_backward():
-            (model.loss(range(5), rank + 2) / 2).backward()
-        optimizer.step()
+NOT_TAKEN = ([[0, 1, 2, 3, 4]] * 2, [[0, 1, 2, 3, 4], [0]], [[], [3, 4]], [[], []])  # what the two ranks use
+
+
+def _step_not_taken(rank: int, world: int, goes_on: str) -> list[Weights]:
+    found = []
+    for used, bucket in product(NOT_TAKEN, BUCKETS[1:]):
+        comm.BUCKET_BYTES = bucket
+        model = Layers()
+        optimizer = model.dualized(grads="local")
+        with optimizer.last_backward():
+            model.loss(used[rank], 50 + rank).backward()
         optimizer.zero_grad()
-    return weights(model)
+        if goes_on == "with one weight more":
+            more = nn.Parameter(torch.ones(4, 4))
+            optimizer.add_param_group({"params": [("more", more)], "norm": L1ToRMS(), "radius": 0.1})
+        for _ in range(2):
+            if goes_on == "in parts":
+                model.loss(range(5), rank).backward()
+            with nullcontext() if goes_on == "without overlap" else optimizer.last_backward():
+                model.loss(range(5), rank + 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(weights(model))
+    return found
 
 
-@pytest.mark.parametrize("goes_on", ["with overlap", "in parts", "without overlap"])
-@pytest.mark.parametrize("skipped", [[[0, 1, 2, 3, 4]] * 2, [[0, 1, 2, 3, 4], [0]], [[], [3, 4]], [[], []]], ids=str)
-@pytest.mark.parametrize("bucket", [300, comm.BUCKET_BYTES])
-def test_gradients_that_were_sent_for_a_step_never_taken_are_forgotten(bucket: int, skipped: list[list[int]], goes_on: str):
+@pytest.mark.parametrize("goes_on", ["with overlap", "in parts", "without overlap", "with one weight more"])
+def test_gradients_that_were_sent_for_a_step_never_taken_are_forgotten(goes_on: str):
+    """Also where the ranks had heard different ones."""
     model = Layers()
     optimizer = model.dualized()
     for _ in range(2):
         for rank in range(2):
-            if goes_on == "in parts":
-                (model.loss(range(5), rank) / 4).backward()
-            (model.loss(range(5), rank + 2) / 4).backward()
+            for seed in (rank, rank + 2) if goes_on == "in parts" else (rank + 2,):
+                (model.loss(range(5), seed) / 2).backward()
         optimizer.step()
         optimizer.zero_grad()
-    for found in ranks(2, _step_not_taken, bucket, skipped, goes_on, deadline=20):
-        assert difference(found, weights(model)) < SAME_FLOAT32
+    for found in ranks(2, _step_not_taken, goes_on, deadline=20):
+        for after, used in zip(found, product(NOT_TAKEN, BUCKETS[1:]), strict=True):
+            assert difference(after, weights(model)) < SAME_FLOAT32, used
 
 
 # ---- numbers that are not finite
@@ -523,16 +619,16 @@ def _not_finite(rank: int, world: int, mode: str, what: str) -> tuple[str, bool,
     before = kept()
     for name, p in model.named_parameters():
         assert p.grad is not None
-        if name == what:
+        if name in what.split(" and "):
             mine = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
             mine[-1] = math.nan if rank == 1 else mine[-1]
         if what == f"{name} overflows":
             p.grad.fill_(3e38)
-    optimizer.step(loss=torch.tensor(math.inf if what == "loss" and rank == 1 else 1.0))
+    optimizer.step(loss=torch.tensor(math.inf if "loss" in what and rank == 1 else 1.0))
     same = equal(kept(), before)
-    step_by_hand_raises = pytest.raises(NonFiniteError)
-    with step_by_hand_raises as caught:
-        step_by_hand(model, optimizer, [1], rank, world)
+    set_gradients(model, 1, rank, world)
+    with pytest.raises(NonFiniteError) as caught:
+        optimizer.step()
     same = same and equal(kept(), before)
     optimizer.step()
     optimizer.check_finite()
@@ -547,9 +643,10 @@ TAKEN = "was not finite in call 2 of step(); that step was not taken, weights an
     [
         ("replicas", 2, "square", "the gradient of square on rank 1"),
         ("replicas", 3, "rows", "the gradient of rows on rank 1"),
-        ("replicas", 3, "loss", "the loss on rank 1"),
-        ("replicas", 2, "rows overflows", "the average over ranks of the gradient of rows on rank 0"),
-        ("replicas", 3, "matrix overflows", "the average over ranks of the gradient of matrix on rank "),
+        ("replicas", 3, "loss", "the loss on rank 1 was"),
+        ("replicas", 2, "square and rows and loss", "the loss on rank 1 and of 2 more was"),
+        ("replicas", 2, "rows overflows", "the average over ranks of the gradient of rows was"),
+        ("replicas", 3, "matrix overflows", "the average over ranks of the gradient of matrix was"),
         ("fsdp", 2, "square", "the gradient of square on rank 1"),
         ("fsdp", 2, "loss", "the loss on rank 1"),
         ("hsdp", 4, "square", "the gradient of square on rank 1"),
@@ -566,3 +663,397 @@ def test_a_number_that_is_not_finite_on_one_rank_stops_the_step_on_all(mode: str
         assert message.startswith(text) and message.endswith(TAKEN), message
         assert same
         assert equal(after, weights(model))
+
+
+# ---- who holds which state
+
+
+def _held(rank: int, world: int, mode: str) -> tuple[dict[str, Piece], set[str], dict[str, str]]:
+    """(pieces, names of those that make_state() makes, what is wrong with DTensors: nothing)."""
+    names = [n for n in KINDS if n not in REPLICAS_ALONE]
+    model = sharded(Bag(names).double(), mode, world)
+    optimizer = model.dualized(grads="local", direction="adam" if mode != "replicas" else "soap")  # type: ignore[operator]
+    step_by_hand(model, optimizer, range(2), rank, world)
+    wrong = {}
+    for n, p in model.named_parameters():
+        for k, b in optimizer.state.get(p, {}).items():
+            if mode != "replicas" and not (isinstance(b, DTensor) and b.placements == p.placements and b.device_mesh == p.device_mesh):  # type: ignore[attr-defined]
+                wrong[f"{n}.{k}"] = str(b)
+    model = sharded(Bag(names).double(), mode, world)
+    fresh = model.dualized(grads="local", direction="adam" if mode != "replicas" else "soap")  # type: ignore[operator]
+    fresh.make_state(lambda name: name.startswith("r"))
+    return {k: Piece(p.tensor.clone(), p.row, p.shape) for k, p in optimizer.held().items()}, set(fresh.held()), wrong
+
+
+@pytest.mark.parametrize(("mode", "world"), [("replicas", 2), ("replicas", 3), ("replicas", 4), ("fsdp", 2), ("fsdp", 4)])
+def test_ranks_hold_the_state_of_their_pieces_alone_and_together_all_of_it(mode: str, world: int):
+    model = Bag(n for n in KINDS if n not in REPLICAS_ALONE).double()
+    optimizer = model.dualized(direction="adam" if mode != "replicas" else "soap")
+    step_by_hand(model, optimizer, range(2))
+    found = ranks(world, _held, mode)
+    assert sum(p.tensor.nbytes for pieces, *_ in found for p in pieces.values()) == sum(b.nbytes for b in buffers(optimizer).values())
+    for name, whole in buffers(optimizer).items():
+        pieces = sorted((p[name] for p, *_ in found if name in p), key=lambda p: p.row)
+        assert all(p.shape == whole.shape for p in pieces), name
+        if whole.ndim == 0:
+            assert len(pieces) == 1
+            continue
+        ends = [p.row + p.tensor.shape[0] for p in pieces if len(p.tensor)]
+        assert [p.row for p in pieces if len(p.tensor)] == [0, *ends[:-1]] and ends[-1] == len(whole), "each row once"
+        if not name.endswith("_basis"):
+            assert difference({name: torch.cat([p.tensor for p in pieces])}, {name: whole}) < SAME
+    for pieces, made, wrong in found:
+        assert not wrong, "DTensors, placed as their parameters"
+        assert made == {n for n in pieces if n.startswith("r")}, "before the first step, what it would make"
+
+
+# ---- saved here, loaded there
+
+
+def _saved(rank: int, world: int, mode: str, case: str) -> tuple[Weights, dict[str, Any]]:
+    model = sharded(Net().double(), mode, world)
+    optimizer = dualized(model, case, grads="local")  # type: ignore[arg-type]
+    train(model, optimizer, range(10), rank=rank, world=world)
+    saved = optimizer.state_dict()
+    whole = {i: {k: full(b) for k, b in state.items()} for i, state in saved["state"].items()}
+    return weights(model), saved | {"state": whole}
+
+
+def loaded(mode: str, world: int, case: str, saved: tuple[Weights, dict[str, Any]], **settings: Any) -> tuple[nn.Module, Dualized]:
+    model = Net().double()
+    model.load_state_dict(saved[0])
+    sharded(model, mode, world)
+    optimizer = dualized(model, case, **settings)
+    optimizer.load_state_dict(saved[1])
+    return model, optimizer
+
+
+def _resumed(rank: int, world: int, mode: str, case: str, path: str) -> Weights:
+    model, optimizer = loaded(mode, world, case, torch.load(path), grads="local")
+    train(model, optimizer, range(10, 15), rank=rank, world=world)
+    return weights(model)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("mode", "world"), [("replicas", 2), ("replicas", 3), ("fsdp", 2)])
+def test_a_run_goes_on_from_one_process_to_ranks_and_back(mode: str, world: int, case: str, tmp_path: Path):
+    for state in ranks(world, _saved, mode, case):
+        model, optimizer = loaded("replicas", 1, case, state)
+        train(model, optimizer, range(10, 15))
+        assert difference(weights(model), alone(case, 15)) < SAME, "from ranks to one process; every rank has the whole state"
+    model = Net().double()
+    optimizer = dualized(model, case)
+    train(model, optimizer, range(10))
+    torch.save((weights(model), optimizer.state_dict()), tmp_path / "saved")
+    for found in ranks(world, _resumed, mode, case, str(tmp_path / "saved")):
+        assert difference(found, alone(case, 15)) < SAME, "from one process to ranks"
+
+
+# ---- what is sent
+
+
+MILLION = GPTConfig(n_layer=4, n_head=2, n_embd=128, block_size=8, vocab_size=1024)  # 1.05 M weights
+
+
+def _bytes_sent(rank: int, world: int) -> int:
+    """By this rank in one step."""
+    model = GPT(MILLION)
+    optimizer = Dualized(model, 0.1, grads="local")
+    sent = 0
+
+    def counting(function: Callable[..., Any], size: Callable[..., float]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal sent
+            sent += size(*args)
+            return function(*args, **kwargs)
+
+        return counted
+
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("another collective than those counted")
+
+    def exchanged(target: Tensor, source: Tensor, came: list[int], went: list[int]) -> int:
+        return (sum(went) - went[rank]) * source.element_size()
+
+    dist.all_to_all_single = counting(dist.all_to_all_single, exchanged)
+    dist.all_gather = counting(dist.all_gather, lambda out, x: (world - 1) * x.nbytes)
+    dist.all_reduce = counting(dist.all_reduce, lambda x, op: 2 * (world - 1) / world * x.nbytes)
+    for other in ("all_gather_object", "all_gather_into_tensor", "broadcast", "reduce_scatter_tensor", "all_to_all", "send", "isend"):
+        setattr(dist, other, refused)
+    for step in range(2):
+        sent = 0
+        x = torch.randint(1024, (2, 2, 8), generator=torch.Generator().manual_seed(10 * step + rank))
+        with optimizer.last_backward():
+            model(*x)[1].backward()
+        optimizer.step()
+    return sent
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_a_step_sends_what_a_ring_all_reduce_does(world: int):
+    """Twice (w − 1)/w of the weights' bytes a rank; a rank that owns more than its share sends more, here by 1.2% at most."""
+    bound = 2 * (world - 1) / world * sum(p.nbytes for p in GPT(MILLION).parameters())
+    found = ranks(world, _bytes_sent)
+    assert 0.99 * bound < sum(found) / world < 1.05 * bound
+    assert max(found) < 1.05 * bound
+
+
+# ---- who steps what
+
+
+def optimum(costs: list[int], w: int) -> int:
+    """The largest load of the best of all assignments."""
+    return min(
+        max(sum(c for c, r in zip(costs, (0, *where), strict=True) if r == rank) for rank in range(w))
+        for where in product(range(w), repeat=len(costs) - 1)
+    )
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.integers(1, 4))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_the_largest_load_is_within_grahams_bound_of_the_best(costs: list[int], w: int):
+    loads = [0.0] * w
+    where = assign(costs, loads)
+    assert loads == [0.0] * w, "not written"
+    assert where == assign(costs, loads), "every rank finds the same"
+    largest = max(sum(c for c, r in zip(costs, where, strict=True) if r == rank) for rank in range(w))
+    assert largest <= (4 / 3 - 1 / (3 * w)) * optimum(costs, w) * (1 + 1e-12)
+
+
+def test_costs_go_longest_first_to_the_least_loaded_rank_and_the_lowest_of_equals():
+    assert assign([1, 1, 1], [0, 0]) == [0, 1, 0]
+    assert assign([1, 5, 2, 2], [0, 0]) == [1, 0, 1, 1]
+    assert assign([1, 1], [3, 0, 2]) == [1, 1]
+    assert assign([], [0, 0]) == []
+
+
+@pytest.mark.parametrize("size", ["124m", "350m", "1.5b"])
+def test_eight_ranks_share_a_gpts_steps_within_a_tenth(size: str, monkeypatch: pytest.MonkeyPatch):
+    config = load([str(ROOT / f"configs/gpt2_{size}.toml")])
+    monkeypatch.setattr("optim.dualized.ranks_of", lambda params, local: Ranks(None, 0, 8))
+    with torch.device("meta"):
+        model = GPT(config.model, config.optim.norms.build(config.optim.polar, config.model.n_head))
+    norm = metrize(model, model.structure(config.optim.masses))
+    loads = Dualized(model, 1.0, norm=norm, direction=config.optim.direction, grads="local")._plain.loads  # type: ignore[attr-defined]
+    assert sum(loads) == pytest.approx(sum(norm.norms[n].flops(p.shape) for n, p in model.named_parameters()))
+    assert max(loads) / (sum(loads) / 8) < 1.1
+
+
+def jobs_of(yields: Iterable[int], log: list[str]) -> Iterator[Job]:
+    """Jobs a, b, … that yield so many times; the log has what they do: a0, before their first yield, a1, …"""
+
+    def job(name: str, times: int) -> Job:
+        for i in range(times):
+            log.append(f"{name}{i}")
+            yield
+        log.append(f"{name}{times}")
+
+    return (job(chr(ord("a") + i), times) for i, times in enumerate(yields))
+
+
+@pytest.mark.parametrize(
+    ("ahead", "yields", "order"),
+    [
+        (0, [1, 1, 1], "a0 a1 b0 b1 c0 c1"),
+        (1, [1, 1, 1], "a0 b0 a1 c0 b1 c1"),
+        (0, [2, 2], "a0 a1 a2 b0 b1 b2"),
+        (1, [2, 2, 2], "a0 b0 a1 b1 a2 c0 b2 c1 c2"),
+        (2, [2, 2, 2], "a0 b0 a1 c0 b1 a2 c1 b2 c2"),
+        (1, [0, 1, 0, 2], "a0 b0 c0 b1 d0 d1 d2"),
+        (1, [], ""),
+        (2, [0, 0], "a0 b0"),
+    ],
+)
+def test_later_jobs_are_begun_while_one_waits(ahead: int, yields: list[int], order: str):
+    log: list[str] = []
+    run(jobs_of(yields, log), ahead=ahead)
+    assert " ".join(log) == order
+
+
+@given(st.lists(st.integers(0, 4), max_size=6), st.integers(0, 3))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_all_jobs_are_done_and_no_more_are_begun_than_allowed(yields: list[int], ahead: int):
+    log: list[str] = []
+    run(jobs_of(yields, log), ahead=ahead)
+    for i, times in enumerate(yields):
+        assert [x for x in log if x[0] == chr(ord("a") + i)] == [f"{chr(ord('a') + i)}{k}" for k in range(times + 1)]
+    assert [x for x in log if x[1:] == "0"] == sorted(x for x in log if x[1:] == "0"), "begun in order"
+    under_way: set[str] = set()
+    for x in log:
+        under_way.add(x[0])
+        assert len(under_way) <= ahead + 1
+        following = f"{chr(ord(x[0]) + 1)}0"
+        if ahead and x[1:] == "1" and x[0] == min(under_way) and following in log:
+            assert log.index(following) < log.index(x), "the next one sends before the oldest goes on"
+        if int(x[1:]) == yields[ord(x[0]) - ord("a")]:
+            under_way.remove(x[0])
+
+
+# ---- what is refused
+
+
+def _refusals(rank: int, world: int) -> dict[str, str]:
+    """Their texts, by what was tried."""
+    line, table, cube = (init_device_mesh("cpu", shape, mesh_dim_names=tuple("abc"[: len(shape)])) for shape in ((2,), (2, 1), (2, 1, 1)))
+
+    def build(*weights: Tensor, **settings: Any) -> Dualized:
+        named = [(f"w{i}", nn.Parameter(w)) for i, w in enumerate(weights)]
+        norm = ModularNorm({n: RMSToRMS() for n, _ in named}, dict.fromkeys((n for n, _ in named), 1.0))
+        return Dualized(named, 0.1, norm=norm, **settings)
+
+    def placed(mesh: DeviceMesh, *placements: Any) -> Tensor:
+        return distribute_tensor(torch.ones(4, 4), mesh, placements, src_data_rank=None)
+
+    rows, turned = Shard(0), DeviceMesh("cpu", [[1], [0]], mesh_dim_names=("a", "b"))
+    later = build(torch.ones(4, 4))
+    tried: dict[str, Callable[[], Any]] = {
+        "columns": lambda: build(placed(line, Shard(1))),
+        "copies": lambda: build(placed(line, Replicate())),
+        "shards of copies": lambda: build(placed(table, rows, Replicate())),
+        "a cube": lambda: build(placed(cube, Replicate(), Replicate(), rows)),
+        "other order": lambda: build(placed(turned, Replicate(), rows)),
+        "two meshes": lambda: build(placed(line, rows), placed(table, Replicate(), rows)),
+        "a part": lambda: build(placed(table["b"], rows), grads="local"),
+        "soap": lambda: build(placed(line, rows), direction="soap"),
+        "later": lambda: later.add_param_group(
+            {"params": [("v", nn.Parameter(placed(line, rows)))], "norm": RMSToRMS(), "radius": 1.0},
+        ),
+        "ddp": lambda: Dualized(nn.parallel.DistributedDataParallel(nn.Linear(2, 2)), 0.1, grads="local"),
+        "copy of replicas": lambda: copy.deepcopy(build(torch.ones(4, 4), grads="local")),
+        "copy of shards": lambda: copy.deepcopy(build(placed(line, rows))),
+    }
+    found = {}
+    for what, attempt in tried.items():
+        with pytest.raises((CommError, TypeError)) as caught:
+            attempt()
+        found[what] = f"{caught.type.__name__}: {caught.value}"
+    return found
+
+
+def test_what_is_not_supported_is_refused_when_built():
+    unplaced = (
+        "  allowed: (Shard(0),) of fully_shard, or (Replicate(), Shard(0)) of a replicate × shard mesh\n"
+        "  fix: fully_shard without tensor parallelism and without shard_placement_fn"
+    )
+    mesh = (
+        "  allowed: one dimension, or replicate × shard over all ranks in order\n"
+        '  fix: init_device_mesh(device, (replicas, shards), mesh_dim_names=("replicate", "shard"))'
+    )
+    several = "TypeError: Dualized of several processes: got a copy or pickle of it; allowed: state_dict() of one, loaded into another"
+    expected = {
+        "columns": f"CommError: w0\n  got: a DTensor of placements (Shard(dim=1),)\n{unplaced}",
+        "copies": f"CommError: w0\n  got: a DTensor of placements (Replicate(),)\n{unplaced}",
+        "shards of copies": f"CommError: w0\n  got: a DTensor of placements (Shard(dim=0), Replicate())\n{unplaced}",
+        "a cube": f"CommError: sharded weights\n  got: the mesh …\n{mesh}",
+        "other order": f"CommError: sharded weights\n  got: the mesh …\n{mesh}",
+        "two meshes": "CommError: sharded weights\n  got: 2 meshes\n  allowed: one for all weights\n  fix: pass the same mesh to every fully_shard",
+        "a part": 'CommError: grads="local" beside sharded weights\n  got: a mesh of 1 in a world of 2\n  allowed: a mesh of all ranks\n'
+        '  fix: grads="reduced", which sharded gradients are anyway',
+        "soap": "CommError: w0\n  got: the direction 'soap' of a sharded weight\n  allowed: momentum, nesterov, adam, lion, entry by entry\n"
+        '  fix: one of them, or replicas (grads="local"), whose owners have whole weights',
+        "later": "CommError: v\n  got: a mesh that no weight before it has\n  allowed: one mesh\n  fix: build Dualized with sharded weights",
+        "ddp": 'CommError: Dualized(DistributedDataParallel(…), grads="local")\n  got: gradients that DDP has reduced already\n'
+        '  allowed: the bare module, or grads="reduced"\n  fix: one of them',
+        "copy of replicas": several,
+        "copy of shards": several,
+    }
+    for found in ranks(2, _refusals):
+        assert {what: re.sub(r"the mesh .*", "the mesh …", text) for what, text in found.items()} == expected
+
+
+def test_local_gradients_without_a_process_group_are_refused_where_there_are_several_processes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(CommError) as caught:
+        Bag().dualized(grads="local")
+    assert str(caught.value) == (
+        'grads="local"\n  got: WORLD_SIZE 4 and no process group\n  allowed: torch.distributed.init_process_group() before\n'
+        "  fix: call it, or start one process"
+    )
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    Bag().dualized(grads="local")
+
+
+def test_only_reduced_and_local_gradients_are_known():
+    with pytest.raises(ValueError, match=r"^Dualized: grads\n  got: 'some'\n  allowed: reduced, local\n  fix: Dualized\(…, grads=…\)$"):
+        Bag().dualized(grads="some")
+
+
+# ---- what a step costs
+
+
+def measured_flops(norm: Norm, shape: tuple[int, ...]) -> int:
+    G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter:
+        norm.dualize_(G)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+@pytest.mark.parametrize("form", ["plain", "gram", "auto"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_flops_of_a_polar_factor_are_those_of_its_products(schedule: str, form: Any, dtype: Any):
+    polar = Polar(schedule, form, dtype)
+    for m, n in ((6, 6), (4, 5), (4, 8), (12, 4), (1, 5)):
+        assert polar.flops(m, n) == RMSToRMS(polar).flops((m, n)) == measured_flops(RMSToRMS(polar), (m, n)), (m, n)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "shape"),
+    [
+        (lambda inner: Blocks(inner, 3), (12, 5)),
+        (lambda inner: Blocks(inner, (4, 4, 2)), (10, 6)),
+        (lambda inner: Blocks(Transposed(inner), 2), (6, 8)),
+        (lambda inner: Experts(inner), (3, 4, 6)),
+        (lambda inner: Experts(Blocks(inner, 2)), (3, 4, 6)),
+        (lambda inner: Experts(Transposed(inner)), (3, 4, 9)),
+        (lambda inner: ConvRMSToRMS(inner), (4, 3, 3, 2)),
+        (lambda inner: ConvRMSToRMS(inner, dims=1, groups=2), (6, 2, 5)),
+        (lambda inner: ConvRMSToRMS(inner, groups=2, transposed=True), (6, 2, 2, 2)),
+        (lambda inner: Flattened(inner, 4), (4, 3, 2, 2)),
+        (lambda inner: Transposed(inner), (4, 12)),
+    ],
+)
+@pytest.mark.parametrize("form", ["plain", "gram", "auto"])
+def test_flops_of_a_view_are_those_of_its_blocks(wrap: Callable[[Norm], Norm], shape: tuple[int, ...], form: Any):
+    norm = wrap(RMSToRMS(Polar("polar_express", form)))
+    assert norm.flops(shape) == measured_flops(norm, shape)
+
+
+# ---- the harness itself
+
+
+def _fails(rank: int, world: int, how: str) -> int:
+    if rank == 1 and how == "raises":
+        raise RuntimeError("this one")
+    if rank == 1 and how == "dies":
+        os._exit(3)
+    if rank == 1 and how == "hangs":
+        time.sleep(60)
+    dist.barrier()
+    return rank
+
+
+def test_a_rank_that_fails_takes_the_others_with_it():
+    began = time.monotonic()
+    assert ranks(3, _fails, "not") == [0, 1, 2]
+    for how, text in (
+        ("raises", "RuntimeError: this one"),
+        ("dies", "rank 1 of 3 died, exit code 3"),
+        ("hangs", r"ranks \[0, 1, 2\] of 3 were still running after 1 s"),
+    ):
+        with pytest.raises(AssertionError, match=text):
+            ranks(3, _fails, how, deadline=1 if how == "hangs" else 20)
+    assert time.monotonic() - began < 10
+
+
+def test_a_script_runs_in_ranks_as_torchrun_would_start_it(tmp_path: Path):
+    (tmp_path / "script.py").write_text(
+        "import os, sys, torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "print(dist.get_rank(), dist.get_world_size(), os.environ['LOCAL_RANK'], os.environ['LOCAL_WORLD_SIZE'], os.environ['MORE'], sys.argv[1:])\n"
+        "dist.barrier()\n"
+        "sys.exit(f'{dist.get_rank()} refuses' if dist.get_rank() else 0)\n"
+    )
+    found = run_ranks(tmp_path, 2, "a", "b c", script=str(tmp_path / "script.py"), env={"MORE": "x"})
+    assert [(code, out) for code, out, _ in found] == [(0, "0 2 0 2 x ['a', 'b c']\n"), (1, "1 2 1 2 x ['a', 'b c']\n")]
+    assert "1 refuses" in found[1][2]

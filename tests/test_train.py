@@ -414,6 +414,17 @@ def test_evaluating_newly_on_resume_makes_no_false_first_point(root: Path, whole
     assert 0 not in [r["step"] for r in records(root / "runs/late_eval")]
 
 
+def test_a_resumed_run_keeps_the_precision_and_device_it_has(root: Path, whole: Path, tmp_path: Path):
+    """The probe might choose another one today; here "auto" would find bf16 on many machines."""
+    shutil.copytree(whole, tmp_path / "runs/kept")
+    args = ("small.toml", "--run.dir", str(tmp_path / "runs"), "--run.name", "kept", "--run.resume", "--train.steps", "13")
+    code, out, err = run(root, *args, "--run.precision", "auto", "--run.device", "auto")
+    assert code == 0, err
+    assert "chosen: run.precision" not in out
+    assert "chosen: run.device" not in out
+    assert 'precision = "fp32"' in (tmp_path / "runs/kept/resumed_00000012_config.toml").read_text()
+
+
 def test_a_run_at_its_end_resumes_to_its_summary(root: Path, whole: Path):
     """As after a kill between the last checkpoint and the last evaluation."""
     shutil.copytree(whole, root / "runs/ended")
