@@ -20,8 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-# Gradients that leave together, in the order in which a backward pass makes them: DDP's default (Li et al., arXiv 2006.15704).
+# What leaves together; gradients in the order in which a backward pass makes them. DDP's default (Li et al., arXiv 2006.15704).
 BUCKET_BYTES = 25 * 2**20
+# Buckets under way before the first of them is waited for, so that what has come does not fill the memory.
+IN_FLIGHT = 4
 
 Job = Generator[None, None, Any]
 
@@ -200,6 +202,7 @@ class Replicas(Alone):
         self.bucket_of: dict[Tensor, int] = {}
         self.heard: list[set[Tensor]] = []  # of each bucket, the weights whose gradient is there
         self.open = self.opened = False  # for gradients as they come; since the last step
+        self.sent = 0  # buckets, since the last step
         self.under_way: list[tuple[dict[Tensor, Tensor], Pending]] = []  # (own part, the others')
         self.reduced: dict[Tensor, Tensor] = {}
 
@@ -221,13 +224,7 @@ class Replicas(Alone):
 
     def _make_buckets(self) -> None:
         assert not self.under_way
-        self.buckets, size, kind = [], 0, None
-        for p in reversed(self.rows):
-            if not self.buckets or kind != (p.dtype, p.device) or size + p.nbytes > BUCKET_BYTES:
-                self.buckets.append([])
-                size, kind = 0, (p.dtype, p.device)
-            self.buckets[-1].append(p)
-            size += p.nbytes
+        self.buckets = bucketed(reversed(self.rows))
         self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
         self.heard = [set() for _ in self.buckets]
 
@@ -252,13 +249,24 @@ class Replicas(Alone):
 
     def publish(self, params: list[Tensor]) -> Job:
         me, w = self.ranks.rank, self.ranks.size
-        theirs = [[] if r == me else [_rows(p, *self.rows[p][r]) for p in params] for r in range(w)]
-        mine = [piece for p in params if (piece := self.piece(p)).numel()]
-        pending = self.ranks.exchange([[] if r == me else mine for r in range(w)], [_numel(x) for x in theirs], params[0])
+        under_way: list[tuple[list[list[Tensor]], Pending]] = []
+
+        def receive() -> None:
+            theirs, pending = under_way.pop(0)
+            for pieces, came in zip(theirs, pending.wait(), strict=True):
+                for piece, new in zip(pieces, came.split([x.numel() for x in pieces]), strict=True):
+                    piece.copy_(new.view_as(piece))
+
+        for bucket in bucketed(params):
+            theirs = [[] if r == me else [_rows(p, *self.rows[p][r]) for p in bucket] for r in range(w)]
+            mine = [piece for p in bucket if (piece := self.piece(p)).numel()]
+            sizes = [_numel(x) for x in theirs]
+            under_way.append((theirs, self.ranks.exchange([[] if r == me else mine for r in range(w)], sizes, bucket[0])))
+            if len(under_way) > IN_FLIGHT:
+                receive()
         yield
-        for pieces, came in zip(theirs, pending.wait(), strict=True):
-            for piece, new in zip(pieces, came.split([x.numel() for x in pieces]), strict=True):
-                piece.copy_(new.view_as(piece))
+        while under_way:
+            receive()
 
     def collect(self, p: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
         described: list[Any] = [None] * self.ranks.size
@@ -291,31 +299,41 @@ class Replicas(Alone):
             )
         heard.add(p)
         # In the order of buckets, whatever the order of gradients: every rank must take the same.
-        while len(self.under_way) < len(self.buckets) and len(self.heard[i := len(self.under_way)]) == len(self.buckets[i]):
-            self._send(self.buckets[i])
+        while self.sent < len(self.buckets) and len(self.heard[self.sent]) == len(self.buckets[self.sent]):
+            self._send()
 
-    def _send(self, bucket: list[Tensor]) -> None:
-        me, w = self.ranks.rank, self.ranks.size
+    def _send(self) -> None:
+        """The next bucket."""
+        if not self.sent:
+            self.reduced = {}
+        bucket, me, w = self.buckets[self.sent], self.ranks.rank, self.ranks.size
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
         sent = [[_rows(g, *self.rows[p][r]) for p, g in zip(bucket, grads, strict=True)] if r != me else [] for r in range(w)]
         mine = {p: _rows(g, *self.rows[p][me]).clone() for p, g in zip(bucket, grads, strict=True)}
         sizes = [0 if r == me else _numel(mine.values()) for r in range(w)]
         self.under_way.append((mine, self.ranks.exchange(sent, sizes, grads[0])))
+        self.sent += 1
+        if len(self.under_way) > IN_FLIGHT:
+            self._receive()
+
+    def _receive(self) -> None:
+        """The oldest bucket under way, averaged in the order of ranks."""
+        mine, pending = self.under_way.pop(0)
+        parts = [came.split([x.numel() for x in mine.values()] if came.numel() else [0] * len(mine)) for came in pending.wait()]
+        for i, (p, own) in enumerate(mine.items()):
+            if own.numel():
+                of_ranks = [own if r == self.ranks.rank else part[i].view_as(own) for r, part in enumerate(parts)]
+                total = of_ranks[0].to(torch.promote_types(own.dtype, torch.float32), copy=True)
+                for part in of_ranks[1:]:
+                    total += part
+                self.reduced[p] = total.div_(self.ranks.size)
 
     def receive_gradients(self) -> None:
-        for bucket in self.buckets[len(self.under_way) :]:
-            self._send(bucket)
-        self.reduced = {}
-        for mine, pending in self.under_way:
-            parts = [came.split([x.numel() for x in mine.values()] if came.numel() else [0] * len(mine)) for came in pending.wait()]
-            for i, (p, own) in enumerate(mine.items()):
-                if own.numel():
-                    of_ranks = [own if r == self.ranks.rank else part[i].view_as(own) for r, part in enumerate(parts)]
-                    total = of_ranks[0].to(torch.promote_types(own.dtype, torch.float32), copy=True)
-                    for part in of_ranks[1:]:
-                        total += part
-                    self.reduced[p] = total.div_(self.ranks.size)
-        self.under_way, self.heard, self.opened = [], [set() for _ in self.buckets], False
+        while self.sent < len(self.buckets):
+            self._send()
+        while self.under_way:
+            self._receive()
+        self.sent, self.heard, self.opened = 0, [set() for _ in self.buckets], False
 
 
 class Shards(Alone):
@@ -442,6 +460,18 @@ def _world() -> dist.ProcessGroup | None:
             "  fix: call it, or start one process"
         )
     return None
+
+
+def bucketed(params: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Runs of weights of one dtype and device, of at most BUCKET_BYTES where they are not one weight."""
+    buckets, size, kind = list[list[Tensor]](), 0, None
+    for p in params:
+        if not buckets or kind != (p.dtype, p.device) or size + p.nbytes > BUCKET_BYTES:
+            buckets.append([])
+            size, kind = 0, (p.dtype, p.device)
+        buckets[-1].append(p)
+        size += p.nbytes
+    return buckets
 
 
 def piece_of(x: Tensor) -> Piece:

@@ -21,7 +21,7 @@ from torch import Tensor
 from config import OptimConfig, load
 from model import GPT, GPTConfig
 from optim import DIRECTIONS, Dualized, Polar
-from optim.comm import Alone, Ranks, Replicas, Shards
+from optim.comm import IN_FLIGHT, Alone, Ranks, Replicas, Shards, bucketed
 from runtime import PEAK_FLOPS
 
 ROOT = Path(__file__).parent.parent
@@ -264,13 +264,16 @@ def owned_replicas(weights: list[Weight], w: int) -> Step:
     step = shared(weights, w, lambda x: (parts[x.p], parts[x.p]))
     own, N = step.stepped, sum(x.p.nbytes for x in weights)
     step.exchanges = [(N - own, (w - 1) * own), ((w - 1) * own, N - own)]
-    # While gradients are on their way: what leaves, a copy of the own part, what comes, and (float32) its sum, which stays for the step.
+    # While gradients are on their way, a few buckets at a time: what leaves, a copy of the own part, what comes; and (float32) sums, which stay for the step.
     reduced = own * max(1.0, 4 / weights[0].p.element_size())
-    publish = []
-    for stack in stacks(weights):
-        mine = sum(parts[x.p] * x.p.nbytes for x in stack)
-        publish.append((w - 1) * mine + sum(x.p.nbytes for x in stack) - mine)
-    step.buffers = torch.maximum(N + (w - 1) * own, two_at_once(publish)) + reduced
+
+    def most(buckets: list[list[Tensor]], kept: int) -> Tensor:
+        """Of a few buckets in a row. kept: copies of the own part."""
+        live = [torch.stack([p.nbytes * (1 + (w - 2 + kept) * parts[p]) for p in bucket]).sum(0) for bucket in buckets]
+        return torch.stack([torch.stack(live[i : i + IN_FLIGHT + 1]).sum(0) for i in range(max(1, len(live) - IN_FLIGHT))]).amax(0)
+
+    publish = [most(bucketed(x.p for x in stack), 0) for stack in stacks(weights)]
+    step.buffers = torch.maximum(most(at.buckets, 1), two_at_once(publish)) + reduced
     return step
 
 
