@@ -122,7 +122,8 @@ class Saver:
         elsewhere = {canonical(n) for i, (n, p) in enumerate(model.named_parameters()) if not sharded(p) and i % self.size != self.rank}
         parts = {"model": {k: x for k, x in model_pieces(model).items() if k not in elsewhere}, "optimizer": optimizer.held()}
         copies = {
-            kind: {k: Piece(x.tensor.to("cpu", copy=True), x.row, x.shape) for k, x in found.items()} for kind, found in parts.items()
+            kind: {k: Piece(x.tensor.to("cpu", copy=True, memory_format=torch.contiguous_format), x.row, x.shape) for k, x in found.items()}
+            for kind, found in parts.items()
         }
         try:
             self.wait()

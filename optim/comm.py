@@ -182,9 +182,12 @@ class Alone:
     def receive_gradients(self) -> None:
         """Reduce what has not left yet; gradient() is ready after this."""
 
+    def forget(self) -> None:
+        """Let go of gradients: their step is over, or is not taken."""
+
     @contextmanager
     def listening(self):  # noqa: ANN201 - Iterator[None]
-        """Gradients leave as a backward pass in here makes them."""
+        """Gradients leave as a backward pass in here makes them, all of them by its end."""
         yield
 
 
@@ -218,12 +221,13 @@ class Replicas(Alone):
                 owner = next(owners)
                 self.rows[p] = [(0, rows if r == owner else 0) for r in range(w)]
             self.loads = [load + cost * (b - a) / rows for load, (a, b) in zip(self.loads, self.rows[p], strict=True)]
-            hear = weakref.WeakMethod(self._hear)
-            p.register_post_accumulate_grad_hook(lambda p, hear=hear: (listener := hear()) and listener(p))
+            if p.requires_grad:
+                hear = weakref.WeakMethod(self._hear)
+                p.register_post_accumulate_grad_hook(lambda p, hear=hear: (listener := hear()) and listener(p))
         self._make_buckets()
 
     def _make_buckets(self) -> None:
-        assert not self.under_way
+        self.forget()
         self.buckets = bucketed(reversed(self.rows))
         self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
         self.heard = [set() for _ in self.buckets]
@@ -274,38 +278,44 @@ class Replicas(Alone):
         whole: dict[str, list[Tensor]] = {}
         for r, buffers in enumerate(described):
             for k, (shape, dtype) in buffers.items():
-                part = state[k].clone() if r == self.ranks.rank else torch.empty(shape, dtype=dtype, device=p.device)
+                part = (
+                    state[k].clone(memory_format=torch.contiguous_format)
+                    if r == self.ranks.rank
+                    else torch.empty(shape, dtype=dtype, device=p.device)
+                )
                 dist.broadcast(part, group=self.ranks.group, group_src=r)
                 whole.setdefault(k, []).append(part)
         return {k: parts[0] if len(parts) == 1 else torch.cat(parts) for k, parts in whole.items()}
 
     @contextmanager
     def listening(self):  # noqa: ANN201 - Iterator[None]
-        if self.opened:  # and no step was taken: all ranks send all there is, as some have begun
-            self.receive_gradients()
+        self.forget()
         self.open = self.opened = True
         try:
             yield
         finally:
             self.open = False
+        self._send_all()  # on every rank before whatever comes next, whichever gradients it has heard of
 
     def _hear(self, p: Tensor) -> None:
-        if not self.open:
+        if not self.opened:
             return
         heard = self.heard[self.bucket_of[p]]
-        if p in heard:
+        if p in heard or not self.open:
             raise RuntimeError(
-                "last_backward()\n  got: two backward passes inside\n  allowed: one, the last of a step\n  fix: accumulate the others before it"
+                "last_backward()\n  got: a further backward pass before step()\n  allowed: one in it, the last of a step\n  fix: accumulate the others before;"
+                " the optimizer's zero_grad() forgets a step that is not to be taken"
             )
         heard.add(p)
         # In the order of buckets, whatever the order of gradients: every rank must take the same.
         while self.sent < len(self.buckets) and len(self.heard[self.sent]) == len(self.buckets[self.sent]):
             self._send()
+            # Without waiting: another rank may wait for this one somewhere else in its backward pass.
+            while len(self.under_way) > IN_FLIGHT and self.under_way[0][1].work.is_completed():
+                self._receive()
 
     def _send(self) -> None:
         """The next bucket."""
-        if not self.sent:
-            self.reduced = {}
         bucket, me, w = self.buckets[self.sent], self.ranks.rank, self.ranks.size
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
         sent = [[_rows(g, *self.rows[p][r]) for p, g in zip(bucket, grads, strict=True)] if r != me else [] for r in range(w)]
@@ -313,8 +323,12 @@ class Replicas(Alone):
         sizes = [0 if r == me else _numel(mine.values()) for r in range(w)]
         self.under_way.append((mine, self.ranks.exchange(sent, sizes, grads[0])))
         self.sent += 1
-        if len(self.under_way) > IN_FLIGHT:
-            self._receive()
+
+    def _send_all(self) -> None:
+        while self.sent < len(self.buckets):
+            self._send()
+            while len(self.under_way) > IN_FLIGHT:
+                self._receive()
 
     def _receive(self) -> None:
         """The oldest bucket under way, averaged in the order of ranks."""
@@ -329,11 +343,19 @@ class Replicas(Alone):
                 self.reduced[p] = total.div_(self.ranks.size)
 
     def receive_gradients(self) -> None:
-        while self.sent < len(self.buckets):
-            self._send()
+        self._send_all()
         while self.under_way:
             self._receive()
-        self.sent, self.heard, self.opened = 0, [set() for _ in self.buckets], False
+        self._begin_anew()
+
+    def forget(self) -> None:
+        for _, pending in self.under_way:
+            pending.wait()
+        self._begin_anew()
+        self.reduced = {}
+
+    def _begin_anew(self) -> None:
+        self.under_way, self.sent, self.heard, self.opened = [], 0, [set() for _ in self.buckets], False
 
 
 class Shards(Alone):

@@ -473,14 +473,15 @@ def used_by(rank: int, step: int) -> list[int]:
 
 
 BUCKETS = (1, 300, comm.BUCKET_BYTES)  # bytes: one weight in each, two, all of a dtype
+SIZES = [(1, 1), (1, 4), (300, 4), (comm.BUCKET_BYTES, 4)]  # with how many of them are under way
 
 
 def _missing(rank: int, world: int) -> list[Weights]:
-    return [_missing_with(rank, world, overlap, bucket) for overlap in (True, False) for bucket in BUCKETS]
+    return [_missing_with(rank, world, overlap, *sizes) for overlap in (True, False) for sizes in SIZES]
 
 
-def _missing_with(rank: int, world: int, overlap: bool, bucket: int) -> Weights:
-    comm.BUCKET_BYTES = bucket
+def _missing_with(rank: int, world: int, overlap: bool, bucket: int, in_flight: int) -> Weights:
+    comm.BUCKET_BYTES, comm.IN_FLIGHT = bucket, in_flight
     model = Layers()
     optimizer = model.dualized(grads="local")
     for step in range(8):
@@ -517,6 +518,27 @@ def test_a_gradient_missing_on_some_ranks_counts_as_zero_there(world: int):
             assert difference({n: other[n]}, {n: w}) < TOLERANCES[w.dtype], n
 
 
+def _with_other_collectives(rank: int, world: int, used: list[list[int]]) -> list[float]:
+    model = Layers()
+    optimizer, sums = model.dualized(grads="local"), []
+    for _ in range(2):
+        with optimizer.last_backward():
+            loss = model.loss(used[rank], rank)
+            loss.backward()
+        total = torch.tensor(float(rank))
+        dist.all_reduce(total)
+        optimizer.step()
+        optimizer.zero_grad()
+        sums.append(total.item())
+    return sums
+
+
+@pytest.mark.parametrize("used", [[[0, 1, 2, 3, 4]] * 2, [[0, 1], [0, 1, 2, 3, 4]]], ids=["all", "some"])
+def test_other_collectives_fit_between_the_last_backward_pass_and_the_step(used: list[list[int]]):
+    """A loss is averaged there, say, while one rank has sent its gradients and another one has none to send yet."""
+    assert ranks(2, _with_other_collectives, used, deadline=10) == [[1.0, 1.0]] * 2
+
+
 def _calls(rank: int, world: int) -> list[int]:
     model = Layers()
     optimizer, calls = model.dualized(grads="local"), []
@@ -528,9 +550,9 @@ def _calls(rank: int, world: int) -> list[int]:
     return calls
 
 
-def test_a_step_without_any_gradient_on_any_rank_does_not_count():
-    """As in one process: the calls say when SOAP's bases are renewed, and are saved."""
-    assert ranks(2, _calls) == [[1, 1, 2]] * 2
+def test_every_step_counts_alike_on_all_ranks_whoever_has_gradients():
+    """The calls say when SOAP's bases are renewed. What others have is known on the device alone, so that a step without any gradient counts too."""
+    assert ranks(2, _calls) == [[1, 2, 3]] * 2
 
 
 def _two_backward_passes(rank: int, world: int, bucket: int) -> tuple[str, Weights]:
@@ -556,7 +578,8 @@ def test_two_backward_passes_as_the_last_one_are_refused(bucket: int):
     optimizer.step()
     for text, found in ranks(2, _two_backward_passes, bucket):
         expected = (
-            "last_backward()\n  got: two backward passes inside\n  allowed: one, the last of a step\n  fix: accumulate the others before it"
+            "last_backward()\n  got: a further backward pass before step()\n  allowed: one in it, the last of a step\n  fix: accumulate the others before;"
+            " the optimizer's zero_grad() forgets a step that is not to be taken"
         )
         assert text == expected
         assert difference(found, weights(model)) < SAME_FLOAT32, "and a step goes on as if nothing had been"
