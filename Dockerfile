@@ -1,6 +1,6 @@
 # The training program under torchrun. No text and no runs are in the image: mount them (docs/cluster.md).
 #   docker build -t nanodual .                                                                       torch from PyPI
-#   docker build -t nanodual --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .        of another CUDA; …/whl/cpu without
+#   docker build -t nanodual --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .          without CUDA; …/whl/cuNNN for a certain one
 FROM python:3.11.15-slim-bookworm
 
 WORKDIR /nanodual

@@ -1,7 +1,7 @@
 """Checkpoints: torch.distributed.checkpoint with safetensors for tensors, JSON for the rest, nothing pickled. One exists whole or not at all.
 
 checkpoints/step_00000100/: model/*.safetensors and optimizer/*.safetensors ("<parameter>.<buffer>"), one file for each rank that wrote; state.json,
-with the size and sha256 of each; config.toml, receipt.txt. Tensors are keyed by parameter name and hold rows of the whole, so that any number of ranks,
+with the size and sha256 of each and a digest of itself; config.toml, receipt.txt. Tensors are keyed by parameter name and hold rows of the whole, so that any number of ranks,
 with any run.parallel, reads what any other wrote. Ranks on several machines need a folder that all of them see.
 """
 
@@ -12,6 +12,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +103,13 @@ class Saver:
     keep: the newest so many stay, and the one of lowest validation loss. group: of this saver alone, None for one process.
     """
 
-    def __init__(self, folder: Path, *, keep: int, group: Any = None) -> None:
-        self.folder, self.keep, self.group = folder, keep, group
+    def __init__(self, folder: Path, *, keep: int, group: Any = None, waiting: Callable[[], None] = lambda: None) -> None:
+        """waiting: called every second while wait() does."""
+        self.folder, self.keep, self.group, self.waiting = folder, keep, group, waiting
         self.rank, self.size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        if torch.cuda.is_available():  # a new thread's device would be the first one
+            self.thread.submit(torch.cuda.set_device, torch.cuda.current_device())
         self.writing: Future[None] | None = None
 
     def save(self, step: int, model: nn.Module, optimizer: Dualized, state: dict[str, Any], texts: dict[str, str]) -> None:
@@ -113,10 +117,7 @@ class Saver:
 
         Waits for the one before, whose SaveError it raises after the new one has begun.
         """
-        groups = [
-            {k: v.tolist() if isinstance(v, Tensor) else v for k, v in g.items()}
-            for g in torch.optim.Optimizer.state_dict(optimizer)["param_groups"]
-        ]
+        groups = [{k: v.tolist() if isinstance(v, Tensor) else v for k, v in g.items()} for g in optimizer.settings()]
         content = {"schema": SCHEMA, "step": step, "param_groups": groups, **state}
         # A weight that all ranks have is written by one of them.
         elsewhere = {canonical(n) for i, (n, p) in enumerate(model.named_parameters()) if not sharded(p) and i % self.size != self.rank}
@@ -133,8 +134,12 @@ class Saver:
     def wait(self) -> None:
         """Until the checkpoint under way is there. Raises SaveError, on every rank, if it could not be written."""
         writing, self.writing = self.writing, None
-        if writing is not None:
-            writing.result()
+        while writing is not None:
+            self.waiting()
+            try:
+                return writing.result(timeout=1)
+            except TimeoutError:
+                continue
 
     def _write(self, step: int, parts: dict[str, dict[str, Piece]], content: dict[str, Any], texts: dict[str, str]) -> None:
         final = self.folder / f"step_{step:08d}"
@@ -151,8 +156,8 @@ class Saver:
                 )
             mine = [p for p in sorted(partial.glob("*/*")) if p.name.startswith(f"shard-{self.rank + 1:05d}-")]
             files = self._together(lambda: {str(p.relative_to(partial)): _signature(p) for p in mine})
-            signed = {k: v for found in files for k, v in found.items()}
-            self._together(lambda: self.rank or self._settle(partial, final, {**content, "files": signed}, texts))
+            signatures = {k: v for found in files for k, v in found.items()}
+            self._together(lambda: self.rank or self._settle(partial, final, {**content, "files": signatures}, texts))
         except (OSError, CheckpointException, RuntimeError, SafetensorError) as error:
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -164,7 +169,11 @@ class Saver:
 
     def _settle(self, partial: Path, final: Path, content: dict[str, Any], texts: dict[str, str]) -> None:
         """The last steps, on rank 0: a whole folder takes its name."""
-        for name, text in {**texts, "state.json": json.dumps(content, indent=1)}.items():
+        for name, signature in content["files"].items():
+            path = partial / name
+            if not path.is_file() or path.stat().st_size != signature["bytes"]:
+                raise OSError(f"{path} was written by another rank and is not here: all ranks must see one folder")
+        for name, text in {**texts, "state.json": json.dumps(signed(content), indent=1)}.items():
             (partial / name).write_text(text, encoding="utf-8")
             _fsync(partial / name)
         for path in (*(p for p in partial.iterdir() if p.is_dir()), partial):
@@ -172,10 +181,11 @@ class Saver:
         _remove(final)
         partial.rename(final)
         _fsync(self.folder)
-        best = best_of(self.folder)
-        for old in steps(self.folder)[: -self.keep]:
-            if old != best:
-                _remove(old)
+        best, kept = best_of(self.folder), [p for p in steps(self.folder) if p <= final][-self.keep :]
+        with suppress(OSError):  # the new one is there; what could not be removed is tried again with the next
+            for old in steps(self.folder):
+                if old not in (best, *kept):  # older ones, and later ones that were damaged, or this run would not be here
+                    _remove(old)
 
     def _together(self, f: Callable[[], Any]) -> list[Any]:
         """f() of every rank, after which all go on; an OSError of one is one of all."""
@@ -192,6 +202,12 @@ class Saver:
             if text is not None:
                 raise error or OSError(f"rank {rank}: {text}")
         return [value for value, _ in found]  # type: ignore[misc]
+
+
+def signed(content: dict[str, Any]) -> dict[str, Any]:
+    """state.json with a digest of all that is in it."""
+    content = {k: v for k, v in content.items() if k != "digest"}
+    return content | {"digest": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
 
 def _clear(partial: Path) -> None:
@@ -282,9 +298,11 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{checkpoint}\n  got: schema {state['schema']}\n  allowed: {SCHEMA}\n  fix: use the version that saved it"
             )
-        missing = {"schema", "step", "config", "progress", "shards", "tokenizer", "param_groups", "files"} - state.keys()
+        missing = {"schema", "step", "config", "progress", "shards", "tokenizer", "param_groups", "files", "digest"} - state.keys()
         if missing:
             raise ValueError(f"no {', '.join(sorted(missing))}")
+        if signed(state) != state or checkpoint.name != f"step_{state['step']:08d}":
+            raise ValueError("a state that is not the one that was written there")
     except CheckpointError:
         raise
     except (OSError, ValueError) as error:

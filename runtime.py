@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
@@ -34,6 +34,10 @@ HUNG = 124  # exit code, as timeout(1)'s
 
 class RunError(ValueError):
     """A run that cannot start here: what was got, what is allowed, how to fix it."""
+
+
+class RankError(RunError):
+    """A RunError of one rank, before ranks can tell each other."""
 
 
 @dataclass
@@ -81,7 +85,7 @@ class Runtime:
         self.main = self.rank == 0
         missing = [k for k in ("RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
         if self.size > 1 and missing:
-            raise RunError(
+            raise RankError(
                 f"WORLD_SIZE {self.size}\n  got: no {', '.join(missing)}\n  allowed: one process without WORLD_SIZE, or all that torchrun sets\n"
                 "  fix: torchrun --standalone --nproc_per_node=N train_gpt.py …"
             )
@@ -122,6 +126,14 @@ class Runtime:
         )
         self.control = dist.new_group(backend="gloo", timeout=patience)
         self.watchdog = Watchdog(PrefixStore("watchdog", store), self.rank, self.size, config.timeout)
+        self.beat(0, "start")
+        kinds = self.gather((self.device.type, self.parallel, self.shards, self.local_size))
+        if len(set(kinds)) > 1:
+            rank = next(r for r, kind in enumerate(kinds) if kind != kinds[0])
+            raise RunError(
+                f"ranks that differ\n  got: (device, run.parallel, shards, ranks on the machine) {kinds[0]} on rank 0 and {kinds[rank]} on rank {rank}\n"
+                "  allowed: the same on all\n  fix: --run.device, --run.shard-size, and as many processes on every machine"
+            )
         machines = self.size // self.local_size
         self.choices.append(
             f"backend = {'nccl' if self.device.type == 'cuda' else 'gloo'} for {self.size} ranks on {machines} machine{'s' * (machines > 1)},"
@@ -185,14 +197,19 @@ class Runtime:
         for unit in (*units, model):
             fully_shard(unit, mesh=mesh)
         for unit in model.modules():
-            # gloo has taken FSDP's average for a sum (pytorch#162338): sums are asked for, and divided here.
-            if self.device.type == "cpu" and hasattr(unit, "set_force_sum_reduction_for_comms"):
-                unit.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+            # gloo has taken FSDP's average for a sum (pytorch#162338): sums are asked for, which FSDP divides itself.
+            if self.device.type == "cpu" and isinstance(unit, FSDPModule):
+                unit.set_force_sum_reduction_for_comms(True)
 
     def beat(self, step: int, doing: str) -> None:
         """This rank goes on: what it does now, for the watchdog."""
         if self.watchdog is not None:
             self.watchdog.beat(step, doing)
+
+    def at_ease(self) -> None:
+        """Nothing is watched any more: what is left takes as long as it takes."""
+        if self.watchdog is not None:
+            self.watchdog.stop()
 
     def stop_wanted(self) -> int:
         """The signal (SIGTERM, SIGINT) that a rank got, the same on all ranks; 0 for none. Called once a step; with several ranks, one step late."""
@@ -209,12 +226,18 @@ class Runtime:
 
     @contextmanager
     def catching_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT are for stop_wanted() in here. A second one interrupts at once."""
+        """SIGTERM and SIGINT are for stop_wanted() in here. A SIGINT more than a second after the first signal interrupts at once.
+
+        Repeated ones do not: torchrun passes on what a scheduler or a terminal has sent to its workers already.
+        """
+        first = 0.0
 
         def note(number: int, _: object) -> None:
-            if self.signal:
+            nonlocal first
+            if self.signal and number == signal.SIGINT and time.monotonic() > first + 1:
                 raise KeyboardInterrupt
-            self.signal = number
+            if not self.signal:
+                self.signal, first = number, time.monotonic()
 
         before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -229,8 +252,7 @@ class Runtime:
 
     def close(self) -> None:
         """Leave, when everybody has come here: a rank that leaves early aborts the others."""
-        if self.watchdog is not None:
-            self.watchdog.stop()
+        self.at_ease()
         if self.size > 1:
             if self._stopping is not None:
                 self._stopping[0].wait()
@@ -248,12 +270,14 @@ class Runtime:
             device = there[0]
             self.choices.append(f"run.device = {device} (found here: {', '.join(there)})")
         if device not in there:
-            raise RunError(f"run.device\n  got: {device}\n  allowed: {', '.join(there)}, found here\n  fix: --run.device auto")
+            raise (RunError if self.size == 1 else RankError)(
+                f"run.device\n  got: {device}\n  allowed: {', '.join(there)}, found here\n  fix: --run.device auto"
+            )
         if device == "mps" and self.size > 1:
             raise RunError(f"run.device\n  got: mps and {self.size} ranks\n  allowed: cuda, cpu\n  fix: --run.device cpu, or one process")
         if device == "cuda" and self.size > 1:
             if self.local_rank >= torch.cuda.device_count():
-                raise RunError(
+                raise RankError(
                     f"LOCAL_RANK\n  got: {self.local_rank}\n  allowed: below {torch.cuda.device_count()}, the GPUs of this machine\n"
                     "  fix: torchrun --nproc_per_node=gpu"
                 )
@@ -322,7 +346,7 @@ class Watchdog(threading.Thread):
     def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
         super().__init__(daemon=True)
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
-        self.latest, self.since = (0, 0, "starts"), time.monotonic()  # (beats, step, doing)
+        self.latest, self.since = (0, 0, "start"), time.monotonic()  # (beats, step, doing)
         self.ended = threading.Event()
 
     def beat(self, step: int, doing: str) -> None:
@@ -336,32 +360,38 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         while not self.ended.wait(min(1.0, self.timeout / 10)):
             with suppress(RuntimeError):  # the store went with its rank: that is an error of the main thread's
-                self.store.set(str(self.rank), json.dumps(self.latest))
+                self.store.set(str(self.rank), json.dumps([*self.latest, where()]))
             if time.monotonic() - self.since > self.timeout:
                 print(self.report(), file=sys.stderr, flush=True)
                 os._exit(HUNG)
 
     def report(self) -> str:
-        """Which ranks are behind all others."""
-        found: dict[int, tuple[int, int, str]] = {}
+        """Which ranks are behind all others; where all are at the same point, each one's own place in the code."""
+        found: dict[int, tuple[int, int, str, str]] = {}
 
         def read() -> None:
             for rank in range(self.size):
                 with suppress(RuntimeError):
-                    found[rank] = tuple(json.loads(self.store.get(str(rank))))  # type: ignore[assignment]
+                    if self.store.check([str(rank)]):
+                        found[rank] = tuple(json.loads(self.store.get(str(rank))))  # type: ignore[assignment]
 
         reader = threading.Thread(target=read, daemon=True)
         reader.start()
         reader.join(10)
-        _, step, doing = self.latest
-        silent = sorted(set(range(self.size)) - found.keys())
-        behind = min(found.values(), default=self.latest)[0]
-        late = [f"rank {r} ({what} at step {at})" for r, (beats, at, what) in sorted(found.items()) if beats == behind]
-        late = [f"rank {r} (not heard of)" for r in silent] or late
+        beats, step, doing = self.latest
+        silent = [f"rank {r} (not heard of)" for r in range(self.size) if r not in found]
+        behind = min((x[0] for x in found.values()), default=beats)
+        late = silent or [f"rank {r} ({what} at step {at}, in {place})" for r, (n, at, what, place) in sorted(found.items()) if n == behind]
         return (
-            f"error: no progress for {self.timeout:g} s\n  got: {', '.join(late)} behind the others; this is rank {self.rank}, {doing} at step {step}\n"
+            f"error: no progress for {self.timeout:g} s\n  got: {', '.join(late)} behind the others; this is rank {self.rank}, {doing} at step {step}, in {where()}\n"
             "  allowed: run.timeout seconds between two parts of a step\n  fix: look at that rank's machine and output; --run.timeout where parts take longer"
         )
+
+
+def where() -> str:
+    """Where the main thread is: file, line and function of its innermost Python frame."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return "the end" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"
 
 
 class Clock:
@@ -431,11 +461,9 @@ class Stopwatch:
 class RunFolder:
     """runs/<name>/: config.toml, receipt.txt, metrics.jsonl, summary.json, loss.png, checkpoints/, log.txt."""
 
-    def __init__(self, path: Path, *, resume: bool | Literal["auto"], main: bool = True) -> None:
+    def __init__(self, path: Path, *, resume: bool, main: bool = True) -> None:
         """main: False for the ranks that write nothing."""
-        self.path, self.main = path, main
-        self.resume = path.is_dir() if resume == "auto" else resume
-        resume = self.resume
+        self.path, self.resume, self.main = path, resume, main
         if path.parent.exists() and not path.parent.is_dir():
             raise RunError(
                 f"run.dir\n  got: {path.parent}, a file\n  allowed: a folder, which is made where it is missing\n  fix: --run.dir FOLDER"

@@ -31,7 +31,7 @@ from data.shards import DataError
 from model import GPT
 from optim import CommError, CoverageError, Dualized, EscapeVelocity, NonFiniteError, Polar, metrize
 from optim.step_size import SCHEDULES
-from runtime import Clock, RunError, RunFolder, Runtime, Stopwatch, git_state
+from runtime import Clock, RankError, RunError, RunFolder, Runtime, Stopwatch, git_state
 from telemetry import StepSizes
 
 
@@ -62,6 +62,8 @@ class Progress:
 
 def main(argv: list[str]) -> None:
     config = configuration.load(argv)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+        config.run.resume = config.run.resume or "auto"
     remember(config)
     runtime = Runtime(config.run)
     try:
@@ -75,14 +77,14 @@ def main(argv: list[str]) -> None:
 def train(config: Config, runtime: Runtime) -> None:
     # ---- configuration and run folder; nothing is written before everything is known to fit
     resume, config.run.resume = config.run.resume, False  # the written configuration starts a run
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
-        resume = resume or "auto"
     config.run.name = runtime.on_main(lambda: config.run.name)  # which has the time in it
-    folder = runtime.together(lambda: RunFolder(Path(config.run.dir) / str(config.run.name), resume=resume, main=runtime.main))
-    newest, damage = runtime.on_main(lambda: checkpoint.newest_whole(folder.checkpoints)) if folder.resume else (None, [])
-    saved = checkpoint.read_state(newest) if newest else None
+    path = Path(config.run.dir) / str(config.run.name)
+    resume = runtime.on_main(path.is_dir) if resume == "auto" else resume
+    folder = runtime.together(lambda: RunFolder(path, resume=resume, main=runtime.main))
+    newest, damage = runtime.on_main(lambda: checkpoint.newest_whole(folder.checkpoints)) if resume else (None, [])
+    saved = runtime.together(lambda: checkpoint.read_state(newest) if newest else None)
     first = saved["step"] if saved else 0
-    changes = keep_choices(config, folder, saved) if folder.resume else []
+    changes = runtime.together(lambda: keep_choices(config, folder, saved)) if resume else []
     if first > config.train.steps:
         raise ConfigError(
             f"train.steps of a resumed run\n  got: {config.train.steps}\n  allowed: {first} or more, the steps taken\n  fix: --train.steps"
@@ -153,7 +155,7 @@ def train(config: Config, runtime: Runtime) -> None:
     progress = Progress(**saved["progress"]) if saved else Progress()
     forward = model
     if config.run.compile:
-        forward, compile_seconds = compile_ahead(model, runtime, c.batch_size // parts // runtime.size)
+        forward, compile_seconds = runtime.together(lambda: compile_ahead(model, runtime, c.batch_size // parts // runtime.size))
         progress.compile_seconds += compile_seconds
 
     # ---- the run folder
@@ -166,7 +168,7 @@ def train(config: Config, runtime: Runtime) -> None:
         folder.write(f"resumed_{first:08d}_{name}" if newest else name, text)
     for line in damage:
         say(f"left out: {line}")
-    if folder.resume:
+    if resume:
         # Metrics that the checkpoint does not know are dropped: the run makes them again.
         folder.keep_metrics(lambda r: saved is not None and r["step"] <= (progress.val_step if "val_loss" in r else first))
         say(f"resumed from {newest} at step {first}" if newest else "no checkpoint yet: from the start")
@@ -198,10 +200,15 @@ def train(config: Config, runtime: Runtime) -> None:
             "shards": shards,
             "tokenizer": {"name": tokenizer.name, "characters": tokenizer.characters},
         }
+        settle()
+        saver.save(done, model, optimizer, state, texts)
+
+    def settle() -> None:
+        """Wait for the checkpoint under way. Training goes on without it where it could not be written."""
         try:
-            saver.save(done, model, optimizer, state, texts)
+            saver.wait()
         except checkpoint.SaveError as error:
-            say(f"error: {error}")  # of an older one: training goes on
+            say(f"error: {error}")
 
     def check_finite(step: int) -> None:
         """What is known by now of the last step, if it was not finite."""
@@ -213,13 +220,16 @@ def train(config: Config, runtime: Runtime) -> None:
             count = f"{len(bad)} in a row" if len(bad) > 1 else "the first"
             say(f"step {step} was left out, {count} of train.max_nonfinite = {c.max_nonfinite}: {error}")
             if len(bad) >= c.max_nonfinite:
+                settle()
                 raise NonFiniteError(f"step {step}: {error}") from error
 
     # ---- the loop
     wall_start = time.perf_counter() - progress.wall_seconds
     clock, optimizer_watch = Clock(runtime, progress.train_seconds), Stopwatch(runtime, progress.optimizer_seconds)
     sizes = StepSizes(model, optimizer)
-    saver = checkpoint.Saver(folder.checkpoints, keep=c.keep_checkpoints, group=runtime.group())
+    saver = checkpoint.Saver(
+        folder.checkpoints, keep=c.keep_checkpoints, group=runtime.group(), waiting=lambda: runtime.beat(c.steps, "checkpoint")
+    )
     bad: list[int] = []
     if c.eval_every and first == 0 and progress.val_step < 0:
         evaluate(0)
@@ -274,12 +284,16 @@ def train(config: Config, runtime: Runtime) -> None:
                     save(done)
             if signal and not last:
                 saver.wait()
-                raise Stopped(signal, done, folder.path)
+                stopped = Stopped(signal, done, folder.path)
+                say(str(stopped))
+                raise stopped
         clock.stop()
     bar.close()
     saver.wait()
     if progress.val_step < c.steps:
         evaluate(c.steps)
+
+    runtime.at_ease()
 
     # ---- what is left of it: summary.json, loss.png, a sample
     seconds, peak = progress.train_seconds, runtime.peak_flops()
@@ -452,9 +466,9 @@ def keep_choices(config: Config, folder: RunFolder, saved: dict[str, Any] | None
 
 
 def report(error: object) -> None:
-    """Once: refusals and ends are alike on all ranks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}" if isinstance(error, Exception) and not isinstance(error, Stopped) else error, file=sys.stderr)
+    """Once: refusals and ends are alike on all ranks, but for those before ranks know of each other. A signal's end is in the log."""
+    if os.environ.get("RANK", "0") == "0" or isinstance(error, RankError):
+        print(f"error: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":
@@ -469,7 +483,6 @@ if __name__ == "__main__":
         report(error)
     except Stopped as stopped:
         code = stopped.code
-        report(stopped)
     except KeyboardInterrupt:
         report("interrupted at once; what was saved before stays")
         os._exit(130)  # without waiting for ranks, or for a checkpoint that is being written

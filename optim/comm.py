@@ -75,7 +75,8 @@ class Ranks:
 
     @staticmethod
     def of(group: dist.ProcessGroup | None) -> "Ranks":
-        return Ranks() if group is None else Ranks(group, dist.get_rank(group), dist.get_world_size(group))
+        alone = group is None or dist.get_world_size(group) == 1
+        return Ranks() if alone else Ranks(group, dist.get_rank(group), dist.get_world_size(group))
 
     def gather(self, x: Tensor) -> Tensor:
         """(…) → (w, …): everybody's."""
@@ -136,6 +137,10 @@ class Alone:
 
     def place(self, entries: list[tuple[Tensor, float, bool]]) -> None:
         """Decide who owns each weight of (p, FLOPs of its step, whether its rows may be apart). Earlier weights stay where they are."""
+
+    def splits(self, p: Tensor) -> bool:
+        """Whether ranks step rows of p without having it whole."""
+        return False
 
     def piece(self, p: Tensor) -> Tensor:
         """The rows of p that this rank steps, in p's own memory; a tensor without rows where it steps none."""
@@ -231,6 +236,9 @@ class Replicas(Alone):
         self.buckets = bucketed(reversed(self.rows))
         self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
         self.heard = [set() for _ in self.buckets]
+
+    def splits(self, p: Tensor) -> bool:
+        return max(end - first for first, end in self.rows[p]) < _length(p)
 
     def piece(self, p: Tensor) -> Tensor:
         return _rows(p, *self.rows[p][self.ranks.rank])

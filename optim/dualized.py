@@ -81,6 +81,7 @@ class _Stack:
     radii: Tensor
     ok: Tensor
     clip: Tensor | None
+    refresh: bool
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """(G (n, *shape), a copy, clipped and 0 where nothing is live; live, a mask broadcastable to it)."""
@@ -94,6 +95,27 @@ class _Stack:
         if self.clip is not None:
             G.mul_(self.clip.to(G))
         return G.masked_fill_(~live, 0), live
+
+
+@dataclass
+class _Watch:
+    """What is known on the device of the last step, on its way to the host.
+
+    host: int32, a column for each of the n gradients and for the loss; rows: the number of the rank that has it not finite, counted down from w to 1,
+    0 for none; of the average likewise; whether there is one. The last two with several ranks only. groups: of the gradients.
+    """
+
+    host: Tensor
+    event: torch.Event | None
+    names: list[str]
+    groups: list[dict[str, Any]]
+    call: int
+    counted: bool = False
+
+    def wait(self) -> Tensor:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.host
 
 
 def _validate(settings: dict[str, Any], *, auto: bool = False) -> None:
@@ -145,7 +167,7 @@ class Dualized(torch.optim.Optimizer):
     scale: "unit" steps have norm lr; "dual" steps are each weight's dual norm times that, plain steepest descent (with Frobenius: gradient descent).
     grads: "reduced": p.grad is the same on all processes, or there is one; nothing is communicated. "local": every process of the default process group has the
     gradient of its own share of the batch; step() averages them, each weight is stepped by its owner alone, which has its momentum, and all get the
-    result. See last_backward() and docs/cluster.md. Weights sharded by fully_shard stay so, under either.
+    result. See last_backward() and docs/cluster.md; GradScaler, whose ranks decide by themselves, does not go with it. Weights sharded by fully_shard stay so, under either.
     max_grad_norm: clip the 2-norm of a parameter group's raw gradients; updates are never clipped.
     momentum_dtype: of the buffers, "float32" or "bfloat16" (whose 8 bits stall averages of beta above 0.99); None is the weight's, and 64-bit
     weights keep theirs. master_weights: keep 16-bit weights in float32 besides, and step there; what others write into a weight counts.
@@ -188,7 +210,7 @@ class Dualized(torch.optim.Optimizer):
         # Copied: groups added later bring norms and radii of their own.
         self.norm = replace(norm, **{k: dict(getattr(norm, k)) for k in ("norms", "radii", "roles", "masses", "shapes")})
         self.escape = EscapeVelocity() if isinstance(lr, str) and lr == "auto" else lr if isinstance(lr, EscapeVelocity) else None
-        self._watch: tuple[Tensor, torch.Event | None, list[str], int] | None = None
+        self._watch: _Watch | None = None
         self._radii: dict[tuple[Any, ...], Tensor] = {}
         self._here: dict[tuple[bool, ...], Tensor] = {}  # on the device: which weights have a gradient on this rank
         if grads not in ("reduced", "local"):
@@ -203,6 +225,8 @@ class Dualized(torch.optim.Optimizer):
         self._alone = Alone(self._ranks)
         self._plain = Replicas(self._ranks) if grads == "local" and self._ranks.size > 1 else self._alone
         self._shards: dict[Any, Shards] = {}
+        # Makes GradScaler call step() on every rank, where it can be refused on every rank; by itself it would skip some and leave others waiting.
+        self._step_supports_amp_scaling = self._plain.owned
         defaults = dict(
             lr=1.0 if self.escape else lr,
             direction=direction,
@@ -215,8 +239,7 @@ class Dualized(torch.optim.Optimizer):
             max_grad_norm=max_grad_norm,
             momentum_dtype=momentum_dtype,
             master_weights=master_weights,
-            # Of step() with an lr and, in one process, gradients (what other ranks have is not known in time). Checkpoint libraries keep the groups alone.
-            calls=0,
+            calls=0,  # of step() with gradients and an lr; here, as checkpoint libraries keep the groups and nothing else
         )
         _validate(defaults, auto=self.escape is not None)
         super().__init__(named, defaults)
@@ -280,7 +303,8 @@ class Dualized(torch.optim.Optimizer):
                     f"{name}\n  got: the direction {group['direction']!r} of a sharded weight\n  allowed: {fine}, entry by entry\n"
                     '  fix: one of them, or replicas (grads="local"), whose owners have whole weights'
                 )
-            if ranks_of([p], local=False) != self._ranks and ranks_of([p], local=False).group is not self._ranks.group:
+            mesh = p.device_mesh  # type: ignore[attr-defined]
+            if (self._shards and mesh not in self._shards) or mesh.size() != self._ranks.size:
                 raise CommError(
                     f"{name}\n  got: a mesh that no weight before it has\n  allowed: one mesh\n  fix: build Dualized with sharded weights"
                 )
@@ -299,6 +323,7 @@ class Dualized(torch.optim.Optimizer):
     @property
     def calls(self) -> int:
         """Of step(), where something was to be moved."""
+        self._count()
         return max(group["calls"] for group in self.param_groups)
 
     @property
@@ -309,6 +334,11 @@ class Dualized(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, loss: Tensor | None = None) -> Any:  # type: ignore[override]
         """One step. loss: this rank's, 0-dim; one that is not finite stops the step as such a gradient does. Returns what closure does."""
+        if self._plain.owned and hasattr(self, "found_inf"):
+            raise CommError(
+                'GradScaler with grads="local"\n  got: a decision of each rank by itself\n  allowed: bfloat16, which needs no scaler, or grads="reduced" behind DDP\n'
+                "  fix: one of them"
+            )
         self.check_finite()
         result = None
         if closure is not None:
@@ -326,17 +356,20 @@ class Dualized(torch.optim.Optimizer):
                     self._make_state(group, p)  # at lr 0 too: checkpoint libraries have it made so
                     if moves:
                         entries.append((group, name, p))
+                    if self._at(p).splits(p) and not (_by_rows(self.norm.norms[name], group) and DIRECTIONS[group["direction"]].entrywise):
+                        raise CommError(
+                            f"{name}\n  got: a direction, scale or constraint that needs whole weights, set after its rows were given to ranks\n"
+                            "  allowed: those that it was built with\n  fix: build Dualized with them"
+                        )
         if not entries:
+            self._plain.forget()
             return result
-        groups: list[dict[str, Any]] = []
-        for group, *_ in entries:
-            if not any(group is g for g in groups):
-                group["calls"] += 1
-                groups.append(group)
+        groups = list({id(g): g for g, *_ in entries}.values())
         self._plain.receive_gradients()
+        refresh = [group["calls"] % group["refresh_every"] == 0 for group in groups]
         ok, present = self._all_finite(entries, loss)
         stacks: list[_Stack] = []
-        for group in groups:
+        for group, anew in zip(groups, refresh, strict=True):
             mine = [(i, name, p) for i, (g, name, p) in enumerate(entries) if g is group]
             clip = self._clip([p for *_, p in mine], group["max_grad_norm"])
             equal: dict[tuple[Any, ...], list[tuple[int, str, Tensor]]] = {}
@@ -344,14 +377,16 @@ class Dualized(torch.optim.Optimizer):
                 equal.setdefault((self._at(p), self.norm.norms[name], p.shape, p.dtype, p.device), []).append((i, name, p))
             for key, members in equal.items():
                 at, norm, *_ = key
-                held = [(i, n, p) for i, n, p in members if self.state.get(p)]
+                held = [(i, n, p) for i, n, p in members if not at.owned or at.piece(p).numel()]
                 pieces = [at.piece(p) for *_, p in held]
                 weights = [self._precise(group, p, piece) for (*_, p), piece in zip(held, pieces, strict=True)]
                 live = ok
                 if present is not None and held:
                     live = ok & torch.stack([present[i] for i, *_ in held]).reshape(-1, *(1,) * norm.ndim)
                 radii = self._radii_of(norm, [(n, p) for _, n, p in held])
-                stacks.append(_Stack(group, norm, at, [p for *_, p in members], [p for *_, p in held], pieces, weights, radii, live, clip))
+                stacks.append(
+                    _Stack(group, norm, at, [p for *_, p in members], [p for *_, p in held], pieces, weights, radii, live, clip, anew)
+                )
         # What is stepped by rows is cheap to step and large to send: first, so that the rest hides its way.
         stacks.sort(key=lambda s: not _by_rows(s.norm, s.group))
         ahead = max(s.at.ahead for s in stacks)
@@ -395,17 +430,19 @@ class Dualized(torch.optim.Optimizer):
         """The factor, at most 1, that brings the gradients' 2-norm to the limit; scaled by the largest entry first, so that no square overflows."""
         if limit is None:
             return None
-        mine = [(self._at(p), g) for p in params if (g := self._at(p).gradient(p)) is not None and g.numel()]
-        grads = [g if at.copies == 1 else g / at.copies**0.5 for at, g in mine]
         dtype = reduce(torch.promote_types, (p.dtype for p in params), torch.float32)  # the same on all ranks
-        total = torch.zeros((), device=params[0].device)
-        if grads:
+        by_copies: dict[int, list[Tensor]] = {}
+        for p in params:
+            g = self._at(p).gradient(p)
+            if g is not None and g.numel():
+                by_copies.setdefault(self._at(p).copies, []).append(g)
+        parts = [torch.zeros((), device=params[0].device, dtype=dtype)]
+        for copies, grads in by_copies.items():
             largest = torch.nn.utils.get_total_norm(grads, torch.inf)
             scale = torch.where(largest > 0, largest, 1)
-            total = scale * torch.nn.utils.get_total_norm([g / scale.to(g) for g in grads]).to(scale)
-        of_ranks = self._ranks.gather(total.to(dtype))
-        largest = torch.where(of_ranks.amax() > 0, of_ranks.amax(), 1)
-        return (limit / (largest * torch.linalg.vector_norm(of_ranks / largest))).clamp(max=1)
+            parts.append(scale.to(dtype) * torch.nn.utils.get_total_norm([g / scale.to(g) for g in grads]).to(dtype) / copies**0.5)
+        total = _length(self._ranks.gather(_length(torch.stack(parts))))
+        return (limit / total).clamp(max=1)
 
     def _radii_of(self, norm: Norm, pairs: list[tuple[str, Tensor]]) -> Tensor:
         """(n, 1…), made once: a copy to the device waits for it."""
@@ -458,11 +495,10 @@ class Dualized(torch.optim.Optimizer):
         G, live = s.gradients()
         held = {k: [at.local(self.state[p][k]) for p in s.params] for k in self.state[s.params[0]] if k not in ("master", "start")}
         state = {k: _stack(buffers).to(torch.promote_types(buffers[0].dtype, torch.float32)) for k, buffers in held.items()}
-        refresh = (group["calls"] - 1) % group["refresh_every"] == 0
         direct = DIRECTIONS[group["direction"]]
         if not direct.gated:
             state = {k: v.clone() for k, v in state.items()}
-        D = direct(G, state, live=live.to(G.dtype), beta=group["beta"], beta2=group["beta2"], refresh=refresh)
+        D = direct(G, state, live=live.to(G.dtype), beta=group["beta"], beta2=group["beta2"], refresh=s.refresh)
         for k, buffers in held.items():
             if not direct.gated:
                 ok = s.ok if s.ok.ndim == 0 else s.ok.reshape(-1, *(1,) * (state[k].ndim - 1))
@@ -514,51 +550,71 @@ class Dualized(torch.optim.Optimizer):
             numbers += [self._at(p).gradient(p) if self._at(p).owned else None for *_, p in entries] + [None]
         finite = _finite([nothing if x is None or not x.numel() else x.detach() for x in numbers])
         bad = torch.where(torch.stack([x.to(device) for x in finite]), 0, w - self._ranks.rank).to(torch.int32).view(-1, n + 1)
-        present = None
+        ok, present, told = (bad == 0).all(), None, bad
         if w > 1:
             here = tuple(x is not None for x in numbers[: n + 1])
             if here not in self._here:
-                self._here = {here: torch.tensor(here, dtype=torch.int32, device=device)}
-            bad = self._ranks.maximum(torch.cat((bad, self._here[here][None])))
-            present, bad = bad[-1, :n] > 0, bad[:-1]
-        host, event = bad.to("cpu", non_blocking=bad.is_cuda), None
-        if bad.is_cuda:
-            event = torch.Event(bad.device)
+                known = torch.tensor(here, dtype=torch.int32)
+                self._here = {here: known.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else known.to(device)}
+            told = self._ranks.maximum(torch.cat((bad, self._here[here][None])))
+            ok, present = (told[:-1] == 0).all(), told[-1, :n] > 0
+        host, event = told.to("cpu", non_blocking=told.is_cuda), None
+        if told.is_cuda:
+            event = torch.Event(told.device)
             event.record()
-        self._watch = (host, event, [f"the gradient of {name}" for _, name, _ in entries] + ["the loss"], self.calls)
-        return (bad == 0).all(), present
+        names, groups = [f"the gradient of {name}" for _, name, _ in entries] + ["the loss"], [group for group, *_ in entries]
+        self._watch = _Watch(host, event, names, groups, 1 + max(g["calls"] for g in groups))
+        if w == 1:
+            self._count()
+        return ok, present
+
+    @_eager
+    def _count(self) -> None:
+        """Let the last step count in the groups of which some rank had a gradient: with several ranks that is known late."""
+        watch = self._watch
+        if watch is not None and not watch.counted:
+            watch.counted = True
+            here = watch.wait()[-1].tolist() if self._ranks.size > 1 else [1] * len(watch.groups)
+            for group in {id(g): g for g, there in zip(watch.groups, here, strict=False) if there}.values():
+                group["calls"] += 1
 
     @_eager
     def check_finite(self) -> None:
         """Raise NonFiniteError if the last step met a gradient that was not finite. That step changed nothing."""
         if self._watch is None:
             return
-        host, event, names, call = self._watch
-        self._watch = None
-        if event is not None:
-            event.synchronize()
-        if not host.any():
+        self._count()
+        watch, self._watch = self._watch, None
+        w, host = self._ranks.size, watch.wait()
+        bad = host[:-1] if w > 1 else host
+        if not bad.any():
             return
-        w, (local, *average) = self._ranks.size, host.tolist()
-        found = [f"{name} on rank {w - code}" if w > 1 else name for name, code in zip(names, local, strict=True) if code]
+        local, *average = bad.tolist()
+        found = [f"{name} on rank {w - code}" if w > 1 else name for name, code in zip(watch.names, local, strict=True) if code]
         if local[-1]:  # the loss comes first: gradients follow it
             found.insert(0, found.pop())
         for codes in average:
-            found += [f"the average over ranks of {n}" for n, code, own in zip(names, codes, local, strict=True) if code and not own]
+            found += [f"the average over ranks of {n}" for n, code, own in zip(watch.names, codes, local, strict=True) if code and not own]
         more = f" and of {len(found) - 1} more" if len(found) > 1 else ""
         raise NonFiniteError(
-            f"{found[0]}{more} was not finite in call {call} of step(); that step was not taken, weights and momentum are as before"
+            f"{found[0]}{more} was not finite in call {watch.call} of step(); that step was not taken, weights and momentum are as before"
         )
 
     def state_dict(self) -> dict[str, Any]:
         """torch's layout, with param_names in every group and a schema version. With local gradients: the whole state, gathered on every rank."""
+        self._count()
         found = super().state_dict()
         if self._plain.owned:
             for group, saved in zip(self.param_groups, found["param_groups"], strict=True):
                 for p, i in zip(group["params"], saved["params"], strict=True):
-                    if self._plain is self._at(p) and group["calls"]:
-                        found["state"][i] = self._plain.collect(p, self.state.get(p, {}))
+                    if self._plain is self._at(p) and (whole := self._plain.collect(p, self.state.get(p, {}))):
+                        found["state"][i] = whole
         return found | {"schema": SCHEMA}
+
+    def settings(self) -> list[dict[str, Any]]:
+        """param_groups as state_dict() has them, without asking other ranks."""
+        self._count()
+        return super().state_dict()["param_groups"]
 
     def held(self) -> dict[str, Piece]:
         """This rank's part of the state: {"<parameter>.<buffer>": piece}. For checkpoints of pieces, as checkpoint.py writes them."""
@@ -771,6 +827,12 @@ def _pairs(named: Any) -> list[tuple[str, Tensor]]:
             "  fix: Dualized(model, ...) or Dualized(model.named_parameters(), ..., norm=metrize(model))"
         )
     return pairs
+
+
+def _length(x: Tensor) -> Tensor:
+    """The 2-norm of a vector, without squares that under- or overflow."""
+    largest = torch.where(x.amax() > 0, x.amax(), 1)
+    return largest * torch.linalg.vector_norm(x / largest)
 
 
 def _by_rows(norm: Norm, group: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from checkpoint import signed
 from config import Config, from_dict
 from data.shards import read_manifest, read_shard, write_manifest, write_shard
 from model import GPT
@@ -64,7 +65,7 @@ def sign_anew(checkpoint: Path, file: Path) -> None:
         "bytes": file.stat().st_size,
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
     }
-    (checkpoint / "state.json").write_text(json.dumps(state))
+    (checkpoint / "state.json").write_text(json.dumps(signed(state)))
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
