@@ -55,13 +55,17 @@ def run(jobs: Iterable[Job], *, ahead: int) -> None:
 
     While one waits, up to `ahead` later ones are begun: they send before it goes on to compute.
     """
-    waiting, begun, more = iter(jobs), list[Job](), True
+    if not ahead:
+        for job in jobs:
+            for _ in job:
+                pass
+        return
+    waiting, begun, more, ended = iter(jobs), [], True, object()
     while begun or more:
         if more and len(begun) <= ahead:
             following = next(waiting, None)
             more = following is not None
             begun += [following] if following is not None else []
-        ended = object()
         begun = [job for job in reversed(begun) if next(job, ended) is not ended][::-1]
 
 
@@ -494,7 +498,8 @@ def _world() -> dist.ProcessGroup | None:
 
 def bucketed(params: Iterable[Tensor]) -> list[list[Tensor]]:
     """Runs of weights of one dtype and device, of at most BUCKET_BYTES where they are not one weight."""
-    buckets, size, kind = list[list[Tensor]](), 0, None
+    buckets: list[list[Tensor]] = []
+    size, kind = 0, None
     for p in params:
         if not buckets or kind != (p.dtype, p.device) or size + p.nbytes > BUCKET_BYTES:
             buckets.append([])

@@ -391,7 +391,7 @@ class Dualized(torch.optim.Optimizer):
         stacks.sort(key=lambda s: not _by_rows(s.norm, s.group))
         ahead = max(s.at.ahead for s in stacks)
         step_size = self._grow(stacks, ahead) if self.escape else None
-        run((self._step_stack(s, step_size) for s in stacks), ahead=ahead)
+        run([self._step_stack(s, step_size) for s in stacks], ahead=ahead)
         self._plain.forget()
         return result
 
@@ -488,7 +488,8 @@ class Dualized(torch.optim.Optimizer):
         """W ← retract(W − lr · radius · (dualize(direction) + weight_decay · W)), the direction's buffers first. Yields as run() wants it."""
         if s.params:
             yield from self._step_pieces(s, step_size)
-        yield from s.at.publish(s.everyone)
+        if s.at.ahead:
+            yield from s.at.publish(s.everyone)
 
     def _step_pieces(self, s: _Stack, step_size: Tensor | None) -> Job:
         group, at = s.group, s.at
@@ -507,7 +508,10 @@ class Dualized(torch.optim.Optimizer):
                 torch._foreach_copy_(buffers, state[k].unbind())  # pyright: ignore[reportPrivateImportUsage]
         del G, state
         dualize = s.norm.sharp if group["scale"] == "dual" else s.norm.dualize_
-        D = yield from at.whole(dualize, D, s.params, by_rows=s.norm.dualizes_by_rows and group["scale"] == "unit")
+        if at.ahead:
+            D = yield from at.whole(dualize, D, s.params, by_rows=s.norm.dualizes_by_rows and group["scale"] == "unit")
+        else:  # what torch.compile can follow
+            D = dualize(D)
         U = D.mul_(s.radii).masked_fill_(~live, 0)
         del D
         lr = group["lr"] if step_size is None else group["lr"] * step_size
@@ -528,7 +532,7 @@ class Dualized(torch.optim.Optimizer):
         if group["constraint"] is not None:
             W = _stack(s.weights)
             onto = partial(retract, norm=s.norm, constraint=group["constraint"])
-            R = yield from at.whole(onto, W, s.params, by_rows=s.norm.retracts_by_rows)
+            R = (yield from at.whole(onto, W, s.params, by_rows=s.norm.retracts_by_rows)) if at.ahead else onto(W)
             R = torch.where(live & (s.radii > 0), R, W)
             if start:
                 torch._foreach_add_(start, (R - W).unbind())  # pyright: ignore[reportPrivateImportUsage]

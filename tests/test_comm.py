@@ -1081,3 +1081,44 @@ def test_a_script_runs_in_ranks_as_torchrun_would_start_it(tmp_path: Path):
     found = run_ranks(tmp_path, 2, "a", "b c", script=str(tmp_path / "script.py"), env={"MORE": "x"})
     assert [(code, out) for code, out, _ in found] == [(0, "0 2 0 2 x ['a', 'b c']\n"), (1, "1 2 1 2 x ['a', 'b c']\n")]
     assert "1 refuses" in found[1][2]
+
+
+def _refused_at_the_step(rank: int, world: int) -> list[str]:
+    model, said = Layers(), []
+    whole = Dualized([("w", nn.Parameter(torch.ones(5, 4)))], 0.1, norm=ModularNorm({"w": L1ToRMS()}, {"w": 1.0}), grads="local")
+    weight = whole.param_groups[0]["params"][0]
+    weight.grad = torch.ones(5, 4)
+    whole.param_groups[0]["scale"] = "dual"
+    with pytest.raises(CommError) as caught:
+        whole.step()
+    said.append(str(caught.value))
+    scaled = model.dualized(grads="local")
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model.loss(range(5), rank)).backward()
+    with pytest.raises(CommError) as caught:
+        scaler.step(scaled)
+    said.append(str(caught.value))
+    return said
+
+
+def test_what_replicas_cannot_do_is_refused_at_the_step_on_all_ranks():
+    for split, scaled in ranks(2, _refused_at_the_step):
+        assert "w\n  got: a direction, scale or constraint that needs whole weights, set after its rows were given to ranks" in split
+        assert 'GradScaler with grads="local"\n  got: ' in scaled
+
+
+def _state_before_the_first_step(rank: int, world: int) -> dict[str, tuple[int, ...]]:
+    model = Layers()
+    optimizer = model.dualized(grads="local")
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    model.loss(range(5), rank).backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    names = state["param_groups"][0]["param_names"]
+    return {names[i]: tuple(s["momentum"].shape) for i, s in state["state"].items()}
+
+
+def test_the_state_that_a_checkpoint_library_makes_by_a_step_of_lr_0_is_whole():
+    shapes = {n: tuple(p.shape) for n, p in Layers().named_parameters()}
+    assert ranks(2, _state_before_the_first_step) == [shapes] * 2

@@ -944,3 +944,22 @@ def test_normalized_by_block_gives_every_row_its_full_size():
 def test_unweighted_radii_are_one_but_for_what_is_never_updated():
     norm = ModularNorm({"a": Frobenius(), "b": Frobenius()}, {"a": 0.3, "b": 0.0})
     assert norm.unweighted().radii == {"a": 1.0, "b": 0.0}
+
+
+def test_a_compiled_step_is_traced_in_two_graphs():
+    """What is told to the host splits it once; a generator or an exception that the compiler cannot follow would leave the rest to eager mode."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8, bias=False))
+    names = [n for n, _ in model.named_parameters()]
+    optimizer = Dualized(list(model.named_parameters()), 0.1, norm=ModularNorm(dict.fromkeys(names, RMSToRMS()), dict.fromkeys(names, 1.0)))
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    products: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object):
+        products.append(sum(node.target in (torch.baddbmm, "__matmul__") or "matmul" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(optimizer.step, backend=backend)()
+    assert len(products) <= 2
+    assert sum(products) >= 3 * 5, "three products in each of five steps of the polar iteration"

@@ -22,7 +22,7 @@ from checkpoint import SaveError, Saver, best_of, newest_whole
 from model import GPT, GPTConfig
 from optim import Dualized, metrize
 from optim.comm import Piece
-from tests.helpers import ROOT, run, run_ranks, small_dataset, start_ranks
+from tests.helpers import ROOT, ranks, run, run_ranks, small_dataset, start_ranks
 
 KILLS = int(os.environ.get("NANODUAL_KILLS", "6"))
 EXACT = ("--optim.param-dtype", "float64", "--optim.polar.schedule", "exact", "--optim.lr", "1", "--optim.cooldown", "0")
@@ -187,8 +187,8 @@ def small() -> tuple[GPT, Dualized]:
     return model, optimizer
 
 
-def state(step: int, val_loss: float) -> dict:
-    return {"config": {}, "progress": {"val_step": step, "val_loss": val_loss}, "shards": [], "tokenizer": {}}
+def state(step: int, val_loss: float | None) -> dict:
+    return {"config": {}, "progress": {"val_step": -1 if val_loss is None else step, "val_loss": val_loss}, "shards": [], "tokenizer": {}}
 
 
 def test_saving_goes_on_behind_the_run_and_holds_what_was_there_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -219,6 +219,50 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path):
     assert best_of(tmp_path) == tmp_path / "step_00000002"
     assert (tmp_path / "step_00000005/config.toml").read_text() == "x = 1\n"
     assert not [p for p in tmp_path.rglob("*") if p.suffix in (".pt", ".pkl", ".metadata", ".distcp")], "nothing pickled"
+
+
+def test_what_is_pruned_is_never_the_new_checkpoint(tmp_path: Path):
+    """The newest was damaged, the run went on from the one before, and was told to stop before it came as far again."""
+    model, optimizer = small()
+    saver = Saver(tmp_path, keep=1)
+    for step in (100, 200, 150):
+        saver.save(step, model, optimizer, state(step, None), {})
+        saver.wait()
+        if step == 200:
+            (tmp_path / "step_00000200/state.json").write_text("{}")
+    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step_00000150"]
+    assert newest_whole(tmp_path) == (tmp_path / "step_00000150", [])
+
+
+def test_a_state_that_was_edited_or_moved_is_damage(tmp_path: Path):
+    model, optimizer = small()
+    saver = Saver(tmp_path, keep=3)
+    for step in (1, 2, 3):
+        saver.save(step, model, optimizer, state(step, None), {})
+    saver.wait()
+    path = tmp_path / "step_00000003/state.json"
+    path.write_text(path.read_text().replace('"calls": 1', '"calls": 2'))
+    (tmp_path / "step_00000002").rename(tmp_path / "step_00000004")
+    newest, damage = newest_whole(tmp_path)
+    assert newest == tmp_path / "step_00000001"
+    assert len(damage) == 2 and all("a state that is not the one that was written there" in line for line in damage)
+
+
+def _saves_into_folders_of_their_own(rank: int, world: int, folder: str) -> str:
+    import torch.distributed as dist
+
+    model, optimizer = small()
+    saver = Saver(Path(folder) / str(rank), keep=1, group=dist.new_group(backend="gloo"))
+    saver.save(1, model, optimizer, state(1, None), {})
+    with pytest.raises(SaveError) as caught:
+        saver.wait()
+    return str(caught.value)
+
+
+def test_ranks_that_do_not_see_one_folder_are_told_when_they_save(tmp_path: Path):
+    for said in ranks(2, _saves_into_folders_of_their_own, str(tmp_path)):
+        assert "was written by another rank and is not here: all ranks must see one folder" in said
+    assert not checkpoint.steps(tmp_path / "0")
 
 
 def test_a_folder_that_cannot_be_written_is_told_at_the_next_save(tmp_path: Path):
@@ -271,13 +315,24 @@ def test_a_signal_to_one_rank_saves_on_all(root: Path):
     os.kill(processes[1].pid or 0, signal.SIGTERM)
     assert ends(processes) == [143, 143]
     (step,) = [int(p.name[5:]) for p in checkpoint.steps(root / "runs/told/checkpoints")[-1:]]
-    assert f"SIGTERM: saved step {step} in runs/told; --run.name told --run.resume goes on" in (root / "stderr.0").read_text()
+    assert f"SIGTERM: saved step {step} in runs/told; --run.name told --run.resume goes on" in (root / "runs/told/log.txt").read_text()
     assert f"at step {step}" in train(root, 1, "told", "--run.resume", "--train.steps", str(step + 1))
+
+
+def test_signals_that_come_twice_still_save(root: Path):
+    """A scheduler tells every process, and so does torchrun; a terminal's SIGINT comes twice likewise."""
+    processes = start_ranks(root, 2, "small.toml", "--run.name", "twice", "--train.steps", "100000")
+    until(lambda: (root / "runs/twice/metrics.jsonl").is_file(), processes)
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        for process in processes:
+            os.kill(process.pid or 0, number)
+    assert ends(processes) in ([143, 143], [130, 130])
+    assert checkpoint.steps(root / "runs/twice/checkpoints")
 
 
 def test_a_rank_that_hangs_is_named_by_the_others(root: Path):
     processes = start_ranks(
-        root, 3, "small.toml", "--run.name", "hung", "--run.timeout", "3", "--train.steps", "100000", "--train.batch-size", "12"
+        root, 3, "small.toml", "--run.name", "hung", "--run.timeout", "5", "--train.steps", "100000", "--train.batch-size", "12"
     )
     until(lambda: (root / "runs/hung/metrics.jsonl").is_file(), processes)
     os.kill(processes[1].pid or 0, signal.SIGSTOP)
@@ -289,7 +344,7 @@ def test_a_rank_that_hangs_is_named_by_the_others(root: Path):
         ends(processes, 0.1)
     for rank in (0, 2):
         said = (root / f"stderr.{rank}").read_text()
-        assert "error: no progress for 3 s\n  got: rank 1 (" in said
+        assert "error: no progress for 5 s\n  got: rank 1 (" in said
         assert f"behind the others; this is rank {rank}, " in said
 
 

@@ -527,7 +527,7 @@ def test_a_signal_saves_and_ends_with_its_code(root: Path, whole: Path, number: 
     step = int(newest.name[5:])
     assert (
         f"{signal.Signals(number).name}: saved step {step} in runs/{name}; --run.name {name} --run.resume goes on"
-        in (root / "stderr").read_text()
+        in (root / "stdout").read_text()
     )
     found, out, err = run(root, "small.toml", "--run.name", name, "--run.resume", "--train.steps", str(step + 1))
     assert found == 0, err
