@@ -1122,3 +1122,64 @@ def _state_before_the_first_step(rank: int, world: int) -> dict[str, tuple[int, 
 def test_the_state_that_a_checkpoint_library_makes_by_a_step_of_lr_0_is_whole():
     shapes = {n: tuple(p.shape) for n, p in Layers().named_parameters()}
     assert ranks(2, _state_before_the_first_step) == [shapes] * 2
+
+
+def _order_of_work(rank: int, world: int) -> list[str]:
+    comm.BUCKET_BYTES = 1  # every weight leaves alone
+    layers = nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(3)))
+    named = dict(layers.named_parameters())
+    optimizer = Dualized(
+        list(named.items()), 0.1, norm=ModularNorm(dict.fromkeys(named, RMSToRMS()), dict.fromkeys(named, 1.0)), grads="local"
+    )
+    done: list[str] = []
+    for name, p in named.items():
+        p.register_post_accumulate_grad_hook(lambda _, name=name: done.append(f"gradient {name}"))
+    exchange, dualize = comm.Ranks.exchange, RMSToRMS.dualize_
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comm.Ranks, "exchange", lambda *args: (done.append("leaves"), exchange(*args))[1])
+        patch.setattr(RMSToRMS, "dualize_", lambda *args: (done.append("dualizes"), dualize(*args))[1])
+        with optimizer.last_backward():
+            layers(torch.ones(1, 6)).sum().backward()
+            done.append("end of backward")
+        optimizer.step()
+    return done
+
+
+def test_gradients_leave_while_the_backward_pass_goes_on():
+    for order in ranks(2, _order_of_work):
+        backward = order[: order.index("end of backward")]
+        assert backward.count("leaves") == 3
+        assert backward.index("leaves") < backward.index("gradient 0.weight"), "the last layer's has left before the first layer's is there"
+
+
+def _order_of_stacks(rank: int, world: int, mode: str) -> list[str]:
+    shapes = {"row": (6, 4), "a": (4, 6), "b": (6, 6), "c": (8, 6)}
+    norms: dict[str, Norm] = {n: L1ToRMS() if n == "row" else RMSToRMS() for n in shapes}
+    generator, named = torch.Generator().manual_seed(0), {}
+    for name, shape in shapes.items():
+        copies = [torch.randn(shape, generator=generator) for _ in range(2)]
+        for i, x in enumerate(copies):
+            x = distribute_tensor(x, init_device_mesh("cpu", (world,)), [Shard(0)]) if mode == "fsdp" else x
+            named[f"{name}{i}"] = nn.Parameter(x)
+    optimizer = Dualized(
+        list(named.items()), 0.1, norm=ModularNorm({n: norms[n[:-1]] for n in named}, dict.fromkeys(named, 1.0)), grads="local"
+    )
+    for p in named.values():
+        p.grad = torch.ones_like(p)
+    done: list[str] = []
+    exchange, dualize, wait = comm.Ranks.exchange, RMSToRMS.dualize_, comm.Pending.wait
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comm.Ranks, "exchange", lambda *args: (done.append("sends"), exchange(*args))[1])
+        patch.setattr(comm.Pending, "wait", lambda *args: (done.append("waits"), wait(*args))[1])
+        patch.setattr(RMSToRMS, "dualize_", lambda *args: (done.append("dualizes"), dualize(*args))[1])
+        optimizer.step()
+    return done
+
+
+@pytest.mark.parametrize("mode", ["replicas", "fsdp"])
+def test_a_stack_is_on_its_way_while_the_next_one_is_dualized(mode: str):
+    for order in ranks(2, _order_of_stacks, mode):
+        after = "".join(x[0] for x in order[order.index("dualizes") - 1 :])
+        # Between a stack's sending and the waiting for it another one is dualized.
+        assert "sds" in after or "swds" in after, order
+        assert after.count("d") == 3
