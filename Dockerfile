@@ -10,7 +10,7 @@ ARG TORCH_INDEX=https://pypi.org/simple
 RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" "$(grep '^torch==' requirements.txt)"
 RUN pip install --no-cache-dir -r requirements.txt
 
-COPY *.py ./
+COPY *.py LICENSE ./
 COPY optim ./optim
 COPY data ./data
 COPY configs ./configs
