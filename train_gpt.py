@@ -76,7 +76,8 @@ def main(argv: list[str]) -> None:
 
 def train(config: Config, runtime: Runtime) -> None:
     # ---- configuration and run folder; nothing is written before everything is known to fit
-    resume, config.run.resume = config.run.resume, False  # the written configuration starts a run
+    # torchrun does not count a restart on every machine: one rank that was restarted speaks for all.
+    resume, config.run.resume = max(runtime.gather(config.run.resume), key=bool), False  # the written configuration starts a run
     config.run.name = runtime.on_main(lambda: config.run.name)  # which has the time in it
     path = Path(config.run.dir) / str(config.run.name)
     resume = runtime.on_main(path.is_dir) if resume == "auto" else resume
@@ -497,4 +498,9 @@ if __name__ == "__main__":
             flush=True,
         )
         os._exit(1)
+    if "RANK" in os.environ:
+        # An all-to-all that gloo's thread frees while the interpreter ends would abort a process that is done.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
