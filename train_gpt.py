@@ -80,7 +80,7 @@ def train(config: Config, runtime: Runtime) -> None:
     resume, config.run.resume = max(runtime.gather(config.run.resume), key=bool), False  # the written configuration starts a run
     config.run.name = runtime.on_main(lambda: config.run.name)  # which has the time in it
     path = Path(config.run.dir) / str(config.run.name)
-    resume = runtime.on_main(path.is_dir) if resume == "auto" else resume
+    resume = runtime.on_main(path.is_dir) if resume == "auto" else bool(resume)
     folder = runtime.together(lambda: RunFolder(path, resume=resume, main=runtime.main))
     newest, damage = runtime.on_main(lambda: checkpoint.newest_whole(folder.checkpoints)) if resume else (None, [])
     saved = runtime.together(lambda: checkpoint.read_state(newest) if newest else None)
