@@ -1,8 +1,8 @@
 """Checkpoints: torch.distributed.checkpoint with safetensors for tensors, JSON for the rest, nothing pickled. One exists whole or not at all.
 
 checkpoints/step_00000100/: model/*.safetensors and optimizer/*.safetensors ("<parameter>.<buffer>"), one file for each rank that wrote; state.json,
-with the size and sha256 of each and a digest of itself; config.toml, receipt.txt. Tensors are keyed by parameter name and hold rows of the whole, so that any number of ranks,
-with any run.parallel, reads what any other wrote. Ranks on several machines need a folder that all of them see.
+with the size and sha256 of each and a digest of itself; config.toml, receipt.txt. Tensors are keyed by parameter name and hold rows of the whole, so that
+any number of ranks, with any run.parallel, reads what any other wrote. Ranks on several machines need a folder that all of them see.
 """
 
 import hashlib
@@ -115,8 +115,9 @@ class Saver:
     def save(self, step: int, model: nn.Module, optimizer: Dualized, state: dict[str, Any], texts: dict[str, str]) -> None:
         """Copy what is to be written, and begin to write checkpoints/step_<step>. state: JSON. texts: further files by name.
 
-        Waits for the one before, whose SaveError it raises after the new one has begun.
+        Waits for the one before; its SaveError is raised, and nothing begun.
         """
+        self.wait()
         groups = [{k: v.tolist() if isinstance(v, Tensor) else v for k, v in g.items()} for g in optimizer.settings()]
         content = {"schema": SCHEMA, "step": step, "param_groups": groups, **state}
         # A weight that all ranks have is written by one of them.
@@ -126,10 +127,7 @@ class Saver:
             kind: {k: Piece(x.tensor.to("cpu", copy=True, memory_format=torch.contiguous_format), x.row, x.shape) for k, x in found.items()}
             for kind, found in parts.items()
         }
-        try:
-            self.wait()
-        finally:
-            self.writing = self.thread.submit(self._write, step, copies, content, texts)
+        self.writing = self.thread.submit(self._write, step, copies, content, texts)
 
     def wait(self) -> None:
         """Until the checkpoint under way is there. Raises SaveError, on every rank, if it could not be written."""

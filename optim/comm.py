@@ -222,7 +222,7 @@ class Replicas(Alone):
         w = self.ranks.size
         owners = iter(assign([cost for _, cost, by_rows in entries if not by_rows], self.loads))
         for p, cost, by_rows in entries:
-            rows = p.shape[0] if p.ndim else 1
+            rows = _length(p)
             if by_rows:
                 ends = [rows * r // w for r in range(w + 1)]
                 self.rows[p] = list(pairwise(ends))
@@ -233,13 +233,9 @@ class Replicas(Alone):
             if p.requires_grad:
                 hear = weakref.WeakMethod(self._hear)
                 p.register_post_accumulate_grad_hook(lambda p, hear=hear: (listener := hear()) and listener(p))
-        self._make_buckets()
-
-    def _make_buckets(self) -> None:
-        self.forget()
         self.buckets = bucketed(reversed(self.rows))
         self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
-        self.heard = [set() for _ in self.buckets]
+        self.forget()
 
     def splits(self, p: Tensor) -> bool:
         return max(end - first for first, end in self.rows[p]) < _length(p)
@@ -379,7 +375,7 @@ class Shards(Alone):
     ahead = 1
 
     def __init__(self, ranks: Ranks, mesh: Any) -> None:
-        self.ranks, self.mesh = ranks, mesh
+        self.ranks = ranks
         self.shards = mesh.size(mesh.ndim - 1)
         self.copies = ranks.size // self.shards
         self.loads = [0.0] * ranks.size

@@ -68,7 +68,8 @@ def escape_terms(G: Tensor, dual: Tensor, start: list[Tensor], weights: list[Ten
 class _Stack:
     """Equal-shaped weights of one group that step together, and what this rank steps of them.
 
-    everyone: all parameters of the stack; params: those of which this rank has pieces. weights: what steps, the pieces or their masters; radii: (n, 1…); ok: a bool, or one for each (n, 1…).
+    everyone: all parameters of the stack; params: those of which this rank has pieces. weights: what steps, the pieces or
+    their masters; radii: (n, 1…); ok: a bool, or one for each (n, 1…).
     """
 
     group: dict[str, Any]
@@ -220,10 +221,9 @@ class Dualized(torch.optim.Optimizer):
                 'Dualized(DistributedDataParallel(…), grads="local")\n  got: gradients that DDP has reduced already\n  allowed: the bare module, or'
                 ' grads="reduced"\n  fix: one of them'
             )
-        tensors = [p for x in named for p in (_tensors(x) if isinstance(x, dict) else [x[1]])]
+        tensors = [p for x in named for _, p in (_pairs(x["params"]) if isinstance(x, dict) else [x])]
         self._ranks = ranks_of(tensors, local=grads == "local")
-        self._alone = Alone(self._ranks)
-        self._plain = Replicas(self._ranks) if grads == "local" and self._ranks.size > 1 else self._alone
+        self._plain = (Replicas if grads == "local" and self._ranks.size > 1 else Alone)(self._ranks)
         self._shards: dict[Any, Shards] = {}
         # Makes GradScaler call step() on every rank, where it can be refused on every rank; by itself it would skip some and leave others waiting.
         self._step_supports_amp_scaling = self._plain.owned
@@ -277,11 +277,9 @@ class Dualized(torch.optim.Optimizer):
             if norm is not None and radius is not None:
                 self.norm.norms[name], self.norm.radii[name], self.norm.shapes[name] = norm, float(radius), tuple(p.shape)
         entries: dict[Alone, list[tuple[Tensor, float, bool]]] = {}
-        entrywise = DIRECTIONS[self.param_groups[-1]["direction"]].entrywise
         for name, p in pairs:
             norm = self.norm.norms[name]
-            by_rows = entrywise and _by_rows(norm, self.param_groups[-1])
-            entries.setdefault(self._at(p), []).append((p, float(norm.flops(p.shape)), by_rows))
+            entries.setdefault(self._at(p), []).append((p, float(norm.flops(p.shape)), _by_rows(norm, self.param_groups[-1])))
         for at, placed in entries.items():
             at.place(placed)
 
@@ -317,7 +315,7 @@ class Dualized(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self._ranks.size > 1:
             raise TypeError("Dualized of several processes: got a copy or pickle of it; allowed: state_dict() of one, loaded into another")
-        kept = {k: getattr(self, k) for k in ("norm", "escape", "_ranks", "_alone", "_plain", "_shards")}
+        kept = {k: getattr(self, k) for k in ("norm", "escape", "_ranks", "_plain", "_shards")}
         return super().__getstate__() | kept | {"_watch": None, "_radii": {}, "_here": {}}
 
     @property
@@ -356,7 +354,7 @@ class Dualized(torch.optim.Optimizer):
                     self._make_state(group, p)  # at lr 0 too: checkpoint libraries have it made so
                     if moves:
                         entries.append((group, name, p))
-                    if self._at(p).splits(p) and not (_by_rows(self.norm.norms[name], group) and DIRECTIONS[group["direction"]].entrywise):
+                    if self._at(p).splits(p) and not _by_rows(self.norm.norms[name], group):
                         raise CommError(
                             f"{name}\n  got: a direction, scale or constraint that needs whole weights, set after its rows were given to ranks\n"
                             "  allowed: those that it was built with\n  fix: build Dualized with them"
@@ -841,11 +839,8 @@ def _length(x: Tensor) -> Tensor:
 
 def _by_rows(norm: Norm, group: dict[str, Any]) -> bool:
     """Whether a weight steps row by row: then ranks may have some rows each."""
-    return norm.dualizes_by_rows and group["scale"] == "unit" and (group["constraint"] is None or norm.retracts_by_rows)
-
-
-def _tensors(group: dict[str, Any]) -> list[Tensor]:
-    return [p for _, p in _pairs(group["params"])]
+    dualizes = DIRECTIONS[group["direction"]].entrywise and norm.dualizes_by_rows and group["scale"] == "unit"
+    return dualizes and (group["constraint"] is None or norm.retracts_by_rows)
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:

@@ -134,7 +134,7 @@ def test_three_ranks_take_thirds_of_the_same_batches(root: Path, accumulation: i
     assert deviation(*found) < 1e-9
 
 
-def test_a_whole_run_by_torchrun_in_float32_ends_as_one_process_does(root: Path):
+def test_a_whole_run_of_two_ranks_in_float32_ends_as_one_process_does(root: Path):
     train(root, 1, "fp32", "--train.batch-size", "12")
     train(root, 2, "fp32x2", "--train.batch-size", "12", "--train.gradient-accumulation-steps", "1", "--train.telemetry-every", "4")
     one, two = losses(root, "fp32"), losses(root, "fp32x2")
@@ -174,7 +174,7 @@ def test_any_world_and_mode_resumes_what_any_other_saved(root: Path, alone: dict
             "--train.steps", str(32 if i == 6 else 4 * (i + 1)), "--train.gradient-accumulation-steps", "1",
         )  # fmt: skip
         assert not i or f"at step {4 * i}" in out
-    # float32 momentum would show a resharding that rounds; what is left is the order of sums.
+    # What is left is the order of sums.
     assert losses(root, "chain") == pytest.approx(losses(root, "straight"), abs=1e-9)
     assert deviation(weights(root, "chain"), weights(root, "straight")) < 1e-7
 
@@ -357,7 +357,7 @@ def test_the_death_of_a_rank_ends_the_others(root: Path):
 
 
 def test_a_number_that_is_not_finite_ends_all_ranks_with_its_place(root: Path):
-    """One token's row of the embedding is NaN from step 5 on, by way of a checkpoint."""
+    """One entry of a matrix is NaN from step 5 on, by way of a checkpoint."""
     train(root, 1, "nan", "--train.steps", "4")
     folder = root / "runs/nan/checkpoints/step_00000004"
     (file,) = (folder / "model").iterdir()
