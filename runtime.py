@@ -359,15 +359,16 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         while not self.ended.wait(min(1.0, self.timeout / 10)):
+            idle = time.monotonic() - self.since
             with suppress(RuntimeError):  # the store went with its rank: that is an error of the main thread's
-                self.store.set(str(self.rank), json.dumps([*self.latest, where()]))
-            if time.monotonic() - self.since > self.timeout:
+                self.store.set(str(self.rank), json.dumps([*self.latest, where(), idle]))
+            if idle > self.timeout:
                 print(self.report(), file=sys.stderr, flush=True)
                 os._exit(HUNG)
 
     def report(self) -> str:
-        """Which ranks are behind all others; where all are at the same point, each one's own place in the code."""
-        found: dict[int, tuple[int, int, str, str]] = {}
+        """Which ranks are behind all others, or have fallen silent; where all are at the same point, each one's own place in the code."""
+        found: dict[int, tuple[int, int, str, str, float]] = {}
 
         def read() -> None:
             for rank in range(self.size):
@@ -378,14 +379,27 @@ class Watchdog(threading.Thread):
         reader = threading.Thread(target=read, daemon=True)
         reader.start()
         reader.join(10)
-        beats, step, doing = self.latest
+        _, step, doing = self.latest
         silent = [f"rank {r} (not heard of)" for r in range(self.size) if r not in found]
-        behind = min((x[0] for x in found.values()), default=beats)
-        late = silent or [f"rank {r} ({what} at step {at}, in {place})" for r, (n, at, what, place) in sorted(found.items()) if n == behind]
+        # A process that is stopped does not tell for how long it has been idle: what it told last is short.
+        points = {r: (n, idle > self.timeout / 2) for r, (n, *_, idle) in found.items()}
+        behind = min(points.values(), default=None)
+        late = silent or [
+            f"rank {r} ({what} at step {at}, in {place})" for r, (_, at, what, place, _) in sorted(found.items()) if points[r] == behind
+        ]
+        self.leave_store(len(late))
         return (
             f"error: no progress for {self.timeout:g} s\n  got: {', '.join(late)} behind the others; this is rank {self.rank}, {doing} at step {step}, in {where()}\n"
             "  allowed: run.timeout seconds between two parts of a step\n  fix: look at that rank's machine and output; --run.timeout where parts take longer"
         )
+
+    def leave_store(self, late: int) -> None:
+        """It may live in this process, and end with it: wait until all but the late ranks have read it, 10 s at most."""
+        end = time.monotonic() + 10
+        with suppress(RuntimeError):
+            self.store.add("readers", 1)
+            while self.store.add("readers", 0) < (self.size - late or self.size) and time.monotonic() < end:
+                time.sleep(0.05)
 
 
 def where() -> str:
