@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
-from optim import Dualized
+from optim import Dualized, Rival
 from optim.comm import Piece, piece_of, sharded
 from optim.metrize import canonical
 
@@ -112,7 +112,7 @@ class Saver:
             self.thread.submit(torch.cuda.set_device, torch.cuda.current_device())
         self.writing: Future[None] | None = None
 
-    def save(self, step: int, model: nn.Module, optimizer: Dualized, state: dict[str, Any], texts: dict[str, str]) -> None:
+    def save(self, step: int, model: nn.Module, optimizer: Dualized | Rival, state: dict[str, Any], texts: dict[str, str]) -> None:
         """Copy what is to be written, and begin to write checkpoints/step_<step>. state: JSON. texts: further files by name.
 
         Waits for the one before; its SaveError is raised, and nothing begun.
@@ -122,7 +122,8 @@ class Saver:
         content = {"schema": SCHEMA, "step": step, "param_groups": groups, **state}
         # A weight that all ranks have is written by one of them.
         elsewhere = {canonical(n) for i, (n, p) in enumerate(model.named_parameters()) if not sharded(p) and i % self.size != self.rank}
-        parts = {"model": {k: x for k, x in model_pieces(model).items() if k not in elsewhere}, "optimizer": optimizer.held()}
+        held = {} if self.rank and isinstance(optimizer, Rival) else optimizer.held()  # all ranks have a rival's state
+        parts = {"model": {k: x for k, x in model_pieces(model).items() if k not in elsewhere}, "optimizer": held}
         copies = {
             kind: {k: Piece(x.tensor.to("cpu", copy=True, memory_format=torch.contiguous_format), x.row, x.shape) for k, x in found.items()}
             for kind, found in parts.items()
@@ -327,7 +328,7 @@ def load_model(checkpoint: Path, model: nn.Module) -> None:
     _load(checkpoint / "model", pieces)
 
 
-def load_optimizer(checkpoint: Path, state: dict[str, Any], optimizer: Dualized) -> None:
+def load_optimizer(checkpoint: Path, state: dict[str, Any], optimizer: Dualized | Rival) -> None:
     """Settings and buffers by parameter name. Every rank reads its own pieces. state: read_state(checkpoint)."""
     saved = _shapes(checkpoint / "optimizer")
     optimizer.load_state_dict({"state": {}, "param_groups": state["param_groups"]})

@@ -19,9 +19,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from data.loader import DataConfig
 from model import GPTConfig, RoleMasses, RoleNorms
-from optim import EscapeVelocity, Polar
+from optim import RIVALS, EscapeVelocity, Polar
 from optim.directions import DIRECTIONS
 from optim.dualized import Constraint
+from optim.rivals import Scaling
 from optim.step_size import SCHEDULES
 from runtime import RunConfig
 
@@ -32,13 +33,18 @@ class ConfigError(ValueError):
 
 @dataclass
 class OptimConfig:
-    """lr: modular norm of one step at the schedule's top, or "auto". schedule: wsd (linear warm-up, stable, linear cooldown) or cosine.
+    """name: "dualized", or one it is compared with: "normalized_adam" and "normalized_sgd" in the modular norm, "adamw", "sgd". Keys that it has not are of no effect.
+    scaling: of sgd, lr of each weight for the standard, the NTK or the modular coordinates (optim/rivals.py).
+
+    lr: modular norm of one step at the schedule's top (adamw, sgd: theirs), or "auto". schedule: wsd (linear warm-up, stable, linear cooldown) or cosine.
 
     warmup: steps. cooldown: wsd, the last fraction of all steps; cosine, the depth of the decay. composition: "modular", or "max", the plain maximum over
     tensors. auto_initial, auto_factor: as in EscapeVelocity. param_dtype: of the weights in memory (float64 is for checks). The rest as in Dualized.
     """
 
+    name: str = "dualized"
     lr: float | Literal["auto"] = 1.0
+    scaling: Scaling = "standard"
     schedule: str = "wsd"
     warmup: int = 0
     cooldown: float = 0.5
@@ -64,6 +70,8 @@ class OptimConfig:
         """Raise ConfigError for impossible values."""
         require(
             "optim",
+            ("name", self.name, self.name in ("dualized", *RIVALS), ", ".join(("dualized", *RIVALS))),
+            ("lr", self.lr, isinstance(self.lr, str) <= (self.name == "dualized"), f"a number for {self.name}"),
             ("lr", self.lr, isinstance(self.lr, str) or self.lr >= 0, '0 or more, or "auto"'),
             ("auto_initial", self.auto_initial, 0 < self.auto_initial < math.inf, "more than 0"),
             ("auto_factor", self.auto_factor, 0 < self.auto_factor < math.inf, "more than 0"),
@@ -89,7 +97,7 @@ class TrainConfig:
     eval_every: steps, 0 is at the end only; the whole validation split, or its first eval_tokens targets. target_loss: nats per token.
     gradient_accumulation_steps: micro-batches of every process; batch_size must be a multiple of them times the processes.
     log_every, telemetry_every, checkpoint_every: steps, 0 is never (a checkpoint is always saved at the end). keep_checkpoints: newest ones kept,
-    beside the one of lowest validation loss. max_nonfinite: steps in a row whose loss or gradient is not finite, and which are left out, that end the run.
+    beside the one of lowest validation loss; 0 saves none, not even at a signal. max_nonfinite: steps in a row whose loss or gradient is not finite, and which are left out, that end the run.
     """
 
     steps: int = 1000
@@ -126,7 +134,7 @@ class TrainConfig:
                 for k in ("eval_every", "log_every", "telemetry_every", "checkpoint_every", "sample_tokens")
             ),
             ("max_nonfinite", self.max_nonfinite, self.max_nonfinite >= 1, "1 (the first one ends the run) or more"),
-            ("keep_checkpoints", self.keep_checkpoints, self.keep_checkpoints >= 1, "1 or more"),
+            ("keep_checkpoints", self.keep_checkpoints, self.keep_checkpoints >= 0, "0 or more"),
             ("sample_prompt", self.sample_prompt, bool(self.sample_prompt), "at least one character"),
         )
 

@@ -21,7 +21,9 @@ class GPTConfig:
 
     residual: "convex" is (1 − 1/2L) x + (1/2L) f(x) per half-layer, "plain" is x + f(x). logit_softcap: c · tanh(logits / c), None is off.
     logit_scale: logits of a head of norm 1 at unit-RMS input are at most this. attention_scale: c in softmax(c · cos(q, k)).
-    zero_init: output projections start at 0, else from their norm.
+    init: "norm", every weight at norm 1 of its role; "gpt2", N(0, 0.02²), output projections by 1/√2L smaller (Radford et al. 2019, as nanoGPT);
+    "fan_in", N(0, 1/I) and embeddings N(0, 1), the function that standard and NTK parametrizations start from. The last two are for comparisons.
+    zero_init: with init = "norm", output projections start at 0.
     """
 
     n_layer: int = 12
@@ -34,6 +36,7 @@ class GPTConfig:
     logit_softcap: float | None = None
     logit_scale: float = 10.0
     attention_scale: float = 10.0
+    init: Literal["norm", "gpt2", "fan_in"] = "norm"
     zero_init: bool = True
 
     def check(self) -> None:
@@ -138,10 +141,14 @@ class Attention(nn.Module):
         self.n_head, self.dropout = config.n_head, config.dropout
         self.scale = config.attention_scale * config.n_head / D  # c/K, since ⟨q, k⟩ = K cos(q, k)
 
+    def heads(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> list[Tensor]:
+        """Queries and keys, at unit RMS and rotated, and values: (B, H, T, K) each."""
+        q, k, v = (w(x_BTD).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for w in (self.q, self.k, self.v))
+        return [rotate(rms_norm(q), rope), rotate(rms_norm(k), rope), v]
+
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], past: "Past | None" = None) -> Tensor:
         B, T, D = x_BTD.shape
-        q, k, v = (w(x_BTD).view(B, T, self.n_head, -1).transpose(1, 2) for w in (self.q, self.k, self.v))
-        q, k = rotate(rms_norm(q), rope), rotate(rms_norm(k), rope)
+        q, k, v = self.heads(x_BTD, rope)
         if past is not None:
             k, v = past.extend(k, v)
             assert T == 1 or k.shape[2] == T, "the mask of several new positions behind old ones is not built"
@@ -233,10 +240,18 @@ class GPT(nn.Module):
         outputs = ("out.weight", "down.weight", "head.weight")
         for leaf, _ in self.structure().radii():
             p = self.get_parameter(leaf.name)
-            if self.config.zero_init and leaf.name.endswith(outputs):
+            if self.config.init != "norm":
+                p.normal_(generator=generator).mul_(self._deviation(leaf.name, p))
+            elif self.config.zero_init and leaf.name.endswith(outputs):
                 p.zero_()
             else:
                 p.copy_(leaf.norm.init(p.shape, generator))
+
+    def _deviation(self, name: str, p: Tensor) -> float:
+        """Of the initial entries, where init is not "norm"."""
+        if self.config.init == "gpt2":
+            return 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith(("out.weight", "down.weight")) else 0.02
+        return 1.0 if name == "embedding.weight" else p.shape[1] ** -0.5
 
     def structure(self, masses: RoleMasses | None = None) -> Module:
         """The tree of atoms and bonds (theory.md §2): head ∘ norm ∘ blocks ∘ embedding."""

@@ -29,7 +29,7 @@ from config import Config, ConfigError
 from data.loader import Dataset, TrainBatches, check_validation, validation_batches
 from data.shards import DataError
 from model import GPT
-from optim import CommError, CoverageError, Dualized, EscapeVelocity, NonFiniteError, Polar, metrize
+from optim import RIVALS, CommError, CoverageError, Dualized, EscapeVelocity, NonFiniteError, Polar, Rival, metrize
 from optim.step_size import SCHEDULES
 from runtime import Clock, RankError, RunError, RunFolder, Runtime, Stopwatch, git_state
 from telemetry import StepSizes
@@ -43,6 +43,7 @@ class Stopped(Exception):
         self.code = 128 + number
 
 
+RIVAL_SETTINGS = ("lr", "beta", "beta2", "weight_decay", "scaling")
 REFUSALS = (ConfigError, DataError, RunError, CommError, CoverageError, checkpoint.CheckpointError)
 
 
@@ -147,12 +148,16 @@ def train(config: Config, runtime: Runtime) -> None:
     )
     settings = {k: getattr(o, k) for k in shared}
     lr_top = EscapeVelocity(o.auto_initial, o.auto_factor) if isinstance(o.lr, str) else o.lr
-    optimizer = Dualized(model, lr_top, norm=norm, grads="local", **settings)
+    if o.name == "dualized":
+        optimizer = Dualized(model, lr_top, norm=norm, grads="local", **settings)
+    else:
+        optimizer = Rival(RIVALS[o.name](model, norm, **{k: getattr(o, k) for k in RIVAL_SETTINGS}), max_grad_norm=o.max_grad_norm)
     lr_at = SCHEDULES[o.schedule]
     if newest and saved:
         runtime.together(lambda: checkpoint.load_model(newest, model))
         runtime.together(lambda: checkpoint.load_optimizer(newest, saved, optimizer))
-        optimizer.param_groups[0].update(settings)  # the configuration's, which may have changed
+        if isinstance(optimizer, Dualized):
+            optimizer.param_groups[0].update(settings)  # the configuration's, which may have changed
     progress = Progress(**saved["progress"]) if saved else Progress()
     forward = model
     if config.run.compile:
@@ -162,8 +167,9 @@ def train(config: Config, runtime: Runtime) -> None:
     # ---- the run folder
     runtime.together(folder.create)
     say = folder.say
-    texts = {"config.toml": configuration.to_toml(config), "receipt.txt": norm.receipt()}
-    if norm.tree:  # the plain maximum over tensors has none
+    normed = o.name not in ("adamw", "sgd")
+    texts = {"config.toml": configuration.to_toml(config), "receipt.txt": norm.receipt() if normed else optimizer.receipt()}
+    if normed and norm.tree:  # the plain maximum over tensors has none
         texts |= {"receipt.txt": f"{norm.receipt()}\n{norm.tree}\n", "modular_norm.svg": norm.tree.svg()}
     for name, text in texts.items():
         folder.write(f"resumed_{first:08d}_{name}" if newest else name, text)
@@ -177,7 +183,9 @@ def train(config: Config, runtime: Runtime) -> None:
         say(line)
     tokens_per_step, train_tokens = c.batch_size * config.model.block_size, dataset.manifest.splits["train"].tokens
     epochs = c.steps * tokens_per_step / train_tokens
-    say(f"{folder.path}: {model.num_params():,} parameters, {len(norm.norms)} dualized tensors (receipt.txt)")
+    say(
+        f"{folder.path}: {model.num_params():,} parameters, {len(norm.norms)} {'dualized tensors' if o.name == 'dualized' else f'tensors, {o.name}'} (receipt.txt)"
+    )
     say(f"{runtime.device_name()}, {runtime.precision}, torch {torch.__version__}")
     say(f"{config.data.dataset}: {train_tokens:,} tokens; {c.steps} steps of {tokens_per_step:,}, {epochs:.2f} epochs")
 
@@ -195,6 +203,8 @@ def train(config: Config, runtime: Runtime) -> None:
     def save(done: int) -> None:
         progress.train_seconds, progress.optimizer_seconds = clock.seconds(), optimizer_watch.seconds()
         progress.wall_seconds = time.perf_counter() - wall_start
+        if not c.keep_checkpoints:
+            return
         state = {
             "config": asdict(config),
             "progress": asdict(progress),
@@ -227,7 +237,7 @@ def train(config: Config, runtime: Runtime) -> None:
     # ---- the loop
     wall_start = time.perf_counter() - progress.wall_seconds
     clock, optimizer_watch = Clock(runtime, progress.train_seconds), Stopwatch(runtime, progress.optimizer_seconds)
-    sizes = StepSizes(model, optimizer)
+    sizes = StepSizes(model, optimizer)  # type: ignore[arg-type]
     saver = checkpoint.Saver(
         folder.checkpoints, keep=c.keep_checkpoints, group=runtime.group(), waiting=lambda: runtime.beat(c.steps, "checkpoint")
     )
@@ -256,7 +266,7 @@ def train(config: Config, runtime: Runtime) -> None:
                     part_loss.backward()
                 losses.append(part_loss.detach())
             loss = torch.stack(losses).sum()
-            sized = measured and (runtime.main or runtime.parallel != "ddp")
+            sized = measured and isinstance(optimizer, Dualized) and (runtime.main or runtime.parallel != "ddp")
             if sized:
                 sizes.before()
             runtime.beat(done, "optimizer")

@@ -25,11 +25,13 @@ from .norms import (
     register_norm,
 )
 from .polar import Polar
+from .rivals import RIVALS, Rival, coordinates
 from .step_size import EscapeVelocity
 
 __all__ = [
     "DIRECTIONS",
     "NORMS",
+    "RIVALS",
     "Atom",
     "Blocks",
     "Bond",
@@ -54,6 +56,7 @@ __all__ = [
     "Polar",
     "RMSToLinf",
     "RMSToRMS",
+    "Rival",
     "Rule",
     "Spectral",
     "Transposed",
@@ -62,6 +65,7 @@ __all__ = [
     "attention",
     "bond",
     "concat",
+    "coordinates",
     "metrize",
     "register_direction",
     "register_norm",

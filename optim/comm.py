@@ -96,6 +96,13 @@ class Ranks:
             dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
         return x
 
+    def average(self, x: Tensor) -> Tensor:
+        """Entry by entry over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
+            x.div_(self.size)
+        return x
+
     def exchange(self, sent: list[list[Tensor]], sizes: list[int], like: Tensor) -> "Pending":
         """Begin to send sent[r] to rank r and to receive sizes[r] numbers from it, in the dtype and on the device of `like`."""
         parts = [x.reshape(-1) for to in sent for x in to]

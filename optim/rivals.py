@@ -1,0 +1,192 @@
+"""The optimizers we are compared with, and [MN]'s normalized ones, behind what a training loop asks of Dualized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from math import inf
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .comm import CommError, Piece, Ranks, piece_of, ranks_of, sharded
+from .dualized import Normalized
+from .metrize import canonical
+from .modular import ModularNorm, NonFiniteError
+
+Scaling = Literal["standard", "ntk", "modular"]
+
+
+def coordinates(model: nn.Module, norm: ModularNorm, scaling: Scaling) -> dict[str, float]:
+    """{name: s} of W = s · v: the coordinates v in which plain gradient descent has one learning rate for all weights, which is s² times it in W.
+
+    standard: 1. ntk: 1/√I for matrices (O, I) and 1 for embeddings, gains and biases (Jacot et al., arXiv 1806.07572). modular: radius times the size of one entry
+    of norm 1, so that a matrix moves by √(O/I), an embedding row by √D and a head row by 1/√I as Modula's weights do ([MN] §3); this is the scaling of
+    maximal updates (Yang, Simon, Bernstein, arXiv 2310.17813).
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+
+    def scale(name: str, p: Tensor) -> float:
+        if scaling == "ntk":
+            return 1.0 if p.ndim < 2 or id(p) in embeddings else p[0].numel() ** -0.5
+        if scaling == "modular":
+            one = torch.zeros(p.shape)
+            one.view(-1)[0] = 1
+            return norm.radii[name] / float(norm.norms[name].norm(one))
+        return 1.0
+
+    return {canonical(n): scale(canonical(n), p) for n, p in model.named_parameters() if p.requires_grad}
+
+
+def adamw(
+    model: nn.Module, norm: ModularNorm, *, lr: float, beta: float, beta2: float, weight_decay: float, **_: Any
+) -> torch.optim.Optimizer:
+    """torch's, decay on matrices and embeddings alone, as nanoGPT groups them."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [(n, p) for n, p in named if (p.ndim >= 2) is decays], "weight_decay": weight_decay if decays else 0.0}
+        for decays in (True, False)
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(beta, beta2))
+
+
+def sgd(
+    model: nn.Module, norm: ModularNorm, *, lr: float, beta: float, weight_decay: float, scaling: Scaling = "standard", **_: Any
+) -> torch.optim.Optimizer:
+    """torch's, momentum as an average (dampening = beta); one group a weight, as `scaling` gives each its own multiple of lr."""
+    scales = coordinates(model, norm, scaling)
+    groups = [{"params": [(n, p)], "lr_scale": scales[canonical(n)] ** 2} for n, p in model.named_parameters() if p.requires_grad]
+    return torch.optim.SGD(groups, lr=lr, momentum=beta, dampening=beta, weight_decay=weight_decay)
+
+
+def normalized_adam(
+    model: nn.Module, norm: ModularNorm, *, lr: float, beta: float, beta2: float, weight_decay: float, **_: Any
+) -> torch.optim.Optimizer:
+    return Normalized(torch.optim.Adam(_named(model), betas=(beta, beta2)), norm, lr, weight_decay=weight_decay)
+
+
+def normalized_sgd(model: nn.Module, norm: ModularNorm, *, lr: float, beta: float, weight_decay: float, **_: Any) -> torch.optim.Optimizer:
+    return Normalized(torch.optim.SGD(_named(model), momentum=beta, dampening=beta), norm, lr, weight_decay=weight_decay)
+
+
+def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+
+
+RIVALS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "normalized_adam": normalized_adam,
+    "normalized_sgd": normalized_sgd,
+    "adamw": adamw,
+    "sgd": sgd,
+}
+
+
+class Rival:
+    """A torch optimizer of named parameters as a training loop uses Dualized(grads="local"): gradients are averaged over ranks, gated where not finite, and its state
+    is held as pieces. Every rank has all of it; sharded weights are refused.
+
+    max_grad_norm: of all gradients together (2-norm), clipped in place. A group's lr_scale multiplies the lr that the loop sets.
+    """
+
+    step_size = None
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None = None) -> None:
+        self.optimizer, self.max_grad_norm = optimizer, max_grad_norm
+        self.param_groups, self.defaults = optimizer.param_groups, optimizer.defaults
+        for group in self.param_groups:
+            group["param_names"] = [canonical(n) for n in group["param_names"]]
+        for name, p in self._weights():
+            if sharded(p):
+                raise CommError(
+                    f"{name}\n  got: a sharded weight (DTensor) for {type(optimizer).__name__}\n  allowed: whole ones\n  fix: --run.parallel ddp, or Dualized"
+                )
+        self._ranks: Ranks = ranks_of([], local=True)
+        self._bad: str | None = None
+
+    def _weights(self) -> Iterator[tuple[str, Tensor]]:
+        for group in self.param_groups:
+            yield from zip(group["param_names"], group["params"], strict=True)
+
+    def receipt(self) -> str:
+        """Parameter, shape, the settings of its group."""
+        rows = []
+        for group in self.param_groups:
+            keys = ("lr", "lr_scale", "betas", "momentum", "weight_decay")
+            settings = ", ".join(f"{k} {group[k]:.6g}" if isinstance(group[k], float) else f"{k} {group[k]}" for k in keys if k in group)
+            rows += [(n, str(tuple(p.shape)), settings) for n, p in zip(group["param_names"], group["params"], strict=True)]
+        widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+        lines = [f"{n:<{widths[0]}}  {shape:<{widths[1]}}  {settings}" for n, shape, settings in rows]
+        return "\n".join([type(self.optimizer).__name__, *lines]) + "\n"
+
+    def last_backward(self) -> Any:
+        return nullcontext()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def step(self, *, loss: Tensor | None = None) -> None:
+        """One step with the average of all ranks' gradients. Where one or the loss is not finite nothing changes, and check_finite() says which."""
+        self.check_finite()
+        if self._ranks.size > 1:
+            for _, p in self._weights():
+                p.grad = self._ranks.average(torch.zeros_like(p) if p.grad is None else p.grad)
+        found = {n: p.grad for n, p in self._weights() if p.grad is not None}
+        if loss is not None:
+            found = {"the loss": self._ranks.average(loss.detach().clone()), **found}
+        sizes = torch.stack(torch._foreach_norm(list(found.values()), inf)).tolist()  # pyright: ignore[reportPrivateImportUsage]
+        self._bad = next((n for n, x in zip(found, sizes, strict=True) if not x < inf), None)
+        if self._bad is not None:
+            return
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_([p for _, p in self._weights()], self.max_grad_norm)
+        lrs = [g["lr"] for g in self.param_groups]
+        try:
+            for group in self.param_groups:
+                group["lr"] = group["lr"] * group.get("lr_scale", 1.0)
+            self.optimizer.step()
+        finally:
+            for group, lr in zip(self.param_groups, lrs, strict=True):
+                group["lr"] = lr
+
+    def check_finite(self) -> None:
+        """Raise NonFiniteError if the last step met a loss or gradient that was not finite. That step changed nothing."""
+        bad, self._bad = self._bad, None
+        if bad is not None:
+            raise NonFiniteError(f"{bad if bad == 'the loss' else f'the gradient of {bad}'} is not finite; the step was not taken")
+
+    def settings(self) -> list[dict[str, Any]]:
+        return self.optimizer.state_dict()["param_groups"]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Settings alone: buffers are read into held()."""
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            if group["param_names"] != saved["param_names"]:
+                raise ValueError(
+                    "optimizer state\n  got: other parameters\n  allowed: those of this model\n  fix: resume with the run's own configuration"
+                )
+            group.update({k: v for k, v in saved.items() if k != "params"})
+
+    @torch.no_grad()
+    def make_state(self, wanted: Callable[[str], bool]) -> None:
+        """Buffers for the parameters of these names, by a step of lr 0 and no gradient, which moves no weight."""
+        kept = [(g["lr"], g.get("weight_decay")) for g in self.param_groups]
+        for name, p in self._weights():
+            p.grad = torch.zeros_like(p) if wanted(name) else None
+        for group in self.param_groups:
+            group["lr"] = 0.0
+        getattr(self.optimizer, "base", self.optimizer).step()
+        for group, (lr, _) in zip(self.param_groups, kept, strict=True):
+            group["lr"] = lr
+        self.zero_grad()
+
+    def held(self) -> dict[str, Piece]:
+        """{"<parameter>.<buffer>": piece} of what the optimizer keeps; counters too, as tensors (1,)."""
+        state = self.optimizer.state
+        return {
+            f"{n}.{k}": piece_of(b.view(1) if b.ndim == 0 else b)
+            for n, p in self._weights()
+            for k, b in state.get(p, {}).items()
+            if isinstance(b, Tensor)
+        }

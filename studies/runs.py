@@ -1,0 +1,202 @@
+"""Many trainings: train_gpt.py in processes of its own, a few at a time, each with a run folder, and none of them twice.
+
+A study's folder holds one run folder for each of its runs. A run is done when its summary.json is there; one that ended by numbers that were not finite, or by any
+other failure, left `failed.json`. Everything else is begun anew by the next call, so that a study can be killed at any moment and called again.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import runpy
+import shutil
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import config as configuration
+from config import Config
+from model import GPT
+from optim import metrize
+
+ROOT = Path(__file__).parent.parent
+PRELOADED = ["torch", "tqdm", "config", "checkpoint", "telemetry", "runtime", "model", "data.loader", "optim"]
+NOT_FINITE = 1  # train_gpt.py's exit code
+
+
+class StudyError(ValueError):
+    """A study that cannot go on: what was got, what is allowed, how to fix it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: its name, which is its run folder's, and its whole configuration."""
+
+    name: str
+    config: Config
+
+
+def job(config: Config, name: str, folder: Path, **changes: Any) -> Job:
+    """A job of `config` with some values changed, keys as "model.n_embd". Checked as train_gpt.py would."""
+    flat = {**configuration.flat(config), "run.name": name, "run.dir": str(folder), **changes}
+    raw: dict[str, Any] = {}
+    for key, value in flat.items():
+        if value is not None:
+            *sections, last = key.split(".")
+            table = raw
+            for section in sections:
+                table = table.setdefault(section, {})
+            table[last] = value
+    made = configuration.from_dict(Config, raw)
+    made.check()
+    return Job(name, made)
+
+
+def execute(jobs: Sequence[Job], folder: Path, *, workers: int, costs: Sequence[float], say: Callable[[str], None] = print) -> None:
+    """Run those that are not done, `workers` at a time, in this order. costs: of each, in any unit; they steer the progress bar alone.
+
+    Raises StudyError if one fails for another reason than numbers that were not finite.
+    """
+    todo = [(j, c) for j, c in zip(jobs, costs, strict=True) if not done(j, folder)]
+    if len(todo) < len(jobs):
+        say(f"{len(jobs) - len(todo)} of {len(jobs)} runs are there already")
+    for j, _ in todo:
+        shutil.rmtree(folder / j.name, ignore_errors=True)
+    running: dict[int, tuple[Job, float, BaseProcess]] = {}
+    failures: list[str] = []
+    (folder / "configs").mkdir(parents=True, exist_ok=True)
+    with tqdm(total=sum(c for _, c in todo) or 1, unit="s", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
+        try:
+            while running or (todo and not failures):
+                while todo and len(running) < workers and not failures:
+                    j, cost = todo.pop(0)
+                    process = start(j, folder)
+                    running[process.sentinel] = (j, cost, process)
+                for sentinel in wait(list(running)):
+                    j, cost, process = running.pop(sentinel)  # type: ignore[call-overload]
+                    process.join()
+                    bar.update(cost)
+                    output = (folder / "configs" / f"{j.name}.log").read_text(errors="replace")
+                    if process.exitcode == NOT_FINITE and "finite" in output:
+                        (folder / j.name / "failed.json").write_text(json.dumps({"why": output.strip().splitlines()[-1]}) + "\n")
+                    elif process.exitcode:
+                        failures.append(f"{j.name}: exit code {process.exitcode}\n{output[-2000:]}")
+                    bar.set_postfix_str(f"{len(todo) + len(running)} runs to go")
+        finally:
+            for _, _, process in running.values():
+                process.terminate()
+            for _, _, process in running.values():
+                process.join()
+    if failures:
+        raise StudyError(
+            f"a run of the study failed\n  got: {failures[0]}\n  allowed: runs that end\n  fix: see above, and call the study again: what is done stays"
+        )
+
+
+def done(job: Job, folder: Path) -> bool:
+    """Whether it has a result, of this very configuration. Another configuration under its name raises StudyError."""
+    path = folder / job.name
+    if not any((path / name).is_file() for name in ("summary.json", "failed.json")):
+        return False
+    there = configuration.flat(configuration.from_dict(Config, tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))))
+    for key, value in configuration.flat(job.config).items():
+        # What train_gpt.py fills in, and what does not change the numbers.
+        chosen = key.startswith("run.") or key in ("model.vocab_size", "optim.polar.dtype", "data.verify")
+        if value != there[key] and not (chosen and key != "run.seed"):
+            raise StudyError(
+                f"{path}\n  got: {key} = {value!r}\n  allowed: {there[key]!r}, as the run that is there had it\n  fix: another --name, or delete {path}"
+            )
+    return True
+
+
+def start(job: Job, folder: Path) -> BaseProcess:
+    """train_gpt.py in a process of its own; its output goes to configs/<name>.log beside the configuration it reads."""
+    base = folder / "configs" / job.name
+    base.with_name(f"{job.name}.toml").write_text(configuration.to_toml(job.config), encoding="utf-8")
+    process = _context().Process(target=_train, args=(str(ROOT / "train_gpt.py"), f"{base}.toml", f"{base}.log"))
+    process.start()
+    return process
+
+
+def _context() -> Any:
+    """Processes forked from one that has torch imported, where the system can: a run then starts in a tenth of a second."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def _train(script: str, config: str, log: str) -> None:
+    """In the child."""
+    with open(log, "w", buffering=1) as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+        sys.argv = [script, config]
+        runpy.run_path(script, run_name="__main__")
+
+
+def summary(path: Path) -> dict[str, Any] | None:
+    """A run's summary.json; None of one that failed."""
+    file = path / "summary.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def metrics(path: Path) -> list[dict[str, Any]]:
+    """A run's metrics.jsonl."""
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+# ---- cost
+
+OVERHEAD = 2.5e-3  # seconds a layer and step beside FLOPs, of one CPU thread: `python -m studies.transfer` at width 64 (LOG.md)
+STARTUP = 1.0  # seconds a run
+
+
+def speed() -> float:
+    """FLOP/s of a float32 product of 512 × 512 matrices with the threads that torch has, the best of five."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    A = torch.ones(512, 512, device=device)
+    best = 0.0
+    for _ in range(5):
+        begin = time.perf_counter()
+        for _ in range(4):
+            B = A @ A
+        B.sum().item()
+        best = max(best, 4 * 2 * 512**3 / (time.perf_counter() - begin))
+    return best
+
+
+def cost(config: Config, vocab_size: int, flops_per_second: float) -> tuple[float, float]:
+    """(FLOPs, seconds) of one run, forward, backward, optimizer and the evaluation at the end; Dualized's and Normalized's norms counted, other optimizers not."""
+    import torch
+
+    c = config.train
+    with torch.device("meta"):
+        shape = replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
+        norms = config.optim.norms.build(config.optim.polar, shape.n_head)
+        model = _Shapes(shape, norms)
+    dualize = sum(n.flops(model.get_parameter(k).shape) for k, n in metrize(model, model.structure()).norms.items())
+    dualize *= config.optim.name not in ("adamw", "sgd")
+    step = model.flops_per_token() * c.batch_size * shape.block_size + dualize
+    evaluations = 1 + (c.steps // c.eval_every if c.eval_every else 0)
+    flops = c.steps * step + evaluations * model.flops_per_token() / 3 * (c.eval_tokens or 0)
+    return flops, STARTUP + flops / flops_per_second + c.steps * shape.n_layer * OVERHEAD
+
+
+class _Shapes(GPT):
+    """A GPT for the meta device: there is nothing to initialize."""
+
+    def _init_weights(self, generator: Any) -> None:
+        pass
