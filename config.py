@@ -95,8 +95,9 @@ class TrainConfig:
     """steps: of the optimizer. batch_size: sequences of block_size tokens in one step, over all micro-batches.
 
     eval_every: steps, 0 is at the end only; the whole validation split, or its first eval_tokens targets. target_loss: nats per token.
+    sharpness_sequences: of the fixed batch whose loss has its curvature measured (telemetry.py).
     gradient_accumulation_steps: micro-batches of every process; batch_size must be a multiple of them times the processes.
-    log_every, telemetry_every, checkpoint_every: steps, 0 is never (a checkpoint is always saved at the end). keep_checkpoints: newest ones kept,
+    log_every, telemetry_every, sharpness_every, checkpoint_every: steps, 0 is never (a checkpoint is always saved at the end). keep_checkpoints: newest ones kept,
     beside the one of lowest validation loss; 0 saves none, not even at a signal. max_nonfinite: steps in a row whose loss or gradient is not finite, and which are left out, that end the run.
     """
 
@@ -108,7 +109,9 @@ class TrainConfig:
     eval_batch_size: int = 32
     target_loss: float | None = None
     log_every: int = 10
-    telemetry_every: int = 0
+    telemetry_every: int = 100
+    sharpness_every: int = 0
+    sharpness_sequences: int = 16
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
     max_nonfinite: int = 3
@@ -131,8 +134,9 @@ class TrainConfig:
             ("eval_batch_size", self.eval_batch_size, self.eval_batch_size >= 1, "1 or more"),
             *(
                 (k, getattr(self, k), getattr(self, k) >= 0, "0 or more")
-                for k in ("eval_every", "log_every", "telemetry_every", "checkpoint_every", "sample_tokens")
+                for k in ("eval_every", "log_every", "telemetry_every", "sharpness_every", "checkpoint_every", "sample_tokens")
             ),
+            ("sharpness_sequences", self.sharpness_sequences, self.sharpness_sequences >= 1, "1 or more"),
             ("max_nonfinite", self.max_nonfinite, self.max_nonfinite >= 1, "1 (the first one ends the run) or more"),
             ("keep_checkpoints", self.keep_checkpoints, self.keep_checkpoints >= 0, "0 or more"),
             ("sample_prompt", self.sample_prompt, bool(self.sample_prompt), "at least one character"),

@@ -32,7 +32,7 @@ from model import GPT
 from optim import RIVALS, CommError, CoverageError, Dualized, EscapeVelocity, NonFiniteError, Polar, Rival, metrize
 from optim.step_size import SCHEDULES
 from runtime import Clock, RankError, RunError, RunFolder, Runtime, Stopwatch, git_state
-from telemetry import StepSizes
+from telemetry import Geometry, Sharpness, plot_geometry
 
 
 class Stopped(Exception):
@@ -99,6 +99,11 @@ def train(config: Config, runtime: Runtime) -> None:
             f"train.batch_size\n  got: {c.batch_size}\n  allowed: a multiple of {parts * runtime.size}, {runtime.size} ranks times"
             f" train.gradient_accumulation_steps = {parts}\n  fix: --train.batch-size, --train.gradient-accumulation-steps, or other ranks"
         )
+    if c.sharpness_every and (runtime.parallel != "ddp" or o.param_dtype == "bfloat16"):
+        raise ConfigError(
+            f"train.sharpness_every\n  got: {c.sharpness_every} with run.parallel = {runtime.parallel!r}, optim.param_dtype = {o.param_dtype!r}\n"
+            "  allowed: with ddp and whole precision\n  fix: 0, or --run.parallel ddp and --optim.param-dtype float32"
+        )
     if config.run.compile and runtime.parallel != "ddp":
         raise ConfigError(
             f"run.compile\n  got: true with run.parallel = {runtime.parallel!r}\n  allowed: with ddp\n  fix: leave one of them out"
@@ -151,7 +156,11 @@ def train(config: Config, runtime: Runtime) -> None:
     if o.name == "dualized":
         optimizer = Dualized(model, lr_top, norm=norm, grads="local", **settings)
     else:
-        optimizer = Rival(RIVALS[o.name](model, norm, **{k: getattr(o, k) for k in RIVAL_SETTINGS}), max_grad_norm=o.max_grad_norm)
+        optimizer = Rival(
+            RIVALS[o.name](model, norm, **{k: getattr(o, k) for k in RIVAL_SETTINGS}),
+            max_grad_norm=o.max_grad_norm,
+            scaling=o.scaling if o.name == "sgd" else "modular",
+        )
     lr_at = SCHEDULES[o.schedule]
     if newest and saved:
         runtime.together(lambda: checkpoint.load_model(newest, model))
@@ -168,7 +177,10 @@ def train(config: Config, runtime: Runtime) -> None:
     runtime.together(folder.create)
     say = folder.say
     normed = o.name not in ("adamw", "sgd")
-    texts = {"config.toml": configuration.to_toml(config), "receipt.txt": norm.receipt() if normed else optimizer.receipt()}
+    texts = {
+        "config.toml": configuration.to_toml(config),
+        "receipt.txt": optimizer.receipt() if isinstance(optimizer, Rival) and not normed else norm.receipt(),
+    }
     if normed and norm.tree:  # the plain maximum over tensors has none
         texts |= {"receipt.txt": f"{norm.receipt()}\n{norm.tree}\n", "modular_norm.svg": norm.tree.svg()}
     for name, text in texts.items():
@@ -237,7 +249,12 @@ def train(config: Config, runtime: Runtime) -> None:
     # ---- the loop
     wall_start = time.perf_counter() - progress.wall_seconds
     clock, optimizer_watch = Clock(runtime, progress.train_seconds), Stopwatch(runtime, progress.optimizer_seconds)
-    sizes = StepSizes(model, optimizer)  # type: ignore[arg-type]
+    geometry = Geometry(model, optimizer, norm)
+    sharpness: Sharpness | None = None
+    if c.sharpness_every:
+        # One batch for all runs of a study, whatever their seeds.
+        fixed = TrainBatches(training, block_size=config.model.block_size, batch_size=c.sharpness_sequences, seed=0).batch(0)
+        sharpness = Sharpness(model, optimizer, norm, runtime.to_device(*fixed))
     saver = checkpoint.Saver(
         folder.checkpoints, keep=c.keep_checkpoints, group=runtime.group(), waiting=lambda: runtime.beat(c.steps, "checkpoint")
     )
@@ -251,6 +268,7 @@ def train(config: Config, runtime: Runtime) -> None:
             done = step + 1
             last = done == c.steps
             measured = bool(c.telemetry_every) and (done % c.telemetry_every == 0 or done == 1)
+            curved = sharpness is not None and (done % c.sharpness_every == 0 or done == 1)
             lr = optimizer.defaults["lr"] * lr_at(step, c.steps, warmup=o.warmup, cooldown=o.cooldown)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -266,9 +284,11 @@ def train(config: Config, runtime: Runtime) -> None:
                     part_loss.backward()
                 losses.append(part_loss.detach())
             loss = torch.stack(losses).sum()
-            sized = measured and isinstance(optimizer, Dualized) and (runtime.main or runtime.parallel != "ddp")
-            if sized:
-                sizes.before()
+            looks = measured and (runtime.main or runtime.parallel != "ddp")
+            if measured:
+                with clock.paused():
+                    if looks:
+                        geometry.before()
             runtime.beat(done, "optimizer")
             check_finite(step)
             with optimizer_watch:
@@ -276,13 +296,16 @@ def train(config: Config, runtime: Runtime) -> None:
             optimizer.zero_grad(set_to_none=True)
             bar.update()
             signal = runtime.stop_wanted()
-            if last or measured or (c.log_every and done % c.log_every == 0):
+            if last or measured or curved or (c.log_every and done % c.log_every == 0):
                 with clock.paused():
                     record: dict[str, Any] = {"step": done, "tokens": done * tokens_per_step, "train_seconds": clock.seconds()}
                     record |= {"loss": runtime.total(loss.item())[0] / runtime.size, "lr": lr * (optimizer.step_size or 1.0)}
                     record["optimizer_ms"] = 1e3 * optimizer_watch.latest()
-                    if sized:
-                        record["step_sizes"] = sizes.after()
+                    if looks:
+                        record["geometry"] = geometry.after(x_BT[:2])
+                    if sharpness and curved and runtime.main:
+                        runtime.beat(done, "sharpness")
+                        record["sharpness"] = sharpness.measure()
                     folder.log_metrics(record)
                     bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=f"{record['tokens'] / clock.seconds():,.0f}")
             if c.eval_every and done % c.eval_every == 0:
@@ -337,6 +360,7 @@ def train(config: Config, runtime: Runtime) -> None:
     folder.write_json("summary.json", summary)
     if runtime.main:
         plot_losses(folder)
+        plot_geometry(folder.metrics(), folder.path / "geometry.png")
     if c.sample_tokens and (runtime.main or runtime.parallel != "ddp"):
         model.eval()
         generator = torch.Generator(runtime.device).manual_seed(config.run.seed)

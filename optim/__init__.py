@@ -1,6 +1,7 @@
 """The dualized optimizer: norms, their composition into the modular norm of a network, and steepest descent in it."""
 
 from .comm import CommError
+from .curvature import Hessian, along, eigenvalues, loss_smoothness, modular_sharpness
 from .directions import DIRECTIONS, Direction, register_direction
 from .dualized import Dualized, Normalized
 from .metrize import CoverageError, Rule, metrize
@@ -44,6 +45,7 @@ __all__ = [
     "Experts",
     "Flattened",
     "Frobenius",
+    "Hessian",
     "L1ToLinf",
     "L1ToRMS",
     "MaxEntry",
@@ -61,12 +63,16 @@ __all__ = [
     "Spectral",
     "Transposed",
     "VectorRMS",
+    "along",
     "atom",
     "attention",
     "bond",
     "concat",
     "coordinates",
+    "eigenvalues",
+    "loss_smoothness",
     "metrize",
+    "modular_sharpness",
     "register_direction",
     "register_norm",
     "residual",

@@ -91,8 +91,9 @@ class Rival:
 
     step_size = None
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None = None) -> None:
-        self.optimizer, self.max_grad_norm = optimizer, max_grad_norm
+    def __init__(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None = None, scaling: Scaling = "modular") -> None:
+        """scaling: the coordinates in which it is gradient descent, for telemetry."""
+        self.optimizer, self.max_grad_norm, self.scaling = optimizer, max_grad_norm, scaling
         self.param_groups, self.defaults = optimizer.param_groups, optimizer.defaults
         for group in self.param_groups:
             group["param_names"] = [canonical(n) for n in group["param_names"]]

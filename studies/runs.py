@@ -1,7 +1,7 @@
 """Many trainings: train_gpt.py in processes of its own, a few at a time, each with a run folder, and none of them twice.
 
-A study's folder holds one run folder for each of its runs. A run is done when its summary.json is there; one that ended by numbers that were not finite, or by any
-other failure, left `failed.json`. Everything else is begun anew by the next call, so that a study can be killed at any moment and called again.
+A study's folder holds one run folder for each of its runs. A run is done when its summary.json is there, or failed.json where it ended by numbers that were not
+finite. Everything else is begun anew by the next call, so that a study can be killed at any moment and called again; its runs end with it.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import shutil
+import signal
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Callable, Sequence
@@ -30,7 +33,17 @@ from optim import metrize
 
 ROOT = Path(__file__).parent.parent
 PRELOADED = ["torch", "tqdm", "config", "checkpoint", "telemetry", "runtime", "model", "data.loader", "optim"]
-NOT_FINITE = 1  # train_gpt.py's exit code
+FILLED_IN = {"run.precision": "auto", "model.vocab_size": None, "optim.polar.dtype": "auto"}  # by train_gpt.py
+# What does not change the numbers that a study reads; but for run.seed and run.precision.
+NEUTRAL = (
+    "run.",
+    "data.verify",
+    "train.log_every",
+    "train.telemetry_every",
+    "train.keep_checkpoints",
+    "train.sample_",
+)
+NOT_FINITE = 1, re.compile(r"^error: .*(not finite|is -?(nan|inf))", re.MULTILINE)  # train_gpt.py's exit code and last words
 
 
 class StudyError(ValueError):
@@ -86,8 +99,8 @@ def execute(jobs: Sequence[Job], folder: Path, *, workers: int, costs: Sequence[
                     process.join()
                     bar.update(cost)
                     output = (folder / "configs" / f"{j.name}.log").read_text(errors="replace")
-                    if process.exitcode == NOT_FINITE and "finite" in output:
-                        (folder / j.name / "failed.json").write_text(json.dumps({"why": output.strip().splitlines()[-1]}) + "\n")
+                    if process.exitcode == NOT_FINITE[0] and (why := NOT_FINITE[1].search(output)):
+                        (folder / j.name / "failed.json").write_text(json.dumps({"why": why.group()}) + "\n")
                     elif process.exitcode:
                         failures.append(f"{j.name}: exit code {process.exitcode}\n{output[-2000:]}")
                     bar.set_postfix_str(f"{len(todo) + len(running)} runs to go")
@@ -109,9 +122,8 @@ def done(job: Job, folder: Path) -> bool:
         return False
     there = configuration.flat(configuration.from_dict(Config, tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))))
     for key, value in configuration.flat(job.config).items():
-        # What train_gpt.py fills in, and what does not change the numbers.
-        chosen = key.startswith("run.") or key in ("model.vocab_size", "optim.polar.dtype", "data.verify")
-        if value != there[key] and not (chosen and key != "run.seed"):
+        neutral = key.startswith(NEUTRAL) and key not in ("run.seed", "run.precision")
+        if value != there[key] and not neutral and (key not in FILLED_IN or value != FILLED_IN[key]):
             raise StudyError(
                 f"{path}\n  got: {key} = {value!r}\n  allowed: {there[key]!r}, as the run that is there had it\n  fix: another --name, or delete {path}"
             )
@@ -122,6 +134,7 @@ def start(job: Job, folder: Path) -> BaseProcess:
     """train_gpt.py in a process of its own; its output goes to configs/<name>.log beside the configuration it reads."""
     base = folder / "configs" / job.name
     base.with_name(f"{job.name}.toml").write_text(configuration.to_toml(job.config), encoding="utf-8")
+    base.with_name(f"{job.name}.log").write_text("")
     process = _context().Process(target=_train, args=(str(ROOT / "train_gpt.py"), f"{base}.toml", f"{base}.log"))
     process.start()
     return process
@@ -137,7 +150,15 @@ def _context() -> Any:
 
 
 def _train(script: str, config: str, log: str) -> None:
-    """In the child."""
+    """In the child, which ends with its parent: one left behind would write where the next call begins anew."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+
+    threading.Thread(target=follow, daemon=True).start()
     with open(log, "w", buffering=1) as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
@@ -193,6 +214,12 @@ def cost(config: Config, vocab_size: int, flops_per_second: float) -> tuple[floa
     evaluations = 1 + (c.steps // c.eval_every if c.eval_every else 0)
     flops = c.steps * step + evaluations * model.flops_per_token() / 3 * (c.eval_tokens or 0)
     return flops, STARTUP + flops / flops_per_second + c.steps * shape.n_layer * OVERHEAD
+
+
+def duration(seconds: Sequence[float], workers: int) -> str:
+    """How long runs of so many seconds take, `workers` at a time, as one says it."""
+    total = max(sum(seconds) / workers, max(seconds, default=0))
+    return f"{total:.0f} s" if total < 90 else f"{total / 60:.0f} min" if total < 5400 else f"{total / 3600:.1f} h"
 
 
 class _Shapes(GPT):

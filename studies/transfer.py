@@ -26,11 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+import checkpoint
 import config as configuration
 from config import Config, ConfigError
-from data.loader import Dataset
+from data.loader import Dataset, validation_batches
 from data.shards import DataError
+from model import GPT
 from runtime import RunError
 
 from . import runs
@@ -186,11 +190,6 @@ def coordinate_check(
     Layers: the residual stream after the embedding and after each block, and the logits, of one fixed batch. A slope of 0 is transfer's condition
     (Yang et al., arXiv 2203.03466, Appendix D).
     """
-    import torch
-
-    import checkpoint
-    from model import GPT
-
     jobs = []
     size = base_size(base)
     for width in widths:
@@ -200,38 +199,38 @@ def coordinate_check(
         jobs.append(runs.job(base, f"coordinates.w{width}.n{steps}", folder, **changes))
     runs.execute(jobs, folder, workers=workers, costs=[float(w) for w in widths])
     changes_of: dict[str, list[float]] = {}
-    data = Dataset(base.data).split("val")
-    T = base.model.block_size
-    idx_BT = torch.from_numpy(np.stack([np.asarray(data[i * T : (i + 1) * T], dtype=np.int64) for i in range(16)]))
+    idx_BT, _ = next(validation_batches(Dataset(base.data).split("val"), block_size=base.model.block_size, batch_size=16))
     for job in jobs:
-        state_of = checkpoint.newest_whole(folder / job.name / "checkpoints")[0]
-        if state_of is None:
+        newest = checkpoint.newest_whole(folder / job.name / "checkpoints")[0]
+        if newest is None:
             raise runs.StudyError(
                 f"{job.name}\n  got: no checkpoint\n  allowed: a run that ended\n  fix: a smaller --optim.lr; see {folder}/configs/{job.name}.log"
             )
-        config = configuration.from_dict(Config, checkpoint.read_state(state_of)["config"])
-        before = _activations(
-            GPT(
-                config.model,
-                config.optim.norms.build(config.optim.polar, config.model.n_head),
-                torch.Generator().manual_seed(config.run.seed),
-            ),
-            idx_BT,
+        config = configuration.from_dict(Config, checkpoint.read_state(newest)["config"])
+        model = GPT(
+            config.model,
+            config.optim.norms.build(config.optim.polar, config.model.n_head),
+            torch.Generator().manual_seed(config.run.seed),
         )
-        model = GPT(config.model, config.optim.norms.build(config.optim.polar, config.model.n_head))
-        checkpoint.load_model(state_of, model)
+        before = _activations(model, idx_BT)  # as train_gpt.py begins
+        checkpoint.load_model(newest, model)
         for key, x in _activations(model, idx_BT).items():
             changes_of.setdefault(key, []).append((x - before[key]).square().mean().sqrt().item())
     x = np.log2(widths)
     return changes_of, {k: float(np.polyfit(x, np.log2(v), 1)[0]) if min(v) > 0 else math.nan for k, v in changes_of.items()}
 
 
-def _activations(model: Any, idx_BT: Any) -> dict[str, Any]:
-    import torch
+def _activations(model: GPT, idx_BT: Tensor) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
 
-    found: dict[str, Any] = {}
-    hooks = [model.embedding.register_forward_hook(lambda m, i, o: found.__setitem__("embedding", o))]
-    hooks += [b.register_forward_hook(lambda m, i, o, k=k: found.__setitem__(f"block {k}", o)) for k, b in enumerate(model.blocks)]
+    def keep(name: str) -> Any:
+        def hook(module: Any, inputs: Any, output: Tensor) -> None:
+            found[name] = output
+
+        return hook
+
+    watched = {"embedding": model.embedding} | {f"block {i}": block for i, block in enumerate(model.blocks)}
+    hooks = [module.register_forward_hook(keep(name)) for name, module in watched.items()]
     with torch.no_grad():
         found["logits"] = model.eval()(idx_BT)[0]
     for hook in hooks:
@@ -249,7 +248,7 @@ def base_size(base: Config) -> Size:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m studies.transfer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m studies.transfer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("config", help="the smallest model: configs/transfer.toml")
     for axis in AXES.values():
@@ -294,9 +293,8 @@ def main(argv: list[str]) -> int:
                 jobs.append((seed, *runs.cost(job.config, vocab_size, rate), job))
     jobs.sort(key=lambda j: j[0:3:2])  # the first seed of all first, small before large
     left = [j for j in jobs if not runs.done(j[3], folder)]
-    seconds = max(sum(j[2] for j in left) / options.workers, max((j[2] for j in left), default=0))
     print(
-        f"{folder}: {len(jobs)} runs, {len(jobs) - len(left)} of them done; {sum(j[1] for j in left):.2g} FLOPs to go, about {_time(seconds)} on this machine"
+        f"{folder}: {len(jobs)} runs, {len(jobs) - len(left)} of them done; {sum(j[1] for j in left):.2g} FLOPs to go, about {runs.duration([j[2] for j in left], options.workers)} on this machine"
         f" (a product of matrices: {rate / 1e9:.0f} GFLOP/s), {options.workers} at a time"
     )
     if options.dry_run:
@@ -338,10 +336,6 @@ def print_coordinates(base: Config, folder: Path, widths: list[int], steps: int,
     worst = max(slopes, key=lambda k: abs(slopes[k]))
     print(f"largest slope of log change against log width: {slopes[worst]:+.3f} ({worst}); 0 is independence of width")
     return 0
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 if __name__ == "__main__":

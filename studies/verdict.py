@@ -2,21 +2,27 @@
 
 The model: loss[s, k, n] = mean[s, k] + seed effect[s, n] + residual[s, k, n]. Seeds are shared by the learning rates of one size (same data order, same initial weights), so that
 the place of a minimum and a difference of losses within one size carry the residual alone; differences between sizes carry both. Their deviations
-are pooled over the cells at and beside each size's minimum; intervals are parametric bootstraps that draw the deviations too (scaled inverse χ²).
+are pooled over the three lowest learning rates of each size; intervals are parametric bootstraps that draw the deviations too (scaled inverse χ²).
+What the learning rates do not show has no bound: a lowest loss beside a run that diverged is placed between its neighbours only, and one at an end has
+nothing beyond it; so in the means as in each draw. PASS and FAIL follow from the intervals alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 Array = NDArray[np.float64]
 Word = Literal["PASS", "FAIL", "TOO NOISY TO SAY"]
 DRAWS = 4000
 LEVEL = 0.95
+FAR = 1.0  # nats above the lowest loss of its size and seed: as good as diverged, no parabola of octaves goes there
+NEAR = 3  # learning rates of a size that tell its noise: those of a parabola
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,12 @@ class Interval:
 
 @dataclass(frozen=True)
 class Noise:
-    """Deviations of one run's loss: residual (within a size) and seed (of all its learning rates together); df of the residual."""
+    """Deviations of one run's loss: residual (within a size) and seed (of all its learning rates together), and their degrees of freedom."""
 
     residual: float
     seed: float
     df: int
+    seed_df: int
 
 
 @dataclass
@@ -79,7 +86,10 @@ class Verdict:
 
 
 def judge(losses: Array, sizes: list[int], lrs: list[float], thresholds: Thresholds = Thresholds(), *, seed: int = 0) -> Verdict:
-    """losses: (S, K, N), inf where a run diverged, NaN where there is none. sizes, lrs: ascending. Raises ValueError for fewer than 2 sizes or 3 learning rates."""
+    """losses: (S, K, N), inf where a run diverged, NaN where there is none: a size has the seeds of which it has all runs. sizes, lrs: ascending.
+
+    Raises ValueError for fewer than 2 sizes or 3 learning rates, and for a size without a whole seed or a finite loss.
+    """
     S, K, N = losses.shape
     if S < 2 or K < 3 or list(lrs) != sorted(set(lrs)) or list(sizes) != sorted(set(sizes)):
         raise ValueError(
@@ -87,35 +97,48 @@ def judge(losses: Array, sizes: list[int], lrs: list[float], thresholds: Thresho
             "  fix: --widths or --depths, and --lrs"
         )
     x = np.log2(np.asarray(lrs, dtype=np.float64))
-    y = _without_infinities(losses)
-    mean = np.nanmean(y, axis=2)
-    counts = np.maximum(1, (~np.isnan(y)).sum(axis=2))
-    best, bottom, bracketed = minimum(x, mean)
-    noise = pooled_noise(y, mean, bracketed)
-    draws = _draws(mean, counts, noise, np.random.default_rng(seed))
-    drawn_best, drawn_bottom, _ = minimum(x, draws)  # (draws, S)
-    shared, drawn_shared = best[0], drawn_best[:, :1]
-    at_shared = interpolate(x, mean, np.full(S, shared))
-    drawn_at_shared = interpolate(x, draws, np.broadcast_to(drawn_shared, drawn_best.shape))
+    y, far = zip(*(_whole(losses[s], sizes[s]) for s in range(S)), strict=True)  # (K, N) each
+    mean, diverged = np.stack([cells.mean(1) for cells in y]), np.stack([cells.any(1) for cells in far])
+    noise = pooled_noise(y, diverged)
+    draws = _draws(mean, np.array([cells.shape[1] for cells in y]), noise, np.random.default_rng(seed))
+    best, bottom, least, most = minimum(x, mean, diverged)
+    drawn_best, drawn_bottom, drawn_least, drawn_most = minimum(x, draws, diverged)  # (draws, S)
+    bracketed, known = least == most, drawn_least == drawn_most
+    at_shared = interpolate(x, mean, np.full(S, best[0]))
+    drawn_at_shared = interpolate(x, draws, np.broadcast_to(drawn_best[:, :1], drawn_best.shape))
+    drawn_worse = drawn_at_shared[:, 1:] / drawn_at_shared[:, :-1] - 1
 
-    def interval(value: float, drawn: Array, comparisons: int) -> Interval:
-        tail = 100 * (1 - LEVEL) / 2 / comparisons
-        low, high = np.percentile(drawn, [tail, 100 - tail])
-        return Interval(min(float(low), value), value, max(float(high), value))
+    def interval(value: float, low: Array, high: Array, comparisons: int = 1) -> Interval:
+        if noise is None:
+            return Interval(-np.inf, value, np.inf)
+        tail = (1 - LEVEL) / 2 / comparisons
+        bounds = np.quantile(low, tail, method="lower"), np.quantile(high, 1 - tail, method="higher")
+        return Interval(min(float(bounds[0]), value), value, max(float(bounds[1]), value))
+
+    def cost(s: int) -> Interval:
+        """Of an absolute value: of the cost with the sign of the best lr's side, so that an interval of lrs on both sides of the shared one has 0 in it."""
+        value = max(0.0, at_shared[s] / bottom[s] - 1) * np.sign(best[s] - best[0])
+        drawn = np.maximum(0, drawn_at_shared[:, s] / drawn_bottom[:, s] - 1) * np.sign(drawn_best[:, s] - drawn_best[:, 0])
+        both = known[:, s] & known[:, 0]
+        low = np.where(both | (known[:, 0] & (drawn > 0)), drawn, -np.inf)  # a lowest loss at an end bounds the cost from below
+        high = np.where(both | (known[:, 0] & (drawn < 0)), drawn, np.inf)
+        i = interval(float(value), low, high)
+        return Interval(max(0.0, i.low, -i.high), abs(i.value), max(-i.low, i.high))
 
     verdict = Verdict(
         sizes=list(sizes),
         lrs=list(lrs),
         seeds=N,
         noise=noise,
-        best=[_power(interval(best[s], drawn_best[:, s], 1)) for s in range(S)],
+        best=[_power(interval(best[s], drawn_least[:, s], drawn_most[:, s])) for s in range(S)],
         loss=[float(v) for v in bottom],
         bracketed=[bool(b) for b in bracketed],
-        drift=[interval(best[s] - shared, drawn_best[:, s] - drawn_shared[:, 0], S - 1) for s in range(1, S)],
-        cost=[interval(at_shared[s] / bottom[s] - 1, drawn_at_shared[:, s] / drawn_bottom[:, s] - 1, 1) for s in range(1, S)],
-        worse=[
-            interval(at_shared[s] / at_shared[s - 1] - 1, drawn_at_shared[:, s] / drawn_at_shared[:, s - 1] - 1, S - 1) for s in range(1, S)
+        drift=[
+            interval(best[s] - best[0], drawn_least[:, s] - drawn_most[:, 0], drawn_most[:, s] - drawn_least[:, 0], S - 1)
+            for s in range(1, S)
         ],
+        cost=[cost(s) for s in range(1, S)],
+        worse=[interval(at_shared[s] / at_shared[s - 1] - 1, drawn_worse[:, s - 1], drawn_worse[:, s - 1], S - 1) for s in range(1, S)],
     )
     t = thresholds
     verdict.words = {
@@ -125,33 +148,34 @@ def judge(losses: Array, sizes: list[int], lrs: list[float], thresholds: Thresho
     }
     for s in range(S):
         if not bracketed[s]:
-            verdict.notes.append(f"size {sizes[s]}: the lowest loss is at the end of the learning rates, {lrs[int(mean[s].argmin())]:g}")
-    if not all(bracketed):
-        # Where a minimum is outside, the drift is at least what is seen.
-        for key in ("drift", "cost"):
-            if verdict.words[key] == "PASS":
-                verdict.words[key] = "TOO NOISY TO SAY"
+            low = int(mean[s].argmin())
+            where = "at the end of the learning rates" if low in (0, K - 1) else f"beside a run that diverged or was {FAR:g} nat worse"
+            verdict.notes.append(f"size {sizes[s]}: the lowest loss is {where}, {lrs[low]:g}")
     if noise is None:
-        verdict.notes.append("one seed: its noise is unknown")
-        verdict.words = dict.fromkeys(verdict.words, "TOO NOISY TO SAY")
-    if np.isinf(losses).any():
+        verdict.notes.append(f"noise is unknown: it takes 2 seeds, and {NEAR} learning rates without a divergence")
+    if np.any(np.isinf(losses)):
         verdict.notes.append(f"{int(np.isinf(losses).sum())} of {int((~np.isnan(losses)).sum())} runs diverged")
     return verdict
 
 
-def minimum(x: Array, y: Array) -> tuple[Array, Array, Array]:
-    """(place, value, bracketed) of the parabola through the lowest point and its two neighbours; the point itself where it is at an end. x: (K,), y: (…, K) → (…)."""
+def minimum(x: Array, y: Array, diverged: NDArray[np.bool_]) -> tuple[Array, Array, Array, Array]:
+    """(place, value, least, most): the vertex of the parabola through the lowest point and its two neighbours, which is then also the least and the most that its place
+    may be. At an end, and where one of the three diverged: the point itself, and its neighbours' places, ∓∞ beyond an end. x: (K,), y: (…, S, K), diverged: (S, K) → (…, S).
+    """
     K = len(x)
     low = y.argmin(-1)
-    inside = (low > 0) & (low < K - 1)
     c = np.clip(low, 1, K - 2)
+    beside = diverged.copy()
+    beside[:, 1:] |= diverged[:, :-1]
+    beside[:, :-1] |= diverged[:, 1:]
+    known = (low == c) & ~np.take_along_axis(np.broadcast_to(beside, y.shape), low[..., None], -1)[..., 0]
     a, b = _parabola(x, y, c)
-    place, y0 = x[c], np.take_along_axis(y, c[..., None], -1)[..., 0]
     with np.errstate(divide="ignore", invalid="ignore"):
         vertex = np.where(a > 0, -b / (2 * a), 0.0)
-    best = np.where(inside, place + vertex, x[low])
-    value = np.where(inside, y0 + b * vertex + a * vertex**2, y.min(-1))
-    return best, value, inside
+    place = np.where(known, x[c] + vertex, x[low])
+    value = y.min(-1) + np.where(known, b * vertex + a * vertex**2, 0.0)
+    edges = np.concatenate([[-np.inf], x, [np.inf]])
+    return place, value, np.where(known, place, edges[low]), np.where(known, place, edges[low + 2])
 
 
 def interpolate(x: Array, y: Array, at: Array) -> Array:
@@ -172,46 +196,47 @@ def _parabola(x: Array, y: Array, c: NDArray[np.int64]) -> tuple[Array, Array]:
     return a, sl + a * hl
 
 
-def pooled_noise(y: Array, mean: Array, bracketed: Array) -> Noise | None:
-    """From the cells at and beside each minimum; None with fewer than 2 seeds."""
-    squares, df, between, seeds_df = 0.0, 0, 0.0, 0
-    for s in range(len(y)):
-        low = int(mean[s].argmin())
-        cells = y[s, max(0, low - 1) : low + 2]
-        cells = cells[:, ~np.isnan(cells).any(0)]  # seeds that have them all
-        k, n = cells.shape
-        if n < 2:
+def pooled_noise(y: Sequence[Array], diverged: NDArray[np.bool_]) -> Noise | None:
+    """From the three lowest learning rates of each size, (K, N) each, at which no run diverged; None without such a size of 2 seeds."""
+    squares, df, between, seed_df = 0.0, 0, 0.0, 0
+    for cells, bad in zip(y, diverged, strict=True):
+        cells = cells[~bad]
+        if len(cells) < NEAR or cells.shape[1] < 2:
             continue
-        by_seed = cells.mean(0)
-        residual = cells - cells.mean(1, keepdims=True) - by_seed + cells.mean()
-        squares, df = squares + float((residual**2).sum()), df + (k - 1) * (n - 1)
-        between, seeds_df = between + k * float(((by_seed - by_seed.mean()) ** 2).sum()), seeds_df + n - 1
+        cells = cells[np.argsort(cells.mean(1))[:NEAR]]
+        by_seed = cells.mean(0) - cells.mean()
+        residual = cells - cells.mean(1, keepdims=True) - by_seed
+        squares, df = squares + float((residual**2).sum()), df + (NEAR - 1) * (len(by_seed) - 1)
+        between, seed_df = between + float((by_seed**2).sum()), seed_df + len(by_seed) - 1
     if not df:
         return None
-    residual = squares / df
-    seed = max(0.0, between / seeds_df - residual) / 3  # mean square between seeds = residual + k · seed, k = 3 cells
-    return Noise(residual**0.5, seed**0.5, df)
+    # The variance of a seed's mean over the cells is seed² + residual² / NEAR.
+    return Noise((squares / df) ** 0.5, max(0.0, between / seed_df - squares / df / NEAR) ** 0.5, df, seed_df)
 
 
 def _draws(mean: Array, counts: NDArray[np.int64], noise: Noise | None, rng: np.random.Generator) -> Array:
-    """(draws, S, K)."""
+    """(draws, S, K). counts: seeds of each size."""
     if noise is None:
-        return np.repeat(mean[None], 2, 0)
-    scale = np.sqrt(noise.df / rng.chisquare(noise.df, (DRAWS, 1, 1)))
-    residual = noise.residual * rng.standard_normal((DRAWS, *mean.shape))
-    seed = noise.seed * rng.standard_normal((DRAWS, mean.shape[0], 1))
-    return mean + scale * (residual + seed) / np.sqrt(counts)
+        return mean[None]
+    shape = (DRAWS, 1, 1)
+    residual = noise.residual**2 * noise.df / rng.chisquare(noise.df, shape)
+    between = (noise.seed**2 + noise.residual**2 / NEAR) * noise.seed_df / rng.chisquare(noise.seed_df, shape)
+    seed = np.maximum(0, between - residual / NEAR)
+    drawn = np.sqrt(residual) * rng.standard_normal((DRAWS, *mean.shape)) + np.sqrt(seed) * rng.standard_normal((DRAWS, len(mean), 1))
+    return mean + drawn / np.sqrt(counts)[:, None]
 
 
-def _without_infinities(losses: Array) -> Array:
-    """A run that diverged counts as 1 nat worse than the worst of its size."""
-    y = losses.copy()
-    for s in range(len(y)):
-        finite = y[s][np.isfinite(y[s])]
-        if not finite.size:
-            raise ValueError(f"all runs of size {s + 1} of {len(y)} diverged\n  got: no loss\n  allowed: some\n  fix: smaller --lrs")
-        y[s][np.isinf(y[s])] = finite.max() + 1
-    return y
+def _whole(losses: Array, size: int) -> tuple[Array, NDArray[np.bool_]]:
+    """(K, N) → (K, whole seeds), at most FAR above the seed's lowest, which is what a run that diverged counts as, and whether they are that far."""
+    y = losses[:, ~np.isnan(losses).any(0)]
+    finite = y[np.isfinite(y)]
+    if not finite.size:
+        got = "no seed with a run at every learning rate" if not y.size else "no run that did not diverge"
+        raise ValueError(
+            f"losses of size {size}\n  got: {got}\n  allowed: one or more\n  fix: {'run the rest' if not y.size else 'smaller --lrs'}"
+        )
+    limit = np.minimum(y.min(0), finite.max()) + FAR
+    return np.minimum(y, limit), y >= limit
 
 
 def _word(found: list[Interval], low: float, high: float) -> Word:
@@ -223,3 +248,11 @@ def _word(found: list[Interval], low: float, high: float) -> Word:
 
 def _power(i: Interval) -> Interval:
     return Interval(2**i.low, 2**i.value, 2**i.high)
+
+
+def student(values: Sequence[float]) -> Interval:
+    """The mean of independent values with its interval by Student's t; unbounded for one value."""
+    x = np.asarray(values, dtype=np.float64)
+    mean = float(x.mean())
+    half = float(stats.t.ppf((1 + LEVEL) / 2, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5) if len(x) > 1 else np.inf
+    return Interval(mean - half, mean, mean + half)

@@ -35,7 +35,7 @@ def test_shipped_configurations_load(file: Path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[optim]\nlearning_rate = 1", "unknown key optim.learning_rate\n  got: learning_rate\n  allowed: lr, schedule, "),
+        ("[optim]\nlearning_rate = 1", "unknown key optim.learning_rate\n  got: learning_rate\n  allowed: name, lr, scaling, schedule, "),
         ("[optim]\nbetta = 1", "  fix: nearest valid name: optim.beta"),
         ("[optin]\nlr = 1", "unknown key optin\n  got: optin\n  allowed: run, data, model, optim, train\n  fix: nearest valid name: optim"),
         ("[optim]\nlr = 'fast'", "optim.lr\n  got: 'fast'\n  allowed: a number"),
@@ -54,6 +54,14 @@ def test_shipped_configurations_load(file: Path):
             "[train]\nbatch_size = 6\ngradient_accumulation_steps = 4",
             "train.gradient_accumulation_steps\n  got: 4\n  allowed: a divisor of train.batch_size = 6",
         ),
+        (
+            "[optim]\nname = 'adam'",
+            "optim.name\n  got: 'adam'\n  allowed: dualized, normalized_adam, normalized_sgd, adamw, sgd\n  fix: ",
+        ),
+        ("[optim]\nname = 'adamw'\nlr = 'auto'", "optim.lr\n  got: 'auto'\n  allowed: a number for adamw\n  fix: "),
+        ("[optim]\nscaling = 'mup'", "optim.scaling\n  got: 'mup'\n  allowed: 'standard', 'ntk', 'modular'"),
+        ("[model]\ninit = 'zero'", "model.init\n  got: 'zero'\n  allowed: 'norm', 'gpt2', 'fan_in'"),
+        ("[train]\nkeep_checkpoints = -1", "train.keep_checkpoints\n  got: -1\n  allowed: 0 or more"),
         ("[optim]\nbeta = 1.0", "optim.beta\n  got: 1.0\n  allowed: 0 <= beta < 1"),
         ("[optim]\nschedule = 'step'", "optim.schedule\n  got: 'step'\n  allowed: wsd, cosine"),
         (

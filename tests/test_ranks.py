@@ -144,7 +144,7 @@ def test_a_whole_run_of_two_ranks_in_float32_ends_as_one_process_does(root: Path
     assert summary["world_size"] == 2
     assert summary["tokens"] == 12 * 12 * 16
     assert 0.45 < summary["optimizer_state_bytes"] / (4 * summary["params"]) < 0.55, "each rank has half of the momentum"
-    assert [r for r in map(json.loads, (root / "runs/fp32x2/metrics.jsonl").read_text().splitlines()) if "step_sizes" in r]
+    assert [r for r in map(json.loads, (root / "runs/fp32x2/metrics.jsonl").read_text().splitlines()) if "geometry" in r]
 
 
 def test_in_bf16_two_ranks_end_within_the_spread_of_seeds(root: Path):

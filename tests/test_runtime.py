@@ -1,16 +1,13 @@
-"""runtime.py and telemetry.py alone."""
+"""runtime.py alone."""
 
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import runtime
-from optim import Dualized, Frobenius, L1ToRMS, ModularNorm
 from runtime import Clock, RunConfig, RunError, RunFolder, Runtime, Stopwatch
-from telemetry import StepSizes
 
 CPU = RunConfig(device="cpu", precision="fp32")
 
@@ -75,18 +72,3 @@ def test_a_half_written_last_line_of_metrics_is_dropped(tmp_path: Path):
         f.write('{"step": 4, "lo')
     folder.keep_metrics(lambda r: r["step"] <= 2)
     assert folder.metrics() == [{"step": 1}, {"step": 2}]
-
-
-def test_step_sizes_leave_decay_out_and_what_did_not_move_is_zero():
-    rows, whole, still = (nn.Parameter(torch.randn(4, 3, generator=torch.Generator().manual_seed(i))) for i in range(3))
-    model = nn.Module()
-    model.rows, model.whole, model.still = rows, whole, still
-    norm = ModularNorm({"rows": L1ToRMS(), "whole": Frobenius(), "still": Frobenius()}, {"rows": 0.5, "whole": 2.0, "still": 1.0})
-    optimizer = Dualized(model.named_parameters(), 0.1, norm=norm, weight_decay=0.7)
-    rows.grad = torch.zeros(4, 3)
-    rows.grad[1] = 1.0
-    whole.grad = torch.ones(4, 3)
-    sizes = StepSizes(model, optimizer)
-    sizes.before()
-    optimizer.step()
-    assert sizes.after() == pytest.approx({"rows": 1.0, "whole": 1.0, "still": 0.0}, abs=1e-5)

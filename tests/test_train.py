@@ -121,7 +121,7 @@ def test_training_learns(whole: Path):
 
 def test_achieved_steps_are_what_was_requested(whole: Path):
     """‖ΔW‖ / (lr · radius), read from the weights: 1 for row-wise norms, within the schedule's band for the polar factor."""
-    measured = [r["step_sizes"] for r in records(whole) if "step_sizes" in r]
+    measured = [r["geometry"]["step"] for r in records(whole) if "geometry" in r]
     assert len(measured) == 4
     first, *later = measured
     assert first.pop("head.weight") == pytest.approx(1, abs=1e-4)

@@ -1,0 +1,261 @@
+"""Does the curvature of the loss follow one curve at every size? λ_max during training, for several scalings ([SC] arXiv 2402.17457).
+
+    python -m studies.sharpness configs/transfer.toml --widths 64 128 256 --methods dualized=4 ntk=8 adamw=0.004 --seeds 4
+
+METHODS: an optimizer, its parametrization and initialization, with the learning rate that all sizes share. Each λ_max is that of the Hessian in the coordinates
+in which the method is gradient descent (optim/rivals.py's coordinates; AdamW's weights are their own, with its preconditioner beside it), on one batch for all runs. A size's
+trajectory is that of train.sharpness_every in metrics.jsonl; telemetry.py says what is in it.
+
+Super consistency, as a number: the standard deviation over sizes of ln λ_max, averaged over time; once at equal steps, once at equal loss, over the losses that all sizes and
+methods have passed. Intervals: t over seeds. Other options, --section.key value, go to every run. The folder runs/NAME: as that of studies.transfer, with sharpness.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import config as configuration
+from config import ConfigError
+from data.loader import Dataset
+from data.shards import DataError
+from runtime import RunError
+
+from . import runs
+from .transfer import AXES, Line, Size, base_size, lines, name_of, sized
+from .verdict import Interval, student
+
+STANDARD = {"model.residual": "plain", "model.logit_scale": 1.0}
+METHODS: dict[str, dict[str, Any]] = {
+    "dualized": {"optim.name": "dualized"},
+    "modular-sgd": {"optim.name": "sgd", "optim.scaling": "modular"},
+    "normalized-adam": {"optim.name": "normalized_adam"},
+    "normalized-sgd": {"optim.name": "normalized_sgd"},
+    "adamw": {"optim.name": "adamw", "model.init": "gpt2", **STANDARD},
+    "standard-sgd": {"optim.name": "sgd", "model.init": "fan_in", **STANDARD},
+    "ntk": {"optim.name": "sgd", "optim.scaling": "ntk", "model.init": "fan_in", **STANDARD},
+}
+LOSSES = 20  # points of the loss at which curves are compared
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run's trajectory: steps, losses of the fixed batch, and the values of one quantity, (T,) each."""
+
+    steps: np.ndarray
+    losses: np.ndarray
+    values: np.ndarray
+
+    def at_losses(self, grid: np.ndarray) -> np.ndarray:
+        """ln value where the loss first falls to each of `grid` (descending)."""
+        lowest = np.minimum.accumulate(self.losses)
+        return np.interp(-grid, -lowest, np.log(self.values))
+
+
+def curve(path: Path, quantity: str) -> Curve | None:
+    """None of a run that diverged."""
+    if runs.summary(path) is None:
+        return None
+    found = [(r["step"], r["sharpness"]) for r in runs.metrics(path) if "sharpness" in r]
+    kept = [(step, s["loss"], s[quantity]) for step, s in found if s[quantity] is not None and s[quantity] > 0]
+    return Curve(*(np.array(column, dtype=np.float64) for column in zip(*kept, strict=True))) if kept else None
+
+
+def spread_at_steps(curves: list[Curve]) -> float:
+    """Standard deviation over sizes of ln value, at the steps that all have, averaged."""
+    steps = sorted(set.intersection(*({int(s) for s in c.steps} for c in curves)))
+    logs = np.array([[math.log(c.values[list(c.steps).index(s)]) for s in steps] for c in curves])
+    return float(logs.std(axis=0, ddof=1).mean())
+
+
+def common_losses(curves: list[Curve]) -> np.ndarray | None:
+    """Losses that all curves pass, highest first; None if there are none."""
+    high, low = min(c.losses.max() for c in curves), max(c.losses.min() for c in curves)
+    return np.linspace(high, low, LOSSES) if high > low else None
+
+
+def spread_at_losses(curves: list[Curve], grid: np.ndarray) -> float:
+    """The same at equal losses."""
+    return float(np.array([c.at_losses(grid) for c in curves]).std(axis=0, ddof=1).mean())
+
+
+def drift(curves: list[Curve], sizes: list[int]) -> float:
+    """Slope of ln value, averaged over time, against ln size: the exponent of a power law."""
+    return float(np.polyfit(np.log(sizes), [np.log(c.values).mean() for c in curves], 1)[0])
+
+
+def consistency(found: dict[str, list[list[Curve]]], sizes: list[int]) -> dict[str, dict[str, Interval | None]]:
+    """{method: {"steps", "losses", "drift"}} from curves [method][seed][size]; intervals over seeds. "losses": on one grid for all methods and sizes of a seed."""
+    out: dict[str, dict[str, list[float]]] = {m: {"steps": [], "losses": [], "drift": []} for m in found}
+    for seed in range(min(map(len, found.values()))):
+        grid = common_losses([c for by_seed in found.values() for c in by_seed[seed]])
+        for method, by_seed in found.items():
+            curves = by_seed[seed]
+            out[method]["steps"].append(spread_at_steps(curves))
+            out[method]["drift"].append(drift(curves, sizes))
+            if grid is not None:
+                out[method]["losses"].append(spread_at_losses(curves, grid))
+    return {m: {k: student(v) if v else None for k, v in numbers.items()} for m, numbers in out.items()}
+
+
+def ratios(found: dict[str, list[list[Curve]]], method: str, other: str) -> dict[str, Interval | None]:
+    """How many times larger `other`'s spread is, at equal steps and at equal losses of these two: means of log ratios over seeds, with intervals."""
+    out: dict[str, list[float]] = {"steps": [], "losses": []}
+    for ours, theirs in zip(found[method], found[other], strict=True):
+        out["steps"].append(math.log(spread_at_steps(theirs) / spread_at_steps(ours)))
+        grid = common_losses([*ours, *theirs])
+        if grid is not None:
+            out["losses"].append(math.log(spread_at_losses(theirs, grid) / spread_at_losses(ours, grid)))
+    intervals = {k: student(v) if v else None for k, v in out.items()}
+    return {k: i and Interval(math.exp(i.low), math.exp(i.value), math.exp(i.high)) for k, i in intervals.items()}
+
+
+def plot(line: Line, found: dict[str, list[list[Curve]]], thresholds: dict[str, list[tuple[float, float]]], title: str, path: Path) -> None:
+    """λ_max against steps (above) and against loss (below), one curve for each size (thin: seeds), a panel for each method; dashed: the method's own threshold."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(found), 7), layout="constrained")
+    panels = figure.subplots(2, len(found), squeeze=False)
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(line.sizes)))
+    for column, (method, by_seed) in zip(panels.T, found.items(), strict=True):
+        for s, (size, colour) in enumerate(zip(line.values(), colours, strict=True)):
+            for seed, curves in enumerate(by_seed):
+                c = curves[s]
+                style = {"color": colour, "alpha": 0.9 if seed == 0 else 0.35, "linewidth": 1.4 if seed == 0 else 0.8}
+                column[0].plot(c.steps, c.values, label=f"{line.axis} {size}" if seed == 0 else None, **style)
+                column[1].plot(c.losses, c.values, **style)
+        if thresholds[method]:
+            steps, values = zip(*thresholds[method], strict=True)
+            column[0].plot(steps, values, "--", color="black", linewidth=1, label="threshold")
+        column[0].set(yscale="log", xlabel="step", title=method)
+        column[1].set(yscale="log", xlabel="loss of the fixed batch, nats per token")
+        column[1].invert_xaxis()
+        column[0].legend(fontsize=7)
+        for axes in column:
+            axes.grid(alpha=0.3)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("λ_max, in the method's coordinates")
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def read_methods(options: list[str]) -> dict[str, float]:
+    """["dualized=4", …] → {method: lr}."""
+    found = {}
+    for option in options:
+        method, _, lr = option.partition("=")
+        try:
+            found[method] = float(lr)
+        except ValueError:
+            found[method] = math.nan
+        if method not in METHODS or not 0 < found[method] < math.inf:
+            raise runs.StudyError(
+                f"--methods\n  got: {option}\n  allowed: METHOD=LR, of {', '.join(METHODS)}\n  fix: --methods dualized=4 ntk=8; studies.transfer finds the rates"
+            )
+    return found
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m studies.sharpness", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("config", help="the smallest model: configs/transfer.toml")
+    for axis in ("width", "depth"):
+        parser.add_argument(f"--{AXES[axis].option}", type=int, nargs="+", default=[], metavar="N")
+    parser.add_argument("--methods", nargs="+", default=["dualized=4"], metavar="METHOD=LR", help=", ".join(METHODS))
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument(
+        "--quantity", default="lambda_max", help="of telemetry.py's sharpness records: lambda_max, preconditioned, modular …"
+    )
+    parser.add_argument("--name", help="of the folder, runs/NAME; sharpness-<config> if left out")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--dry-run", action="store_true", help="the cost alone")
+    options, rest = parser.parse_known_args(argv)
+    base = configuration.load([options.config, *rest])
+    base.train.sharpness_every = base.train.sharpness_every or max(1, base.train.steps // 10)
+    methods = read_methods(options.methods)
+    folder = Path(base.run.dir) / (options.name or f"sharpness-{Path(options.config).stem}")
+    found = lines(base_size(base), {a: getattr(options, x.option, []) for a, x in AXES.items()}, grid=False)
+    if not found or options.seeds < 1:
+        raise runs.StudyError(
+            f"python -m studies.sharpness\n  got: {len(found)} axes, {options.seeds} seeds\n  allowed: 1 or more\n  fix: --widths 64 128 256"
+        )
+
+    def name(method: str, size: Size, seed: int) -> str:
+        return f"{method}.{name_of(size, methods[method], seed)}"
+
+    jobs = []
+    vocab_size, rate = Dataset(base.data).tokenizer.vocab_size, runs.speed()
+    for seed in range(options.seeds):
+        for method, lr in methods.items():
+            for size in dict.fromkeys(z for line in found for z in line.sizes):
+                changes = {**METHODS[method], **sized(base, size), "optim.lr": lr, "run.seed": seed}
+                job = runs.job(base, name(method, size, seed), folder, **changes)
+                jobs.append((seed, *runs.cost(job.config, vocab_size, rate), job))
+    jobs.sort(key=lambda j: j[0:3:2])
+    left = [j for j in jobs if not runs.done(j[3], folder)]
+    print(
+        f"{folder}: {len(jobs)} runs, {len(jobs) - len(left)} of them done; about {runs.duration([j[2] for j in left], options.workers)} on this machine"
+    )
+    if options.dry_run:
+        return 0
+    runs.execute([j[3] for j in jobs], folder, workers=options.workers, costs=[j[2] for j in jobs])
+    results, texts = [], [f"{base.data.dataset}: python -m studies.sharpness {' '.join(argv)}"]
+    for line in found:
+        curves: dict[str, list[list[Curve]]] = {}
+        for method in methods:
+            all_seeds = [[curve(folder / name(method, z, s), options.quantity) for z in line.sizes] for s in range(options.seeds)]
+            whole = [[c for c in of_seed if c] for of_seed in all_seeds]
+            if all(len(of_seed) == len(line.sizes) for of_seed in whole):
+                curves[method] = whole
+            else:
+                texts.append(f"{method}: left out over {line.axis}, as a run diverged or has no {options.quantity}")
+        if not curves:
+            continue
+        numbers = consistency(curves, line.values())
+        rows = [
+            f"{line}, {options.quantity}: standard deviation over {line.axis} of its logarithm, averaged [95% over {options.seeds} seeds]"
+        ]
+        rows += [f"  {'method':<16} {'at equal steps':<26} {'at equal loss':<26} exponent of {line.axis}"]
+        rows += [f"  {m:<16} {n['steps']!s:<26} {n['losses']!s:<26} {n['drift']}" for m, n in numbers.items()]
+        compared = {m: ratios(curves, "dualized", m) for m in curves if m != "dualized"} if "dualized" in curves else {}
+        rows += [
+            f"  spread of {m} over that of dualized: {r['steps']} at equal steps, {r['losses']} at equal loss" for m, r in compared.items()
+        ]
+        texts.append("\n".join(rows))
+        lows = {m: [c.values for of_seed in curves[m] for c in of_seed] for m in curves}
+        results.append({"line": str(line), "axis": line.axis, "sizes": line.values(), "quantity": options.quantity})
+        results[-1] |= {m: {k: i and vars(i) for k, i in n.items()} for m, n in numbers.items()} | {
+            "ratios": {m: {k: i and vars(i) for k, i in r.items()} for m, r in compared.items()}
+        }
+        assert lows
+        thresholds = {m: threshold(folder / name(m, line.sizes[0], 0)) for m in curves}
+        plot(line, curves, thresholds, f"{base.data.dataset}, {line}", folder / f"sharpness-{line.axis}.png")
+    (folder / "verdict.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps({"command": argv, "lines": results}, indent=1) + "\n", encoding="utf-8")
+    print("\n\n".join(texts))
+    print("\npictures: " + ", ".join(str(folder / f"sharpness-{line.axis}.png") for line in found))
+    return 0
+
+
+def threshold(path: Path) -> list[tuple[float, float]]:
+    """(step, the largest stable λ_max) of a run, where its method has one."""
+    found = [(r["step"], r["sharpness"].get("threshold")) for r in runs.metrics(path) if "sharpness" in r]
+    return [(step, t) for step, t in found if t]
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ConfigError, DataError, RunError, runs.StudyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
