@@ -161,13 +161,11 @@ class Rival:
         return self.optimizer.state_dict()["param_groups"]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Settings alone: buffers are read into held()."""
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            if group["param_names"] != saved["param_names"]:
-                raise ValueError(
-                    "optimizer state\n  got: other parameters\n  allowed: those of this model\n  fix: resume with the run's own configuration"
-                )
-            group.update({k: v for k, v in saved.items() if k != "params"})
+        """Whether it is of these parameters: settings are the constructor's, and buffers are read into held()."""
+        if [g["param_names"] for g in self.param_groups] != [g["param_names"] for g in state_dict["param_groups"]]:
+            raise ValueError(
+                "optimizer state\n  got: other parameters\n  allowed: those of this model\n  fix: resume with the run's own configuration"
+            )
 
     @torch.no_grad()
     def make_state(self, wanted: Callable[[str], bool]) -> None:

@@ -306,7 +306,7 @@ SPECTRA = {
     "indefinite": [-7.0, -1.0, 0.0, 0.5, 3.0],
     "a degenerate top": [5.0, 5.0, 5.0, 1.0, -2.0],
     "rank one": [4.0] + [0.0] * 9,
-    "negative rank one": [-4.0] + [0.0] * 9,
+    "negative rank one": [-4.0] + [0.0] * 199,
     "up to zero": [-5.0, -3.0, -1.0, 0.0],
     "zero": [0.0] * 6,
     "identity": [1.0] * 6,
@@ -322,7 +322,7 @@ def test_a_spectrum_that_was_put_in_is_found(name: str):
     hessian = quadratic(with_spectrum(values))
     found = eigenvalues(hessian, generator=generator(), tolerance=1e-10)
     scale = max(map(abs, values))
-    assert found.converged and found.steps <= len(values)
+    assert found.converged and found.steps <= len(set(values))
     assert found.largest == pytest.approx(max(values), abs=ROUNDING * scale)
     assert found.smallest == pytest.approx(min(values), abs=ROUNDING * scale)
     assert length(found.vector) == pytest.approx(1, rel=ROUNDING)
