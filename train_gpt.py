@@ -36,10 +36,13 @@ from telemetry import Geometry, Sharpness, plot_geometry
 
 
 class Stopped(Exception):
-    """A signal ended the run at this step, with a checkpoint."""
+    """A signal ended the run at this step, with a checkpoint where there are any."""
 
-    def __init__(self, number: int, step: int, folder: Path) -> None:
-        super().__init__(f"{signal.Signals(number).name}: saved step {step} in {folder}; --run.name {folder.name} --run.resume goes on")
+    def __init__(self, number: int, step: int, folder: Path, *, saved: bool) -> None:
+        end = (
+            f"saved step {step} in {folder}; --run.name {folder.name} --run.resume goes on" if saved else f"ended at step {step}, not saved"
+        )
+        super().__init__(f"{signal.Signals(number).name}: {end}")
         self.code = 128 + number
 
 
@@ -318,7 +321,7 @@ def train(config: Config, runtime: Runtime) -> None:
                     save(done)
             if signal and not last:
                 saver.wait()
-                stopped = Stopped(signal, done, folder.path)
+                stopped = Stopped(signal, done, folder.path, saved=c.keep_checkpoints > 0)
                 say(str(stopped))
                 raise stopped
         clock.stop()
@@ -480,7 +483,7 @@ def keep_choices(config: Config, folder: RunFolder, saved: dict[str, Any] | None
     for key, value in configuration.flat(config).items():
         if value == old[key]:
             continue
-        buffers = key in ("optim.param_dtype", "optim.master_weights", "optim.momentum_dtype") or (
+        buffers = key in ("optim.name", "optim.param_dtype", "optim.master_weights", "optim.momentum_dtype") or (
             (key == "optim.direction" and {value, old[key]} != {"momentum", "nesterov"})
             or (key == "optim.lr" and "auto" in (value, old[key]))
         )  # a checkpoint has the tensors of its own choice only

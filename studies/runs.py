@@ -12,7 +12,6 @@ import os
 import re
 import runpy
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -32,7 +31,7 @@ from model import GPT
 from optim import metrize
 
 ROOT = Path(__file__).parent.parent
-PRELOADED = ["torch", "tqdm", "config", "checkpoint", "telemetry", "runtime", "model", "data.loader", "optim"]
+PRELOADED = ["torch", "tqdm", "config", "checkpoint", "telemetry", "runtime", "model", "data.loader", "optim", "matplotlib.pyplot"]
 FILLED_IN = {"run.precision": "auto", "model.vocab_size": None, "optim.polar.dtype": "auto"}  # by train_gpt.py
 # What does not change the numbers that a study reads; but for run.seed and run.precision.
 NEUTRAL = (
@@ -43,7 +42,7 @@ NEUTRAL = (
     "train.keep_checkpoints",
     "train.sample_",
 )
-NOT_FINITE = 1, re.compile(r"^error: .*(not finite|is -?(nan|inf))", re.MULTILINE)  # train_gpt.py's exit code and last words
+NOT_FINITE = 1, re.compile(r"^error: .*(not finite|is -?(nan|inf)).*", re.MULTILINE)  # train_gpt.py's exit code and last words
 
 
 class StudyError(ValueError):
@@ -97,7 +96,7 @@ def execute(jobs: Sequence[Job], folder: Path, *, workers: int, costs: Sequence[
                 for sentinel in wait(list(running)):
                     j, cost, process = running.pop(sentinel)  # type: ignore[call-overload]
                     process.join()
-                    bar.update(cost)
+                    bar.update(min(cost, bar.total - bar.n))  # sums round
                     output = (folder / "configs" / f"{j.name}.log").read_text(errors="replace")
                     if process.exitcode == NOT_FINITE[0] and (why := NOT_FINITE[1].search(output)):
                         (folder / j.name / "failed.json").write_text(json.dumps({"why": why.group()}) + "\n")
@@ -156,7 +155,7 @@ def _train(script: str, config: str, log: str) -> None:
 
     def follow() -> None:
         wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+        os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
     with open(log, "w", buffering=1) as file:

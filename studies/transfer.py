@@ -38,7 +38,7 @@ from model import GPT
 from runtime import RunError
 
 from . import runs
-from .verdict import Thresholds, Verdict, judge
+from .verdict import Thresholds, Verdict, VerdictError, judge
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def sized(base: Config, size: Size) -> dict[str, Any]:
 
 def name_of(size: Size, lr: float, seed: int) -> str:
     sizes = ".".join(f"{axis.letter}{value}" for axis, value in zip(AXES.values(), size, strict=True))
-    return f"{sizes}.lr{lr:g}.s{seed}"
+    return f"{sizes}.lr{lr:g}.s{seed}".replace("+", "")
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def lines(base: Size, wanted: dict[str, list[int]], *, grid: bool) -> list[Line]
 def table(losses: np.ndarray, line: Line, lrs: list[float]) -> str:
     """Mean loss over seeds, a row for each size."""
     head = f"{line.axis:>9}" + "".join(f"{f'lr {lr:g}':>12}" for lr in lrs)
-    rows = [f"{v:9d}" + "".join(f"{x:12.4f}" for x in row) for v, row in zip(line.values(), losses.mean(2), strict=True)]
+    rows = [f"{v:9d}" + "".join(f"{x:12.4f}" for x in row) for v, row in zip(line.values(), np.nanmean(losses, 2), strict=True)]
     return "\n".join([head, *rows])
 
 
@@ -164,8 +164,8 @@ def plot(found: list[tuple[Line, np.ndarray, Verdict]], lrs: list[float], title:
         colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(line.sizes)))
         finite = losses[np.isfinite(losses)]
         for s, (value, colour) in enumerate(zip(line.values(), colours, strict=True)):
-            y = np.where(np.isfinite(losses[s]), losses[s], np.nan)
-            axes.plot(lrs, y.mean(1), color=colour, label=f"{line.axis} {value}")
+            y, mean = np.where(np.isfinite(losses[s]), losses[s], np.nan), np.nanmean(losses[s], 1)
+            axes.plot(lrs, np.where(np.isfinite(mean), mean, np.nan), color=colour, label=f"{line.axis} {value}")
             axes.plot(np.repeat(lrs, y.shape[1]), y.ravel(), ".", color=colour, alpha=0.5, markersize=4)
             axes.plot(verdict.best[s].value, verdict.loss[s], "x", color=colour)
         low = finite.min()
@@ -257,6 +257,9 @@ def main(argv: list[str]) -> int:
         "--lrs", type=float, nargs="+", default=[], metavar="LR", help="3 or more, an octave apart, with the best one inside"
     )
     parser.add_argument("--seeds", type=int, default=2, help="of every cell: 0 … seeds − 1")
+    parser.add_argument(
+        "--first-seeds", type=int, help="of the smallest size of each axis, which is cheap and which all others are compared with"
+    )
     parser.add_argument("--grid", action="store_true", help="the product of all axes")
     parser.add_argument("--name", help="of the folder, runs/NAME; transfer-<config>-<optimizer> if left out")
     parser.add_argument(
@@ -286,8 +289,10 @@ def main(argv: list[str]) -> int:
     sizes = dict.fromkeys(size for line in found for size in line.sizes)
     vocab_size = Dataset(base.data).tokenizer.vocab_size
     rate = runs.speed()
-    for seed in range(options.seeds):
-        for size in sizes:
+    first = {line.sizes[0] for line in found}
+    seeds = {size: max(options.seeds, options.first_seeds or 0) if size in first else options.seeds for size in sizes}
+    for size in sizes:
+        for seed in range(seeds[size]):
             for lr in lrs:
                 job = runs.job(base, name_of(size, lr, seed), folder, **sized(base, size), **{"optim.lr": lr, "run.seed": seed})
                 jobs.append((seed, *runs.cost(job.config, vocab_size, rate), job))
@@ -304,7 +309,10 @@ def main(argv: list[str]) -> int:
     title = f"{base.optim.name}, {base.data.dataset}"
     texts = [f"{title}: python -m studies.transfer {' '.join(argv)}"]
     for line in found:
-        losses = np.array([[[loss(folder / name_of(z, lr, s)) for s in range(options.seeds)] for lr in lrs] for z in line.sizes])
+        most = max(seeds[z] for z in line.sizes)
+        losses = np.full((len(line.sizes), len(lrs), most), np.nan)
+        for (i, z), (k, lr) in itertools.product(enumerate(line.sizes), enumerate(lrs)):
+            losses[i, k, : seeds[z]] = [loss(folder / name_of(z, lr, seed)) for seed in range(seeds[z])]
         verdict = judge(losses, line.values(), lrs, thresholds)
         report.append((line, losses, verdict))
         texts.append(f"{table(losses, line, lrs)}\n\n{text(line, verdict, thresholds)}")
@@ -341,6 +349,6 @@ def print_coordinates(base: Config, folder: Path, widths: list[int], steps: int,
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (ConfigError, DataError, RunError, runs.StudyError) as error:
+    except (ConfigError, DataError, RunError, runs.StudyError, VerdictError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -4,7 +4,8 @@ The model: loss[s, k, n] = mean[s, k] + seed effect[s, n] + residual[s, k, n]. S
 the place of a minimum and a difference of losses within one size carry the residual alone; differences between sizes carry both. Their deviations
 are pooled over the three lowest learning rates of each size; intervals are parametric bootstraps that draw the deviations too (scaled inverse χ²).
 What the learning rates do not show has no bound: a lowest loss beside a run that diverged is placed between its neighbours only, and one at an end has
-nothing beyond it; so in the means as in each draw. PASS and FAIL follow from the intervals alone.
+nothing beyond it; so in the means as in each draw. PASS and FAIL follow from the intervals alone: PASS where those of all sizes are inside (each has to be, which needs no
+correction), FAIL where that of one is outside, widened for their number (Bonferroni).
 """
 
 from __future__ import annotations
@@ -22,16 +23,21 @@ Word = Literal["PASS", "FAIL", "TOO NOISY TO SAY"]
 DRAWS = 4000
 LEVEL = 0.95
 FAR = 1.0  # nats above the lowest loss of its size and seed: as good as diverged, no parabola of octaves goes there
+WINDOW = 1.0  # octaves on either side of the lowest loss that a parabola is fitted to
 NEAR = 3  # learning rates of a size that tell its noise: those of a parabola
+
+
+class VerdictError(ValueError):
+    """Losses that no verdict can be of: what was got, what is allowed, how to fix it."""
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """drift: octaves. cost: of the loss, relative. worse: likewise, of a larger model at the shared lr."""
+    """drift: octaves. cost: of the loss, relative. worse: likewise, of a larger model than the one before at the shared lr; with 0 equal sizes could not pass."""
 
     drift: float = 0.5
     cost: float = 0.005
-    worse: float = 0.0
+    worse: float = 0.005
 
 
 @dataclass(frozen=True)
@@ -88,11 +94,11 @@ class Verdict:
 def judge(losses: Array, sizes: list[int], lrs: list[float], thresholds: Thresholds = Thresholds(), *, seed: int = 0) -> Verdict:
     """losses: (S, K, N), inf where a run diverged, NaN where there is none: a size has the seeds of which it has all runs. sizes, lrs: ascending.
 
-    Raises ValueError for fewer than 2 sizes or 3 learning rates, and for a size without a whole seed or a finite loss.
+    Raises VerdictError for fewer than 2 sizes or 3 learning rates, and for a size without a whole seed or a finite loss.
     """
     S, K, N = losses.shape
     if S < 2 or K < 3 or list(lrs) != sorted(set(lrs)) or list(sizes) != sorted(set(sizes)):
-        raise ValueError(
+        raise VerdictError(
             f"a transfer verdict\n  got: {S} sizes {sizes}, {K} learning rates {lrs}\n  allowed: 2 or more sizes and 3 or more learning rates, ascending\n"
             "  fix: --widths or --depths, and --lrs"
         )
@@ -115,6 +121,12 @@ def judge(losses: Array, sizes: list[int], lrs: list[float], thresholds: Thresho
         bounds = np.quantile(low, tail, method="lower"), np.quantile(high, 1 - tail, method="higher")
         return Interval(min(float(bounds[0]), value), value, max(float(bounds[1]), value))
 
+    def drift(s: int, comparisons: int) -> Interval:
+        return interval(best[s] - best[0], drawn_least[:, s] - drawn_most[:, 0], drawn_most[:, s] - drawn_least[:, 0], comparisons)
+
+    def worse(s: int, comparisons: int) -> Interval:
+        return interval(at_shared[s] / at_shared[s - 1] - 1, drawn_worse[:, s - 1], drawn_worse[:, s - 1], comparisons)
+
     def cost(s: int) -> Interval:
         """Of an absolute value: of the cost with the sign of the best lr's side, so that an interval of lrs on both sides of the shared one has 0 in it."""
         value = max(0.0, at_shared[s] / bottom[s] - 1) * np.sign(best[s] - best[0])
@@ -133,18 +145,15 @@ def judge(losses: Array, sizes: list[int], lrs: list[float], thresholds: Thresho
         best=[_power(interval(best[s], drawn_least[:, s], drawn_most[:, s])) for s in range(S)],
         loss=[float(v) for v in bottom],
         bracketed=[bool(b) for b in bracketed],
-        drift=[
-            interval(best[s] - best[0], drawn_least[:, s] - drawn_most[:, 0], drawn_most[:, s] - drawn_least[:, 0], S - 1)
-            for s in range(1, S)
-        ],
+        drift=[drift(s, 1) for s in range(1, S)],
         cost=[cost(s) for s in range(1, S)],
-        worse=[interval(at_shared[s] / at_shared[s - 1] - 1, drawn_worse[:, s - 1], drawn_worse[:, s - 1], S - 1) for s in range(1, S)],
+        worse=[worse(s, 1) for s in range(1, S)],
     )
     t = thresholds
     verdict.words = {
-        "drift": _word(verdict.drift, -t.drift, t.drift),
-        "cost": _word(verdict.cost[-1:], -np.inf, t.cost),
-        "worse": _word(verdict.worse, -np.inf, t.worse),
+        "drift": _word(verdict.drift, [drift(s, S - 1) for s in range(1, S)], -t.drift, t.drift),
+        "cost": _word(verdict.cost[-1:], verdict.cost[-1:], -np.inf, t.cost),
+        "worse": _word(verdict.worse, [worse(s, S - 1) for s in range(1, S)], -np.inf, t.worse),
     }
     for s in range(S):
         if not bracketed[s]:
@@ -159,41 +168,46 @@ def judge(losses: Array, sizes: list[int], lrs: list[float], thresholds: Thresho
 
 
 def minimum(x: Array, y: Array, diverged: NDArray[np.bool_]) -> tuple[Array, Array, Array, Array]:
-    """(place, value, least, most): the vertex of the parabola through the lowest point and its two neighbours, which is then also the least and the most that its place
-    may be. At an end, and where one of the three diverged: the point itself, and its neighbours' places, ∓∞ beyond an end. x: (K,), y: (…, S, K), diverged: (S, K) → (…, S).
+    """(place, value, least, most): the vertex of the parabola at the lowest point, which is then also the least and the most that its place may be. At an end, and where
+    one of the parabola's points diverged: the point itself, and its neighbours' places, ∓∞ beyond an end. x: (K,), y: (…, S, K), diverged: (S, K) → (…, S).
     """
     K = len(x)
     low = y.argmin(-1)
     c = np.clip(low, 1, K - 2)
-    beside = diverged.copy()
-    beside[:, 1:] |= diverged[:, :-1]
-    beside[:, :-1] |= diverged[:, 1:]
+    beside = np.broadcast_to(diverged, y.shape[-2:]) @ _windows(x).T
     known = (low == c) & ~np.take_along_axis(np.broadcast_to(beside, y.shape), low[..., None], -1)[..., 0]
-    a, b = _parabola(x, y, c)
+    a, b, y0 = _parabola(x, y, c)
     with np.errstate(divide="ignore", invalid="ignore"):
-        vertex = np.where(a > 0, -b / (2 * a), 0.0)
+        vertex = np.where(a > 0, np.clip(-b / (2 * a), x[c - 1] - x[c], x[c + 1] - x[c]), 0.0)
     place = np.where(known, x[c] + vertex, x[low])
-    value = y.min(-1) + np.where(known, b * vertex + a * vertex**2, 0.0)
+    value = np.where(known, y0 + b * vertex + a * vertex**2, y.min(-1))
     edges = np.concatenate([[-np.inf], x, [np.inf]])
     return place, value, np.where(known, place, edges[low]), np.where(known, place, edges[low + 2])
 
 
 def interpolate(x: Array, y: Array, at: Array) -> Array:
-    """y at `at` (…), by the parabola through the three points nearest to it."""
+    """y at `at` (…), by the parabola at the point nearest to it."""
     nearest = np.abs(at[..., None] - x).argmin(-1)
     c = np.clip(nearest, 1, len(x) - 2)
-    a, b = _parabola(x, y, c)
+    a, b, y0 = _parabola(x, y, c)
     d = at - x[c]
-    return np.take_along_axis(y, c[..., None], -1)[..., 0] + b * d + a * d**2
+    return y0 + b * d + a * d**2
 
 
-def _parabola(x: Array, y: Array, c: NDArray[np.int64]) -> tuple[Array, Array]:
-    """(a, b) of y[c] + b (x − x[c]) + a (x − x[c])² through points c − 1, c, c + 1."""
-    left, mid, right = (np.take_along_axis(y, (c + k)[..., None], -1)[..., 0] for k in (-1, 0, 1))
-    hl, hr = x[c] - x[c - 1], x[c + 1] - x[c]
-    sl, sr = (mid - left) / hl, (right - mid) / hr
-    a = (sr - sl) / (hl + hr)
-    return a, sl + a * hl
+def _windows(x: Array) -> NDArray[np.bool_]:
+    """(K, K): whether point k belongs to the parabola at point c: its two neighbours do, and all within WINDOW octaves."""
+    c, k = np.indices((len(x), len(x)))
+    return (abs(c - k) <= 1) | (np.abs(x[c] - x[k]) <= WINDOW * 1.01)  # rates are written with few digits
+
+
+def _parabola(x: Array, y: Array, c: NDArray[np.int64]) -> tuple[Array, Array, Array]:
+    """(a, b, y0) of the least-squares parabola y0 + b (x − x[c]) + a (x − x[c])² at point c: an octave apart, the one through it and its two neighbours."""
+    fits = np.zeros((len(x), 3, len(x)))
+    for at, window in enumerate(_windows(x)):
+        if window.sum() >= 3:
+            fits[at][:, window] = np.linalg.pinv(np.vander(x[window] - x[at], 3))
+    found = (fits[c] @ y[..., None])[..., 0]  # (…, 3)
+    return found[..., 0], found[..., 1], found[..., 2]
 
 
 def pooled_noise(y: Sequence[Array], diverged: NDArray[np.bool_]) -> Noise | None:
@@ -232,16 +246,16 @@ def _whole(losses: Array, size: int) -> tuple[Array, NDArray[np.bool_]]:
     finite = y[np.isfinite(y)]
     if not finite.size:
         got = "no seed with a run at every learning rate" if not y.size else "no run that did not diverge"
-        raise ValueError(
+        raise VerdictError(
             f"losses of size {size}\n  got: {got}\n  allowed: one or more\n  fix: {'run the rest' if not y.size else 'smaller --lrs'}"
         )
     limit = np.minimum(y.min(0), finite.max()) + FAR
     return np.minimum(y, limit), y >= limit
 
 
-def _word(found: list[Interval], low: float, high: float) -> Word:
-    """PASS: all intervals inside. FAIL: one of them outside altogether."""
-    if any(i.low > high or i.high < low for i in found):
+def _word(found: list[Interval], wide: list[Interval], low: float, high: float) -> Word:
+    """PASS: all intervals inside. FAIL: a wide one outside altogether."""
+    if any(i.low > high or i.high < low for i in wide):
         return "FAIL"
     return "PASS" if all(low <= i.low and i.high <= high for i in found) else "TOO NOISY TO SAY"
 

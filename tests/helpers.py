@@ -72,6 +72,7 @@ _context.set_forkserver_preload(
         "telemetry",
         "data.loader",
         "optim",
+        "matplotlib.pyplot",
         "pytest",
         "hypothesis",
     ]

@@ -1,0 +1,415 @@
+"""optim/rivals.py: the optimizers that are compared with Dualized, by themselves, in train_gpt.py, and of two ranks."""
+
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from model import GPT, GPTConfig, RoleNorms
+from optim import (
+    RIVALS,
+    L1ToRMS,
+    ModularNorm,
+    NonFiniteError,
+    Normalized,
+    Polar,
+    Rival,
+    RMSToLinf,
+    RMSToRMS,
+    Rule,
+    VectorRMS,
+    coordinates,
+    metrize,
+)
+from tests.helpers import ranks, run, run_ranks, small_dataset, start
+
+V, D = 13, 8
+LR = {"normalized_adam": 0.5, "normalized_sgd": 0.5, "adamw": 0.01, "sgd": 0.3}
+SETTINGS = {"beta": 0.8, "beta2": 0.9, "weight_decay": 0.1}
+
+
+class Net(nn.Module):
+    """Every kind of weight: an embedding, matrices wide and tall, biases, a gain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(V, D)
+        self.up, self.norm, self.down = nn.Linear(D, 3 * D), nn.RMSNorm(3 * D), nn.Linear(3 * D, D, bias=False)
+        self.head = nn.Linear(D, V, bias=False)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        return self.head(self.down(self.norm(self.up(self.embedding(idx)).tanh())))
+
+
+def net(seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    model = Net().double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def gpt() -> GPT:
+    return GPT(
+        GPTConfig(n_layer=2, n_head=2, n_embd=D, block_size=4, vocab_size=V),
+        RoleNorms().build(Polar("exact"), 2),
+        torch.Generator().manual_seed(0),
+    )
+
+
+def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[:, 0]), batch[:, 1])
+
+
+def batches(n: int, size: int = 16) -> Tensor:
+    """(n, size, 2): inputs and targets."""
+    return torch.randint(V, (n, size, 2), generator=torch.Generator().manual_seed(1))
+
+
+def normed(model: nn.Module) -> ModularNorm:
+    return metrize(model, rules=[Rule("head.weight", role="head")])
+
+
+def rival(name: str, model: nn.Module, **options) -> Rival:
+    max_grad_norm = options.pop("max_grad_norm", None)
+    return Rival(
+        RIVALS[name](model, normed(model), **{"lr": LR[name], "scaling": "standard", **SETTINGS, **options}), max_grad_norm=max_grad_norm
+    )
+
+
+def descend(model: nn.Module, optimizer: Rival, data: Tensor) -> None:
+    for batch in data:
+        loss = loss_of(model, batch)
+        loss.backward()
+        optimizer.step(loss=loss.detach())
+        optimizer.check_finite()
+        optimizer.zero_grad()
+
+
+# ---- coordinates
+
+
+def test_coordinates_are_those_of_the_formulas():
+    model = gpt()
+    norm = metrize(model, model.structure())
+    assert set(coordinates(model, norm, "standard").values()) == {1.0}
+    ntk, modular = coordinates(model, norm, "ntk"), coordinates(model, norm, "modular")
+    shapes = {n: p.shape for n, p in model.named_parameters()}
+    assert ntk.keys() == modular.keys() == shapes.keys()
+    for name, (rows, columns) in shapes.items():
+        assert ntk[name] == (1 if name == "embedding.weight" else pytest.approx(columns**-0.5))
+        own = {"embedding.weight": math.sqrt(D), "head.weight": 1 / math.sqrt(D)}.get(name, math.sqrt(rows / columns))
+        assert modular[name] == pytest.approx(norm.radii[name] * own, rel=1e-5), name
+
+
+def test_vectors_have_coordinates_too():
+    model = net()
+    norm = normed(model)
+    ntk, modular = coordinates(model, norm, "ntk"), coordinates(model, norm, "modular")
+    assert {n for n, s in ntk.items() if s == 1} == {"embedding.weight", "up.bias", "norm.weight"}
+    assert isinstance(norm.norms["up.bias"], VectorRMS)
+    assert modular["up.bias"] == pytest.approx(norm.radii["up.bias"] * math.sqrt(3 * D), rel=1e-5), "‖e₁‖ = 1 / √D of unit RMS"
+    kinds = {n: type(x) for n, x in norm.norms.items()}
+    assert (kinds["embedding.weight"], kinds["up.weight"], kinds["head.weight"]) == (L1ToRMS, RMSToRMS, RMSToLinf)
+
+
+@pytest.mark.parametrize("scaling", ["standard", "ntk", "modular"])
+def test_sgd_is_gradient_descent_in_its_coordinates(scaling: str):
+    """torch's SGD on v, through the loss of W = s · v: the same weights after 5 steps with momentum."""
+    model, data = net(), batches(5)
+    scales = coordinates(model, normed(model), scaling)  # type: ignore[arg-type]
+    v = {n: (p.detach() / scales[n]).requires_grad_() for n, p in model.named_parameters()}
+    oracle = torch.optim.SGD(v.values(), lr=LR["sgd"], momentum=0.8, dampening=0.8)
+    losses = []
+    for batch in data:
+        loss = nn.functional.cross_entropy(functional_call(model, {n: scales[n] * x for n, x in v.items()}, (batch[:, 0],)), batch[:, 1])
+        oracle.zero_grad()
+        loss.backward()
+        oracle.step()
+        losses.append(loss.item())
+    optimizer = rival("sgd", model, scaling=scaling, weight_decay=0.0)
+    descend(model, optimizer, data)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), scales[name] * v[name].detach(), rtol=1e-11, atol=1e-13)
+    assert {g["lr"] for g in optimizer.param_groups} == {LR["sgd"]}, "the loop's lr is as it was"
+
+
+# ---- the optimizers themselves
+
+
+def test_adamw_is_torchs_and_decays_matrices_and_embeddings_alone():
+    """Biases and gains beside it in an AdamW without decay."""
+    model, data = net(), batches(4)
+    other = copy.deepcopy(model)
+    named = dict(other.named_parameters())
+    flat = {"up.bias", "norm.weight"}
+    oracles = [
+        torch.optim.AdamW([p for n, p in named.items() if (n in flat) is vector], lr=0.01, betas=(0.8, 0.9), weight_decay=decay)
+        for vector, decay in ((False, 0.1), (True, 0.0))
+    ]
+    for batch in data:
+        loss_of(other, batch).backward()
+        for oracle in oracles:
+            oracle.step()
+            oracle.zero_grad()
+    descend(model, rival("adamw", model), data)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, named[name], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("base", ["adam", "sgd"])
+def test_normalized_ones_are_normalized_and_decay_all(base: str):
+    model, data = net(), batches(4)
+    other = copy.deepcopy(model)
+    kind = {"adam": lambda ps: torch.optim.Adam(ps, betas=(0.8, 0.9)), "sgd": lambda ps: torch.optim.SGD(ps, momentum=0.8, dampening=0.8)}[
+        base
+    ]
+    oracle = Normalized(kind(list(other.named_parameters())), normed(other), 0.5, weight_decay=0.1)
+    for batch in data:
+        loss_of(other, batch).backward()
+        oracle.step()
+        oracle.zero_grad()
+    descend(model, rival(f"normalized_{base}", model), data)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_clipping_is_torchs():
+    model, data = net(), batches(3)
+    other = copy.deepcopy(model)
+    oracle = torch.optim.SGD(other.parameters(), lr=0.3)
+    for batch in data:
+        loss_of(other, batch).backward()
+        nn.utils.clip_grad_norm_(other.parameters(), 0.01)
+        oracle.step()
+        oracle.zero_grad()
+    descend(model, rival("sgd", model, beta=0.0, weight_decay=0.0, max_grad_norm=0.01), data)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_what_is_not_finite_is_named_and_changes_nothing(name: str):
+    model = net()
+    optimizer = rival(name, model)
+    descend(model, optimizer, batches(2))
+    before = copy.deepcopy((model.state_dict(), optimizer.held()))
+    for bad in (math.nan, math.inf, -math.inf):
+        for what in ("down.weight", "the loss"):
+            loss = loss_of(model, batches(1)[0])
+            loss.backward()
+            if what == "down.weight":
+                assert model.down.weight.grad is not None
+                model.down.weight.grad[0, 0] = bad
+            optimizer.step(loss=loss.detach() * (bad if what == "the loss" else 1))
+            message = "the loss is" if what == "the loss" else "the gradient of down.weight is"
+            with pytest.raises(NonFiniteError, match=f"{message} not finite; the step was not taken"):
+                optimizer.check_finite()
+            optimizer.check_finite()
+            optimizer.zero_grad()
+    after = model.state_dict(), optimizer.held()
+    assert all(torch.equal(before[0][k], after[0][k]) for k in before[0])
+    assert all(torch.equal(before[1][k].tensor, after[1][k].tensor) for k in before[1])
+    descend(model, optimizer, batches(1))
+
+
+@pytest.mark.parametrize("beta", [0.8, 0.0])
+@pytest.mark.parametrize("name", RIVALS)
+def test_state_that_is_put_back_continues_to_the_same_bits(name: str, beta: float):
+    """As a checkpoint does it: weights, settings, and the buffers of those that have some, written into what make_state made."""
+    model, data = net(), batches(6)
+    model.norm.weight.requires_grad_(False)
+    optimizer = rival(name, model, beta=beta)
+    descend(model, optimizer, data[:3])
+    saved = {k: x.tensor.clone() for k, x in optimizer.held().items()}
+    settings = json.loads(json.dumps({"param_groups": optimizer.settings()}))
+    weights = copy.deepcopy(model.state_dict())
+    descend(model, optimizer, data[3:])
+
+    other = net(seed=1)
+    other.norm.weight.requires_grad_(False)
+    other.load_state_dict(weights)
+    resumed = rival(name, other, beta=beta)
+    resumed.load_state_dict({"state": {}, **settings})
+    resumed.make_state({k.rsplit(".", 1)[0] for k in saved}.__contains__)
+    assert all(torch.equal(p, weights[n]) for n, p in other.state_dict().items()), "making buffers moves no weight"
+    held = resumed.held()
+    assert {k: x.shape for k, x in held.items()} == {k: tuple(x.shape) for k, x in saved.items()}
+    for k, piece in held.items():
+        piece.tensor.copy_(saved[k])
+    descend(other, resumed, data[3:])
+    assert all(torch.equal(p, q) for p, q in zip(other.state_dict().values(), model.state_dict().values(), strict=True))
+    assert ("adam" in name or beta > 0) == bool(saved)
+
+
+def test_state_of_other_parameters_is_refused():
+    one, two = rival("adamw", net()), rival("sgd", net())
+    with pytest.raises(ValueError, match="optimizer state\n  got: other parameters\n  allowed: those of this model\n  fix: resume with"):
+        one.load_state_dict({"state": {}, "param_groups": two.settings()})
+
+
+def test_a_receipt_tells_every_parameter_and_its_settings():
+    lines = rival("sgd", net(), scaling="ntk").receipt().splitlines()
+    assert lines[0] == "SGD"
+    assert lines[1:3] == [
+        "embedding.weight  (13, 8)  lr 0.3, lr_scale 1, momentum 0.8, weight_decay 0.1",
+        "up.weight         (24, 8)  lr 0.3, lr_scale 0.125, momentum 0.8, weight_decay 0.1",
+    ]
+    assert len(lines) == 7
+
+
+# ---- ranks
+
+
+def _stepped(rank: int, world: int, name: str) -> list[Tensor]:
+    """In a rank: its part of every batch."""
+    model = net()
+    optimizer = rival(name, model, max_grad_norm=0.5)
+    descend(model, optimizer, batches(4).unflatten(1, (world, -1))[:, rank])
+    loss = loss_of(model, batches(1)[0])
+    loss.backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    if rank == 1:
+        assert model.up.weight.grad is not None
+        model.up.weight.grad[0, 0] = math.nan
+    optimizer.step(loss=loss.detach())
+    with pytest.raises(NonFiniteError, match="the gradient of up.weight is not finite"):
+        optimizer.check_finite()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)), "one rank's holds for all"
+    return before
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_two_ranks_are_one_process(name: str):
+    found = ranks(2, _stepped, name)
+    model = net()
+    descend(model, rival(name, model, max_grad_norm=0.5), batches(4))
+    for p, *others in zip(model.parameters(), *found, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, p.detach(), rtol=1e-11, atol=1e-13)
+
+
+# ---- train_gpt.py
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("rivals with spaces")
+    small_dataset(root)
+    return root
+
+
+def arguments(name: str) -> tuple[str, ...]:
+    options = ("--optim.name", name, "--optim.lr", str(LR[name]), "--optim.weight-decay", "0.1", "--train.sample-tokens", "0")
+    return (*options, "--optim.scaling", "modular", "--model.init", "fan_in") if name == "sgd" else options
+
+
+def losses(folder: Path) -> list[float]:
+    return [r["loss"] for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
+
+
+@pytest.fixture(scope="module", params=RIVALS)
+def whole(root: Path, request: pytest.FixtureRequest) -> tuple[str, Path]:
+    """An uninterrupted run of each."""
+    code, _, err = run(root, "small.toml", "--run.name", request.param, "--train.keep-checkpoints", "3", *arguments(request.param))
+    assert code == 0, err
+    return request.param, root / "runs" / request.param
+
+
+def test_a_run_learns_and_says_what_it_trained_with(whole: tuple[str, Path]):
+    name, folder = whole
+    found = losses(folder)
+    assert len(found) == 12 and found[-1] < found[0] - 0.1
+    receipt = (folder / "receipt.txt").read_text()
+    assert receipt.startswith({"adamw": "AdamW\n", "sgd": "SGD\n"}.get(name, "parameter ")) and "blocks.1.mlp.down.weight" in receipt
+    assert (folder / "modular_norm.svg").exists() == name.startswith("normalized")
+    assert f"14 tensors, {name} (receipt.txt)" in (folder / "log.txt").read_text()
+    summary = json.loads((folder / "summary.json").read_text())
+    buffers = 2 if "adam" in name else 1
+    assert summary["optimizer_state_bytes"] == 4 * (buffers * summary["params"] + (14 if buffers == 2 else 0)), "and Adam counts steps"
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(root: Path, whole: tuple[str, Path]):
+    name, folder = whole
+    cut = shutil.copytree(folder, root / f"runs/{name}-cut")
+    for step in (8, 12):
+        shutil.rmtree(cut / f"checkpoints/step_{step:08d}")
+    (cut / "summary.json").unlink()
+    code, out, err = run(root, "small.toml", "--run.name", cut.name, "--run.resume", *arguments(name), "--train.keep-checkpoints", "3")
+    assert code == 0 and "at step 4" in out, err
+    assert losses(cut) == losses(folder)
+    found, expected = (json.loads((f / "summary.json").read_text())["val_loss"] for f in (cut, folder))
+    assert found == expected
+
+
+def test_two_ranks_train_as_one(root: Path, whole: tuple[str, Path]):
+    """float32 sums in another order: 1e-4 of a loss after 12 steps."""
+    name, folder = whole
+    args = ("small.toml", "--run.name", f"{name}-2", *arguments(name), "--train.gradient-accumulation-steps", "1")
+    assert [code for code, *_ in run_ranks(root, 2, *args)] == [0, 0]
+    assert losses(root / f"runs/{name}-2") == pytest.approx(losses(folder), rel=1e-4)
+
+
+def test_settings_of_a_resumed_rival_take_effect_and_another_optimizer_is_refused(root: Path, whole: tuple[str, Path]):
+    name, folder = whole
+    cut = shutil.copytree(folder, root / f"runs/{name}-changed")
+    shutil.rmtree(cut / "checkpoints/step_00000012")
+    (cut / "summary.json").unlink()
+    other = "adamw" if name == "normalized_adam" else "normalized_adam"  # of the same buffers and groups
+    code, _, err = run(root, "small.toml", "--run.name", cut.name, "--run.resume", *arguments(name), "--optim.name", other)
+    assert code == 2 and f"error: optim.name of a resumed run\n  got: '{other}'\n  allowed: '{name}'" in err
+    code, out, err = run(root, "small.toml", "--run.name", cut.name, "--run.resume", *arguments(name), "--optim.weight-decay", "3")
+    assert code == 0 and "changed: optim.weight_decay = 3.0, was 0.1" in out, err
+    assert losses(cut)[:9] == losses(folder)[:9] and losses(cut)[9:] != losses(folder)[9:]
+
+
+@pytest.mark.parametrize("name", ["adamw", "normalized_sgd"])
+def test_sharded_weights_are_refused(root: Path, name: str):
+    found = run_ranks(root, 2, "small.toml", "--run.name", "sharded", "--run.parallel", "fsdp", *arguments(name))
+    assert [code for code, *_ in found] == [2, 2]
+    assert "a sharded weight (DTensor)" in found[0][2] and "allowed: whole ones\n  fix: " in found[0][2]
+    assert not (root / "runs/sharded").exists()
+
+
+def test_a_rival_has_no_lr_of_its_own(root: Path):
+    code, _, err = run(root, "small.toml", "--run.name", "auto", *arguments("adamw"), "--optim.lr", "auto")
+    assert code == 2 and "error: optim.lr\n  got: 'auto'\n  allowed: a number for adamw" in err
+
+
+def test_without_checkpoints_none_are_saved_not_even_at_a_signal(root: Path):
+    args = ("small.toml", "--train.keep-checkpoints", "0", "--train.checkpoint-every", "1", "--train.sample-tokens", "0")
+    assert run(root, *args, "--run.name", "none", "--train.steps", "3")[0] == 0
+    assert (root / "runs/none/summary.json").is_file() and not list(root.glob("runs/none/checkpoints/*"))
+    process = start(root, *args, "--run.name", "cut", "--train.steps", "100000")
+    while not (root / "runs/cut/metrics.jsonl").is_file():
+        time.sleep(0.01)
+    os.kill(process.pid or 0, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 143 and not list(root.glob("runs/cut/checkpoints/*"))
+    assert "SIGTERM: ended at step " in (out := (root / "stdout").read_text()) and "not saved" in out and "--run.resume" not in out
+
+
+# ---- what models start from
+
+
+def test_initial_deviations_are_those_of_their_sources():
+    """Of 64² entries or more: standard deviations within 5%, means within 4 standard errors."""
+    layers, width = 3, 64
+    for init in ("gpt2", "fan_in"):
+        config = GPTConfig(n_layer=layers, n_head=2, n_embd=width, block_size=4, vocab_size=256, init=init)
+        for name, p in GPT(config, RoleNorms().build(Polar("exact"), 2), torch.Generator().manual_seed(0)).named_parameters():
+            last = name.endswith(("attention.out.weight", "mlp.down.weight"))
+            gpt2 = 0.02 / math.sqrt(2 * layers) if last else 0.02
+            fan_in = 1.0 if name == "embedding.weight" else 1 / math.sqrt(p.shape[1])
+            expected = gpt2 if init == "gpt2" else fan_in
+            assert p.std().item() == pytest.approx(expected, rel=0.05), name
+            assert abs(p.mean().item()) < 4 * expected / math.sqrt(p.numel()), name
