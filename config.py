@@ -95,7 +95,7 @@ class TrainConfig:
     """steps: of the optimizer. batch_size: sequences of block_size tokens in one step, over all micro-batches.
 
     eval_every: steps, 0 is at the end only; the whole validation split, or its first eval_tokens targets. target_loss: nats per token.
-    sharpness_sequences: of the fixed batch whose loss has its curvature measured (telemetry.py).
+    sharpness_sequences: of the fixed batch whose loss has its curvature measured (telemetry.py); sharpness_modular: in the modular norm too, which takes most of the time.
     gradient_accumulation_steps: micro-batches of every process; batch_size must be a multiple of them times the processes.
     log_every, telemetry_every, sharpness_every, checkpoint_every: steps, 0 is never (a checkpoint is always saved at the end). keep_checkpoints: newest ones kept,
     beside the one of lowest validation loss; 0 saves none, not even at a signal. max_nonfinite: steps in a row whose loss or gradient is not finite, and which are left out, that end the run.
@@ -112,6 +112,7 @@ class TrainConfig:
     telemetry_every: int = 100
     sharpness_every: int = 0
     sharpness_sequences: int = 16
+    sharpness_modular: bool = True
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
     max_nonfinite: int = 3

@@ -263,8 +263,10 @@ class Sharpness:
     batch: inputs and targets (B, T). Without dropout and autocast, in the weights' own precision, float32 or float64; weights must be whole.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Dualized | Rival, norm: ModularNorm, batch: Sequence[Tensor]) -> None:
-        self.model, self.optimizer, self.norm, self.batch = model, optimizer, norm, batch
+    def __init__(
+        self, model: nn.Module, optimizer: Dualized | Rival, norm: ModularNorm, batch: Sequence[Tensor], *, modular: bool = True
+    ) -> None:
+        self.model, self.optimizer, self.norm, self.batch, self.modular = model, optimizer, norm, batch, modular
         self.weights = {canonical(n): p for n, p in model.named_parameters() if p.requires_grad}
 
     def measure(self) -> dict[str, Any]:
@@ -307,8 +309,9 @@ class Sharpness:
             }
             found["preconditioned"] = eigenvalues(hessian(roots), generator=generator).largest
         plain = hessian({})
-        top = replace(ends, vector={k: scales[k] * v for k, v in ends.vector.items()})
-        found["modular_sharpness"] = modular_sharpness(plain, self.norm, generator=generator, restarts=0, steps=10, top=top).value
+        if self.modular:
+            top = replace(ends, vector={k: scales[k] * v for k, v in ends.vector.items()})
+            found["modular_sharpness"] = modular_sharpness(plain, self.norm, generator=generator, restarts=0, steps=10, top=top).value
         ahead = along(plain, self.norm)
         found |= {"curvature_along": ahead.curvature, "dual_norm": ahead.dual_norm, "stable_lr": ahead.stable_lr}
         found |= {"smoothness_bound": loss_smoothness(self.norm), "threshold": stable(own)}

@@ -257,7 +257,7 @@ def train(config: Config, runtime: Runtime) -> None:
     if c.sharpness_every:
         # One batch for all runs of a study, whatever their seeds.
         fixed = TrainBatches(training, block_size=config.model.block_size, batch_size=c.sharpness_sequences, seed=0).batch(0)
-        sharpness = Sharpness(model, optimizer, norm, runtime.to_device(*fixed))
+        sharpness = Sharpness(model, optimizer, norm, runtime.to_device(*fixed), modular=c.sharpness_modular)
     saver = checkpoint.Saver(
         folder.checkpoints, keep=c.keep_checkpoints, group=runtime.group(), waiting=lambda: runtime.beat(c.steps, "checkpoint")
     )

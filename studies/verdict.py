@@ -23,7 +23,8 @@ Word = Literal["PASS", "FAIL", "TOO NOISY TO SAY"]
 DRAWS = 4000
 LEVEL = 0.95
 FAR = 1.0  # nats above the lowest loss of its size and seed: as good as diverged, no parabola of octaves goes there
-WINDOW = 1.0  # octaves on either side of the lowest loss that a parabola is fitted to
+# A parabola is fitted to the five nearest learning rates, none further than so many octaves: with rates an octave apart to three, half an octave apart to five.
+POINTS, WINDOW = 5, 1.5
 NEAR = 3  # learning rates of a size that tell its noise: those of a parabola
 
 
@@ -195,9 +196,11 @@ def interpolate(x: Array, y: Array, at: Array) -> Array:
 
 
 def _windows(x: Array) -> NDArray[np.bool_]:
-    """(K, K): whether point k belongs to the parabola at point c: its two neighbours do, and all within WINDOW octaves."""
+    """(K, K): whether point k belongs to the parabola at point c; its two neighbours always do."""
     c, k = np.indices((len(x), len(x)))
-    return (abs(c - k) <= 1) | (np.abs(x[c] - x[k]) <= WINDOW * 1.01)  # rates are written with few digits
+    far = np.abs(x[c] - x[k]).round(1)  # rates are written with few digits
+    near = far <= np.minimum(WINDOW, np.sort(far)[:, :POINTS][:, -1:])
+    return near | (abs(c - k) <= 1)
 
 
 def _parabola(x: Array, y: Array, c: NDArray[np.int64]) -> tuple[Array, Array, Array]:
