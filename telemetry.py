@@ -271,7 +271,8 @@ class Sharpness:
 
     def measure(self) -> dict[str, Any]:
         """lambda_max, lambda_min: ends of the Hessian's spectrum, and gradient_norm, in the coordinates in which this optimizer is gradient descent: `modular` for
-            Dualized and Normalized, SGD's own, the weights themselves for AdamW. residual, products, converged: as eigenvalues() says.
+            Dualized and Normalized, SGD's own, the weights themselves for AdamW. residual, products, converged: of lambda_max, as eigenvalues() says;
+            lambda_min is from above.
         preconditioned: largest eigenvalue of AdamW's P^(−1/2) H P^(−1/2), P = √v̂ + ε (Cohen et al., arXiv 2207.14484).
         threshold: beyond which gradient descent with this lr and momentum is unstable on a quadratic, for lambda_max (SGD) or preconditioned (AdamW); see stable().
         modular_sharpness: a lower bound on max dᵀHd over ‖d‖ <= 1 in the modular norm. smoothness_bound: σα + τ, where the norm's tree declares it.

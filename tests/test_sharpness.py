@@ -89,7 +89,7 @@ def test_a_ratio_of_spreads_comes_with_its_interval():
 
 def small(**changes: object) -> tuple[GPT, list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    model = GPT(GPTConfig(2, 2, 8, block_size=6, vocab_size=7, zero_init=False, **changes), generator=generator).double()  # type: ignore[arg-type]
+    model = GPT(GPTConfig(1, 1, 4, block_size=6, vocab_size=7, zero_init=False, **changes), generator=generator).double()  # type: ignore[arg-type]
     return model, list(torch.randint(0, 7, (2, 3, 6), generator=generator))
 
 
@@ -118,7 +118,7 @@ def test_a_record_has_the_ends_of_the_spectrum_in_the_methods_own_coordinates(na
     spectrum = dense(model, batch, dict(coordinates(model, norm, scaling)))  # type: ignore[arg-type]
     assert record["coordinates"] == scaling
     assert record["lambda_max"] == pytest.approx(spectrum[-1].item(), rel=1e-4)
-    assert record["lambda_min"] == pytest.approx(spectrum[0].item(), rel=0.05)  # its end does not decide when Lanczos stops
+    assert spectrum[0] <= record["lambda_min"] < 0, "from above: Lanczos stops when the other end has converged"
     assert record["converged"] and model.training
     assert record["modular_sharpness"] >= 0 and "preconditioned" not in record
 
