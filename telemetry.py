@@ -266,16 +266,19 @@ class Sharpness:
     def __init__(
         self, model: nn.Module, optimizer: Dualized | Rival, norm: ModularNorm, batch: Sequence[Tensor], *, modular: bool = True
     ) -> None:
-        self.model, self.optimizer, self.norm, self.batch, self.modular = model, optimizer, norm, batch, modular
+        self.model, self.norm, self.batch, self.modular = model, norm, batch, modular
         self.weights = {canonical(n): p for n, p in model.named_parameters() if p.requires_grad}
+        self.own = optimizer.optimizer if isinstance(optimizer, Rival) else optimizer
+        self.scaling: Scaling = "standard" if isinstance(self.own, torch.optim.Adam) else getattr(optimizer, "scaling", "modular")
+        self.scales = coordinates(model, norm, self.scaling)
 
     def measure(self) -> dict[str, Any]:
         """lambda_max, lambda_min: ends of the Hessian's spectrum, and gradient_norm, in the coordinates in which this optimizer is gradient descent: `modular` for
             Dualized and Normalized, SGD's own, the weights themselves for AdamW. residual, products, converged: of lambda_max, as eigenvalues() says;
-            lambda_min is from above.
+            lambda_min is from above, within lambda_min_residual of an eigenvalue.
         preconditioned: largest eigenvalue of AdamW's P^(−1/2) H P^(−1/2), P = √v̂ + ε (Cohen et al., arXiv 2207.14484).
         threshold: beyond which gradient descent with this lr and momentum is unstable on a quadratic, for lambda_max (SGD) or preconditioned (AdamW); see stable().
-        modular_sharpness: a lower bound on max dᵀHd over ‖d‖ <= 1 in the modular norm. smoothness_bound: σα + τ, where the norm's tree declares it.
+        modular_sharpness: a lower bound on max dᵀHd over ‖d‖ <= 1 in the modular norm, from two climbs of at most 10 products. smoothness_bound: σα + τ, where the norm's tree declares it.
         curvature_along, dual_norm, stable_lr: along d = dualize(g), the largest lr at which a step without momentum does not overshoot.
         """
         model, training = self.model, self.model.training
@@ -289,18 +292,21 @@ class Sharpness:
     def _measure(self) -> dict[str, Any]:
         x_BT, y_BT = self.batch
         generator = torch.Generator().manual_seed(0)
-        own = self.optimizer.optimizer if isinstance(self.optimizer, Rival) else self.optimizer
-        scaling: Scaling = "standard" if isinstance(own, torch.optim.Adam) else getattr(self.optimizer, "scaling", "modular")
+        own = self.own
 
         def hessian(scales: Mapping[str, float | Tensor]) -> Hessian:
             return Hessian(lambda: self.model(x_BT, y_BT)[1], self.weights, scales)
 
-        scales = coordinates(self.model, self.norm, scaling)
-        H = hessian(scales)
+        H = hessian(self.scales)
         ends = eigenvalues(H, generator=generator)
         gradient = torch.stack([g.norm() for g in H.gradient.values()]).norm().item()
-        found: dict[str, Any] = {"loss": H.value, "coordinates": scaling, "gradient_norm": gradient}
-        found |= {"lambda_max": ends.largest, "lambda_min": ends.smallest, "residual": ends.largest_residual}
+        found: dict[str, Any] = {"loss": H.value, "coordinates": self.scaling, "gradient_norm": gradient}
+        found |= {
+            "lambda_max": ends.largest,
+            "lambda_min": ends.smallest,
+            "residual": ends.largest_residual,
+            "lambda_min_residual": ends.smallest_residual,
+        }
         found |= {"products": ends.steps, "converged": ends.converged}
         if isinstance(own, torch.optim.Adam) and own.state:
             roots = {
@@ -308,11 +314,13 @@ class Sharpness:
                 for group in own.param_groups
                 for n, p in zip(group["param_names"], group["params"], strict=True)
             }
-            found["preconditioned"] = eigenvalues(hessian(roots), generator=generator).largest
+            preconditioned = eigenvalues(hessian(roots), generator=generator)
+            found |= {"preconditioned": preconditioned.largest, "preconditioned_converged": preconditioned.converged}
         plain = hessian({})
         if self.modular:
-            top = replace(ends, vector={k: scales[k] * v for k, v in ends.vector.items()})
-            found["modular_sharpness"] = modular_sharpness(plain, self.norm, generator=generator, restarts=0, steps=10, top=top).value
+            top = replace(ends, vector={k: self.scales[k] * v for k, v in ends.vector.items()})
+            climbed = modular_sharpness(plain, self.norm, generator=generator, restarts=0, steps=10, top=top)
+            found |= {"modular_sharpness": climbed.value, "modular_sharpness_converged": climbed.converged}
         ahead = along(plain, self.norm)
         found |= {"curvature_along": ahead.curvature, "dual_norm": ahead.dual_norm, "stable_lr": ahead.stable_lr}
         found |= {"smoothness_bound": loss_smoothness(self.norm), "threshold": stable(own)}
@@ -320,10 +328,10 @@ class Sharpness:
 
 
 def _adam_root(adam: torch.optim.Adam, group: Mapping[str, Any], p: Tensor) -> Tensor:
-    """P^(−1/2), P = √v̂ + ε."""
+    """P^(−1/2), P = √v̂ + ε; 0 where no gradient was seen yet, as Adam does not move there."""
     state = adam.state[p]
     unbiased = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
-    return (unbiased.sqrt() + group["eps"]).rsqrt()
+    return torch.where(unbiased > 0, (unbiased.sqrt() + group["eps"]).rsqrt(), 0)
 
 
 def stable(optimizer: torch.optim.Optimizer) -> float | None:

@@ -102,10 +102,10 @@ def train(config: Config, runtime: Runtime) -> None:
             f"train.batch_size\n  got: {c.batch_size}\n  allowed: a multiple of {parts * runtime.size}, {runtime.size} ranks times"
             f" train.gradient_accumulation_steps = {parts}\n  fix: --train.batch-size, --train.gradient-accumulation-steps, or other ranks"
         )
-    if c.sharpness_every and (runtime.parallel != "ddp" or o.param_dtype == "bfloat16"):
+    if c.sharpness_every and (runtime.size > 1 or o.param_dtype == "bfloat16" or runtime.device.type == "mps"):
         raise ConfigError(
-            f"train.sharpness_every\n  got: {c.sharpness_every} with run.parallel = {runtime.parallel!r}, optim.param_dtype = {o.param_dtype!r}\n"
-            "  allowed: with ddp and whole precision\n  fix: 0, or --run.parallel ddp and --optim.param-dtype float32"
+            f"train.sharpness_every\n  got: {c.sharpness_every} with {runtime.size} ranks on {runtime.device.type}, optim.param_dtype = {o.param_dtype!r}\n"
+            "  allowed: one process on cpu or cuda, float32 or float64 weights\n  fix: 0, or one process with --optim.param-dtype float32"
         )
     if config.run.compile and runtime.parallel != "ddp":
         raise ConfigError(
@@ -255,8 +255,8 @@ def train(config: Config, runtime: Runtime) -> None:
     geometry = Geometry(model, optimizer, norm)
     sharpness: Sharpness | None = None
     if c.sharpness_every:
-        # One batch for all runs of a study, whatever their seeds.
-        fixed = TrainBatches(training, block_size=config.model.block_size, batch_size=c.sharpness_sequences, seed=0).batch(0)
+        # One batch for all runs of a study, whatever their seeds, in an order that no run has.
+        fixed = TrainBatches(training, block_size=config.model.block_size, batch_size=c.sharpness_sequences, seed=2**63).batch(0)
         sharpness = Sharpness(model, optimizer, norm, runtime.to_device(*fixed), modular=c.sharpness_modular)
     saver = checkpoint.Saver(
         folder.checkpoints, keep=c.keep_checkpoints, group=runtime.group(), waiting=lambda: runtime.beat(c.steps, "checkpoint")
