@@ -147,13 +147,13 @@ class Geometry:
         for (each, shape, _), names in alike.items():
             most = max(1, STACK // shape.numel())
             self.stacks += [(each, names[i : i + most]) for i in range(0, len(names), most)]
-        self.old: list[Tensor] = []
+        self.old: dict[str, Tensor] = {}
         self.dual: list[Tensor] = []
 
     @torch.no_grad()
     def before(self) -> None:
         """After the backward pass: copies the weights, and measures their gradients."""
-        self.old = [torch.stack([whole(self.weights[n]) for n in names]) for _, names in self.stacks]
+        self.old = {n: p.detach().clone() for n, p in self.weights.items()}  # shards of sharded ones
         self.dual = [finite(dual_norm, norm, self._gradients(names)) for norm, names in self.stacks]
 
     @torch.no_grad()
@@ -173,8 +173,8 @@ class Geometry:
         Sizes are within 1e-3, as norm.size's are.
         """
         asked, parts = self._requests(), []
-        for (norm, names), old, dual in zip(self.stacks, self.old, self.dual, strict=True):
-            old, requests = _precise(old), [asked.get(n, Request()) for n in names]
+        for (norm, names), dual in zip(self.stacks, self.dual, strict=True):
+            old, requests = _precise(torch.stack([whole(self.old[n]) for n in names])), [asked.get(n, Request()) for n in names]
             new = self._weights(names)
             step = moved = new - old
             parts += [
@@ -192,7 +192,7 @@ class Geometry:
                 parts.append(("step", names, achieved))
                 if spectral(norm) and all(r.polar for r in requests):
                     parts.append(("orthogonality", names, residual(norm, step / sizes)))
-        self.old, self.dual = [], []
+        self.old, self.dual = {}, []
         logits = attention_logits(self.model, idx_BT) if idx_BT is not None else {}
         parts += [("max_attention_logit", [name], logit.reshape(1)) for name, logit in logits.items()]
         return self._tables(self._read(parts), asked)

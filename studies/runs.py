@@ -7,6 +7,7 @@ finite. Everything else is begun anew by the next call, so that a study can be k
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -16,7 +17,8 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -27,15 +29,20 @@ from tqdm import tqdm
 
 import config as configuration
 from config import Config
+from data.loader import Dataset
 from model import GPT
 from optim import metrize
+from runtime import RunConfig
 
 ROOT = Path(__file__).parent.parent
 PRELOADED = ["torch", "tqdm", "config", "checkpoint", "telemetry", "runtime", "model", "data.loader", "optim", "matplotlib.pyplot"]
-FILLED_IN = {"run.precision": "auto", "model.vocab_size": None, "optim.polar.dtype": "auto"}  # by train_gpt.py
-# What does not change the numbers that a study reads; but for run.seed and run.precision.
+FILLED_IN = {"run.device": "auto", "run.precision": "auto", "model.vocab_size": None, "optim.polar.dtype": "auto"}  # by train_gpt.py
+# What does not change the numbers that a study reads. run.threads does: sums in another order make another run (LOG.md).
 NEUTRAL = (
-    "run.",
+    "run.name",
+    "run.dir",
+    "run.resume",
+    "run.timeout",
     "data.verify",
     "train.log_every",
     "train.telemetry_every",
@@ -47,6 +54,19 @@ NOT_FINITE = 1, re.compile(r"^error: .*(not finite|is -?(nan|inf)).*", re.MULTIL
 
 class StudyError(ValueError):
     """A study that cannot go on: what was got, what is allowed, how to fix it."""
+
+
+STANDARD = {"model.residual": "plain", "model.logit_scale": 1.0}
+# An optimizer with the parametrization and the initialization it is compared in.
+METHODS: dict[str, dict[str, Any]] = {
+    "dualized": {"optim.name": "dualized"},
+    "modular-sgd": {"optim.name": "sgd", "optim.scaling": "modular"},
+    "normalized-adam": {"optim.name": "normalized_adam"},
+    "normalized-sgd": {"optim.name": "normalized_sgd"},
+    "adamw": {"optim.name": "adamw", "optim.beta2": 0.95, "optim.weight_decay": 0.1, "model.init": "gpt2", **STANDARD},  # as nanoGPT
+    "standard-sgd": {"optim.name": "sgd", "model.init": "fan_in", **STANDARD},
+    "ntk": {"optim.name": "sgd", "optim.scaling": "ntk", "model.init": "fan_in", **STANDARD},
+}
 
 
 @dataclass(frozen=True)
@@ -76,21 +96,43 @@ def job(config: Config, name: str, folder: Path, **changes: Any) -> Job:
 def execute(jobs: Sequence[Job], folder: Path, *, workers: int, costs: Sequence[float], say: Callable[[str], None] = print) -> None:
     """Run those that are not done, `workers` at a time, in this order. costs: of each, in any unit; they steer the progress bar alone.
 
-    Raises StudyError if one fails for another reason than numbers that were not finite.
+    Raises StudyError if one fails for another reason than numbers that were not finite, and if another call is at work in the folder.
     """
+    (folder / "configs").mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        _execute(jobs, folder, workers, costs, say)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One call at a time; the lock ends with its process. Windows has none."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StudyError(
+                f"{folder}\n  got: another call that is at work in it\n  allowed: one at a time\n  fix: wait for it, or another --name"
+            ) from error
+        yield
+
+
+def _execute(jobs: Sequence[Job], folder: Path, workers: int, costs: Sequence[float], say: Callable[[str], None]) -> None:
     todo = [(j, c) for j, c in zip(jobs, costs, strict=True) if not done(j, folder)]
     if len(todo) < len(jobs):
         say(f"{len(jobs) - len(todo)} of {len(jobs)} runs are there already")
-    for j, _ in todo:
-        shutil.rmtree(folder / j.name, ignore_errors=True)
     running: dict[int, tuple[Job, float, BaseProcess]] = {}
     failures: list[str] = []
-    (folder / "configs").mkdir(parents=True, exist_ok=True)
     with tqdm(total=sum(c for _, c in todo) or 1, unit="s", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
         try:
             while running or (todo and not failures):
                 while todo and len(running) < workers and not failures:
                     j, cost = todo.pop(0)
+                    shutil.rmtree(folder / j.name, ignore_errors=True)
                     process = start(j, folder)
                     running[process.sentinel] = (j, cost, process)
                 for sentinel in wait(list(running)):
@@ -121,8 +163,7 @@ def done(job: Job, folder: Path) -> bool:
         return False
     there = configuration.flat(configuration.from_dict(Config, tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))))
     for key, value in configuration.flat(job.config).items():
-        neutral = key.startswith(NEUTRAL) and key not in ("run.seed", "run.precision")
-        if value != there[key] and not neutral and (key not in FILLED_IN or value != FILLED_IN[key]):
+        if value != there[key] and not key.startswith(NEUTRAL) and (key not in FILLED_IN or value != FILLED_IN[key]):
             raise StudyError(
                 f"{path}\n  got: {key} = {value!r}\n  allowed: {there[key]!r}, as the run that is there had it\n  fix: another --name, or delete {path}"
             )
@@ -176,17 +217,32 @@ def metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Numbers that are not finite, which JSON has not, as null."""
+
+    def finite(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {k: finite(v) for k, v in x.items()}
+        if isinstance(x, list | tuple):
+            return [finite(v) for v in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    path.write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
 # ---- cost
 
 OVERHEAD = 2.5e-3  # seconds a layer and step beside FLOPs, of one CPU thread: `python -m studies.transfer` at width 64 (LOG.md)
 STARTUP = 1.0  # seconds a run
 
 
-def speed() -> float:
-    """FLOP/s of a float32 product of 512 × 512 matrices with the threads that torch has, the best of five."""
+def speed(config: RunConfig) -> float:
+    """FLOP/s of a float32 product of 512 × 512 matrices on a run's device and threads, the best of five."""
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu"
+    if config.threads:
+        torch.set_num_threads(config.threads)
     A = torch.ones(512, 512, device=device)
     best = 0.0
     for _ in range(5):
@@ -198,20 +254,25 @@ def speed() -> float:
     return best
 
 
-def cost(config: Config, vocab_size: int, flops_per_second: float) -> tuple[float, float]:
-    """(FLOPs, seconds) of one run, forward, backward, optimizer and the evaluation at the end; Dualized's and Normalized's norms counted, other optimizers not."""
+PRODUCTS = 60  # Hessian-vector products of one record of curvature, each about four times a gradient's FLOPs: `python -m studies.sharpness` (LOG.md)
+
+
+def cost(config: Config, dataset: Dataset, flops_per_second: float) -> tuple[float, float]:
+    """(FLOPs, seconds) of one run: forward, backward, optimizer, evaluations, curvature; Dualized's and Normalized's norms counted, other optimizers not."""
     import torch
 
     c = config.train
     with torch.device("meta"):
-        shape = replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
+        shape = replace(config.model, vocab_size=config.model.vocab_size or dataset.tokenizer.vocab_size)
         norms = config.optim.norms.build(config.optim.polar, shape.n_head)
         model = _Shapes(shape, norms)
     dualize = sum(n.flops(model.get_parameter(k).shape) for k, n in metrize(model, model.structure()).norms.items())
     dualize *= config.optim.name not in ("adamw", "sgd")
     step = model.flops_per_token() * c.batch_size * shape.block_size + dualize
     evaluations = 1 + (c.steps // c.eval_every if c.eval_every else 0)
-    flops = c.steps * step + evaluations * model.flops_per_token() / 3 * (c.eval_tokens or 0)
+    flops = c.steps * step + evaluations * model.flops_per_token() / 3 * (c.eval_tokens or dataset.manifest.splits["val"].tokens)
+    if c.sharpness_every:
+        flops += (1 + c.steps // c.sharpness_every) * PRODUCTS * 4 * model.flops_per_token() * c.sharpness_sequences * shape.block_size
     return flops, STARTUP + flops / flops_per_second + c.steps * shape.n_layer * OVERHEAD
 
 

@@ -7,13 +7,12 @@ in which the method is gradient descent (optim/rivals.py's coordinates; AdamW's 
 trajectory is that of train.sharpness_every in metrics.jsonl; telemetry.py says what is in it.
 
 Super consistency, as a number: the standard deviation over sizes of ln λ_max, averaged over time; once at equal steps, once at equal loss, over the losses that all sizes and
-methods have passed. Intervals: t over seeds. Other options, --section.key value, go to every run. The folder runs/NAME: as that of studies.transfer, with sharpness.png.
+methods have passed. Intervals: t over seeds. Other options, --section.key value, go to every run. The folder runs/NAME: as that of studies.transfer, with sharpness-width.png or sharpness-depth.png.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -33,15 +32,13 @@ from . import runs
 from .transfer import AXES, Line, Size, base_size, lines, name_of, sized
 from .verdict import Interval, student
 
-STANDARD = {"model.residual": "plain", "model.logit_scale": 1.0}
-METHODS: dict[str, dict[str, Any]] = {
-    "dualized": {"optim.name": "dualized"},
-    "modular-sgd": {"optim.name": "sgd", "optim.scaling": "modular"},
-    "normalized-adam": {"optim.name": "normalized_adam"},
-    "normalized-sgd": {"optim.name": "normalized_sgd"},
-    "adamw": {"optim.name": "adamw", "model.init": "gpt2", **STANDARD},
-    "standard-sgd": {"optim.name": "sgd", "model.init": "fan_in", **STANDARD},
-    "ntk": {"optim.name": "sgd", "optim.scaling": "ntk", "model.init": "fan_in", **STANDARD},
+# What curves can be of, and the flag that says it has converged; the rest needs none: the modular sharpness is a lower bound in any case.
+QUANTITIES = {
+    "lambda_max": "converged",
+    "preconditioned": "preconditioned_converged",
+    "modular_sharpness": None,
+    "dual_norm": None,
+    "gradient_norm": None,
 }
 LOSSES = 20  # points of the loss at which curves are compared
 
@@ -56,17 +53,34 @@ class Curve:
 
     def at_losses(self, grid: np.ndarray) -> np.ndarray:
         """ln value where the loss first falls to each of `grid` (descending)."""
-        lowest = np.minimum.accumulate(self.losses)
-        return np.interp(-grid, -lowest, np.log(self.values))
+        new = self.losses < np.r_[np.inf, np.minimum.accumulate(self.losses)[:-1]]
+        return np.interp(-grid, -self.losses[new], np.log(self.values[new]))
 
 
 def curve(path: Path, quantity: str) -> Curve | None:
-    """None of a run that diverged."""
+    """Where it converged and is positive. None of a run that diverged or has none."""
     if runs.summary(path) is None:
         return None
-    found = [(r["step"], r["sharpness"]) for r in runs.metrics(path) if "sharpness" in r]
-    kept = [(step, s["loss"], s[quantity]) for step, s in found if s[quantity] is not None and s[quantity] > 0]
+    sure = QUANTITIES[quantity]
+    kept = [(r["step"], s["loss"], s[quantity]) for r, s in records(path) if (s.get(quantity) or 0) > 0 and (sure is None or s[sure])]
     return Curve(*(np.array(column, dtype=np.float64) for column in zip(*kept, strict=True))) if kept else None
+
+
+def records(path: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(record, its curvature) where it was measured."""
+    return [(r, r["sharpness"]) for r in runs.metrics(path) if "sharpness" in r]
+
+
+def margins(path: Path) -> list[tuple[int, float]]:
+    """(step, how far the run is to its method's own threshold of stability; 1 is at it): of gradient descent λ_max, of AdamW the preconditioned one, over
+    2(1 + β)/((1 − β) lr); of dualized and normalized steps lr over stable_lr, momentum apart."""
+    found = []
+    for r, s in records(path):
+        if s["threshold"]:
+            found.append((r["step"], s.get("preconditioned", s["lambda_max"]) / s["threshold"]))
+        else:
+            found.append((r["step"], r["lr"] / s["stable_lr"] if s["stable_lr"] else 0.0))
+    return found
 
 
 def spread_at_steps(curves: list[Curve]) -> float:
@@ -78,7 +92,7 @@ def spread_at_steps(curves: list[Curve]) -> float:
 
 def common_losses(curves: list[Curve]) -> np.ndarray | None:
     """Losses that all curves pass, highest first; None if there are none."""
-    high, low = min(c.losses.max() for c in curves), max(c.losses.min() for c in curves)
+    high, low = min(c.losses[0] for c in curves), max(c.losses.min() for c in curves)
     return np.linspace(high, low, LOSSES) if high > low else None
 
 
@@ -118,14 +132,21 @@ def ratios(found: dict[str, list[list[Curve]]], method: str, other: str) -> dict
     return {k: i and Interval(math.exp(i.low), math.exp(i.value), math.exp(i.high)) for k, i in intervals.items()}
 
 
-def plot(line: Line, found: dict[str, list[list[Curve]]], thresholds: dict[str, list[tuple[float, float]]], title: str, path: Path) -> None:
-    """λ_max against steps (above) and against loss (below), one curve for each size (thin: seeds), a panel for each method; dashed: the method's own threshold."""
-    import matplotlib
+def plot(
+    line: Line,
+    found: dict[str, list[list[Curve]]],
+    near: dict[str, list[list[list[tuple[int, float]]]]],
+    quantity: str,
+    title: str,
+    path: Path,
+) -> None:
+    """A column for each method, a curve for each size (thin: further seeds): the quantity against steps, against loss, and the margin to the method's own threshold."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * len(found), 7), layout="constrained")
-    panels = figure.subplots(2, len(found), squeeze=False)
-    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(line.sizes)))
+    figure = Figure(figsize=(4 * len(found), 9), layout="constrained")
+    panels = figure.subplots(3, len(found), squeeze=False)
+    colours = colormaps["viridis"](np.linspace(0, 0.9, len(line.sizes)))
     for column, (method, by_seed) in zip(panels.T, found.items(), strict=True):
         for s, (size, colour) in enumerate(zip(line.values(), colours, strict=True)):
             for seed, curves in enumerate(by_seed):
@@ -133,17 +154,17 @@ def plot(line: Line, found: dict[str, list[list[Curve]]], thresholds: dict[str, 
                 style = {"color": colour, "alpha": 0.9 if seed == 0 else 0.35, "linewidth": 1.4 if seed == 0 else 0.8}
                 column[0].plot(c.steps, c.values, label=f"{line.axis} {size}" if seed == 0 else None, **style)
                 column[1].plot(c.losses, c.values, **style)
-        if thresholds[method]:
-            steps, values = zip(*thresholds[method], strict=True)
-            column[0].plot(steps, values, "--", color="black", linewidth=1, label="threshold")
+                column[2].plot(*zip(*near[method][seed][s], strict=True), **style)
         column[0].set(yscale="log", xlabel="step", title=method)
         column[1].set(yscale="log", xlabel="loss of the fixed batch, nats per token")
         column[1].invert_xaxis()
+        column[2].axhline(1, color="black", linestyle="--", linewidth=1)
+        column[2].set(xlabel="step", ylim=(0, None))
         column[0].legend(fontsize=7)
         for axes in column:
             axes.grid(alpha=0.3)
-    for axes in panels[:, 0]:
-        axes.set_ylabel("λ_max, in the method's coordinates")
+    for axes, label in zip(panels[:, 0], (quantity, quantity, "share of the stability threshold"), strict=True):
+        axes.set_ylabel(label)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
 
@@ -157,9 +178,9 @@ def read_methods(options: list[str]) -> dict[str, float]:
             found[method] = float(lr)
         except ValueError:
             found[method] = math.nan
-        if method not in METHODS or not 0 < found[method] < math.inf:
+        if method not in runs.METHODS or not 0 < found[method] < math.inf:
             raise runs.StudyError(
-                f"--methods\n  got: {option}\n  allowed: METHOD=LR, of {', '.join(METHODS)}\n  fix: --methods dualized=4 ntk=8; studies.transfer finds the rates"
+                f"--methods\n  got: {option}\n  allowed: METHOD=LR, of {', '.join(runs.METHODS)}\n  fix: --methods dualized=4 ntk=8; studies.transfer finds the rates"
             )
     return found
 
@@ -171,11 +192,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("config", help="the smallest model: configs/transfer.toml")
     for axis in ("width", "depth"):
         parser.add_argument(f"--{AXES[axis].option}", type=int, nargs="+", default=[], metavar="N")
-    parser.add_argument("--methods", nargs="+", default=["dualized=4"], metavar="METHOD=LR", help=", ".join(METHODS))
+    parser.add_argument("--methods", nargs="+", default=["dualized=4"], metavar="METHOD=LR", help=", ".join(runs.METHODS))
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument(
-        "--quantity", default="lambda_max", help="of telemetry.py's sharpness records: lambda_max, preconditioned, modular …"
-    )
+    parser.add_argument("--quantity", default="lambda_max", choices=QUANTITIES, help="of the records that telemetry.py describes")
     parser.add_argument("--name", help="of the folder, runs/NAME; sharpness-<config> if left out")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--dry-run", action="store_true", help="the cost alone")
@@ -194,13 +213,13 @@ def main(argv: list[str]) -> int:
         return f"{method}.{name_of(size, methods[method], seed)}"
 
     jobs = []
-    vocab_size, rate = Dataset(base.data).tokenizer.vocab_size, runs.speed()
+    dataset, rate = Dataset(base.data), runs.speed(base.run)
     for seed in range(options.seeds):
         for method, lr in methods.items():
             for size in dict.fromkeys(z for line in found for z in line.sizes):
-                changes = {**METHODS[method], **sized(base, size), "optim.lr": lr, "run.seed": seed}
+                changes = {**runs.METHODS[method], **sized(base, size), "optim.lr": lr, "run.seed": seed}
                 job = runs.job(base, name(method, size, seed), folder, **changes)
-                jobs.append((seed, *runs.cost(job.config, vocab_size, rate), job))
+                jobs.append((seed, *runs.cost(job.config, dataset, rate), job))
     jobs.sort(key=lambda j: j[0:3:2])
     left = [j for j in jobs if not runs.done(j[3], folder)]
     print(
@@ -209,6 +228,7 @@ def main(argv: list[str]) -> int:
     if options.dry_run:
         return 0
     runs.execute([j[3] for j in jobs], folder, workers=options.workers, costs=[j[2] for j in jobs])
+    pictures: list[Path] = []
     results, texts = [], [f"{base.data.dataset}: python -m studies.sharpness {' '.join(argv)}"]
     for line in found:
         curves: dict[str, list[list[Curve]]] = {}
@@ -232,25 +252,18 @@ def main(argv: list[str]) -> int:
             f"  spread of {m} over that of dualized: {r['steps']} at equal steps, {r['losses']} at equal loss" for m, r in compared.items()
         ]
         texts.append("\n".join(rows))
-        lows = {m: [c.values for of_seed in curves[m] for c in of_seed] for m in curves}
         results.append({"line": str(line), "axis": line.axis, "sizes": line.values(), "quantity": options.quantity})
         results[-1] |= {m: {k: i and vars(i) for k, i in n.items()} for m, n in numbers.items()} | {
             "ratios": {m: {k: i and vars(i) for k, i in r.items()} for m, r in compared.items()}
         }
-        assert lows
-        thresholds = {m: threshold(folder / name(m, line.sizes[0], 0)) for m in curves}
-        plot(line, curves, thresholds, f"{base.data.dataset}, {line}", folder / f"sharpness-{line.axis}.png")
+        near = {m: [[margins(folder / name(m, z, seed)) for z in line.sizes] for seed in range(options.seeds)] for m in curves}
+        pictures.append(folder / f"sharpness-{line.axis}.png")
+        plot(line, curves, near, options.quantity, f"{base.data.dataset}, {line}", pictures[-1])
     (folder / "verdict.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
-    (folder / "results.json").write_text(json.dumps({"command": argv, "lines": results}, indent=1) + "\n", encoding="utf-8")
+    runs.write_json(folder / "results.json", {"command": argv, "lines": results})
     print("\n\n".join(texts))
-    print("\npictures: " + ", ".join(str(folder / f"sharpness-{line.axis}.png") for line in found))
+    print("\npictures: " + ", ".join(map(str, pictures)))
     return 0
-
-
-def threshold(path: Path) -> list[tuple[float, float]]:
-    """(step, the largest stable λ_max) of a run, where its method has one."""
-    found = [(r["step"], r["sharpness"].get("threshold")) for r in runs.metrics(path) if "sharpness" in r]
-    return [(step, t) for step, t in found if t]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Does the best learning rate stay where it is as the model grows? A sweep over sizes and learning rates, judged.
 
-    python -m studies.transfer configs/transfer.toml --widths 64 128 256 --lrs 1 2 4 8 16 --seeds 2
-    python -m studies.transfer configs/transfer.toml --depths 2 4 8 --lrs 0.001 0.002 0.004 0.008 0.016 --optim.name adamw
+    python -m studies.transfer configs/transfer.toml --widths 64 128 256 --lrs 2.83 4 5.66 8 11.3 --seeds 2
+    python -m studies.transfer configs/transfer.toml --depths 2 4 8 --lrs 0.001 0.002 0.004 0.008 0.016 --method adamw
     python -m studies.transfer configs/transfer.toml --widths 64 256 --coordinates 10
 
 Axes: --widths (model.n_embd, at the configuration's width of a head), --depths (model.n_layer), --contexts (model.block_size, at its tokens a step), --batches
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import os
 import sys
@@ -261,7 +260,10 @@ def main(argv: list[str]) -> int:
         "--first-seeds", type=int, help="of the smallest size of each axis, which is cheap and which all others are compared with"
     )
     parser.add_argument("--grid", action="store_true", help="the product of all axes")
-    parser.add_argument("--name", help="of the folder, runs/NAME; transfer-<config>-<optimizer> if left out")
+    parser.add_argument(
+        "--method", choices=runs.METHODS, help="an optimizer with its parametrization and initialization; the configuration's if left out"
+    )
+    parser.add_argument("--name", help="of the folder, runs/NAME; transfer-<config>-<method> if left out")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="runs at a time; run.threads of each is the configuration's"
     )
@@ -271,31 +273,35 @@ def main(argv: list[str]) -> int:
         parser.add_argument(f"--max-{key}", type=float, default=value, help=f"threshold, {value:g} if left out")
     options, rest = parser.parse_known_args(argv)
     base = configuration.load([options.config, *rest])
-    name = options.name or f"transfer-{Path(options.config).stem}-{base.optim.name}"
-    folder = Path(base.run.dir) / name
+    method = options.method or base.optim.name
+    folder = Path(base.run.dir) / (options.name or f"transfer-{Path(options.config).stem}-{method}")
+    if options.method:
+        base = runs.job(base, "base", folder, **runs.METHODS[options.method]).config
     thresholds = Thresholds(options.max_drift, options.max_cost, options.max_worse)
     if options.seeds < 1 or options.workers < 1:
         raise runs.StudyError(f"--seeds, --workers\n  got: {options.seeds}, {options.workers}\n  allowed: 1 or more\n  fix: leave them out")
-    if options.coordinates:
+    if options.coordinates is not None:
+        if options.coordinates < 1:
+            raise runs.StudyError(f"--coordinates\n  got: {options.coordinates}\n  allowed: 1 step or more\n  fix: --coordinates 10")
         return print_coordinates(base, folder, sorted(set(options.widths)), options.coordinates, options.workers)
     lrs = sorted(set(options.lrs))
     found = lines(base_size(base), {a: getattr(options, axis.option) for a, axis in AXES.items()}, grid=options.grid)
     if not found or len(lrs) < 3 or lrs[0] <= 0:
         raise runs.StudyError(
             f"python -m studies.transfer {options.config}\n  got: {len(found)} axes with two sizes or more, --lrs {' '.join(f'{lr:g}' for lr in lrs)}\n"
-            "  allowed: one or more, and 3 or more learning rates above 0\n  fix: --widths 64 128 256 --lrs 1 2 4 8 16"
+            "  allowed: one or more, and 3 or more learning rates above 0\n  fix: --widths 64 128 256 --lrs 2.83 4 5.66 8 11.3"
         )
     jobs = []
     sizes = dict.fromkeys(size for line in found for size in line.sizes)
-    vocab_size = Dataset(base.data).tokenizer.vocab_size
-    rate = runs.speed()
+    dataset = Dataset(base.data)
+    rate = runs.speed(base.run)
     first = {line.sizes[0] for line in found}
     seeds = {size: max(options.seeds, options.first_seeds or 0) if size in first else options.seeds for size in sizes}
     for size in sizes:
         for seed in range(seeds[size]):
             for lr in lrs:
                 job = runs.job(base, name_of(size, lr, seed), folder, **sized(base, size), **{"optim.lr": lr, "run.seed": seed})
-                jobs.append((seed, *runs.cost(job.config, vocab_size, rate), job))
+                jobs.append((seed, *runs.cost(job.config, dataset, rate), job))
     jobs.sort(key=lambda j: j[0:3:2])  # the first seed of all first, small before large
     left = [j for j in jobs if not runs.done(j[3], folder)]
     print(
@@ -306,22 +312,25 @@ def main(argv: list[str]) -> int:
         return 0
     runs.execute([j[3] for j in jobs], folder, workers=options.workers, costs=[j[2] for j in jobs])
     report = []
-    title = f"{base.optim.name}, {base.data.dataset}"
+    title = f"{method}, {base.data.dataset}"
     texts = [f"{title}: python -m studies.transfer {' '.join(argv)}"]
     for line in found:
         most = max(seeds[z] for z in line.sizes)
         losses = np.full((len(line.sizes), len(lrs), most), np.nan)
         for (i, z), (k, lr) in itertools.product(enumerate(line.sizes), enumerate(lrs)):
             losses[i, k, : seeds[z]] = [loss(folder / name_of(z, lr, seed)) for seed in range(seeds[z])]
-        verdict = judge(losses, line.values(), lrs, thresholds)
+        try:
+            verdict = judge(losses, line.values(), lrs, thresholds)
+        except VerdictError as error:
+            texts.append(f"{table(losses, line, lrs)}\n\n{line}: no verdict\n{error}")
+            continue
         report.append((line, losses, verdict))
         texts.append(f"{table(losses, line, lrs)}\n\n{text(line, verdict, thresholds)}")
     (folder / "verdict.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
     results = [{"line": str(line), "axis": line.axis, "losses": losses.tolist(), **verdict.json()} for line, losses, verdict in report]
-    (folder / "results.json").write_text(
-        json.dumps({"command": argv, "thresholds": vars(thresholds), "lines": results}, indent=1) + "\n", encoding="utf-8"
-    )
-    plot(report, lrs, title, folder / "transfer.png")
+    runs.write_json(folder / "results.json", {"command": argv, "thresholds": vars(thresholds), "lines": results})
+    if report:
+        plot(report, lrs, title, folder / "transfer.png")
     print("\n\n".join(texts))
     print(f"\npicture: {folder / 'transfer.png'}")
     return 0
@@ -349,6 +358,6 @@ def print_coordinates(base: Config, folder: Path, widths: list[int], steps: int,
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (ConfigError, DataError, RunError, runs.StudyError, VerdictError) as error:
+    except (ConfigError, DataError, RunError, checkpoint.CheckpointError, runs.StudyError, VerdictError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -25,7 +25,7 @@ LEVEL = 0.95
 FAR = 1.0  # nats above the lowest loss of its size and seed: as good as diverged, no parabola of octaves goes there
 # A parabola is fitted to the five nearest learning rates, none further than so many octaves: with rates an octave apart to three, half an octave apart to five.
 POINTS, WINDOW = 5, 1.5
-NEAR = 3  # learning rates of a size that tell its noise: those of a parabola
+NEAR = 3  # learning rates of a size that tell its noise, the lowest ones: where it grows with the rate, it is that near the minimum
 
 
 class VerdictError(ValueError):
@@ -156,6 +156,12 @@ def judge(losses: Array, sizes: list[int], lrs: list[float], thresholds: Thresho
         "cost": _word(verdict.cost[-1:], verdict.cost[-1:], -np.inf, t.cost),
         "worse": _word(verdict.worse, [worse(s, S - 1) for s in range(1, S)], -np.inf, t.worse),
     }
+    if not bracketed[0] and verdict.words["worse"] == "PASS":
+        verdict.words["worse"] = "TOO NOISY TO SAY"  # at a rate that is nobody's best
+    if np.max(np.diff(x), initial=0) > 0.6:
+        verdict.notes.append(
+            "learning rates an octave apart: a parabola through three is drawn to a steep side; costs under 1% want half octaves"
+        )
     for s in range(S):
         if not bracketed[s]:
             low = int(mean[s].argmin())

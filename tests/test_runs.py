@@ -1,6 +1,7 @@
 """studies/runs.py: trainings in real processes, none of them twice."""
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 
 import config as configuration
 from config import Config
+from data.loader import Dataset
 from model import GPT
 from studies import runs
 from studies.runs import Job, StudyError, cost, done, duration, execute, job, metrics, summary
@@ -89,6 +91,7 @@ def test_another_configuration_under_a_name_is_refused(base: Config, tmp_path: P
         ("run.precision", "bf16", "'fp32'"),
         ("model.vocab_size", 32, "18"),
         ("optim.max_grad_norm", 1.0, "None"),
+        ("run.threads", 2, "1"),
         ("optim.polar.dtype", "bfloat16", "'float32'"),
     ):
         (other,) = jobs_of(base, tmp_path, "a", **{key: value})
@@ -98,7 +101,7 @@ def test_another_configuration_under_a_name_is_refused(base: Config, tmp_path: P
             f"{tmp_path / 'a'}\n  got: {key} = {value!r}\n  allowed: {was}, as the run that is there had it\n  fix: another --name, or delete {tmp_path / 'a'}"
         )
     for key, value in (
-        ("run.threads", 2),
+        ("run.timeout", 5.0),
         ("run.precision", "auto"),
         ("optim.polar.dtype", "auto"),
         ("data.verify", not base.data.verify),
@@ -190,15 +193,36 @@ def test_the_cost_counts_what_is_trained_and_evaluated(base: Config):
     """Against the model's own count; a dualized step costs more than AdamW's, and twice the steps twice as much."""
     plain = replace(base, optim=replace(base.optim, name="adamw"), train=replace(base.train, steps=10, eval_tokens=512, eval_every=0))
     per_token = GPT(replace(base.model, vocab_size=18), base.optim.norms.build(base.optim.polar, base.model.n_head)).flops_per_token()
-    flops, seconds = cost(plain, 18, 1e9)
+    dataset = Dataset(base.data)
+    flops, seconds = cost(plain, dataset, 1e9)
     assert flops == pytest.approx(per_token * (10 * 8 * 16 + 512 / 3))
     assert seconds == pytest.approx(runs.STARTUP + flops / 1e9 + 10 * 2 * runs.OVERHEAD)
-    assert cost(replace(plain, optim=base.optim), 18, 1e9)[0] > flops
+    assert cost(replace(plain, optim=base.optim), dataset, 1e9)[0] > flops
     often = replace(plain, train=replace(plain.train, eval_every=5))
-    assert cost(often, 18, 1e9)[0] - flops == pytest.approx(2 * per_token / 3 * 512), "two evaluations more: before, and in the middle"
-    assert runs.speed() > 1e8
+    assert cost(often, dataset, 1e9)[0] - flops == pytest.approx(2 * per_token / 3 * 512), "two evaluations more: before, and in the middle"
+    whole = replace(plain, train=replace(plain.train, eval_tokens=None))
+    assert cost(whole, dataset, 1e9)[0] - flops == pytest.approx(per_token / 3 * (dataset.manifest.splits["val"].tokens - 512))
+    curved = replace(plain, train=replace(plain.train, sharpness_every=5, sharpness_sequences=2))
+    assert cost(curved, dataset, 1e9)[0] - flops == pytest.approx(3 * runs.PRODUCTS * 4 * per_token * 2 * 16)
+    assert runs.speed(base.run) > 1e8
 
 
 def test_a_duration_is_that_of_the_longest_run_or_of_all_by_workers():
     assert duration([10, 10, 40], 2) == "40 s" and duration([30, 30, 30, 30], 2) == "60 s" and duration([], 2) == "0 s"
     assert duration([600] * 4, 4) == "10 min" and duration([7200], 1) == "2.0 h"
+
+
+def test_a_second_call_in_the_same_folder_is_refused(base: Config, tmp_path: Path):
+    with runs._alone(tmp_path), pytest.raises(StudyError) as error:
+        study(jobs_of(base, tmp_path, "a"), tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path}\n  got: another call that is at work in it\n  allowed: one at a time\n  fix: wait for it, or another --name"
+    )
+    assert not (tmp_path / "a").exists()
+    with runs._alone(tmp_path):
+        pass
+
+
+def test_written_numbers_are_json(tmp_path: Path):
+    runs.write_json(tmp_path / "x.json", {"a": [1.5, math.inf, (math.nan, 2)], "b": None})
+    assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == {"a": [1.5, None, [None, 2]], "b": None}

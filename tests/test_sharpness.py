@@ -8,19 +8,21 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import config as configuration
+from data.loader import Dataset, TrainBatches
 from model import GPT, GPTConfig
 from optim import RIVALS, Dualized, Rival, coordinates, metrize
 from studies import runs
 from studies.runs import StudyError
 from studies.sharpness import (
-    METHODS,
     Curve,
     common_losses,
     consistency,
     curve,
     drift,
     main,
+    margins,
     ratios,
     read_methods,
     spread_at_losses,
@@ -207,11 +209,51 @@ def test_the_command_measures_draws_and_compares(root: Path, capsys: pytest.Capt
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("summary.json")} == before, "another quantity of the same runs"
 
 
-def test_all_sizes_of_a_study_look_at_the_same_batch(root: Path):
-    """Before anything is learnt a model of zero output projections knows nothing of its width: one loss for all."""
-    folder = root / "runs/s"
-    losses = {runs.metrics(folder / f"dualized.w{w}.d2.t16.b8.n5.lr1.s{s}")[0]["sharpness"]["loss"] for w in (16, 32) for s in (0, 1)}
-    assert max(losses) - min(losses) < 0.1  # after one step of the head
+@pytest.mark.parametrize("seed", ["0", "1"])
+def test_every_run_of_a_study_looks_at_the_same_batch(root: Path, seed: str):
+    name = f"batch{seed}"
+    code, _, said = run(root, "small.toml", "--run.name", name, "--run.seed", seed, "--train.steps", "3", "--train.sharpness-every", "3")
+    assert code == 0, said
+    config = configuration.load([str(root / "runs" / name / "config.toml")])
+    config.data.dataset = str(root / "corpora/small")
+    newest, _ = checkpoint.newest_whole(root / "runs" / name / "checkpoints")
+    assert newest
+    model = GPT(config.model).eval()
+    checkpoint.load_model(newest, model)
+    fixed = TrainBatches(Dataset(config.data).split("train"), block_size=16, batch_size=config.train.sharpness_sequences, seed=2**63).batch(
+        0
+    )
+    loss = model(*fixed)[1]
+    assert loss is not None
+    assert runs.metrics(root / "runs" / name)[-2]["sharpness"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_a_point_of_equal_loss_is_one_where_the_loss_fell_to_it():
+    """Not one of a spike above it."""
+    spiked = Curve(np.arange(4.0), np.array([4.0, 3.0, 3.5, 2.0]), np.array([1.0, 2.0, 100.0, 3.0]))
+    assert np.exp(spiked.at_losses(np.array([3.0, 2.5, 2.0]))) == pytest.approx([2, 6**0.5, 3])
+    grid = common_losses([Curve(np.arange(3.0), np.array([2.9, 3.5, 2.0]), np.ones(3)), spiked])
+    assert grid is not None and grid[0] == 2.9
+
+
+def test_curvature_that_did_not_converge_is_left_out(tmp_path: Path):
+    (tmp_path / "summary.json").write_text("{}")
+    records = [
+        {"step": i, "lr": 1.0, "sharpness": {"loss": 4.0 - i, "lambda_max": 1.0 + i, "converged": i != 1, "threshold": 2.0}}
+        for i in range(3)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    found = curve(tmp_path, "lambda_max")
+    assert found is not None and list(found.steps) == [0, 2] and list(found.values) == [1, 3]
+    assert curve(tmp_path, "preconditioned") is None, "a method without it"
+    assert margins(tmp_path) == [(0, 0.5), (1, 1.0), (2, 1.5)]
+
+
+def test_the_margin_of_a_dualized_step_is_that_of_its_own_threshold(tmp_path: Path):
+    for i, stable_lr in enumerate((4.0, None)):
+        record = {"step": 1, "lr": 1.0, "sharpness": {"threshold": None, "stable_lr": stable_lr}}
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        assert margins(tmp_path) == [(1, (0.25, 0.0)[i])]
 
 
 def test_curvature_does_not_change_a_run(root: Path):
@@ -239,12 +281,12 @@ def test_what_cannot_be_studied_is_refused(root: Path, argv: tuple[str, ...], te
 
 
 def test_every_method_is_a_configuration(root: Path):
-    for method in METHODS:
+    for method in runs.METHODS:
         made = runs.job(
             configuration.load([str(root / "small.toml")]),
             "x",
             root / "runs",
-            **METHODS[method],
+            **runs.METHODS[method],
             **{"optim.lr": read_methods([f"{method}=0.5"])[method]},
         )
         assert made.config.optim.lr == 0.5
