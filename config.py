@@ -31,9 +31,13 @@ class ConfigError(ValueError):
     """A configuration that cannot be used: the key, what was got, what is allowed."""
 
 
+DUALIZED_ONLY = ("direction", "refresh_every", "scale", "constraint", "momentum_dtype", "master_weights", "auto_initial", "auto_factor")
+
+
 @dataclass
 class OptimConfig:
-    """name: "dualized", or one it is compared with: "normalized_adam" and "normalized_sgd" in the modular norm, "adamw", "sgd". Keys that it has not are of no effect.
+    """name: "dualized", or one it is compared with: "normalized_adam" and "normalized_sgd" in the modular norm, "adamw", "sgd".
+    Those have no direction, refresh_every, scale, constraint, momentum_dtype, master_weights and auto_*.
     scaling: of sgd, lr of each weight for the standard, the NTK or the modular coordinates (optim/rivals.py).
 
     lr: modular norm of one step at the schedule's top (adamw, sgd: theirs), or "auto". schedule: wsd (linear warm-up, stable, linear cooldown) or cosine.
@@ -71,6 +75,15 @@ class OptimConfig:
         require(
             "optim",
             ("name", self.name, self.name in ("dualized", *RIVALS), ", ".join(("dualized", *RIVALS))),
+            *(
+                (
+                    k,
+                    getattr(self, k),
+                    getattr(self, k) == getattr(OptimConfig, k),
+                    f"{getattr(OptimConfig, k)!r} with optim.name = {self.name!r}, which has no choice",
+                )
+                for k in (*(DUALIZED_ONLY if self.name != "dualized" else ()), *(("scaling",) if self.name != "sgd" else ()))
+            ),
             ("lr", self.lr, isinstance(self.lr, str) <= (self.name == "dualized"), f"a number for {self.name}"),
             ("lr", self.lr, isinstance(self.lr, str) or self.lr >= 0, '0 or more, or "auto"'),
             ("auto_initial", self.auto_initial, 0 < self.auto_initial < math.inf, "more than 0"),

@@ -128,11 +128,14 @@ class Rival:
 
     @torch.no_grad()
     def step(self, *, loss: Tensor | None = None) -> None:
-        """One step with the average of all ranks' gradients. Where one or the loss is not finite nothing changes, and check_finite() says which."""
+        """One step with the average of all ranks' gradients; one absent on some ranks is zero there, on all it is absent. Waits for the device. Where one or the loss is not finite nothing changes, and check_finite() says which."""
         self.check_finite()
         if self._ranks.size > 1:
-            for _, p in self._weights():
-                p.grad = self._ranks.average(torch.zeros_like(p) if p.grad is None else p.grad)
+            weights = [p for _, p in self._weights()]
+            there = torch.tensor([p.grad is not None for p in weights], dtype=torch.float32, device=weights[0].device)
+            for p, somewhere in zip(weights, self._ranks.maximum(there).tolist(), strict=True):
+                if somewhere:
+                    p.grad = self._ranks.average(torch.zeros_like(p) if p.grad is None else p.grad)
         found = {n: p.grad for n, p in self._weights() if p.grad is not None}
         if loss is not None:
             found = {"the loss": self._ranks.average(loss.detach().clone()), **found}
@@ -170,13 +173,13 @@ class Rival:
     @torch.no_grad()
     def make_state(self, wanted: Callable[[str], bool]) -> None:
         """Buffers for the parameters of these names, by a step of lr 0 and no gradient, which moves no weight."""
-        kept = [(g["lr"], g.get("weight_decay")) for g in self.param_groups]
+        lrs = [g["lr"] for g in self.param_groups]
         for name, p in self._weights():
             p.grad = torch.zeros_like(p) if wanted(name) else None
         for group in self.param_groups:
             group["lr"] = 0.0
         getattr(self.optimizer, "base", self.optimizer).step()
-        for group, (lr, _) in zip(self.param_groups, kept, strict=True):
+        for group, lr in zip(self.param_groups, lrs, strict=True):
             group["lr"] = lr
         self.zero_grad()
 

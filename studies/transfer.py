@@ -327,13 +327,27 @@ def main(argv: list[str]) -> int:
         report.append((line, losses, verdict))
         texts.append(f"{table(losses, line, lrs)}\n\n{text(line, verdict, thresholds)}")
     (folder / "verdict.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
-    results = [{"line": str(line), "axis": line.axis, "losses": losses.tolist(), **verdict.json()} for line, losses, verdict in report]
+    results = [
+        {
+            "line": str(line),
+            "axis": line.axis,
+            "losses": [[[_told(x) for x in cell] for cell in row] for row in losses.tolist()],
+            **verdict.json(),
+        }
+        for line, losses, verdict in report
+    ]
     runs.write_json(folder / "results.json", {"command": argv, "thresholds": vars(thresholds), "lines": results})
     if report:
         plot(report, lrs, title, folder / "transfer.png")
     print("\n\n".join(texts))
-    print(f"\npicture: {folder / 'transfer.png'}")
+    if report:
+        print(f"\npicture: {folder / 'transfer.png'}")
     return 0
+
+
+def _told(x: float) -> float | str | None:
+    """A loss in results.json: null where there is no run."""
+    return "diverged" if math.isinf(x) else None if math.isnan(x) else x
 
 
 def loss(path: Path) -> float:

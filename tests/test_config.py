@@ -59,6 +59,14 @@ def test_shipped_configurations_load(file: Path):
             "optim.name\n  got: 'adam'\n  allowed: dualized, normalized_adam, normalized_sgd, adamw, sgd\n  fix: ",
         ),
         ("[optim]\nname = 'adamw'\nlr = 'auto'", "optim.lr\n  got: 'auto'\n  allowed: a number for adamw\n  fix: "),
+        (
+            "[optim]\nname = 'adamw'\nconstraint = 'sphere'",
+            "optim.constraint\n  got: 'sphere'\n  allowed: None with optim.name = 'adamw', which has no choice",
+        ),
+        (
+            "[optim]\nscaling = 'ntk'",
+            "optim.scaling\n  got: 'ntk'\n  allowed: 'standard' with optim.name = 'dualized', which has no choice",
+        ),
         ("[optim]\nscaling = 'mup'", "optim.scaling\n  got: 'mup'\n  allowed: 'standard', 'ntk', 'modular'"),
         ("[model]\ninit = 'zero'", "model.init\n  got: 'zero'\n  allowed: 'norm', 'gpt2', 'fan_in'"),
         ("[train]\nkeep_checkpoints = -1", "train.keep_checkpoints\n  got: -1\n  allowed: 0 or more"),

@@ -365,7 +365,9 @@ def test_settings_of_a_resumed_rival_take_effect_and_another_optimizer_is_refuse
     shutil.rmtree(cut / "checkpoints/step_00000012")
     (cut / "summary.json").unlink()
     other = "adamw" if name == "normalized_adam" else "normalized_adam"  # of the same buffers and groups
-    code, _, err = run(root, "small.toml", "--run.name", cut.name, "--run.resume", *arguments(name), "--optim.name", other)
+    code, _, err = run(
+        root, "small.toml", "--run.name", cut.name, "--run.resume", *arguments(name), "--optim.name", other, "--optim.scaling", "standard"
+    )
     assert code == 2 and f"error: optim.name of a resumed run\n  got: '{other}'\n  allowed: '{name}'" in err
     code, out, err = run(root, "small.toml", "--run.name", cut.name, "--run.resume", *arguments(name), "--optim.weight-decay", "3")
     assert code == 0 and "changed: optim.weight_decay = 3.0, was 0.1" in out, err
