@@ -1,8 +1,8 @@
 """Has the best learning rate moved? Statistics of losses over (sizes S, learning rates K, seeds N), log₂ lr in octaves.
 
-The model: loss[s, k, n] = mean[s, k] + seed effect[s, n] + residual[s, k, n]. Seeds are shared by the learning rates of one size (same data order, same initial weights), so that
-the place of a minimum and a difference of losses within one size carry the residual alone; differences between sizes carry both. Their deviations
-are pooled over the three lowest learning rates of each size; intervals are parametric bootstraps that draw the deviations too (scaled inverse χ²).
+The model: loss[s, k, n] = mean[s, k] + order[n] + seed effect[s, n] + residual[s, k, n]. A seed's data order is shared by all runs, its initial weights by those of one size, so
+that the place of a minimum and a difference of losses within one size carry the residual alone; differences between sizes, of the seeds that both have, carry the seed effect too.
+The deviations are pooled over the three lowest learning rates of each size; intervals are parametric bootstraps that draw the deviations too (scaled inverse χ²).
 What the learning rates do not show has no bound: a lowest loss beside a run that diverged is placed between its neighbours only, and one at an end has
 nothing beyond it; so in the means as in each draw. PASS and FAIL follow from the intervals alone: PASS where those of all sizes are inside (each has to be, which needs no
 correction), FAIL where that of one is outside, widened for their number (Bonferroni).
@@ -55,7 +55,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Noise:
-    """Deviations of one run's loss: residual (within a size) and seed (of all its learning rates together), and their degrees of freedom."""
+    """Deviations of one run's loss: residual (within a size) and seed (of all its learning rates together, beside what all sizes share), and their degrees of freedom."""
 
     residual: float
     seed: float
@@ -107,13 +107,14 @@ def judge(losses: Array, sizes: list[int], lrs: list[float], thresholds: Thresho
     y, far = zip(*(_whole(losses[s], sizes[s]) for s in range(S)), strict=True)  # (K, N) each
     mean, diverged = np.stack([cells.mean(1) for cells in y]), np.stack([cells.any(1) for cells in far])
     noise = pooled_noise(y, diverged)
-    draws = _draws(mean, np.array([cells.shape[1] for cells in y]), noise, np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    draws = _draws(mean, np.array([cells.shape[1] for cells in y]), noise, rng)
     best, bottom, least, most = minimum(x, mean, diverged)
     drawn_best, drawn_bottom, drawn_least, drawn_most = minimum(x, draws, diverged)  # (draws, S)
     bracketed, known = least == most, drawn_least == drawn_most
     at_shared = interpolate(x, mean, np.full(S, best[0]))
     drawn_at_shared = interpolate(x, draws, np.broadcast_to(drawn_best[:, :1], drawn_best.shape))
-    drawn_worse = drawn_at_shared[:, 1:] / drawn_at_shared[:, :-1] - 1
+    steps = [_step(x, y[s - 1], y[s], best[0], drawn_best[:, 0], noise, rng) for s in range(1, S)]  # worse, by seeds that both have
 
     def interval(value: float, low: Array, high: Array, comparisons: int = 1) -> Interval:
         if noise is None:
@@ -126,7 +127,8 @@ def judge(losses: Array, sizes: list[int], lrs: list[float], thresholds: Thresho
         return interval(best[s] - best[0], drawn_least[:, s] - drawn_most[:, 0], drawn_most[:, s] - drawn_least[:, 0], comparisons)
 
     def worse(s: int, comparisons: int) -> Interval:
-        return interval(at_shared[s] / at_shared[s - 1] - 1, drawn_worse[:, s - 1], drawn_worse[:, s - 1], comparisons)
+        value, drawn = steps[s - 1]
+        return interval(value, drawn, drawn, comparisons)
 
     def cost(s: int) -> Interval:
         """Of an absolute value: of the cost with the sign of the best lr's side, so that an interval of lrs on both sides of the shared one has 0 in it."""
@@ -158,10 +160,6 @@ def judge(losses: Array, sizes: list[int], lrs: list[float], thresholds: Thresho
     }
     if not bracketed[0] and verdict.words["worse"] == "PASS":
         verdict.words["worse"] = "TOO NOISY TO SAY"  # at a rate that is nobody's best
-    if np.max(np.diff(x), initial=0) > 0.6:
-        verdict.notes.append(
-            "learning rates an octave apart: a parabola through three is drawn to a steep side; costs under 1% want half octaves"
-        )
     for s in range(S):
         if not bracketed[s]:
             low = int(mean[s].argmin())
@@ -175,17 +173,20 @@ def judge(losses: Array, sizes: list[int], lrs: list[float], thresholds: Thresho
 
 
 def minimum(x: Array, y: Array, diverged: NDArray[np.bool_]) -> tuple[Array, Array, Array, Array]:
-    """(place, value, least, most): the vertex of the parabola at the lowest point, which is then also the least and the most that its place may be. At an end, and where
-    one of the parabola's points diverged: the point itself, and its neighbours' places, ∓∞ beyond an end. x: (K,), y: (…, S, K), diverged: (S, K) → (…, S).
+    """(place, value, least, most): the vertex of the parabola at the lowest point, which is then also the least and the most that its place may be. At an end (but where
+    five points have their vertex before it), and where one of the parabola's points diverged: the point itself, and its neighbours' places, ∓∞ beyond an end. x: (K,), y: (…, S, K), diverged: (S, K) → (…, S).
     """
     K = len(x)
     low = y.argmin(-1)
     c = np.clip(low, 1, K - 2)
     beside = np.broadcast_to(diverged, y.shape[-2:]) @ _windows(x).T
-    known = (low == c) & ~np.take_along_axis(np.broadcast_to(beside, y.shape), low[..., None], -1)[..., 0]
     a, b, y0 = _parabola(x, y, c)
     with np.errstate(divide="ignore", invalid="ignore"):
-        vertex = np.where(a > 0, np.clip(-b / (2 * a), x[c - 1] - x[c], x[c + 1] - x[c]), 0.0)
+        free = np.where(a > 0, -b / (2 * a), 0.0)
+    vertex = np.clip(free, x[c - 1] - x[c], x[c + 1] - x[c])
+    # Of points enough to fit, not only to pass through, one that is low at an end by chance does not outweigh the others.
+    fitted = (a > 0) & (vertex == free) & (_windows(x).sum(1)[c] >= POINTS)
+    known = ((low == c) | fitted) & ~np.take_along_axis(np.broadcast_to(beside, y.shape), low[..., None], -1)[..., 0]
     place = np.where(known, x[c] + vertex, x[low])
     value = np.where(known, y0 + b * vertex + a * vertex**2, y.min(-1))
     edges = np.concatenate([[-np.inf], x, [np.inf]])
@@ -222,6 +223,7 @@ def _parabola(x: Array, y: Array, c: NDArray[np.int64]) -> tuple[Array, Array, A
 def pooled_noise(y: Sequence[Array], diverged: NDArray[np.bool_]) -> Noise | None:
     """From the three lowest learning rates of each size, (K, N) each, at which no run diverged; None without such a size of 2 seeds."""
     squares, df, between, seed_df = 0.0, 0, 0.0, 0
+    last: Array | None = None
     for cells, bad in zip(y, diverged, strict=True):
         cells = cells[~bad]
         if len(cells) < NEAR or cells.shape[1] < 2:
@@ -230,23 +232,51 @@ def pooled_noise(y: Sequence[Array], diverged: NDArray[np.bool_]) -> Noise | Non
         by_seed = cells.mean(0) - cells.mean()
         residual = cells - cells.mean(1, keepdims=True) - by_seed
         squares, df = squares + float((residual**2).sum()), df + (NEAR - 1) * (len(by_seed) - 1)
-        between, seed_df = between + float((by_seed**2).sum()), seed_df + len(by_seed) - 1
-    if not df:
+        if last is not None:
+            both = min(len(last), len(by_seed))
+            apart = by_seed[:both] - last[:both]
+            between, seed_df = between + float(((apart - apart.mean()) ** 2).sum()) / 2, seed_df + both - 1
+        last = by_seed
+    if not df or not seed_df:
         return None
-    # The variance of a seed's mean over the cells is seed² + residual² / NEAR.
+    # Half the variance of a difference of two sizes' means over the cells is seed² + residual² / NEAR.
     return Noise((squares / df) ** 0.5, max(0.0, between / seed_df - squares / df / NEAR) ** 0.5, df, seed_df)
 
 
+def _drawn_variances(noise: Noise, rng: np.random.Generator) -> tuple[Array, Array]:
+    """(residual², seed²), (draws,) each."""
+    residual = noise.residual**2 * noise.df / rng.chisquare(noise.df, DRAWS)
+    between = (noise.seed**2 + noise.residual**2 / NEAR) * noise.seed_df / rng.chisquare(noise.seed_df, DRAWS)
+    return residual, np.maximum(0, between - residual / NEAR)
+
+
 def _draws(mean: Array, counts: NDArray[np.int64], noise: Noise | None, rng: np.random.Generator) -> Array:
-    """(draws, S, K). counts: seeds of each size."""
+    """(draws, S, K) of what differs within a size. counts: seeds of each size."""
     if noise is None:
         return mean[None]
-    shape = (DRAWS, 1, 1)
-    residual = noise.residual**2 * noise.df / rng.chisquare(noise.df, shape)
-    between = (noise.seed**2 + noise.residual**2 / NEAR) * noise.seed_df / rng.chisquare(noise.seed_df, shape)
-    seed = np.maximum(0, between - residual / NEAR)
-    drawn = np.sqrt(residual) * rng.standard_normal((DRAWS, *mean.shape)) + np.sqrt(seed) * rng.standard_normal((DRAWS, len(mean), 1))
+    residual, _ = _drawn_variances(noise, rng)
+    drawn = np.sqrt(residual)[:, None, None] * rng.standard_normal((DRAWS, *mean.shape))
     return mean + drawn / np.sqrt(counts)[:, None]
+
+
+def _step(
+    x: Array, before: Array, after: Array, shared: float, drawn_shared: Array, noise: Noise | None, rng: np.random.Generator
+) -> tuple[float, Array]:
+    """How much worse `after` (K, N) is than `before` at the shared rate, relative, by the seeds that both have: (value, draws)."""
+    both = min(before.shape[1], after.shape[1])
+    means = np.stack([before[:, :both].mean(1), after[:, :both].mean(1)])
+
+    def ratio(y: Array, at: Array) -> Array:
+        losses = interpolate(x, y, np.broadcast_to(at[..., None], y.shape[:-1]))
+        return losses[..., 1] / losses[..., 0] - 1
+
+    value = float(ratio(means, np.asarray(shared)))
+    if noise is None:
+        return value, np.array([value])
+    residual, seed = _drawn_variances(noise, rng)
+    drawn = np.sqrt(residual)[:, None, None] * rng.standard_normal((DRAWS, *means.shape))
+    drawn += np.sqrt(seed)[:, None, None] * rng.standard_normal((DRAWS, 2, 1))
+    return value, ratio(means + drawn / both**0.5, drawn_shared)
 
 
 def _whole(losses: Array, size: int) -> tuple[Array, NDArray[np.bool_]]:

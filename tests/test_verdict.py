@@ -121,12 +121,25 @@ def test_pooled_noise_has_the_deviations_that_made_it():
     none = np.zeros((3, 5), dtype=bool)
     noises = [pooled_noise(list(sweep([2, 2.2, 1.8], rng, N=3, residual=0.004, seed=0.02)), none) for _ in range(400)]
     found = [n for n in noises if n is not None]
-    assert len(found) == 400 and {(n.df, n.seed_df) for n in found} == {(12, 6)}
+    assert len(found) == 400 and {(n.df, n.seed_df) for n in found} == {(12, 4)}
     for name, true in (("residual", 0.004), ("seed", 0.02)):
         squares = np.array([getattr(n, name) ** 2 for n in found])
         assert abs(squares.mean() - true**2) < 3 * squares.std() / 20, name
     alone = [pooled_noise(list(sweep([2, 2.2, 1.8], rng, N=3, residual=0.004, seed=0.0)), none) for _ in range(50)]
     assert np.median([n.seed for n in alone if n]) < 0.002, "nothing of the residual is taken for the seed's"
+
+
+def test_what_a_seed_does_to_all_sizes_alike_is_no_noise():
+    """A data order moves the losses of all runs of its seed: verdicts compare the seeds that two sizes share, also where one has more."""
+    losses = sweep([2, 2], np.random.default_rng(3), N=6, residual=0.001, seed=0.001)
+    losses[1, :, 3:] = np.nan
+    order = np.array([0.0, 0.2, -0.1, 0.3, 0.3, 0.3])
+    without, with_ = judged(losses), judged(losses + order)
+    assert without.noise is not None and with_.noise is not None
+    assert vars(with_.noise) == pytest.approx(vars(without.noise))
+    assert with_.words == without.words and with_.worse[0].value == pytest.approx(without.worse[0].value, rel=0.1)
+    plain = np.nanmean((losses + order)[1]) - np.nanmean((losses + order)[0])
+    assert abs(plain) > 0.1, "means over the seeds that each has would say otherwise"
 
 
 def test_noise_is_told_by_the_learning_rates_near_the_minimum_and_by_no_divergence():
