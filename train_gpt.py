@@ -57,6 +57,7 @@ class Progress:
     train_seconds: float = 0.0
     wall_seconds: float = 0.0
     optimizer_seconds: float = 0.0
+    telemetry_seconds: float = 0.0
     compile_seconds: float = 0.0
     val_step: int = -1
     val_loss: float | None = None
@@ -217,7 +218,7 @@ def train(config: Config, runtime: Runtime) -> None:
 
     def save(done: int) -> None:
         progress.train_seconds, progress.optimizer_seconds = clock.seconds(), optimizer_watch.seconds()
-        progress.wall_seconds = time.perf_counter() - wall_start
+        progress.wall_seconds, progress.telemetry_seconds = time.perf_counter() - wall_start, telemetry_watch.seconds()
         if not c.keep_checkpoints:
             return
         state = {
@@ -252,7 +253,7 @@ def train(config: Config, runtime: Runtime) -> None:
     # ---- the loop
     wall_start = time.perf_counter() - progress.wall_seconds
     clock, optimizer_watch = Clock(runtime, progress.train_seconds), Stopwatch(runtime, progress.optimizer_seconds)
-    geometry = Geometry(model, optimizer, norm)
+    geometry, telemetry_watch = Geometry(model, optimizer, norm), Stopwatch(runtime, progress.telemetry_seconds)
     sharpness: Sharpness | None = None
     if c.sharpness_every:
         # One batch for all runs of a study, whatever their seeds, in an order that no run has.
@@ -289,7 +290,7 @@ def train(config: Config, runtime: Runtime) -> None:
             loss = torch.stack(losses).sum()
             looks = measured and (runtime.main or runtime.parallel != "ddp")
             if measured:
-                with clock.paused():
+                with clock.paused(), telemetry_watch:
                     if looks:
                         geometry.before()
             runtime.beat(done, "optimizer")
@@ -305,7 +306,8 @@ def train(config: Config, runtime: Runtime) -> None:
                     record |= {"loss": runtime.total(loss.item())[0] / runtime.size, "lr": lr * (optimizer.step_size or 1.0)}
                     record["optimizer_ms"] = 1e3 * optimizer_watch.latest()
                     if looks:
-                        record["geometry"] = geometry.after(x_BT[:2])
+                        with telemetry_watch:
+                            record["geometry"] = geometry.after(x_BT[:2])
                     if sharpness and curved and runtime.main:
                         runtime.beat(done, "sharpness")
                         record["sharpness"] = sharpness.measure()
@@ -348,6 +350,7 @@ def train(config: Config, runtime: Runtime) -> None:
         "compile_seconds": progress.compile_seconds,
         "wall_seconds": time.perf_counter() - wall_start,
         "optimizer_seconds": progress.optimizer_seconds,
+        "telemetry_seconds": progress.telemetry_seconds,
         "tokens_per_second": speed,
         "mfu": model.flops_per_token() * speed / (peak * runtime.size) if peak else None,
         "peak_memory_bytes": most[0],

@@ -95,14 +95,17 @@ def test_a_run_leaves_its_folder(whole: Path):
 def test_the_summary_has_its_fields_and_they_agree(whole: Path):
     s = json.loads((whole / "summary.json").read_text())
     expected = (
-        "params tokens steps val_loss val_bpb train_seconds compile_seconds wall_seconds optimizer_seconds tokens_per_second mfu peak_memory_bytes "
+        "params tokens steps val_loss val_bpb train_seconds compile_seconds wall_seconds optimizer_seconds telemetry_seconds tokens_per_second mfu peak_memory_bytes "
         "optimizer_state_bytes target seed world_size device torch commit dirty"
     )
     assert list(s) == expected.split()
     assert s["tokens"] == 12 * 8 * 16
     assert s["optimizer_state_bytes"] == 4 * s["params"], "one fp32 buffer per weight"
     assert s["tokens_per_second"] == pytest.approx(s["tokens"] / s["train_seconds"])
-    assert 0 < s["optimizer_seconds"] < s["train_seconds"] < s["wall_seconds"]
+    assert (
+        0 < s["optimizer_seconds"] < s["train_seconds"] < s["wall_seconds"]
+        and 0 < s["telemetry_seconds"] < s["wall_seconds"] - s["train_seconds"]
+    )
     assert s["val_bpb"] == pytest.approx(s["val_loss"] / 0.6931472, rel=1e-6), "one byte a character here"
     first = next(r for r in records(whole) if r.get("val_loss", 9) <= 4.0)
     assert s["target"] == {

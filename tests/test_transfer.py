@@ -357,4 +357,7 @@ def test_a_text_tells_every_number_and_word():
     row = found.splitlines()[3]
     assert "2 [1, 4]" in row and "2.2500" in row and "0 [-0.5, 0.5]" in row
     assert "+0.10% [+0.00%, +0.20%]" in row and "-1.00% [-2.00%, +1.00%]" in row and row.endswith("not bracketed")
-    assert "larger is not worse at that lr (by more than 0.50%): TOO NOISY TO SAY" in found and "  note: a note\n  note: rates an octave apart" in found
+    assert (
+        "larger is not worse at that lr (by more than 0.50%): TOO NOISY TO SAY" in found
+        and "  note: a note\n  note: rates an octave apart" in found
+    )
