@@ -80,12 +80,13 @@ def test_a_run_leaves_its_folder(whole: Path):
         "metrics.jsonl",
         "summary.json",
         "loss.png",
+        "geometry.png",
         "checkpoints",
         "log.txt",
     }
     assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"], "the newest two are kept"
     assert re.search(r"blocks.1.mlp.down.weight +16×64 +mlp +RMSToRMS", (whole / "receipt.txt").read_text())
-    assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert all((whole / name).read_bytes().startswith(b"\x89PNG") for name in ("loss.png", "geometry.png"))
     steps = [r["step"] for r in records(whole) if "loss" in r]
     assert steps == list(range(1, 13))
     assert "sample:\n" in (whole / "log.txt").read_text()
