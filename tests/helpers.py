@@ -48,6 +48,9 @@ checkpoint_every = 4
 sample_tokens = 8
 """
 
+# Options of a study whose runs are quick: they keep nothing and say little.
+QUICK = ("--train.keep-checkpoints", "0", "--train.sample-tokens", "0", "--train.eval-tokens", "256", "--workers", "2")
+
 
 def small_dataset(root: Path) -> Path:
     """A dataset of characters under root/corpora/small, and a configuration for it."""

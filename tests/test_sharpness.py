@@ -29,7 +29,7 @@ from studies.sharpness import (
     spread_at_steps,
 )
 from telemetry import Sharpness, stable
-from tests.helpers import run, small_dataset
+from tests.helpers import QUICK, run, small_dataset
 
 STEPS = np.arange(1, 101, 10.0)
 
@@ -167,18 +167,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def call(root: Path, *argv: str) -> int:
     where = (str(root / "small.toml"), "--data.dataset", str(root / "corpora/small"), "--run.dir", str(root / "runs"))
-    options = (
-        "--train.steps",
-        "5",
-        "--train.keep-checkpoints",
-        "0",
-        "--train.sample-tokens",
-        "0",
-        "--train.eval-tokens",
-        "256",
-        "--workers",
-        "2",
-    )
+    options = ("--train.steps", "5", *QUICK)
     return main([*where, *options, "--train.sharpness-every", "2", "--train.sharpness-sequences", "4", *argv])
 
 

@@ -17,22 +17,11 @@ from studies import runs, transfer
 from studies.runs import StudyError
 from studies.transfer import AXES, Line, base_size, lines, main, name_of, sized
 from studies.verdict import Interval, Thresholds, Verdict, judge
-from tests.helpers import run, small_dataset
+from tests.helpers import QUICK, run, small_dataset
 
 BASE = (16, 2, 16, 8, 12)  # of helpers.SMALL
 NONE: dict[str, list[int]] = {axis: [] for axis in AXES}
-OPTIONS = (
-    "--train.steps",
-    "4",
-    "--train.keep-checkpoints",
-    "0",
-    "--train.sample-tokens",
-    "0",
-    "--train.eval-tokens",
-    "256",
-    "--workers",
-    "2",
-)
+OPTIONS = ("--train.steps", "4", *QUICK)
 SWEEP = ("--widths", "32", "16", "--lrs", "4", "1", "2", "--name", "sweep")
 
 
