@@ -232,7 +232,7 @@ def write_json(path: Path, content: Any) -> None:
 
 # ---- cost
 
-OVERHEAD = 2.5e-3  # seconds a layer and step beside FLOPs, of one CPU thread: `python -m studies.transfer` at width 64 (LOG.md)
+OVERHEAD = 5e-3  # seconds a layer and step beside FLOPs, of one CPU thread: `python -m studies.transfer` at width 64 (LOG.md)
 STARTUP = 1.0  # seconds a run
 
 
