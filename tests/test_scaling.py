@@ -252,6 +252,7 @@ def test_the_loopback_interface_carries_the_predicted_bytes():
     pytest.fail("the lowest of three is not what is predicted; see above")
 
 
+@pytest.mark.parametrize("polar", [FLOAT32, BFLOAT16, Polar("jordan", "plain"), Polar("quintic", "gram")], ids=str)
 def test_flops_of_every_form_are_those_predicted(polar: Polar):
     model = real_model(SMALL, polar, "ddp", 1)
     optimizer = Dualized(model, lr=0.1)
