@@ -263,11 +263,7 @@ def load(argv: list[str]) -> Config:
     if "--help" in options or "-h" in options:
         tyro.cli(Config, default=from_dict(Config, raw), args=["--help"], prog="train_gpt.py [CONFIG.toml]", description=load.__doc__)
     for key, value in read_options(options).items():
-        *sections, name = key.split(".")
-        table = raw
-        for section in sections:
-            table = table.setdefault(section, {})
-        table[name] = value
+        put(raw, key, value)
     config = from_dict(Config, raw)
     if config.run.name is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         raise ConfigError(
@@ -277,6 +273,14 @@ def load(argv: list[str]) -> Config:
         config.run.name = f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     config.check()
     return config
+
+
+def put(raw: dict[str, Any], key: str, value: Any) -> None:
+    """raw["section"]["key"] = value, for "section.key"; sections are made."""
+    *sections, name = key.split(".")
+    for section in sections:
+        raw = raw.setdefault(section, {})
+    raw[name] = value
 
 
 def read_options(options: list[str]) -> dict[str, Any]:

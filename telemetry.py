@@ -292,7 +292,6 @@ class Sharpness:
     def _measure(self) -> dict[str, Any]:
         x_BT, y_BT = self.batch
         generator = torch.Generator().manual_seed(0)
-        own = self.own
 
         def hessian(scales: Mapping[str, float | Tensor]) -> Hessian:
             return Hessian(lambda: self.model(x_BT, y_BT)[1], self.weights, scales)
@@ -308,10 +307,10 @@ class Sharpness:
             "lambda_min_residual": ends.smallest_residual,
         }
         found |= {"products": ends.steps, "converged": ends.converged}
-        if isinstance(own, torch.optim.Adam) and own.state:
+        if isinstance(self.own, torch.optim.Adam) and self.own.state:
             roots = {
-                canonical(n): _adam_root(own, group, p)
-                for group in own.param_groups
+                canonical(n): _adam_root(self.own, group, p)
+                for group in self.own.param_groups
                 for n, p in zip(group["param_names"], group["params"], strict=True)
             }
             preconditioned = eigenvalues(hessian(roots), generator=generator)
@@ -323,7 +322,7 @@ class Sharpness:
             found |= {"modular_sharpness": climbed.value, "modular_sharpness_converged": climbed.converged}
         ahead = along(plain, self.norm)
         found |= {"curvature_along": ahead.curvature, "dual_norm": ahead.dual_norm, "stable_lr": ahead.stable_lr}
-        found |= {"smoothness_bound": loss_smoothness(self.norm), "threshold": stable(own)}
+        found |= {"smoothness_bound": loss_smoothness(self.norm), "threshold": stable(self.own)}
         return found
 
 
@@ -340,15 +339,14 @@ def stable(optimizer: torch.optim.Optimizer) -> float | None:
     None for others: a dualized step's is stable_lr.
     """
     group = optimizer.param_groups[0]
-    beta = (
-        group["betas"][0]
-        if isinstance(optimizer, torch.optim.Adam)
-        else group.get("momentum")
-        if isinstance(optimizer, torch.optim.SGD)
-        else None
-    )
     lr = float(group["lr"])
-    return None if beta is None or not lr else 2 * (1 + beta) / ((1 - beta) * lr)
+    if isinstance(optimizer, torch.optim.Adam):
+        beta = group["betas"][0]
+    elif isinstance(optimizer, torch.optim.SGD):
+        beta = group["momentum"]
+    else:
+        return None
+    return None if not lr else 2 * (1 + beta) / ((1 - beta) * lr)
 
 
 # ---- pictures

@@ -30,6 +30,7 @@ from data.loader import Dataset, TrainBatches, check_validation, validation_batc
 from data.shards import DataError
 from model import GPT
 from optim import RIVALS, CommError, CoverageError, Dualized, EscapeVelocity, NonFiniteError, Polar, Rival, metrize
+from optim.rivals import UNNORMED
 from optim.step_size import SCHEDULES
 from runtime import Clock, RankError, RunError, RunFolder, Runtime, Stopwatch, git_state
 from telemetry import Geometry, Sharpness, plot_geometry
@@ -180,7 +181,7 @@ def train(config: Config, runtime: Runtime) -> None:
     # ---- the run folder
     runtime.together(folder.create)
     say = folder.say
-    normed = o.name not in ("adamw", "sgd")
+    normed = o.name not in UNNORMED
     texts = {
         "config.toml": configuration.to_toml(config),
         "receipt.txt": optimizer.receipt() if isinstance(optimizer, Rival) and not normed else norm.receipt(),
@@ -308,7 +309,7 @@ def train(config: Config, runtime: Runtime) -> None:
                     if looks:
                         with telemetry_watch:
                             record["geometry"] = geometry.after(x_BT[:2])
-                    if sharpness and curved and runtime.main:
+                    if sharpness and curved:
                         runtime.beat(done, "sharpness")
                         record["sharpness"] = sharpness.measure()
                     folder.log_metrics(record)

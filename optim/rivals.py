@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from math import inf
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .comm import CommError, Piece, Ranks, piece_of, ranks_of, sharded
-from .dualized import Normalized
+from .dualized import Normalized, _finite
 from .metrize import canonical
 from .modular import ModularNorm, NonFiniteError
 
@@ -36,16 +35,15 @@ def coordinates(model: nn.Module, norm: ModularNorm, scaling: Scaling) -> dict[s
             return norm.radii[name] / float(norm.norms[name].norm(one))
         return 1.0
 
-    return {canonical(n): scale(canonical(n), p) for n, p in model.named_parameters() if p.requires_grad}
+    return {canonical(n): scale(canonical(n), p) for n, p in _named(model)}
 
 
 def adamw(
     model: nn.Module, norm: ModularNorm, *, lr: float, beta: float, beta2: float, weight_decay: float, **_: Any
 ) -> torch.optim.Optimizer:
     """torch's, decay on matrices and embeddings alone, as nanoGPT groups them."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [(n, p) for n, p in named if (p.ndim >= 2) is decays], "weight_decay": weight_decay if decays else 0.0}
+        {"params": [(n, p) for n, p in _named(model) if (p.ndim >= 2) is decays], "weight_decay": weight_decay if decays else 0.0}
         for decays in (True, False)
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(beta, beta2))
@@ -56,7 +54,7 @@ def sgd(
 ) -> torch.optim.Optimizer:
     """torch's, momentum as an average (dampening = beta); one group a weight, as `scaling` gives each its own multiple of lr."""
     scales = coordinates(model, norm, scaling)
-    groups = [{"params": [(n, p)], "lr_scale": scales[canonical(n)] ** 2} for n, p in model.named_parameters() if p.requires_grad]
+    groups = [{"params": [(n, p)], "lr_scale": scales[canonical(n)] ** 2} for n, p in _named(model)]
     return torch.optim.SGD(groups, lr=lr, momentum=beta, dampening=beta, weight_decay=weight_decay)
 
 
@@ -80,6 +78,7 @@ RIVALS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": adamw,
     "sgd": sgd,
 }
+UNNORMED = ("adamw", "sgd")  # whose steps have nothing to do with norms
 
 
 class Rival:
@@ -139,8 +138,8 @@ class Rival:
         found = {n: p.grad for n, p in self._weights() if p.grad is not None}
         if loss is not None:
             found = {"the loss": self._ranks.average(loss.detach().clone()), **found}
-        sizes = torch.stack(torch._foreach_norm(list(found.values()), inf)).tolist()  # pyright: ignore[reportPrivateImportUsage]
-        self._bad = next((n for n, x in zip(found, sizes, strict=True) if not x < inf), None)
+        fine = torch.stack(_finite(list(found.values()))).tolist()
+        self._bad = next((n for n, x in zip(found, fine, strict=True) if not x), None)
         if self._bad is not None:
             return
         if self.max_grad_norm is not None:

@@ -25,14 +25,17 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 import config as configuration
 from config import Config
 from data.loader import Dataset
-from model import GPT
 from optim import metrize
+from optim.rivals import UNNORMED
 from runtime import RunConfig
+
+from .scaling import Shapes
 
 ROOT = Path(__file__).parent.parent
 PRELOADED = ["torch", "tqdm", "config", "checkpoint", "telemetry", "runtime", "model", "data.loader", "optim", "matplotlib.pyplot"]
@@ -79,18 +82,27 @@ class Job:
 
 def job(config: Config, name: str, folder: Path, **changes: Any) -> Job:
     """A job of `config` with some values changed, keys as "model.n_embd". Checked as train_gpt.py would."""
-    flat = {**configuration.flat(config), "run.name": name, "run.dir": str(folder), **changes}
     raw: dict[str, Any] = {}
-    for key, value in flat.items():
+    for key, value in {**configuration.flat(config), "run.name": name, "run.dir": str(folder), **changes}.items():
         if value is not None:
-            *sections, last = key.split(".")
-            table = raw
-            for section in sections:
-                table = table.setdefault(section, {})
-            table[last] = value
+            configuration.put(raw, key, value)
     made = configuration.from_dict(Config, raw)
     made.check()
     return Job(name, made)
+
+
+def sweep(jobs: Sequence[Job], folder: Path, *, workers: int, dry_run: bool) -> bool:
+    """Tell the cost of what is not done, and run it: the first seed of all first, small before large. Whether it was run: a dry run ends with the cost."""
+    dataset, rate = Dataset(jobs[0].config.data), speed(jobs[0].config.run)
+    costed = sorted(((*cost(j.config, dataset, rate), j) for j in jobs), key=lambda c: (c[2].config.run.seed, c[1]))
+    left = [c for c in costed if not done(c[2], folder)]
+    print(
+        f"{folder}: {len(jobs)} runs, {len(jobs) - len(left)} of them done; {sum(c[0] for c in left):.2g} FLOPs to go, about {duration([c[1] for c in left], workers)} on this machine"
+        f" (a product of matrices: {rate / 1e9:.0f} GFLOP/s), {workers} at a time"
+    )
+    if not dry_run:
+        execute([c[2] for c in costed], folder, workers=workers, costs=[c[1] for c in costed])
+    return not dry_run
 
 
 def execute(jobs: Sequence[Job], folder: Path, *, workers: int, costs: Sequence[float], say: Callable[[str], None] = print) -> None:
@@ -238,8 +250,6 @@ STARTUP = 1.0  # seconds a run
 
 def speed(config: RunConfig) -> float:
     """FLOP/s of a float32 product of 512 × 512 matrices on a run's device and threads, the best of five."""
-    import torch
-
     device = "cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu"
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -259,15 +269,13 @@ PRODUCTS = 60  # Hessian-vector products of one record of curvature, each about 
 
 def cost(config: Config, dataset: Dataset, flops_per_second: float) -> tuple[float, float]:
     """(FLOPs, seconds) of one run: forward, backward, optimizer, evaluations, curvature; Dualized's and Normalized's norms counted, other optimizers not."""
-    import torch
-
     c = config.train
     with torch.device("meta"):
         shape = replace(config.model, vocab_size=config.model.vocab_size or dataset.tokenizer.vocab_size)
         norms = config.optim.norms.build(config.optim.polar, shape.n_head)
-        model = _Shapes(shape, norms)
+        model = Shapes(shape, norms)
     dualize = sum(n.flops(model.get_parameter(k).shape) for k, n in metrize(model, model.structure()).norms.items())
-    dualize *= config.optim.name not in ("adamw", "sgd")
+    dualize *= config.optim.name not in UNNORMED
     step = model.flops_per_token() * c.batch_size * shape.block_size + dualize
     evaluations = 1 + (c.steps // c.eval_every if c.eval_every else 0)
     flops = c.steps * step + evaluations * model.flops_per_token() / 3 * (c.eval_tokens or dataset.manifest.splits["val"].tokens)
@@ -280,10 +288,3 @@ def duration(seconds: Sequence[float], workers: int) -> str:
     """How long runs of so many seconds take, `workers` at a time, as one says it."""
     total = max(sum(seconds) / workers, max(seconds, default=0))
     return f"{total:.0f} s" if total < 90 else f"{total / 60:.0f} min" if total < 5400 else f"{total / 3600:.1f} h"
-
-
-class _Shapes(GPT):
-    """A GPT for the meta device: there is nothing to initialize."""
-
-    def _init_weights(self, generator: Any) -> None:
-        pass

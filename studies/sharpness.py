@@ -24,7 +24,6 @@ import numpy as np
 
 import config as configuration
 from config import ConfigError
-from data.loader import Dataset
 from data.shards import DataError
 from runtime import RunError
 
@@ -213,21 +212,13 @@ def main(argv: list[str]) -> int:
         return f"{method}.{name_of(size, methods[method], seed)}"
 
     jobs = []
-    dataset, rate = Dataset(base.data), runs.speed(base.run)
     for seed in range(options.seeds):
         for method, lr in methods.items():
             for size in dict.fromkeys(z for line in found for z in line.sizes):
                 changes = {**runs.METHODS[method], **sized(base, size), "optim.lr": lr, "run.seed": seed}
-                job = runs.job(base, name(method, size, seed), folder, **changes)
-                jobs.append((seed, *runs.cost(job.config, dataset, rate), job))
-    jobs.sort(key=lambda j: j[0:3:2])
-    left = [j for j in jobs if not runs.done(j[3], folder)]
-    print(
-        f"{folder}: {len(jobs)} runs, {len(jobs) - len(left)} of them done; about {runs.duration([j[2] for j in left], options.workers)} on this machine"
-    )
-    if options.dry_run:
+                jobs.append(runs.job(base, name(method, size, seed), folder, **changes))
+    if not runs.sweep(jobs, folder, workers=options.workers, dry_run=options.dry_run):
         return 0
-    runs.execute([j[3] for j in jobs], folder, workers=options.workers, costs=[j[2] for j in jobs])
     pictures: list[Path] = []
     results, texts = [], [f"{base.data.dataset}: python -m studies.sharpness {' '.join(argv)}"]
     for line in found:

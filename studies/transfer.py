@@ -156,14 +156,13 @@ def _percent(i: Any) -> str:
 
 def plot(found: list[tuple[Line, np.ndarray, Verdict]], lrs: list[float], title: str, path: Path) -> None:
     """Loss against learning rate, one curve for each size, one panel for each line: dots are seeds, a cross is the parabola's minimum."""
-    import matplotlib
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, len(found), figsize=(5.5 * len(found), 4.2), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(5.5 * len(found), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(found), squeeze=False)
     for axes, (line, losses, verdict) in zip(panels[0], found, strict=True):
-        colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(line.sizes)))
+        colours = colormaps["viridis"](np.linspace(0, 0.9, len(line.sizes)))
         finite = losses[np.isfinite(losses)]
         for s, (value, colour) in enumerate(zip(line.values(), colours, strict=True)):
             y, mean = np.where(np.isfinite(losses[s]), losses[s], np.nan), np.nanmean(losses[s], 1)
@@ -179,7 +178,6 @@ def plot(found: list[tuple[Line, np.ndarray, Verdict]], lrs: list[float], title:
         axes.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 # ---- the coordinate check
@@ -257,7 +255,7 @@ def main(argv: list[str]) -> int:
     for axis in AXES.values():
         parser.add_argument(f"--{axis.option}", type=int, nargs="+", default=[], metavar="N")
     parser.add_argument(
-        "--lrs", type=float, nargs="+", default=[], metavar="LR", help="3 or more, an octave apart, with the best one inside"
+        "--lrs", type=float, nargs="+", default=[], metavar="LR", help="3 or more, half an octave apart, with the best one inside"
     )
     parser.add_argument("--seeds", type=int, default=2, help="of every cell: 0 … seeds − 1")
     parser.add_argument(
@@ -297,24 +295,14 @@ def main(argv: list[str]) -> int:
         )
     jobs = []
     sizes = dict.fromkeys(size for line in found for size in line.sizes)
-    dataset = Dataset(base.data)
-    rate = runs.speed(base.run)
     first = {line.sizes[0] for line in found}
     seeds = {size: max(options.seeds, options.first_seeds or 0) if size in first else options.seeds for size in sizes}
     for size in sizes:
         for seed in range(seeds[size]):
             for lr in lrs:
-                job = runs.job(base, name_of(size, lr, seed), folder, **sized(base, size), **{"optim.lr": lr, "run.seed": seed})
-                jobs.append((seed, *runs.cost(job.config, dataset, rate), job))
-    jobs.sort(key=lambda j: j[0:3:2])  # the first seed of all first, small before large
-    left = [j for j in jobs if not runs.done(j[3], folder)]
-    print(
-        f"{folder}: {len(jobs)} runs, {len(jobs) - len(left)} of them done; {sum(j[1] for j in left):.2g} FLOPs to go, about {runs.duration([j[2] for j in left], options.workers)} on this machine"
-        f" (a product of matrices: {rate / 1e9:.0f} GFLOP/s), {options.workers} at a time"
-    )
-    if options.dry_run:
+                jobs.append(runs.job(base, name_of(size, lr, seed), folder, **sized(base, size), **{"optim.lr": lr, "run.seed": seed}))
+    if not runs.sweep(jobs, folder, workers=options.workers, dry_run=options.dry_run):
         return 0
-    runs.execute([j[3] for j in jobs], folder, workers=options.workers, costs=[j[2] for j in jobs])
     report = []
     title = f"{method}, {base.data.dataset}"
     texts = [f"{title}: python -m studies.transfer {' '.join(argv)}"]

@@ -1,5 +1,7 @@
 """A skip needs one of these reasons; any other fails the run."""
 
+from collections.abc import Iterator
+
 import pytest
 
 REASONS = ("needs the texts of NANODUAL_DATA", "needs a GPU", "needs a browser")
@@ -20,3 +22,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if _unexplained:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tests of many small operations."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -42,12 +42,7 @@ PROJECTED = 1e-6  # what the projected ascent leaves
 LOCAL = 1e-3  # a climb's tolerance, and as near to the true maximum as counts as attained
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # many small operations
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def generator(seed: int = 0) -> torch.Generator:
