@@ -12,18 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optim import NORMS, Blocks, Module, Norm, Polar, Spectral, atom, bond, concat, residual
+from optim import NORMS, Blocks, MaxEntry, Module, Norm, Polar, Spectral, VectorRMS, atom, bond, concat, residual
 
 
 @dataclass
 class GPTConfig:
     """n_layer, n_head, n_embd, block_size as in nanoGPT. vocab_size: None takes the tokenizer's; larger is padding.
 
-    residual: "convex" is (1 − 1/2L) x + (1/2L) f(x) per half-layer, "plain" is x + f(x). logit_softcap: c · tanh(logits / c), None is off.
+    residual: "convex" is (1 − 1/2L) x + (1/2L) f(x) per half-layer, "plain" is x + f(x). branch_gains: f has the constants 1/3 and √(2/3) that keep it well-normed.
+    logit_softcap: c, None is off; softcap: "tanh" is c · tanh(x/c), "rsqrt" x / √(1 + (x/c)²).
     logit_scale: logits of a head of norm 1 at unit-RMS input are at most this. attention_scale: c in softmax(c · cos(q, k)).
+    bias: of every linear map. norm_gains: of every RMSNorm. embedding_norm: an RMSNorm after the embedding. rotary: "half" turns half of each head's pairs, at base 1024.
     init: "norm", every weight at norm 1 of its role; "gpt2", N(0, 0.02²), output projections by 1/√2L smaller (Radford et al. 2019, as nanoGPT);
-    "fan_in", N(0, 1/I) and embeddings N(0, 1), the function that standard and NTK parametrizations start from. The last two are for comparisons.
+    "fan_in", N(0, 1/I) and embeddings N(0, 1), the function that standard and NTK parametrizations start from; "track", N(0, 0.33/I), embeddings N(0, 1), output
+    projections 0, as the NanoGPT speedrun's optimization track. The last three are for comparisons. Biases start at 0, gains at 1.
     zero_init: with init = "norm", output projections start at 0.
+
+    configs/track3_124m.toml sets them to that track's architecture.
     """
 
     n_layer: int = 12
@@ -33,10 +38,16 @@ class GPTConfig:
     vocab_size: int | None = None
     dropout: float = 0.0
     residual: Literal["convex", "plain"] = "convex"
+    branch_gains: bool = True
     logit_softcap: float | None = None
+    softcap: Literal["tanh", "rsqrt"] = "tanh"
     logit_scale: float = 10.0
     attention_scale: float = 10.0
-    init: Literal["norm", "gpt2", "fan_in"] = "norm"
+    bias: bool = False
+    norm_gains: bool = False
+    embedding_norm: bool = False
+    rotary: Literal["full", "half"] = "full"
+    init: Literal["norm", "gpt2", "fan_in", "track"] = "norm"
     zero_init: bool = True
 
     def check(self) -> None:
@@ -46,6 +57,8 @@ class GPTConfig:
             ("n_layer", self.n_layer >= 1, "1 or more"),
             ("n_head", self.n_head >= 1 and D % H == 0, f"a divisor of n_embd = {D}"),
             ("n_embd", D >= 1 and D % (2 * H) == 0, f"a multiple of 2 · n_head = {2 * H} (rotary positions turn pairs)"),
+            ("rotary", self.rotary == "full" or D // H % 4 == 0, '"full", or heads of a width that 4 divides'),
+            ("branch_gains", self.branch_gains or self.residual == "plain", 'true, or false with residual = "plain"'),
             ("block_size", self.block_size >= 1, "1 or more"),
             ("vocab_size", self.vocab_size is None or self.vocab_size >= 2, "2 or more, or left out"),
             ("dropout", 0 <= self.dropout < 1, "0 <= dropout < 1"),
@@ -90,12 +103,17 @@ class RoleNorms:
 
 @dataclass
 class RoleMasses:
-    """Each role's share of feature learning, all layers together; only ratios matter. A layer's six matrices have equal mass, as in Modula."""
+    """Each role's share of feature learning, all layers together; only ratios matter. A layer's six matrices have equal mass, as in Modula.
+
+    gain, bias: where the model has them.
+    """
 
     embedding: float = 1.0
     attention: float = 4.0
     mlp: float = 2.0
     head: float = 1.0
+    gain: float = 0.5
+    bias: float = 0.5
 
     def check(self) -> None:
         """Raise ValueError for what cannot be built."""
@@ -112,9 +130,16 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],))
 
 
-def rotary(position: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """(T,) → cos, sin (T, width/2): rotary positions, base 10,000 (Su et al., arXiv 2104.09864)."""
-    frequency = 10_000 ** (-torch.arange(0, width, 2, device=position.device, dtype=torch.float32) / width)
+def rotary(position: Tensor, width: int, *, half: bool = False) -> tuple[Tensor, Tensor]:
+    """(T,) → cos, sin (T, width/2): rotary positions, base 10,000 (Su et al., arXiv 2104.09864).
+
+    half: the optimization track's (modded-nanogpt, records/track_3_optimization): frequencies 1 … 1/1024 for half of the pairs, 0 for the others, turning the other way.
+    """
+    if half:
+        turned = -(1024 ** -torch.linspace(0, 1, width // 4, device=position.device, dtype=torch.float32))
+        frequency = torch.cat((turned, torch.zeros_like(turned)))
+    else:
+        frequency = 10_000 ** (-torch.arange(0, width, 2, device=position.device, dtype=torch.float32) / width)
     angle_TK = position.float()[:, None] * frequency
     return angle_TK.cos(), angle_TK.sin()
 
@@ -131,13 +156,35 @@ MLP_GAIN = math.sqrt(2 / 3)  # rms(relu(x)²) = √(3/2) for x ~ N(0, 1)
 RELU2_SENSITIVITY = math.sqrt(2)  # rms of relu²'(x) = 2 relu(x) for x ~ N(0, 1): typical, relu² is not Lipschitz
 
 
+class RMSNorm(nn.RMSNorm):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config.n_embd, elementwise_affine=config.norm_gains)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), None if self.weight is None else self.weight.to(x.dtype))
+
+    @staticmethod
+    def structure(name: str, mass: float | None) -> Module:
+        """mass: of its gains, None without."""
+        norm = bond("rms_norm", typical=True)
+        return norm if mass is None else atom(f"{name}.weight", MaxEntry(), role="gain", mass=mass) @ norm
+
+
+def linear(name: str, norm: Norm, role: str, mass: float, bias: tuple[Norm, float] | None) -> Module:
+    """A weight's atom; with a bias, (its norm, its mass), the sum of both."""
+    weight = atom(f"{name}.weight", norm, role=role, mass=mass)
+    if bias is None:
+        return weight
+    return bond("add", sharpness=0) @ concat(weight, atom(f"{name}.bias", bias[0], role="bias", mass=bias[1], sensitivity=0))
+
+
 class Attention(nn.Module):
     """Causal attention with QK-norm: queries and keys have unit RMS per head, so scores are c · cos(q, k)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         D = config.n_embd
-        self.q, self.k, self.v, self.out = (nn.Linear(D, D, bias=False) for _ in range(4))
+        self.q, self.k, self.v, self.out = (nn.Linear(D, D, bias=config.bias) for _ in range(4))
         self.n_head, self.dropout = config.n_head, config.dropout
         self.scale = config.attention_scale * config.n_head / D  # c/K, since ⟨q, k⟩ = K cos(q, k)
 
@@ -157,12 +204,11 @@ class Attention(nn.Module):
         return self.out(y_BHTK.transpose(1, 2).reshape(B, T, D))
 
     @staticmethod
-    def structure(prefix: str, norm: Norm, qkv: Norm) -> Module:
-        q, k, v = (atom(f"{prefix}.{n}.weight", qkv, role="attention") for n in "qkv")
-        out = atom(f"{prefix}.out.weight", norm, role="attention")
+    def structure(prefix: str, norms: dict[str, Norm], mass: float, gain: float, bias: tuple[Norm, float] | None) -> Module:
+        q, k, v = (linear(f"{prefix}.{n}", norms["qkv"], "attention", mass, bias) for n in "qkv")
+        out = linear(f"{prefix}.out", norms["attention"], "attention", mass, bias)
         # Sensitivity 1 in each of q, k, v [MN] at scale 1/K; with QK-norm and scale c/K it is the typical value.
-        heads = ATTENTION_GAIN * bond("attention", typical=True)
-        return out @ heads @ concat(q, k, v) @ bond("rms_norm", typical=True)
+        return out @ (gain * bond("attention", typical=True)) @ concat(q, k, v)
 
 
 class MLP(nn.Module):
@@ -170,33 +216,33 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down(self.up(x_BTD).relu().square())
 
     @staticmethod
-    def structure(prefix: str, norm: Norm) -> Module:
-        up, down = (atom(f"{prefix}.{n}.weight", norm, role="mlp") for n in ("up", "down"))
-        relu2 = MLP_GAIN * bond("relu²", sensitivity=RELU2_SENSITIVITY, typical=True)
-        return down @ relu2 @ up @ bond("rms_norm", typical=True)
+    def structure(prefix: str, norms: dict[str, Norm], mass: float, gain: float, bias: tuple[Norm, float] | None) -> Module:
+        up, down = (linear(f"{prefix}.{n}", norms["mlp"], "mlp", mass, bias) for n in ("up", "down"))
+        return down @ (gain * bond("relu²", sensitivity=RELU2_SENSITIVITY, typical=True)) @ up
 
 
 class Block(nn.Module):
-    """An attention half and an MLP half, each behind an RMSNorm without gains."""
+    """An attention half and an MLP half, each behind an RMSNorm."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.attention, self.mlp = Attention(config), MLP(config)
+        self.attention_norm, self.attention = RMSNorm(config), Attention(config)
+        self.mlp_norm, self.mlp = RMSNorm(config), MLP(config)
         self.dropout = config.dropout
         step = 1 / (2 * config.n_layer) if config.residual == "convex" else 1.0
         self.keep = 1 - step if config.residual == "convex" else 1.0
-        self.attention_step, self.mlp_step = step * ATTENTION_GAIN, step * MLP_GAIN
+        self.attention_step, self.mlp_step = (step * (gain if config.branch_gains else 1.0) for gain in (ATTENTION_GAIN, MLP_GAIN))
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], past: "Past | None" = None) -> Tensor:
-        x_BTD = self._add(x_BTD, self.attention(rms_norm(x_BTD), rope, past), self.attention_step)
-        return self._add(x_BTD, self.mlp(rms_norm(x_BTD)), self.mlp_step)
+        x_BTD = self._add(x_BTD, self.attention(self.attention_norm(x_BTD), rope, past), self.attention_step)
+        return self._add(x_BTD, self.mlp(self.mlp_norm(x_BTD)), self.mlp_step)
 
     def _add(self, x_BTD: Tensor, f_BTD: Tensor, step: float) -> Tensor:
         if self.dropout:
@@ -219,6 +265,9 @@ class Past:
         return k, v
 
 
+OUTPUTS = ("out.weight", "down.weight", "head.weight")
+
+
 class GPT(nn.Module):
     """A causal language model whose every weight starts at norm 1 of its role's norm, or at 0."""
 
@@ -231,18 +280,21 @@ class GPT(nn.Module):
         self.config = config
         self.norms = norms or RoleNorms().build(Polar(), config.n_head)
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embedding_norm = RMSNorm(config) if config.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head_norm = RMSNorm(config)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=config.bias)
         self._init_weights(generator)
 
     @torch.no_grad()
     def _init_weights(self, generator: torch.Generator | None) -> None:
-        outputs = ("out.weight", "down.weight", "head.weight")
         for leaf, _ in self.structure().radii():
             p = self.get_parameter(leaf.name)
-            if self.config.init != "norm":
+            if leaf.role in ("gain", "bias"):
+                p.fill_(leaf.role == "gain")
+            elif self.config.init != "norm":
                 p.normal_(generator=generator).mul_(self._deviation(leaf.name, p))
-            elif self.config.zero_init and leaf.name.endswith(outputs):
+            elif self.config.zero_init and leaf.name.endswith(OUTPUTS):
                 p.zero_()
             else:
                 p.copy_(leaf.norm.init(p.shape, generator))
@@ -250,36 +302,47 @@ class GPT(nn.Module):
     def _deviation(self, name: str, p: Tensor) -> float:
         """Of the initial entries, where init is not "norm"."""
         if self.config.init == "gpt2":
-            return 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith(("out.weight", "down.weight")) else 0.02
+            return 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith(OUTPUTS[:2]) else 0.02
+        if self.config.init == "track":
+            return 1.0 if name == "embedding.weight" else 0.0 if name.endswith(OUTPUTS) else (0.33 / p.shape[1]) ** 0.5
         return 1.0 if name == "embedding.weight" else p.shape[1] ** -0.5
 
     def structure(self, masses: RoleMasses | None = None) -> Module:
         """The tree of atoms and bonds (theory.md §2): head ∘ norm ∘ blocks ∘ embedding."""
         c, m, norms = self.config, masses or RoleMasses(), self.norms
-        attention = Attention.structure("blocks.{}.attention", norms["attention"], norms["qkv"]).tare(m.attention)
-        mlp = MLP.structure("blocks.{}.mlp", norms["mlp"]).tare(m.mlp)
+        gains, biases = 2 * c.n_layer + 1 + c.embedding_norm, 6 * c.n_layer + 1
+        gain = m.gain / gains if c.norm_gains else None
+        bias = (VectorRMS(), m.bias / biases) if c.bias else None
+        halves = []
+        for half, name, mass, branch in ((Attention, "attention", m.attention / 4, ATTENTION_GAIN), (MLP, "mlp", m.mlp / 2, MLP_GAIN)):
+            inside = half.structure(f"blocks.{{}}.{name}", norms, mass / c.n_layer, branch if c.branch_gains else 1.0, bias)
+            halves.append(inside @ RMSNorm.structure(f"blocks.{{}}.{name}_norm", gain))
         if c.residual == "convex":
-            block = residual(mlp, 2 * c.n_layer) @ residual(attention, 2 * c.n_layer)
+            attention, mlp = (residual(half, 2 * c.n_layer) for half in halves)
         else:
             # x + f(norm(x)): the stream grows with depth while the next norm divides by it; the typical gain of both is 1.
-            block = _plain(mlp) @ _plain(attention)
-        blocks = (block**c.n_layer).scaled(1 / c.n_layer)
-        embedding = atom("embedding.weight", norms["embedding"], mass=m.embedding, role="embedding")
-        head = c.logit_scale * atom("head.weight", norms["head"], mass=m.head, role="head")
-        return head @ bond("rms_norm", typical=True) @ blocks @ embedding
+            attention, mlp = map(_plain, halves)
+        embedding: Module = atom("embedding.weight", norms["embedding"], mass=m.embedding, role="embedding")
+        if c.embedding_norm:
+            embedding = RMSNorm.structure("embedding_norm", gain) @ embedding
+        # The norm of logits is their largest: so is that of the head's bias.
+        head = c.logit_scale * linear("head", norms["head"], "head", m.head, (MaxEntry(), bias[1]) if bias else None)
+        return head @ RMSNorm.structure("head_norm", gain) @ (mlp @ attention) ** c.n_layer @ embedding
 
     def forward(
         self, idx_BT: Tensor, target_BT: Tensor | None = None, *, reduction: str = "mean", past: list[Past] | None = None, start: int = 0
     ) -> tuple[Tensor, Tensor | None]:
         """(logits (B, T, V), loss in nats per token or None). Targets of −1 do not count. start: position of the first token, with past."""
-        rope = rotary(torch.arange(start, start + idx_BT.shape[1], device=idx_BT.device), self.config.n_embd // self.config.n_head)
-        x_BTD = self.embedding(idx_BT)
+        c = self.config
+        rope = rotary(torch.arange(start, start + idx_BT.shape[1], device=idx_BT.device), c.n_embd // c.n_head, half=c.rotary == "half")
+        x_BTD = self.embedding_norm(self.embedding(idx_BT))
         for i, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, rope, past[i] if past else None)
-        logits_BTV = self.head(rms_norm(x_BTD))
-        logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32)) * self.config.logit_scale
-        if self.config.logit_softcap is not None:
-            logits_BTV = self.config.logit_softcap * torch.tanh(logits_BTV / self.config.logit_softcap)
+        logits_BTV = self.head(self.head_norm(x_BTD))
+        logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32)) * c.logit_scale
+        if c.logit_softcap is not None:
+            u_BTV = logits_BTV / c.logit_softcap
+            logits_BTV = c.logit_softcap * torch.tanh(u_BTV) if c.softcap == "tanh" else logits_BTV * (1 + u_BTV.square()).rsqrt()
         if target_BT is None:
             return logits_BTV, None
         return logits_BTV, F.cross_entropy(logits_BTV.flatten(0, 1), target_BT.flatten(), ignore_index=-1, reduction=reduction)
@@ -290,7 +353,10 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Of one training step: 6 per weight of a matrix product and 12 L D T for attention, causality not discounted (Chowdhery et al., arXiv 2204.02311, App. B)."""
         c = self.config
-        return 6 * (self.num_params() - self.embedding.weight.numel()) + 12 * c.n_layer * c.n_embd * c.block_size
+        return (
+            6 * sum(p.numel() for n, p in self.named_parameters() if p.ndim == 2 and n != "embedding.weight")
+            + 12 * c.n_layer * c.n_embd * c.block_size
+        )
 
     @torch.no_grad()
     def generate(

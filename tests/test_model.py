@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from config import load
 from model import ATTENTION_GAIN, GPT, MLP_GAIN, RELU2_SENSITIVITY, Block, GPTConfig, RoleMasses, RoleNorms, rotary
 from optim import Dualized, Polar, metrize
+from studies.scaling import Shapes
 from tests.helpers import ROOT
 
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=11, zero_init=False)
@@ -27,11 +28,12 @@ def tokens(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("residual", ["convex", "plain"])
 @pytest.mark.parametrize("depth", [1, 2, 12])
 def test_every_parameter_has_its_role_and_masses_add_up(residual: str, depth: int):
-    model = build(n_layer=depth, residual=residual)
+    model = build(n_layer=depth, residual=residual, **dict.fromkeys(("bias", "norm_gains", "embedding_norm"), residual == "plain"))
     norm = metrize(model)
     assert set(norm.norms) == {n for n, _ in model.named_parameters()}
     totals = {role: sum(norm.masses[n] for n in norm.norms if norm.roles[n] == role) for role in set(norm.roles.values())}
-    assert totals == pytest.approx(vars(RoleMasses()))
+    assert totals == pytest.approx({role: getattr(RoleMasses(), role) for role in totals})
+    assert set(totals) == ({"embedding", "attention", "mlp", "head"} | ({"gain", "bias"} if residual == "plain" else set()))
 
 
 def test_convex_radii_hardly_depend_on_depth():
@@ -271,3 +273,99 @@ def test_gpt2_124m_builds_and_steps_within_8_gigabytes():
     assert model(idx[:, :-1], idx[:, 1:])[1] < first
     unit = 1 if sys.platform == "darwin" else 1024
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit < 8 * 10**9
+
+
+def track3(w: dict[str, torch.Tensor], idx: torch.Tensor, layers: int, heads: int) -> torch.Tensor:
+    """The optimization track's function, written down from its script's names: w has its parameters' names; one position, one head at a time."""
+    K = w["blocks.0.attn.q.weight"].shape[0] // heads
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+
+    def turned(x: torch.Tensor, t: int) -> torch.Tensor:
+        angle = torch.cat((t * (1 / 1024) ** torch.linspace(0, 1, K // 4).double(), torch.zeros(K // 4).double()))
+        z = torch.complex(x[: K // 2], x[K // 2 :]) * torch.polar(torch.ones(K // 2).double(), -angle)
+        return torch.cat((z.real, z.imag))
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x @ w[f"{name}.weight"].mT + w[f"{name}.bias"]
+
+    rows = []
+    for row in idx:
+        x = norm(w["embed.weight"][row]) * w["norm1.gains"]
+        for i in range(layers):
+            y = norm(x) * w[f"blocks.{i}.norm1.gains"]
+            q, k, v = (linear(y, f"blocks.{i}.attn.{n}") for n in "qkv")
+            mixed = torch.zeros_like(v)
+            for h in range(heads):
+                s = slice(h * K, (h + 1) * K)
+                qs, ks = ([turned(norm(z[t, s]), t) for t in range(len(y))] for z in (q, k))
+                for t in range(len(y)):
+                    scores = 0.12 * torch.stack([qs[t] @ ks[u] for u in range(t + 1)])
+                    mixed[t, s] = scores.softmax(0) @ v[: t + 1, s]
+            x = x + linear(mixed, f"blocks.{i}.attn.proj")
+            y = norm(x) * w[f"blocks.{i}.norm2.gains"]
+            x = x + linear(linear(y, f"blocks.{i}.mlp.fc").clamp(min=0) ** 2, f"blocks.{i}.mlp.proj")
+        logits = linear(norm(x) * w["norm2.gains"], "proj")
+        rows.append(15 * logits / (logits.square() + 15**2).sqrt())
+    return torch.stack(rows)
+
+
+TRACK3 = (
+    ("embedding_norm.weight", "norm1.gains"),
+    ("head_norm.weight", "norm2.gains"),
+    ("attention_norm.weight", "norm1.gains"),
+    ("mlp_norm.weight", "norm2.gains"),
+    ("embedding.", "embed."),
+    ("head.", "proj."),
+    ("attention.out", "attn.proj"),
+    ("attention.", "attn."),
+    ("mlp.up", "mlp.fc"),
+    ("mlp.down", "mlp.proj"),
+)
+
+
+def track3_name(name: str) -> str:
+    for ours, theirs in TRACK3:
+        if ours in name:
+            return name.replace(ours, theirs)
+    raise AssertionError(name)
+
+
+def test_track3_config_is_the_tracks_function_and_shapes():
+    config = load([str(ROOT / "configs" / "track3_124m.toml")]).model
+    with torch.device("meta"):
+        shapes = {track3_name(n): tuple(p.shape) for n, p in Shapes(config).named_parameters()}
+    block = {f"attn.{n}.{k}": s for n in ("q", "k", "v", "proj") for k, s in (("weight", (768, 768)), ("bias", (768,)))}
+    block |= {"mlp.fc.weight": (3072, 768), "mlp.fc.bias": (3072,), "mlp.proj.weight": (768, 3072), "mlp.proj.bias": (768,)}
+    block |= {"norm1.gains": (768,), "norm2.gains": (768,)}
+    outside = {
+        "embed.weight": (50304, 768),
+        "proj.weight": (50304, 768),
+        "proj.bias": (50304,),
+        "norm1.gains": (768,),
+        "norm2.gains": (768,),
+    }
+    assert shapes == outside | {f"blocks.{i}.{n}": s for i in range(12) for n, s in block.items()}
+
+    small = replace(config, n_layer=2, n_embd=256, n_head=2, block_size=8, vocab_size=19)  # heads of width 128 as there
+    model = GPT(small, generator=torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        for p in model.parameters():  # none at 0 or 1, where an error could hide
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * (p.shape[-1] ** -0.5 if p.ndim > 1 else 0.5))
+    idx = torch.randint(19, (2, 8), generator=torch.Generator().manual_seed(1))
+    expected = track3({track3_name(n): p.detach() for n, p in model.named_parameters()}, idx, 2, 2)
+    assert expected.abs().max() > 1, "a softcap that bends"
+    assert torch.allclose(model(idx)[0], expected, atol=1e-6)  # the rotation's angles are float32
+
+
+def test_the_tracks_initialization():
+    model = GPT(replace(SMALL, n_embd=64, init="track", bias=True, norm_gains=True), generator=torch.Generator().manual_seed(0))
+    for name, p in model.named_parameters():
+        if name.endswith(("out.weight", "down.weight", "head.weight", "bias")):
+            assert not p.any(), name
+        elif "norm" in name:
+            assert (p == 1).all(), name
+        else:
+            expected = 1.0 if name == "embedding.weight" else (0.33 / p.shape[1]) ** 0.5
+            assert p.std().item() == pytest.approx(expected, rel=0.1), name  # 700 to 16384 draws
