@@ -1,4 +1,4 @@
-# make train · test · check · bench · soak · wheel.   PYTHON=/path/to/python uses an environment that exists instead of building .venv.
+# make train · test · race · check · bench · browser · soak · wheel.   PYTHON=/path/to/python uses an environment that exists instead of building .venv.
 SHELL := /bin/sh
 ifdef PYTHON
   PY := $(PYTHON)
@@ -8,7 +8,7 @@ else
   READY := .venv/.ready
 endif
 
-.PHONY: train test check bench soak wheel clean has-packages
+.PHONY: train test race check bench browser soak wheel clean has-packages
 
 train: $(READY)
 	"$(PY)" -m data.prepare pysource
@@ -16,6 +16,11 @@ train: $(READY)
 
 test: $(READY)
 	"$(PY)" -m pytest
+
+# Dualized, Muon + AdamW and AdamW side by side on the embedded corpus, 2 runs at a time on 2 cores; ends with runs/race/report.png and report.html.
+race: $(READY)
+	"$(PY)" -m data.prepare pysource
+	"$(PY)" -m studies.speedrun configs/race/dualized.toml configs/race/muon.toml configs/race/adamw.toml --name race --seeds 2 --budget steps=120 --target-entry adamw --workers 2
 
 check: $(READY)
 	"$(PY)" -m ruff check .
@@ -25,6 +30,11 @@ check: $(READY)
 # Pairs us with peers; see benchmarks/RESULTS.md for what each needs.
 bench: $(READY)
 	"$(PY)" -m benchmarks.polar
+
+# report.html in chromium (Debian: apt-get install chromium; CHROMIUM=/path for another). Screenshots: runs/browser.
+browser: $(READY)
+	"$(PY)" -m pip install -q playwright==1.65.2
+	NEEDS_BROWSER=1 BROWSER_SHOTS=runs/browser "$(PY)" -m pytest tests/test_browser.py
 
 # The kill-and-resume tests, of one process and of one of two ranks, with 100 random moments instead of a few.
 soak: $(READY)

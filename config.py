@@ -31,19 +31,30 @@ class ConfigError(ValueError):
     """A configuration that cannot be used: the key, what was got, what is allowed."""
 
 
-DUALIZED_ONLY = ("direction", "refresh_every", "scale", "constraint", "momentum_dtype", "master_weights", "auto_initial", "auto_factor")
+DUALIZED_ONLY = (
+    "direction",
+    "refresh_every",
+    "scale",
+    "cautious",
+    "floor",
+    "constraint",
+    "momentum_dtype",
+    "master_weights",
+    "auto_initial",
+    "auto_factor",
+)
 
 
 @dataclass
 class OptimConfig:
-    """name: "dualized", or one it is compared with: "normalized_adam" and "normalized_sgd" in the modular norm, "adamw", "sgd".
-    Those have no direction, refresh_every, scale, constraint, momentum_dtype, master_weights and auto_*.
-    scaling: of sgd, lr of each weight for the standard, the NTK or the modular coordinates (optim/rivals.py).
+    """name: "dualized", or one it is compared with: "normalized_adam" and "normalized_sgd" in the modular norm, "adamw", "muon_adamw", "sgd".
+    Those have no direction, refresh_every, scale, cautious, floor, constraint, momentum_dtype, master_weights and auto_*.
+    auxiliary_lr: of muon_adamw, a multiple of AdamW's learning rates beside Muon's (optim/rivals.py). scaling: of sgd, lr of each weight for the standard, the NTK or the modular coordinates (optim/rivals.py).
 
     lr: modular norm of one step at the schedule's top (adamw, sgd: theirs), or "auto". schedule: wsd (linear warm-up, stable, linear cooldown) or cosine.
 
     warmup: steps. cooldown: wsd, the last fraction of all steps; cosine, the depth of the decay. composition: "modular", or "max", the plain maximum over
-    tensors. auto_initial, auto_factor: as in EscapeVelocity. param_dtype: of the weights in memory (float64 is for checks). The rest as in Dualized.
+    tensors. cooldown_power: 1 is linear. beta_low, beta_warmup, beta_cooldown: beta starts and ends at beta_low, over these fractions of all steps. auto_initial, auto_factor: as in EscapeVelocity. param_dtype: of the weights in memory (float64 is for checks). The rest as in Dualized.
     """
 
     name: str = "dualized"
@@ -52,15 +63,22 @@ class OptimConfig:
     schedule: str = "wsd"
     warmup: int = 0
     cooldown: float = 0.5
+    cooldown_power: float = 1.0
     auto_initial: float = EscapeVelocity.initial
     auto_factor: float = EscapeVelocity.factor
     direction: str = "nesterov"
     beta: float = 0.95
+    beta_low: float = 0.85
+    beta_warmup: float = 0.0
+    beta_cooldown: float = 0.0
     beta2: float = 0.99
     refresh_every: int = 10
     scale: Literal["unit", "dual"] = "unit"
     composition: Literal["modular", "max"] = "modular"
     weight_decay: float = 0.0
+    cautious: bool = False
+    floor: float = 0.0
+    auxiliary_lr: float = 1.0
     constraint: Constraint | None = None
     max_grad_norm: float | None = None
     param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -82,7 +100,11 @@ class OptimConfig:
                     getattr(self, k) == getattr(OptimConfig, k),
                     f"{getattr(OptimConfig, k)!r} with optim.name = {self.name!r}, which has no choice",
                 )
-                for k in (*(DUALIZED_ONLY if self.name != "dualized" else ()), *(("scaling",) if self.name != "sgd" else ()))
+                for k in (
+                    *(DUALIZED_ONLY if self.name != "dualized" else ()),
+                    *(("scaling",) if self.name != "sgd" else ()),
+                    *(("auxiliary_lr",) if self.name != "muon_adamw" else ()),
+                )
             ),
             ("lr", self.lr, isinstance(self.lr, str) <= (self.name == "dualized"), f"a number for {self.name}"),
             ("lr", self.lr, isinstance(self.lr, str) or self.lr >= 0, '0 or more, or "auto"'),
@@ -92,6 +114,11 @@ class OptimConfig:
             ("schedule", self.schedule, self.schedule in SCHEDULES, ", ".join(SCHEDULES)),
             ("warmup", self.warmup, self.warmup >= 0, "0 or more steps"),
             ("cooldown", self.cooldown, 0 <= self.cooldown <= 1, "a fraction from 0 to 1"),
+            ("cooldown_power", self.cooldown_power, self.cooldown_power > 0, "more than 0"),
+            *((k, getattr(self, k), 0 <= getattr(self, k) <= 1, "a fraction from 0 to 1") for k in ("beta_warmup", "beta_cooldown")),
+            ("beta_low", self.beta_low, 0 <= self.beta_low < 1, "0 <= beta_low < 1"),
+            ("floor", self.floor, self.floor >= 0, "0 (off) or more"),
+            ("auxiliary_lr", self.auxiliary_lr, self.auxiliary_lr > 0, "more than 0"),
             ("direction", self.direction, self.direction in DIRECTIONS, ", ".join(DIRECTIONS)),
             ("beta", self.beta, 0 <= self.beta < 1, "0 <= beta < 1"),
             ("beta2", self.beta2, 0 <= self.beta2 < 1, "0 <= beta2 < 1"),

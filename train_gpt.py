@@ -30,8 +30,8 @@ from data.loader import Dataset, TrainBatches, check_validation, validation_batc
 from data.shards import DataError
 from model import GPT
 from optim import RIVALS, CommError, CoverageError, Dualized, EscapeVelocity, NonFiniteError, Polar, Rival, metrize
-from optim.rivals import UNNORMED
-from optim.step_size import SCHEDULES
+from optim.rivals import UNNORMED, set_beta
+from optim.step_size import SCHEDULES, momentum_at
 from runtime import Clock, RankError, RunError, RunFolder, Runtime, Stopwatch, git_state
 from telemetry import Geometry, Sharpness, plot_geometry
 
@@ -47,7 +47,7 @@ class Stopped(Exception):
         self.code = 128 + number
 
 
-RIVAL_SETTINGS = ("lr", "beta", "beta2", "weight_decay", "scaling")
+RIVAL_SETTINGS = ("lr", "beta", "beta2", "weight_decay", "auxiliary_lr", "scaling")
 REFUSALS = (ConfigError, DataError, RunError, CommError, CoverageError, checkpoint.CheckpointError)
 
 
@@ -151,6 +151,8 @@ def train(config: Config, runtime: Runtime) -> None:
         "refresh_every",
         "scale",
         "weight_decay",
+        "cautious",
+        "floor",
         "constraint",
         "max_grad_norm",
         "momentum_dtype",
@@ -274,9 +276,11 @@ def train(config: Config, runtime: Runtime) -> None:
             last = done == c.steps
             measured = bool(c.telemetry_every) and (done % c.telemetry_every == 0 or done == 1)
             curved = sharpness is not None and (done % c.sharpness_every == 0 or done == 1)
-            lr = optimizer.defaults["lr"] * lr_at(step, c.steps, warmup=o.warmup, cooldown=o.cooldown)
+            lr = optimizer.defaults["lr"] * lr_at(step, c.steps, warmup=o.warmup, cooldown=o.cooldown, power=o.cooldown_power)
+            beta = momentum_at(step, c.steps, beta=o.beta, low=o.beta_low, warmup=o.beta_warmup, cooldown=o.beta_cooldown)
             for group in optimizer.param_groups:
                 group["lr"] = lr
+                set_beta(group, beta)
             losses: list[Tensor] = []
             for part in range(parts):
                 runtime.beat(done, "forward and backward")
@@ -491,7 +495,7 @@ def keep_choices(config: Config, folder: RunFolder, saved: dict[str, Any] | None
             (key == "optim.direction" and {value, old[key]} != {"momentum", "nesterov"})
             or (key == "optim.lr" and "auto" in (value, old[key]))
         )  # a checkpoint has the tensors of its own choice only
-        if buffers or key.startswith("model.") or key in ("run.seed", "train.batch_size"):
+        if buffers or key.startswith("model.") or key in ("run.seed", "train.batch_size", "data.holdout"):
             raise ConfigError(
                 f"{key} of a resumed run\n  got: {value!r}\n  allowed: {old[key]!r}, as {folder.path} has it\n"
                 f"  fix: resume with {folder.path / 'config.toml'}, or start a new run"

@@ -14,20 +14,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .shards import META, DataError, Manifest, read_manifest, read_shard, sha256_of
+from .shards import META, DataError, Manifest, Split, read_manifest, read_shard, sha256_of
 from .tokenizer import Tokenizer, tokenizer_of
 
 
 @dataclass
 class DataConfig:
-    """dataset: a folder made by python -m data.prepare. verify: compare every shard with its sha256 before training."""
+    """dataset: a folder made by python -m data.prepare. verify: compare every shard with its sha256 before training.
+
+    holdout: this last fraction of the training split is not trained on, and is what validation reads instead of the validation split: for choosing settings.
+    """
 
     dataset: str = "corpora/pysource"
     verify: bool = True
+    holdout: float = 0.0
 
 
 class Dataset:
-    """A prepared dataset: its manifest, tokenizer and shards."""
+    """A prepared dataset: its manifest, tokenizer and shards. With config.holdout the manifest's splits are what is trained on and what validates then."""
 
     def __init__(self, config: DataConfig) -> None:
         self.folder = Path(config.dataset)
@@ -49,6 +53,25 @@ class Dataset:
             raise DataError(
                 f"{self.folder / META}: got vocab_size {self.manifest.vocab_size}; allowed for tokenizer {self.manifest.tokenizer}: {self.tokenizer.vocab_size}"
             )
+        if config.holdout:
+            self._hold_out(config.holdout)
+
+    def _hold_out(self, fraction: float) -> None:
+        """The last tokens of the training split become the validation split. How many bytes they stand for is not in the manifest: unknown, of both."""
+        if not 0 < fraction < 1:
+            raise DataError(
+                f"data.holdout\n  got: {fraction!r}\n  allowed: 0, or a fraction of the training split below 1\n  fix: --data.holdout 0.05"
+            )
+        whole, shards = self.manifest.splits["train"], self.manifest.splits["train"].shards
+        left = kept = whole.tokens - round(fraction * whole.tokens)
+        train: list[np.ndarray] = []
+        held: list[np.ndarray] = []
+        for array in self.split("train"):
+            train += [array[:left]] if left else []
+            held += [array[left:]] if left < len(array) else []
+            left = max(0, left - len(array))
+        self.shards |= {"train": train, "val": held}
+        self.manifest.splits |= {"train": Split(kept, None, shards), "val": Split(whole.tokens - kept, None, shards)}
 
     def split(self, name: str) -> list[np.ndarray]:
         if name not in self.shards:

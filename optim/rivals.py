@@ -46,7 +46,31 @@ def adamw(
         {"params": [(n, p) for n, p in _named(model) if (p.ndim >= 2) is decays], "weight_decay": weight_decay if decays else 0.0}
         for decays in (True, False)
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(beta, beta2))
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(beta, beta2), fused=_fused(model))
+
+
+# lr of AdamW's groups as multiples of Muon's, its betas, ε, and its weight decay as a multiple of Muon's: the optimization track's tuned baseline
+# (modded-nanogpt, records/track_3_optimization/train_gpt_simple.py, 06/2026: 0.7, 0.004, 0.015 beside 0.025, decay 0.001 beside 0.05).
+AUXILIARY = {"embedding": 0.7 / 0.025, "head": 0.004 / 0.025, "vectors": 0.015 / 0.025}
+AUXILIARY_SETTINGS: dict[str, Any] = {"betas": (0.8, 0.95), "eps": 1e-10}
+AUXILIARY_DECAY = 0.001 / 0.05
+
+
+def muon_adamw(
+    model: nn.Module, norm: ModularNorm, *, lr: float, beta: float, weight_decay: float, auxiliary_lr: float, **_: Any
+) -> torch.optim.Optimizer:
+    """torch.optim.Muon for the hidden matrices, AdamW for embeddings, head and vectors, grouped as the optimization track's baseline.
+
+    lr, beta, weight_decay: Muon's. auxiliary_lr: a multiple of AdamW's learning rates, 1 is the track's beside lr.
+    """
+    kinds: dict[str, list[tuple[str, Tensor]]] = {}
+    for name, p in _named(model):
+        role = norm.roles[canonical(name)]
+        kinds.setdefault("vectors" if p.ndim < 2 else role if role in AUXILIARY else "hidden", []).append((name, p))
+    hidden = torch.optim.Muon(kinds.pop("hidden"), lr=lr, momentum=beta, weight_decay=weight_decay)
+    groups = [{"params": named, "lr_scale": auxiliary_lr * AUXILIARY[kind], "auxiliary": True} for kind, named in kinds.items()]
+    others = torch.optim.AdamW(groups, lr=lr, weight_decay=AUXILIARY_DECAY * weight_decay, fused=_fused(model), **AUXILIARY_SETTINGS)
+    return Several(hidden, others)
 
 
 def sgd(
@@ -68,6 +92,46 @@ def normalized_sgd(model: nn.Module, norm: ModularNorm, *, lr: float, beta: floa
     return Normalized(torch.optim.SGD(_named(model), momentum=beta, dampening=beta), norm, lr, weight_decay=weight_decay)
 
 
+def set_beta(group: dict[str, Any], beta: float) -> None:
+    """The decay of the average of gradients of a parameter group, by whatever name its optimizer has it. Auxiliary groups keep theirs."""
+    if "beta" in group:
+        group["beta"] = beta
+    elif "momentum" in group:
+        group["momentum"] = beta
+        if "dampening" in group:
+            group["dampening"] = beta  # the momentum of RIVALS is an average
+    elif not group.get("auxiliary"):
+        group["betas"] = (beta, group["betas"][1])
+
+
+class Several(torch.optim.Optimizer):
+    """Several optimizers of different parameters as one: their groups and states, one step of each."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers, self.defaults = optimizers, optimizers[0].defaults
+        self.param_groups = [group for o in optimizers for group in o.param_groups]
+
+    @property
+    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
+        return {p: s for o in self.optimizers for p, s in o.state.items()}
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        found = [o.state_dict() for o in self.optimizers]
+        return {"state": [x["state"] for x in found], "param_groups": [g for x in found for g in x["param_groups"]]}
+
+
+def _fused(model: nn.Module) -> bool:
+    return all(p.device.type in ("cpu", "cuda") for p in model.parameters())
+
+
 def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
 
@@ -76,9 +140,10 @@ RIVALS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "normalized_adam": normalized_adam,
     "normalized_sgd": normalized_sgd,
     "adamw": adamw,
+    "muon_adamw": muon_adamw,
     "sgd": sgd,
 }
-UNNORMED = ("adamw", "sgd")  # whose steps have nothing to do with norms
+UNNORMED = ("adamw", "muon_adamw", "sgd")  # whose steps have nothing to do with norms
 
 
 class Rival:
@@ -117,7 +182,8 @@ class Rival:
             rows += [(n, str(tuple(p.shape)), settings) for n, p in zip(group["param_names"], group["params"], strict=True)]
         widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
         lines = [f"{n:<{widths[0]}}  {shape:<{widths[1]}}  {settings}" for n, shape, settings in rows]
-        return "\n".join([type(self.optimizer).__name__, *lines]) + "\n"
+        title = " + ".join(type(o).__name__ for o in getattr(self.optimizer, "optimizers", [self.optimizer]))
+        return "\n".join([title, *lines]) + "\n"
 
     def last_backward(self) -> Any:
         return nullcontext()

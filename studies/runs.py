@@ -13,12 +13,13 @@ import os
 import re
 import runpy
 import shutil
+import socket
 import sys
 import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -91,28 +92,58 @@ def job(config: Config, name: str, folder: Path, **changes: Any) -> Job:
     return Job(name, made)
 
 
-def sweep(jobs: Sequence[Job], folder: Path, *, workers: int, dry_run: bool) -> bool:
+@dataclass(frozen=True)
+class Place:
+    """Where one run runs: its ranks (processes of one group, as torchrun starts them) and the GPUs that it sees, None is all there are."""
+
+    ranks: int = 1
+    gpus: str | None = None
+
+    def environments(self) -> list[dict[str, str]]:
+        """What each rank has in its environment."""
+        seen = {} if self.gpus is None else {"CUDA_VISIBLE_DEVICES": self.gpus}
+        if self.ranks == 1:
+            return [seen]
+        with closing(socket.create_server(("127.0.0.1", 0))) as server:
+            port = str(server.getsockname()[1])
+        seen |= {"WORLD_SIZE": str(self.ranks), "LOCAL_WORLD_SIZE": str(self.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return [seen | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(self.ranks)]
+
+
+def places(workers: int, ranks: int = 1, gpus: Sequence[str] = ()) -> list[Place]:
+    """One for each run at a time: `workers` of them, or with GPUs as many as have `ranks` GPUs, one a rank. Raises StudyError if there are fewer."""
+    if not gpus:
+        return [Place(ranks)] * workers
+    if len(gpus) < ranks:
+        raise StudyError(f"--gpus, --nproc\n  got: {len(gpus)} GPUs, {ranks} ranks a run\n  allowed: a GPU a rank\n  fix: fewer ranks")
+    return [Place(ranks, ",".join(gpus[i : i + ranks])) for i in range(0, len(gpus) - ranks + 1, ranks)]
+
+
+def sweep(jobs: Sequence[Job], folder: Path, *, workers: int | Sequence[Place], dry_run: bool) -> bool:
     """Tell the cost of what is not done, and run it: the first seed of all first, small before large. Whether it was run: a dry run ends with the cost."""
     dataset, rate = Dataset(jobs[0].config.data), speed(jobs[0].config.run)
     costed = sorted(((*cost(j.config, dataset, rate), j) for j in jobs), key=lambda c: (c[2].config.run.seed, c[1]))
     left = [c for c in costed if not done(c[2], folder)]
+    count = workers if isinstance(workers, int) else len(workers)
     print(
-        f"{folder}: {len(jobs)} runs, {len(jobs) - len(left)} of them done; {sum(c[0] for c in left):.2g} FLOPs to go, about {duration([c[1] for c in left], workers)} on this machine"
-        f" (a product of matrices: {rate / 1e9:.0f} GFLOP/s), {workers} at a time"
+        f"{folder}: {len(jobs)} runs, {len(jobs) - len(left)} of them done; {sum(c[0] for c in left):.2g} FLOPs to go, about {duration([c[1] for c in left], count)} on this machine"
+        f" (a product of matrices: {rate / 1e9:.0f} GFLOP/s), {count} at a time"
     )
     if not dry_run:
         execute([c[2] for c in costed], folder, workers=workers, costs=[c[1] for c in costed])
     return not dry_run
 
 
-def execute(jobs: Sequence[Job], folder: Path, *, workers: int, costs: Sequence[float], say: Callable[[str], None] = print) -> None:
-    """Run those that are not done, `workers` at a time, in this order. costs: of each, in any unit; they steer the progress bar alone.
+def execute(
+    jobs: Sequence[Job], folder: Path, *, workers: int | Sequence[Place], costs: Sequence[float], say: Callable[[str], None] = print
+) -> None:
+    """Run those that are not done, `workers` at a time or one in each place, in this order. costs: of each, in any unit; they steer the progress bar alone.
 
     Raises StudyError if one fails for another reason than numbers that were not finite, and if another call is at work in the folder.
     """
     (folder / "configs").mkdir(parents=True, exist_ok=True)
     with _alone(folder):
-        _execute(jobs, folder, workers, costs, say)
+        _execute(jobs, folder, places(workers) if isinstance(workers, int) else workers, costs, say)
 
 
 @contextmanager
@@ -133,34 +164,42 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _execute(jobs: Sequence[Job], folder: Path, workers: int, costs: Sequence[float], say: Callable[[str], None]) -> None:
+def _execute(jobs: Sequence[Job], folder: Path, free: Sequence[Place], costs: Sequence[float], say: Callable[[str], None]) -> None:
     todo = [(j, c) for j, c in zip(jobs, costs, strict=True) if not done(j, folder)]
     if len(todo) < len(jobs):
         say(f"{len(jobs) - len(todo)} of {len(jobs)} runs are there already")
-    running: dict[int, tuple[Job, float, BaseProcess]] = {}
+    running: list[tuple[Job, float, Place, list[BaseProcess]]] = []
     failures: list[str] = []
+    free = list(free)
     with tqdm(total=sum(c for _, c in todo) or 1, unit="s", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
         try:
             while running or (todo and not failures):
-                while todo and len(running) < workers and not failures:
+                while todo and free and not failures:
                     j, cost = todo.pop(0)
                     shutil.rmtree(folder / j.name, ignore_errors=True)
-                    process = start(j, folder)
-                    running[process.sentinel] = (j, cost, process)
-                for sentinel in wait(list(running)):
-                    j, cost, process = running.pop(sentinel)  # type: ignore[call-overload]
-                    process.join()
+                    place = free.pop(0)
+                    running.append((j, cost, place, start(j, folder, place)))
+                if alive := [p.sentinel for *_, processes in running for p in processes if p.is_alive()]:
+                    wait(alive)
+                for run in list(running):
+                    j, cost, place, processes = run
+                    if any(p.exitcode is None for p in processes):
+                        continue  # where a rank failed, the others' watchdogs end them
+                    running.remove(run)
+                    free.append(place)
                     bar.update(min(cost, bar.total - bar.n))  # sums round
                     output = (folder / "configs" / f"{j.name}.log").read_text(errors="replace")
-                    if process.exitcode == NOT_FINITE[0] and (why := NOT_FINITE[1].search(output)):
+                    codes = [p.exitcode for p in processes if p.exitcode]
+                    if NOT_FINITE[0] in codes and (why := NOT_FINITE[1].search(output)):
                         (folder / j.name / "failed.json").write_text(json.dumps({"why": why.group()}) + "\n")
-                    elif process.exitcode:
-                        failures.append(f"{j.name}: exit code {process.exitcode}\n{output[-2000:]}")
+                    elif codes:
+                        failures.append(f"{j.name}: exit code {codes[0]}\n{output[-2000:]}")
                     bar.set_postfix_str(f"{len(todo) + len(running)} runs to go")
         finally:
-            for _, _, process in running.values():
+            left = [p for *_, processes in running for p in processes]
+            for process in left:
                 process.terminate()
-            for _, _, process in running.values():
+            for process in left:
                 process.join()
     if failures:
         raise StudyError(
@@ -171,7 +210,7 @@ def _execute(jobs: Sequence[Job], folder: Path, workers: int, costs: Sequence[fl
 def done(job: Job, folder: Path) -> bool:
     """Whether it has a result, of this very configuration. Another configuration under its name raises StudyError."""
     path = folder / job.name
-    if not any((path / name).is_file() for name in ("summary.json", "failed.json")):
+    if not finished(path):
         return False
     there = configuration.flat(configuration.from_dict(Config, tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))))
     for key, value in configuration.flat(job.config).items():
@@ -182,14 +221,23 @@ def done(job: Job, folder: Path) -> bool:
     return True
 
 
-def start(job: Job, folder: Path) -> BaseProcess:
-    """train_gpt.py in a process of its own; its output goes to configs/<name>.log beside the configuration it reads."""
+def finished(path: Path) -> bool:
+    """Whether a run folder has a result, of whatever configuration."""
+    return any((path / name).is_file() for name in ("summary.json", "failed.json"))
+
+
+def start(job: Job, folder: Path, place: Place = Place()) -> list[BaseProcess]:
+    """train_gpt.py in processes of its own, one a rank; the first one's output goes to configs/<name>.log beside the configuration they read, others' to <name>.<rank>.log."""
     base = folder / "configs" / job.name
     base.with_name(f"{job.name}.toml").write_text(configuration.to_toml(job.config), encoding="utf-8")
-    base.with_name(f"{job.name}.log").write_text("")
-    process = _context().Process(target=_train, args=(str(ROOT / "train_gpt.py"), f"{base}.toml", f"{base}.log"))
-    process.start()
-    return process
+    processes = []
+    for rank, environment in enumerate(place.environments()):
+        log = base.with_name(f"{job.name}.{rank}.log" if rank else f"{job.name}.log")
+        log.write_text("")
+        process = _context().Process(target=_train, args=(str(ROOT / "train_gpt.py"), f"{base}.toml", str(log), environment))
+        process.start()
+        processes.append(process)
+    return processes
 
 
 def _context() -> Any:
@@ -201,7 +249,7 @@ def _context() -> Any:
     return context
 
 
-def _train(script: str, config: str, log: str) -> None:
+def _train(script: str, config: str, log: str, environment: dict[str, str]) -> None:
     """In the child, which ends with its parent: one left behind would write where the next call begins anew."""
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -211,6 +259,7 @@ def _train(script: str, config: str, log: str) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+    os.environ.update(environment)
     with open(log, "w", buffering=1) as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())

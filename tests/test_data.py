@@ -15,7 +15,7 @@ import torch
 
 from data import prepare
 from data.loader import DataConfig, Dataset, TrainBatches, validation_batches
-from data.shards import DataError, read_manifest, read_shard, write_shard, write_split
+from data.shards import DataError, Manifest, Split, read_manifest, read_shard, write_manifest, write_shard, write_split
 from data.tokenizer import Characters, get_tokenizer
 from tests.helpers import ROOT, TEXT
 
@@ -395,6 +395,31 @@ def test_texts_that_are_too_short_are_refused():
         TrainBatches([np.zeros(20, dtype=np.uint16)], block_size=16, batch_size=1, seed=0)
     with pytest.raises(DataError, match="validation split too short"):
         next(validation_batches([np.zeros(1, dtype=np.uint16)], block_size=16, batch_size=1))
+
+
+@pytest.mark.parametrize(("fraction", "held"), [(0.1, 103), (0.5, 515), (0.999, 1029)], ids=["in a shard", "over shards", "nearly all"])
+def test_a_holdout_is_the_end_of_the_training_split_and_is_not_trained_on(here: Path, fraction: float, held: int):
+    """103 tokens of 1030 in shards of 400, 400, 230; 515 take the last shard and some of the one before."""
+    stream = np.arange(1030, dtype=np.uint16)
+    shards = {"train": write_split(here, "train", [stream], shard_tokens=400), "val": write_split(here, "val", [stream[:7]])}
+    splits = {name: Split(sum(s.tokens for s in found), 99, found, 50) for name, found in shards.items()}
+    write_manifest(here, Manifest("gpt2", 50257, splits, {}))
+    dataset = Dataset(DataConfig(str(here), holdout=fraction))
+    train, val = (np.concatenate(dataset.split(name)).tolist() for name in ("train", "val"))
+    assert (train, val) == (list(range(1030 - held)), list(range(1030 - held, 1030)))
+    told = dataset.manifest.splits
+    assert (told["train"].tokens, told["val"].tokens) == (1030 - held, held)
+    assert {s.bytes for s in told.values()} == {s.gzip9_bytes for s in told.values()} == {None}, "the manifest does not know them"
+    assert [s.sha256 for s in told["train"].shards] == [s.sha256 for s in shards["train"]], "a resumed run asks for the same text"
+    whole = Dataset(DataConfig(str(here)))
+    assert [len(np.concatenate(whole.split(name))) for name in ("train", "val")] == [1030, 7]
+    assert whole.manifest.splits["val"].gzip9_bytes == 50
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, 2.0])
+def test_a_holdout_that_is_no_fraction_is_refused(pysource: Path, fraction: float):
+    with pytest.raises(DataError, match=f"data.holdout\n  got: {fraction}\n  allowed: 0, or a fraction of the training split below 1"):
+        Dataset(DataConfig(str(pysource), verify=False, holdout=fraction))
 
 
 def test_shards_are_mapped_not_read(pysource: Path):

@@ -30,10 +30,11 @@ from optim import (
     coordinates,
     metrize,
 )
+from optim.rivals import set_beta
 from tests.helpers import ranks, run, run_ranks, small_dataset, start
 
 V, D = 13, 8
-LR = {"normalized_adam": 0.5, "normalized_sgd": 0.5, "adamw": 0.01, "sgd": 0.3}
+LR = {"normalized_adam": 0.5, "normalized_sgd": 0.5, "adamw": 0.01, "muon_adamw": 0.02, "sgd": 0.3}
 SETTINGS = {"beta": 0.8, "beta2": 0.9, "weight_decay": 0.1}
 
 
@@ -83,7 +84,8 @@ def normed(model: nn.Module) -> ModularNorm:
 def rival(name: str, model: nn.Module, **options) -> Rival:
     max_grad_norm = options.pop("max_grad_norm", None)
     return Rival(
-        RIVALS[name](model, normed(model), **{"lr": LR[name], "scaling": "standard", **SETTINGS, **options}), max_grad_norm=max_grad_norm
+        RIVALS[name](model, normed(model), **{"lr": LR[name], "scaling": "standard", "auxiliary_lr": 1.0, **SETTINGS, **options}),
+        max_grad_norm=max_grad_norm,
     )
 
 
@@ -94,6 +96,50 @@ def descend(model: nn.Module, optimizer: Rival, data: Tensor) -> None:
         optimizer.step(loss=loss.detach())
         optimizer.check_finite()
         optimizer.zero_grad()
+
+
+# ---- Muon + AdamW
+
+
+def test_muon_adamw_is_torchs_two_optimizers_in_the_tracks_groups():
+    """The groups typed by hand from train_gpt_simple.py: Muon 0.025 with decay 0.05; AdamW 0.7, 0.004, 0.015 with decay 0.001, betas 0.8 and 0.95, ε 1e-10."""
+    ours, theirs, data = net(), net(), batches(6)
+    optimizer = rival("muon_adamw", ours, lr=0.025, beta=0.95, weight_decay=0.05)
+    muon = torch.optim.Muon([theirs.up.weight, theirs.down.weight], lr=0.025, momentum=0.95, weight_decay=0.05)
+    vectors = [theirs.up.bias, theirs.norm.weight]
+    groups = [{"params": [p], "lr": lr} for p, lr in ((theirs.embedding.weight, 0.7), (theirs.head.weight, 0.004))]
+    adamw = torch.optim.AdamW([*groups, {"params": vectors, "lr": 0.015}], betas=(0.8, 0.95), eps=1e-10, weight_decay=0.001)
+    for batch in data:
+        descend(ours, optimizer, batch[None])
+        loss_of(theirs, batch).backward()
+        for other in (muon, adamw):
+            other.step()
+            other.zero_grad()
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-9), name  # the fused kernel rounds otherwise
+    receipt = optimizer.receipt().splitlines()
+    assert receipt[0] == "Muon + AdamW" and len(receipt) == 1 + len(list(ours.parameters()))
+
+
+def test_auxiliary_lr_multiplies_adamws_groups_alone():
+    once, twice, still = net(), net(), net()
+    for model, auxiliary in ((once, 1.0), (twice, 2.0)):
+        descend(model, rival("muon_adamw", model, weight_decay=0.0, auxiliary_lr=auxiliary), batches(1))
+    for (name, a), b, w in zip(once.named_parameters(), twice.parameters(), still.parameters(), strict=True):
+        factor = 1 if name in ("up.weight", "down.weight") else 2
+        assert torch.allclose(b - w, factor * (a - w), atol=1e-12), name
+
+
+@pytest.mark.parametrize("name", LR)
+def test_set_beta_reaches_every_average_but_the_auxiliary_ones(name: str):
+    model = net()
+    optimizer = rival(name, model)
+    for group in optimizer.param_groups:
+        set_beta(group, 0.7)
+    descend(model, optimizer, batches(2))  # still a valid optimizer
+    for group in optimizer.param_groups:
+        found = {group[k] for k in ("momentum", "dampening") if k in group} | {group["betas"][0] for k in ("betas",) if k in group}
+        assert found == {0.8} if group.get("auxiliary") else found == {0.7}
 
 
 # ---- coordinates
@@ -330,7 +376,7 @@ def test_a_run_learns_and_says_what_it_trained_with(whole: tuple[str, Path]):
     found = losses(folder)
     assert len(found) == 12 and found[-1] < found[0] - 0.1
     receipt = (folder / "receipt.txt").read_text()
-    assert receipt.startswith({"adamw": "AdamW\n", "sgd": "SGD\n"}.get(name, "parameter ")) and "blocks.1.mlp.down.weight" in receipt
+    assert receipt.startswith({"adamw": "AdamW\n", "muon_adamw": "Muon + AdamW\n", "sgd": "SGD\n"}.get(name, "parameter ")) and "blocks.1.mlp.down.weight" in receipt
     assert (folder / "modular_norm.svg").exists() == name.startswith("normalized")
     assert f"14 tensors, {name} (receipt.txt)" in (folder / "log.txt").read_text()
     summary = json.loads((folder / "summary.json").read_text())

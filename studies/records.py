@@ -1,0 +1,553 @@
+"""The record book of the speedrun tracks: records/TRACK/DATE_SLUG/, the tables of README.md and records/README.md, and the check of a record.
+
+    python -m studies.records add runs/STUDY --track pysource-cpu --slug dualized --title "…" --by NAME
+    python -m studies.records add runs/a runs/b runs/c --track shakespeare-cpu --slug bigram        (one configuration, one seed a run)
+    python -m studies.records tables [--check-only]
+    python -m studies.records check records/TRACK/DATE_SLUG [--entry NAME] [--seeds N]
+
+A record has for each of its entries the configuration, and a log: the full code, as a script that runs alone (studies/export.py), then the lines of every run that is judged.
+record.json says what was claimed and by which rule; a study's results.json and report.png come along. `check` trains the entries again and compares losses: exactly where processor, torch and
+threads are the same, else by their means; seconds are told and not judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from scipy import stats
+
+import config as configuration
+from config import Config, ConfigError
+from data.shards import DataError, read_manifest
+from runtime import RunError, git_state
+
+from . import export, runs, statistics
+from .export import ExportError, Run
+from .runs import ROOT
+from .speedrun import hardware
+
+BOOK = ROOT / "records"
+LIMIT = 1_000_000  # bytes of a record: text that a reader opens, and a repository keeps
+BEGIN, END = "<!-- records:begin -->", "<!-- records:end -->"
+CODE = ("model.py", "optim", "data", "train_gpt.py", "config.py", "runtime.py", "studies/script.py")  # what a run's numbers come from
+SAME = 1e-6  # nats: the same machine, versions and seeds give the same numbers; their digits in a record have no more than this of rounding
+ROUNDING = 5e-5  # of a target: four digits
+DOUBT = 0.01  # two-sided level at which means of other machines differ: one check in a hundred fails by chance
+
+
+class RecordError(ValueError):
+    """A record that cannot be made or read: what was got, what is allowed, how to fix it."""
+
+
+# ---- tracks
+
+
+@dataclass(frozen=True)
+class Track:
+    """What runs must have in common to be compared.
+
+    corpus: sha256 over the sha256 of the shards, train and then val. figure: what counts, for an end loss whose mean over seeds passes the rule at `target`. fixed: a configuration whose
+    data, model (but its initialization) and batch are everybody's; None leaves architecture and batch free. threads: at most, of all processes. None of a corpus: not run here.
+    """
+
+    title: str
+    target: float
+    figure: Literal["steps", "seconds"]
+    corpus: str | None
+    fixed: str | None = None
+    threads: int | None = None
+
+    def check(self, name: str, config: Config, summary: dict[str, Any]) -> None:
+        """Raise RecordError for a run of another track."""
+        folder = Path(config.data.dataset)
+        corpus = corpus_of(folder)
+        threads = re.fullmatch(r"cpu, (\d+) threads", summary["device"])
+        there = configuration.flat(config)
+        checks = [
+            (f"the data of {folder}", corpus, self.corpus),
+            *((key, there[key], value) for key, value in self.keys().items()),
+            *(
+                [("device", summary["device"], f"cpu, {self.threads} threads at most")]
+                if self.threads and not self._few(threads, summary)
+                else []
+            ),
+        ]
+        for what, got, allowed in checks:
+            if got != allowed:
+                raise RecordError(
+                    f"{what} of a record of {name}\n  got: {got!r}\n  allowed: {allowed!r}\n  fix: {self.fixed or 'another --track'}, or other runs"
+                )
+
+    def _few(self, found: re.Match[str] | None, summary: dict[str, Any]) -> bool:
+        return found is not None and int(found[1]) * summary["world_size"] <= (self.threads or math.inf)
+
+    def keys(self) -> dict[str, Any]:
+        """Values that every run of the track has: {"section.key": value}."""
+        common = {"data.holdout": 0.0, "train.eval_tokens": None}
+        if self.fixed is None:
+            return common
+        raw = tomllib.loads((ROOT / self.fixed).read_text(encoding="utf-8"))
+        base = configuration.flat(configuration.from_dict(Config, raw))
+        free = ("model.init", "model.zero_init", "model.vocab_size")
+        return common | {k: v for k, v in base.items() if (k.startswith("model.") and k not in free) or k == "train.batch_size"}
+
+
+PYSOURCE_TARGET = 0.0  # the mean end loss of tuned AdamW at 400 steps; 0 until it is measured
+TRACKS = {
+    "pysource-cpu": Track(
+        "Python source by bytes, 4,096 tokens a step, 0.86 M parameters: steps to AdamW's loss at 400",
+        PYSOURCE_TARGET,
+        "steps",
+        "4e1482b081f50655fa12297bf77d437f2085c7df5f058c7488b101127cd0e933",
+        fixed="configs/tracks/pysource_cpu.toml",
+    ),
+    "shakespeare-cpu": Track(
+        "Tiny Shakespeare by characters, the whole validation split, 2 CPU cores: training seconds to nanoGPT's own final loss",
+        1.898,
+        "seconds",
+        "4676901879784a432c158f48cd91880148d1d1bfafb8802994e32d07af8ba072",
+        threads=2,
+    ),
+    "fineweb-124m": Track(
+        "The NanoGPT speedrun's optimization track: scripts, which were not run here", 3.28, "steps", None, fixed="configs/track3_124m.toml"
+    ),
+}
+
+
+def corpus_of(folder: Path) -> str:
+    """Of a prepared dataset, as results.json has it."""
+    splits = read_manifest(folder).splits
+    return hashlib.sha256("\n".join(s.sha256 for name in ("train", "val") for s in splits[name].shards).encode()).hexdigest()
+
+
+# ---- what is claimed
+
+
+@dataclass
+class Claim:
+    """One entry: the runs of one horizon, a seed each, and what they say. low, high: of the figure, None where unknown. trials: of its tuning, all counted."""
+
+    name: str
+    runs: list[Run]
+    figure: float | None
+    low: float | None
+    high: float | None
+    statistic: float
+    threshold: float | None
+    passes: bool | None
+    trials: int
+    note: str
+
+    def told(self, folder: Path) -> dict[str, Any]:
+        summaries = [s for r in self.runs if r.folder and (s := runs.summary(r.folder))]
+
+        def mean(key: str) -> float:
+            return float(np.mean([s[key] for s in summaries]))
+
+        losses = [s["val_loss"] for s in summaries]
+        return {
+            "name": self.name,
+            "config": f"{self.name}.toml",
+            "log": f"{self.name}.txt",
+            "steps": summaries[0]["steps"],
+            "tokens": summaries[0]["tokens"],
+            "params": summaries[0]["params"],
+            "seeds": [s["seed"] for s in summaries],
+            "n": len(losses),
+            "losses": losses,
+            "mean": float(np.mean(losses)),
+            "statistic": self.statistic,
+            "threshold": self.threshold,
+            "passes": self.passes,
+            "figure": self.figure,
+            "low": self.low,
+            "high": self.high,
+            **{key: mean(key) for key in ("train_seconds", "optimizer_seconds", "wall_seconds")},
+            "device": summaries[0]["device"],
+            "torch": summaries[0]["torch"],
+            "trials": self.trials,
+            "note": self.note,
+        }
+
+
+def claims_of_study(folder: Path, results: dict[str, Any], track: Track) -> list[Claim]:
+    """At the confirmed steps to the target, or where an entry has none, at the budget and without a figure."""
+    if results["target"] is None or abs(results["target"] - track.target) > ROUNDING:
+        raise RecordError(
+            f"target of {folder}\n  got: {results['target']}\n  allowed: {track.target}\n  fix: python -m studies.speedrun … --target {track.target}"
+        )
+    found = []
+    for e in results["entries"]:
+        reached = e["to_target"] if e["to_target"] and e["to_target"]["confirmed"] else None
+        steps = (reached or e["at_budget"])["steps"]
+        judged = [r for r in e["runs"] if r["steps"] == steps]
+        diverged = [r["path"] for r in judged if r["loss"] is None]
+        if diverged:
+            raise RecordError(
+                f"{e['name']}\n  got: runs that diverged: {', '.join(diverged)}\n  allowed: a loss of each\n  fix: other settings"
+            )
+        horizon = next(h for h in e["horizons"] if h["steps"] == steps)
+        figure = low = high = None
+        if reached and track.figure == "steps":
+            figure, low, high = steps, reached["low"], reached["high"]
+        elif reached:
+            seconds = statistics.mean_interval([r["train_seconds"] for r in judged])
+            figure, low, high = seconds.value, *(x if math.isfinite(x) else None for x in (seconds.low, seconds.high))
+        read = [export.read(folder / r["path"]) for r in judged]
+        tried, rule = len(e["trials"]), results["rule"]
+        found.append(
+            Claim(e["name"], read, figure, low, high, horizon["statistic"], rule["threshold"], horizon["passes"], tried, e["note"])
+        )
+    return found
+
+
+def claim_of_runs(folders: Sequence[Path], track: Track, *, sigma: float | None) -> Claim:
+    """Of one configuration's runs, a seed each; the rule's threshold from their own deviation where sigma is not given."""
+    read = [export.read(f) for f in folders]
+    losses = [s["val_loss"] for f in folders if (s := runs.summary(f))]
+    seconds = [s["train_seconds"] for f in folders if (s := runs.summary(f))]
+    noise = statistics.Noise(sigma) if sigma else statistics.pooled([np.array(losses)])
+    threshold = statistics.threshold(noise, len(losses)) if noise else None
+    rule = statistics.Rule(track.target, math.inf if threshold is None else threshold)
+    mean = float(np.mean(losses))
+    passes = None if threshold is None else rule.passes(mean, len(losses))
+    told = statistics.mean_interval(seconds)
+    figure = None if not passes else told.value if track.figure == "seconds" else float(read[0].config.train.steps)
+    low, high = (told.low, told.high) if passes and track.figure == "seconds" and len(seconds) > 1 else (None, None)
+    name = re.sub(r"[.-]?(s|seed)?\d+$", "", folders[0].name) or folders[0].name
+    return Claim(name, read, figure, low, high, rule.statistic(mean, len(losses)), threshold, passes, 0, "")
+
+
+def check_alike(claim: Claim) -> None:
+    """Raise RecordError for runs of one entry that differ in more than seed and name."""
+    first = configuration.flat(claim.runs[0].config)
+    seeds = [r.config.run.seed for r in claim.runs]
+    for run in claim.runs[1:]:
+        for key, value in configuration.flat(run.config).items():
+            if value != first[key] and key not in ("run.seed", "run.name", "run.dir"):
+                raise RecordError(
+                    f"{key} of {run.name}\n  got: {value!r}\n  allowed: {first[key]!r}, as {claim.runs[0].name} has it\n  fix: runs of one configuration"
+                )
+    if len(set(seeds)) < len(seeds):
+        raise RecordError(f"seeds of {claim.name}\n  got: {seeds}\n  allowed: each once\n  fix: one run a seed")
+
+
+def check_clean(found: Sequence[Run], *, allow: bool) -> tuple[str | None, bool]:
+    """(commit, dirty) of the runs. Raise RecordError unless all are of one commit, without changes, and the code that is exported is still that; `allow` records it instead."""
+    states = {(s["commit"], s["dirty"]) for r in found if r.folder and (s := runs.summary(r.folder))} or {git_state()}
+    commits = {commit for commit, _ in states}
+    commit, dirty = min(commits, key=str), any(d is not False for _, d in states)
+    got = "runs of a tree with changes that are in no commit" if dirty else f"runs of {len(commits)} commits" if len(commits) > 1 else None
+    if got is None:
+        changed = subprocess.run(
+            ["git", "diff", "--name-only", str(commit), "--", *CODE], cwd=ROOT, capture_output=True, text=True
+        ).stdout.split()
+        got = f"code that has changed since commit {commit}: {', '.join(changed)}" if changed else None
+    if got is not None and not allow:
+        raise RecordError(
+            f"the code of the record\n  got: {got}\n  allowed: one commit, the present code\n  fix: commit, and run it again; --allow-dirty records it as it is"
+        )
+    return commit, got is not None
+
+
+# ---- adding
+
+
+def add(
+    sources: Sequence[Path],
+    track: str,
+    slug: str,
+    *,
+    title: str,
+    by: Sequence[str],
+    day: str,
+    command: str,
+    allow_dirty: bool,
+    sigma: float | None,
+) -> Path:
+    """Make records/TRACK/DAY_SLUG and return it; nothing is left of one that is refused."""
+    rules = TRACKS[track]
+    if not rules.target:
+        raise RecordError(
+            f"target of {track}\n  got: none yet\n  allowed: a loss\n  fix: studies/records.py, PYSOURCE_TARGET: the mean end loss of tuned AdamW at its budget"
+        )
+    folder = BOOK / track / f"{day}_{slug}"
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", slug):
+        raise RecordError(f"--slug\n  got: {slug}\n  allowed: small letters, digits, '_' and '-'\n  fix: a few words")
+    if folder.exists():
+        raise RecordError(f"{folder.relative_to(BOOK.parent)}\n  got: a record of that name\n  allowed: a new one\n  fix: another --slug")
+    results, claims, scripts = None, [], {}
+    if rules.corpus is None:
+        scripts = {s.stem: export.read(s) for s in sources}
+        for name, run in scripts.items():
+            if run.folder:
+                raise RecordError(
+                    f"{name} on {track}\n  got: a run's folder\n  allowed: a configuration file; nothing was run here\n  fix: configs/track3_124m.toml"
+                )
+            there = configuration.flat(run.config)
+            wrong = next((k for k, v in rules.keys().items() if k != "train.eval_tokens" and there[k] != v), None)
+            if wrong:
+                raise RecordError(f"{wrong} of {name}\n  got: {there[wrong]!r}\n  allowed: {rules.keys()[wrong]!r}\n  fix: {rules.fixed}")
+    elif (sources[0] / "results.json").is_file():
+        results = json.loads((sources[0] / "results.json").read_text(encoding="utf-8"))
+        claims = claims_of_study(sources[0], results, rules)
+    else:
+        claims = [claim_of_runs(sources, rules, sigma=sigma)]
+    for claim in claims:
+        check_alike(claim)
+        for run in claim.runs:
+            summary = runs.summary(run.folder) if run.folder else None
+            assert summary is not None
+            rules.check(track, run.config, summary)
+    commit, dirty = check_clean([r for c in claims for r in c.runs], allow=allow_dirty)
+    entries = [c.told(folder) for c in claims] or [
+        {"name": n, "config": f"{n}.toml", "log": f"{n}.py", "n": 0, "figure": None} for n in scripts
+    ]
+    best = min((e for e in entries if e["figure"] is not None), key=lambda e: e["figure"], default=None)
+    record = {
+        "schema": 1,
+        "track": track,
+        "date": day,
+        "title": title or slug,
+        "by": list(by),
+        "target": rules.target,
+        "figure": best and {"entry": best["name"], "value": best["figure"], "unit": rules.figure, "low": best["low"], "high": best["high"]},
+        "commit": commit,
+        "dirty": dirty,
+        "hardware": results["hardware"] if results else hardware(entries[0].get("device", "cpu")),
+        "versions": results["versions"] if results else {"torch": entries[0].get("torch"), "nanodual": commit},
+        "corpus_sha256": rules.corpus,
+        "commands": {
+            "made": results["command"] if results else None,
+            "added": command,
+            "check": None if rules.corpus is None else f"python -m studies.records check records/{track}/{day}_{slug}",
+        },
+        "entries": entries,
+    }
+    files = {"record.json": json.dumps(record, indent=1, ensure_ascii=False) + "\n"}
+    for claim in claims:
+        files |= {f"{claim.name}.toml": _portable(claim.runs[0].config), f"{claim.name}.txt": log_of(claim)}
+    for name, run in scripts.items():
+        files |= {f"{name}.toml": _portable(run.config), f"{name}.py": export.script(run, track=True)}
+    if results:
+        for run in (r for e in results["entries"] for r in e["runs"]):
+            run.pop("training", None)  # in the logs
+        files["results.json"] = json.dumps(results, ensure_ascii=False, separators=(",", ":")) + "\n"
+    picture = sources[0] / "report.png"
+    files = {
+        name: text.replace(f"{Path.cwd()}/", "").replace(f"{ROOT}/", "") for name, text in files.items()
+    }  # where it was made is nobody's business
+    size = sum(len(text.encode()) for text in files.values()) + (picture.stat().st_size if picture.is_file() else 0)
+    if size > LIMIT:
+        raise RecordError(
+            f"{track}/{day}_{slug}\n  got: {size:,} bytes\n  allowed: {LIMIT:,}\n  fix: fewer evaluations, train.log_every higher, or fewer entries"
+        )
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    if picture.is_file():
+        shutil.copy(picture, folder / "report.png")
+    return folder
+
+
+def log_of(claim: Claim) -> str:
+    """The script of the first seed, then all seeds' lines, as one file of several trials."""
+    code = export.script(claim.runs[0])
+    return "\n".join([code + export.LINE, *(export.log_lines(r) for r in claim.runs)])
+
+
+def _portable(config: Config) -> str:
+    """A configuration without the places of this machine."""
+    raw = configuration.from_dict(Config, export.nested(config))
+    raw.run.dir, raw.data.dataset = "runs", f"corpora/{Path(config.data.dataset).name}"
+    return configuration.to_toml(raw)
+
+
+# ---- tables
+
+
+def records() -> list[tuple[Path, dict[str, Any]]]:
+    found = sorted(BOOK.glob("*/*/record.json"))
+    return [(f.parent, json.loads(f.read_text(encoding="utf-8"))) for f in found]
+
+
+def tables(*, relative_to: Path) -> str:
+    """A table for each track: an entry a row, the best figure first; those without one come last."""
+    parts = []
+    for name, track in TRACKS.items():
+        rows = [(e, folder, record) for folder, record in records() if record["track"] == name for e in record["entries"]]
+        rows.sort(key=lambda r: (math.inf if r[0]["figure"] is None else r[0]["figure"], r[2]["date"], r[0]["name"]))
+        parts.append(f"**{name}** ({track.title}; target {track.target:g})" if track.target else f"**{name}** ({track.title})")
+        if not rows:
+            parts.append("No record yet.")
+            continue
+        unit = {"steps": "steps to the target", "seconds": "training seconds"}[track.figure]
+        head = f"| {unit} | end loss | seconds of training, of all | entry | trials | date | record |\n|---|---|---|---|---|---|---|"
+        parts.append("\n".join([head, *(_row(e, folder.relative_to(relative_to), record) for e, folder, record in rows)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _row(e: dict[str, Any], folder: Path, record: dict[str, Any]) -> str:
+    by = f", {', '.join(record['by'])}" if record["by"] else ""
+    where = f"[{record['title']}]({folder.as_posix()}/){by}{' (not from a commit)' if record['dirty'] else ''}"
+    if not e["n"]:
+        return f"| not run here | | | [{e['name']}]({folder.as_posix()}/{e['log']}) | | {record['date']} | {where} |"
+    digits = ".0f" if TRACKS[record["track"]].figure == "steps" else ".2f"
+    figure = "not reached" if e["figure"] is None else f"{e['figure']:{digits}}"
+    if e["figure"] is not None and (e["low"] is not None or e["high"] is not None):
+        low, high = (f"{x:{digits}}" if x is not None else "?" for x in (e["low"], e["high"]))
+        figure += f" [{low}, {high}]"
+    passes = {True: " ✓", False: "", None: ""}[e["passes"]]
+    loss = f"{e['mean']:.4f} (n = {e['n']}, {e['steps']} steps){passes}"
+    return f"| {figure} | {loss} | {e['train_seconds']:.1f}, {e['wall_seconds']:.1f} | [{e['name']}]({folder.as_posix()}/{e['log']}) | {e['trials']} | {record['date']} | {where} |"
+
+
+TEXT = """# Record book
+
+Made by `python -m studies.records tables`; `python -m studies.records --help` says how a record is added and checked.
+A ✓ is a mean end loss that passes the rule (target − mean) · √n ≥ threshold (docs/speedrun.md). Intervals are of 95 %. trials: of the entry's tuning, all counted.
+
+"""
+
+
+def write_tables(*, check_only: bool) -> list[str]:
+    """Names of the files that were (or, checking, are) not what is generated."""
+    readme, book = ROOT / "README.md", BOOK / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise RecordError(f"README.md\n  got: no place for the tables\n  allowed: {BEGIN} and {END}, once each\n  fix: put them in")
+    before, rest = text.split(BEGIN)
+    wanted = {
+        readme: f"{before}{BEGIN}\n{tables(relative_to=ROOT)}{END}{rest.split(END)[1]}",
+        book: TEXT + tables(relative_to=BOOK),
+    }
+    stale = [f for f, content in wanted.items() if not f.is_file() or f.read_text(encoding="utf-8") != content]
+    for file in [] if check_only else stale:
+        file.write_text(wanted[file], encoding="utf-8")
+    return [str(f.relative_to(ROOT)) for f in stale]
+
+
+# ---- checking
+
+
+def check(folder: Path, *, entry: str | None, seeds: int | None, workers: int, out: Path) -> bool:
+    """Train a record's entries again, by their first seeds, and say PASS or FAIL with the figures."""
+    record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    if record["corpus_sha256"] is None:
+        raise RecordError(
+            f"{folder}\n  got: a script that was not run\n  allowed: a record with runs\n  fix: torchrun it where the data and the GPUs are"
+        )
+    names = [e["name"] for e in record["entries"]]
+    if entry is not None and entry not in names:
+        raise RecordError(f"--entry\n  got: {entry}\n  allowed: {', '.join(names)}\n  fix: one of them")
+    good = True
+    for e in record["entries"]:
+        if entry not in (None, e["name"]):
+            continue
+        config = configuration.load([str(folder / e["config"])])
+        got = corpus_of(Path(config.data.dataset))
+        if got != record["corpus_sha256"]:
+            raise RecordError(
+                f"the data of {config.data.dataset}\n  got: {got}\n  allowed: {record['corpus_sha256']}\n  fix: python -m data.prepare, with the versions of requirements.txt"
+            )
+        quiet = {"data.dataset": str(Path(config.data.dataset).resolve()), "train.keep_checkpoints": 0, "train.sample_tokens": 0}
+        wanted = e["seeds"][:seeds]
+        jobs = [runs.job(config, f"{e['name']}.seed{s}", out, **{"run.seed": s, **quiet}) for s in wanted]
+        runs.sweep(jobs, out, workers=workers, dry_run=False)
+        found = [runs.summary(out / j.name) for j in jobs]
+        fine, said = compare(e, found, same=_same(record, e, found))
+        good &= fine
+        print(f"{e['name']}: {said}: {'PASS' if fine else 'FAIL'}")
+    print(f"{folder}: {'PASS' if good else 'FAIL'}")
+    return good
+
+
+def _same(record: dict[str, Any], e: dict[str, Any], found: Sequence[dict[str, Any] | None]) -> bool:
+    """Whether these were trained on the record's kind of machine, with its torch and threads."""
+    here = [(s["torch"], s["device"]) for s in found if s]
+    return set(here) == {(e["torch"], e["device"])} and hardware(e["device"]) == record["hardware"]
+
+
+def compare(e: dict[str, Any], found: Sequence[dict[str, Any] | None], *, same: bool) -> tuple[bool, str]:
+    """(fine, figures): each seed's loss within SAME on the same machine; else means within Student's interval at level DOUBT, of their pooled deviation."""
+    here = [math.inf if s is None else s["val_loss"] for s in found]
+    there, n, m = e["losses"], len(found), e["n"]
+    seconds = f"{np.mean([s['train_seconds'] for s in found if s] or [math.nan]):.1f} s of training here, {e['train_seconds']:.1f} s recorded (not judged)"
+    means = f"mean end loss {np.mean(here):.4f} here (n = {n}), {e['mean']:.4f} recorded (n = {m})"
+    if same:
+        apart = max(abs(a - b) for a, b in zip(here, there, strict=False))
+        return (
+            apart <= SAME,
+            f"{means}; seed by seed at most {apart:.2g} apart, allowed {SAME:g} on the same machine and versions; {seconds}",
+        )
+    df = n + m - 2
+    deviation = math.sqrt(sum(float(((x := np.array(y)) - x.mean()) @ (x - x.mean())) for y in (here, there)) / df) if df else math.nan
+    apart, allowed = (
+        abs(float(np.mean(here)) - e["mean"]),
+        float(stats.t.isf(DOUBT / 2, df)) * deviation * math.sqrt(1 / n + 1 / m) if df else math.nan,
+    )
+    if math.isnan(allowed):
+        return False, f"{means}; one loss on either side tells no deviation, and machine or versions differ; {seconds}"
+    return apart <= allowed, f"{means}; {apart:.4f} apart, allowed {allowed:.4f} between machines ({1 - DOUBT:.0%}); {seconds}"
+
+
+# ---- the command
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m studies.records", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="do", required=True)
+    adding = commands.add_parser("add", help="a study, or runs of one configuration, to the book")
+    adding.add_argument("sources", nargs="+", type=Path, metavar="runs/NAME")
+    adding.add_argument("--track", required=True, choices=TRACKS)
+    adding.add_argument("--slug", required=True, help="of the folder's name")
+    adding.add_argument("--title", default="")
+    adding.add_argument("--by", nargs="+", default=[], metavar="NAME")
+    adding.add_argument("--date", default=date.today().isoformat())
+    adding.add_argument("--sigma", type=float, help="of one run's loss, where the source is runs; estimated from them if left out")
+    adding.add_argument("--allow-dirty", action="store_true", help="code that is in no commit; the record says so")
+    tabling = commands.add_parser("tables", help="write the tables of README.md and records/README.md")
+    tabling.add_argument("--check-only", action="store_true", help="exit code 1 where they are not up to date")
+    checking = commands.add_parser("check", help="train a record again")
+    checking.add_argument("record", type=Path, metavar="records/TRACK/DATE_SLUG")
+    checking.add_argument("--entry")
+    checking.add_argument("--seeds", type=int, help="the first ones; all if left out")
+    checking.add_argument("--workers", type=int, default=1)
+    checking.add_argument("--out", type=Path, help="run folders; runs/check-DATE_SLUG if left out")
+    args = parser.parse_args(argv)
+    try:
+        if args.do == "add":
+            command = shlex.join(["python", "-m", "studies.records", *(sys.argv[1:] if argv is None else argv)])
+            options = {k: getattr(args, k) for k in ("title", "by", "allow_dirty", "sigma")}
+            print(add(args.sources, args.track, args.slug, day=args.date, command=command, **options).relative_to(BOOK.parent))
+            return 0
+        if args.do == "tables":
+            stale = write_tables(check_only=args.check_only)
+            print("\n".join(f"{name}: {'not up to date' if args.check_only else 'written'}" for name in stale) or "up to date")
+            return int(bool(stale) and args.check_only)
+        out = args.out or Path("runs") / f"check-{args.record.name}"
+        return int(not check(args.record, entry=args.entry, seeds=args.seeds, workers=args.workers, out=out))
+    except (RecordError, ExportError, ConfigError, DataError, RunError, runs.StudyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,337 @@
+"""studies/records.py: what enters the book, its tables, and the check of a record."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import config as configuration
+from config import Config
+from studies import records, runs
+from studies.export import LINE
+from studies.records import TRACKS, RecordError, Track, compare, corpus_of, main
+from tests.helpers import ROOT, run, small_dataset
+
+QUIET = ("--train.keep-checkpoints", "0", "--train.sample-tokens", "0", "--train.steps", "4", "--train.eval-every", "2")
+SEEDS = 2
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """runs/study, of two entries and SEEDS seeds, with its results.json."""
+    root = tmp_path_factory.mktemp("records with spaces")
+    small_dataset(root)
+    text = (root / "small.toml").read_text().replace("eval_tokens = 512\n", "")  # records take the whole split
+    (root / "small.toml").write_text(text)
+    folders = {}
+    for name, options in {"dualized": (), "adamw": ("--optim.name", "adamw", "--optim.lr", "0.003")}.items():
+        for seed in range(SEEDS):
+            where = ("--run.dir", "runs/study", "--run.name", f"{name}.s4.seed{seed}", "--run.seed", str(seed))
+            code, _, err = run(root, "small.toml", *where, *QUIET, *options)
+            assert code == 0, err
+            folders.setdefault(name, []).append(root / "runs/study" / f"{name}.s4.seed{seed}")
+    write_results(root, folders)
+    return root
+
+
+def write_results(root: Path, folders: dict[str, list[Path]]) -> None:
+    """As studies/speedrun.py does, of what records read; dualized has reached the target."""
+    entries = []
+    for name, paths in folders.items():
+        summaries = [runs.summary(p) or {} for p in paths]
+        told = [
+            {
+                "steps": 4,
+                "seed": s["seed"],
+                "loss": s["val_loss"],
+                "train_seconds": s["train_seconds"],
+                "path": p.name,
+                "training": [[0, 0, 1.0]] * 50,
+            }
+            for p, s in zip(paths, summaries, strict=True)
+        ]
+        reached = {"steps": 4, "low": None, "high": 4.5, "tokens": 512, "train_seconds": 1.0, "confirmed": True, "interpolated": 3.5}
+        entries.append(
+            {
+                "name": name,
+                "trials": [{}] * 8,
+                "runs": told,
+                "note": "",
+                "horizons": [{"steps": 4, "n": SEEDS, "statistic": 0.5, "passes": name == "dualized"}],
+                "at_budget": {"steps": 4},
+                "to_target": reached if name == "dualized" else None,
+            }
+        )
+    content = {
+        "target": 2.8,
+        "rule": {"threshold": 0.004},
+        "command": f"python -m studies.speedrun {root}/dualized.toml adamw.toml",
+        "hardware": records.hardware("cpu, 1 threads"),
+        "versions": {"torch": "here"},
+        "entries": entries,
+    }
+    (root / "runs/study/results.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def book(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty book, and the track "small" of the small dataset."""
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(records, "BOOK", tmp_path / "records")
+    small = Track("Products", 2.8, "steps", corpus_of(root / "corpora/small"), threads=2)
+    monkeypatch.setattr(
+        records, "TRACKS", {"small": small, "timed": replace(small, figure="seconds"), "fineweb-124m": TRACKS["fineweb-124m"]}
+    )
+    return tmp_path / "records"
+
+
+def add(*sources: str, track: str = "small", slug: str = "first", dirty: bool = True) -> int:
+    return main(
+        [
+            "add",
+            *sources,
+            "--track",
+            track,
+            "--slug",
+            slug,
+            "--date",
+            "2026-01-02",
+            "--title",
+            "A title",
+            "--by",
+            "A. Nonymous",
+            *(["--allow-dirty"] if dirty else []),
+        ]
+    )
+
+
+def read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "record.json").read_text())
+
+
+def refusal(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().err
+
+
+# ---- adding
+
+
+def test_a_record_has_the_claim_the_code_and_every_judged_run(book: Path, root: Path):
+    assert add("runs/study") == 0
+    folder = book / "small/2026-01-02_first"
+    assert {p.name for p in folder.iterdir()} == {"record.json", "results.json", "dualized.toml", "dualized.txt", "adamw.toml", "adamw.txt"}
+    record = read(folder)
+    assert record["figure"] == {"entry": "dualized", "value": 4, "unit": "steps", "low": None, "high": 4.5}
+    assert [(e["name"], e["n"], e["seeds"], e["figure"], e["trials"]) for e in record["entries"]] == [
+        ("dualized", 2, [0, 1], 4, 8),
+        ("adamw", 2, [0, 1], None, 8),
+    ]
+    log = (folder / "adamw.txt").read_text()
+    compile(log.split(f"\n{LINE}\n")[0], "adamw.txt", "exec")
+    for seed, loss in enumerate(record["entries"][1]["losses"]):
+        assert f"adamw.s4.seed{seed}, seed {seed}, by train_gpt.py" in log
+        assert f"step:4/4 val_loss:{loss:.5f}" in log
+    assert sum(p.stat().st_size for p in folder.iterdir()) < records.LIMIT
+    assert "training" not in (folder / "results.json").read_text()
+
+
+def test_a_record_says_nothing_of_the_machine_s_folders(book: Path, root: Path):
+    assert add("runs/study") == 0
+    for file in (book / "small/2026-01-02_first").iterdir():
+        text = file.read_text()
+        assert str(root) not in text and str(ROOT) not in text and "/tmp/" not in text, file
+    assert configuration.load([str(book / "small/2026-01-02_first/adamw.toml")]).data.dataset == "corpora/small"
+
+
+def test_runs_of_one_configuration_are_judged_by_their_own_deviation(book: Path, root: Path):
+    paths = [f"runs/study/dualized.s4.seed{s}" for s in range(SEEDS)]
+    assert add(*paths, track="timed") == 0
+    (entry,) = read(book / "timed/2026-01-02_first")["entries"]
+    losses = np.array(entry["losses"])
+    statistic = (2.8 - losses.mean()) * np.sqrt(2)
+    # Student's quantile of 1 degree of freedom at one in a hundred, from a table.
+    threshold = 31.821 * losses.std(ddof=1)
+    assert entry["statistic"] == pytest.approx(statistic)
+    assert entry["threshold"] == pytest.approx(threshold, rel=1e-4)
+    assert entry["passes"] == (statistic >= threshold)
+    assert (entry["figure"] is not None) == entry["passes"]
+    assert add(*paths, track="timed", slug="given") == 0
+    assert main(["add", *paths, "--track", "timed", "--slug", "sigma", "--date", "2026-01-02", "--sigma", "0.001", "--allow-dirty"]) == 0
+    (entry,) = read(book / "timed/2026-01-02_sigma")["entries"]
+    assert entry["passes"] and entry["figure"] == pytest.approx(entry["train_seconds"])
+
+
+def test_runs_that_differ_are_not_one_entry(book: Path, root: Path, capsys: pytest.CaptureFixture[str]):
+    assert add("runs/study/dualized.s4.seed0", "runs/study/adamw.s4.seed1") == 2
+    assert "optim.name of adamw.s4.seed1\n  got: 'adamw'\n  allowed: 'dualized'" in refusal(capsys)
+    assert add("runs/study/dualized.s4.seed0", "runs/study/dualized.s4.seed0") == 2
+    assert "got: [0, 0]\n  allowed: each once" in refusal(capsys)
+    assert not book.exists()
+
+
+def test_code_that_is_in_no_commit_is_refused(book: Path, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    states = {"dirty": True, "commit": "abc"}
+    summary = runs.summary
+    monkeypatch.setattr(runs, "summary", lambda path: (summary(path) or {}) | states)
+    assert add("runs/study", dirty=False) == 2
+    assert "got: runs of a tree with changes that are in no commit" in refusal(capsys)
+    states |= {"dirty": False, "commit": "0" * 40}
+    monkeypatch.setattr(records.subprocess, "run", lambda *args, **kwargs: type("Done", (), {"stdout": "optim/norms.py\n"}))
+    assert add("runs/study", dirty=False) == 2
+    assert f"got: code that has changed since commit {'0' * 40}: optim/norms.py" in refusal(capsys)
+    assert not book.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        ({"corpus": "another"}, "the data of corpora/small of a record of small"),
+        ({"threads": 0.5}, "device of a record of small"),
+        ({"target": 2.7}, "target of runs/study\n  got: 2.8\n  allowed: 2.7"),
+        ({"fixed": "configs/tracks/pysource_cpu.toml"}, "model.n_layer of a record of small\n  got: 2\n  allowed: 4"),
+        ({"target": 0.0}, "target of small\n  got: none yet"),
+    ],
+)
+def test_runs_of_another_track_are_refused(
+    change: dict[str, Any], got: str, book: Path, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(records.TRACKS, "small", replace(records.TRACKS["small"], **change))
+    assert add("runs/study") == 2
+    assert got in refusal(capsys)
+    assert not book.exists()
+
+
+def test_a_record_is_made_once_and_small(book: Path, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    assert add("runs/study") == 0
+    assert add("runs/study") == 2
+    assert "got: a record of that name" in refusal(capsys)
+    monkeypatch.setattr(records, "LIMIT", 1000)
+    assert add("runs/study", slug="large") == 2
+    assert "allowed: 1,000" in refusal(capsys)
+    assert add("runs/study", slug="../x") == 2
+    assert "--slug" in refusal(capsys)
+
+
+def test_the_optimization_track_takes_a_configuration_and_its_script(book: Path, root: Path, capsys: pytest.CaptureFixture[str]):
+    assert add(str(ROOT / "configs/track3_124m.toml"), track="fineweb-124m") == 0
+    folder = book / "fineweb-124m/2026-01-02_first"
+    assert {p.name for p in folder.iterdir()} == {"record.json", "track3_124m.toml", "track3_124m.py"}
+    assert "data/fineweb10B" in (folder / "track3_124m.py").read_text()
+    assert read(folder)["figure"] is None
+    assert add("runs/study/dualized.s4.seed0", track="fineweb-124m", slug="run") == 2
+    assert "nothing was run here" in refusal(capsys)
+
+
+# ---- tables
+
+
+def test_tables_have_an_entry_a_row_the_best_first(book: Path, root: Path):
+    assert add("runs/study") == 0
+    text = records.tables(relative_to=book)
+    rows = [line for line in text.splitlines() if "2026-01-02" in line]
+    where = "small/2026-01-02_first"
+    assert rows[0].startswith("| 4 [?, 4] | ") and f"[dualized]({where}/dualized.txt) | 8 |" in rows[0]
+    assert rows[0].endswith(f"[A title]({where}/), A. Nonymous (not from a commit) |") and " ✓ |" in rows[0]
+    assert rows[1].startswith("| not reached | ") and "✓" not in rows[1]
+    assert "**timed** (Products; target 2.8)\n\nNo record yet." in text
+
+
+def test_tables_are_written_between_the_marks_and_once(
+    book: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    (tmp_path / "README.md").write_text("before\n")
+    book.mkdir()
+    assert main(["tables"]) == 2
+    assert "got: no place for the tables" in refusal(capsys)
+    (tmp_path / "README.md").write_text(f"before\n{records.BEGIN}\nold\n{records.END}\nafter\n")
+    assert main(["tables", "--check-only"]) == 1
+    assert main(["tables"]) == 0
+    assert main(["tables", "--check-only"]) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith(f"before\n{records.BEGIN}\n**small**") and text.endswith(f"{records.END}\nafter\n") and "old" not in text
+
+
+def test_the_committed_tables_are_those_of_the_book():
+    assert records.write_tables(check_only=True) == []
+
+
+def test_every_record_of_the_book_is_whole():
+    for folder, record in records.records():
+        assert record["track"] == folder.parent.name and folder.name.startswith(record["date"])
+        for e in record["entries"]:
+            assert (folder / e["config"]).is_file() and (folder / e["log"]).is_file()
+        assert sum(p.stat().st_size for p in folder.iterdir()) <= records.LIMIT
+
+
+def test_the_fixed_architecture_of_pysource_is_the_optimization_track_s():
+    """But for its size, and for attention's scale, which is 0.12 of a head's width."""
+    keys, big = TRACKS["pysource-cpu"].keys(), configuration.flat(configuration.load([str(ROOT / "configs/track3_124m.toml")]))
+    sizes = {"model.n_layer", "model.n_head", "model.n_embd", "model.block_size", "model.attention_scale"}
+    assert {k: v for k, v in keys.items() if k.startswith("model.") and k not in sizes} == {
+        k: v for k, v in big.items() if k in keys and k.startswith("model.") and k not in sizes
+    }
+    assert keys["model.attention_scale"] == pytest.approx(0.12 * keys["model.n_embd"] / keys["model.n_head"])
+    assert keys["train.batch_size"] * keys["model.block_size"] == 4096
+    assert isinstance(configuration.load([str(ROOT / "configs/tracks/pysource_cpu.toml")]), Config)
+
+
+# ---- checking
+
+
+def test_a_record_is_reproduced_exactly_here(book: Path, root: Path, capsys: pytest.CaptureFixture[str]):
+    assert add("runs/study") == 0
+    folder = book / "small/2026-01-02_first"
+    argv = ["check", str(folder), "--entry", "dualized", "--seeds", "1", "--out", str(root / "runs/check")]
+    assert main(argv) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"seed by seed at most \S+ apart, allowed 1e-06 on the same machine and versions; .* \(not judged\): PASS", said)
+    record = read(folder)
+    record["entries"][0]["losses"][0] += 1e-3
+    (folder / "record.json").write_text(json.dumps(record))
+    assert main(argv) == 1
+    assert "FAIL" in capsys.readouterr().out
+    shutil.rmtree(root / "runs/check")
+
+
+def test_other_data_and_other_entries_are_refused(book: Path, root: Path, capsys: pytest.CaptureFixture[str]):
+    assert add("runs/study") == 0
+    folder = book / "small/2026-01-02_first"
+    assert main(["check", str(folder), "--entry", "sgd"]) == 2
+    assert "allowed: dualized, adamw" in refusal(capsys)
+    (folder / "record.json").write_text(json.dumps(read(folder) | {"corpus_sha256": "another"}))
+    assert main(["check", str(folder)]) == 2
+    assert "the data of corpora/small" in refusal(capsys)
+
+
+def test_between_machines_means_are_compared_at_the_nominal_level():
+    """10,000 records of 4 seeds and checks of 4, the same mean: one in a hundred fails, within 4 binomial deviations; a shift of 5 σ is found."""
+    rng, n, fails = np.random.default_rng(0), 10_000, 0
+    for losses in rng.normal(size=(n, 8)):
+        fine, _ = compare(told(losses[:4]), found(losses[4:]), same=False)
+        fails += not fine
+    assert abs(fails / n - records.DOUBT) < 4 * (records.DOUBT * (1 - records.DOUBT) / n) ** 0.5
+    losses = rng.normal(size=8)
+    assert not compare(told(losses[:4]), found(losses[4:] + 5), same=False)[0]
+    assert compare(told(losses[:4]), found(losses[:4]), same=True)[0]
+    assert not compare(told(losses[:4]), [*found(losses[:3]), None], same=True)[0]  # one that diverged
+    assert "tells no deviation" in compare(told(losses[:1]), found(losses[:1]), same=False)[1]
+
+
+def told(losses: np.ndarray) -> dict[str, Any]:
+    return {"losses": losses.tolist(), "n": len(losses), "mean": float(losses.mean()), "train_seconds": 1.0}
+
+
+def found(losses: np.ndarray) -> list[dict[str, Any] | None]:
+    return [{"val_loss": float(x), "train_seconds": 1.0} for x in losses]
+
+
+def test_a_track_s_errors_have_got_allowed_and_fix(root: Path):
+    config = configuration.load([str(root / "small.toml"), "--data.dataset", str(root / "corpora/small")])
+    with pytest.raises(RecordError, match=r"(?s)got: .*\n  allowed: .*\n  fix: "):
+        TRACKS["shakespeare-cpu"].check("shakespeare-cpu", config, {"device": "cpu, 1 threads", "world_size": 1})
