@@ -22,11 +22,13 @@ class GPTConfig:
     residual: "convex" is (1 − 1/2L) x + (1/2L) f(x) per half-layer, "plain" is x + f(x). branch_gains: f has the constants 1/3 and √(2/3) that keep it well-normed.
     logit_softcap: c, None is off; softcap: "tanh" is c · tanh(x/c), "rsqrt" x / √(1 + (x/c)²).
     logit_scale: logits of a head of norm 1 at unit-RMS input are at most this. attention_scale: c in softmax(c · cos(q, k)).
+    ngram: n > 1 adds to a token's embedding a learned row for each of the last 2, … n tokens, which a hash picks out of ngram_rows.
+    mlp_shift: MLPs have half of their input's channels from the position before (Peng et al., arXiv 2305.13048, without its learned mix).
     bias: of every linear map. norm_gains: of every RMSNorm. embedding_norm: an RMSNorm after the embedding. rotary: "half" turns half of each head's pairs, at base 1024.
     init: "norm", every weight at norm 1 of its role; "gpt2", N(0, 0.02²), output projections by 1/√2L smaller (Radford et al. 2019, as nanoGPT);
     "fan_in", N(0, 1/I) and embeddings N(0, 1), the function that standard and NTK parametrizations start from; "track", N(0, 0.33/I), embeddings N(0, 1), output
     projections 0, as the NanoGPT speedrun's optimization track. The last three are for comparisons. Biases start at 0, gains at 1.
-    zero_init: with init = "norm", output projections start at 0.
+    zero_init: with init = "norm", output projections and the n-grams' rows start at 0.
 
     configs/track3_124m.toml sets them to that track's architecture.
     """
@@ -43,6 +45,9 @@ class GPTConfig:
     softcap: Literal["tanh", "rsqrt"] = "tanh"
     logit_scale: float = 10.0
     attention_scale: float = 10.0
+    ngram: int = 1
+    ngram_rows: int = 4096
+    mlp_shift: bool = False
     bias: bool = False
     norm_gains: bool = False
     embedding_norm: bool = False
@@ -60,6 +65,8 @@ class GPTConfig:
             ("rotary", self.rotary == "full" or D // H % 4 == 0, '"full", or heads of a width that 4 divides'),
             ("branch_gains", self.branch_gains or self.residual == "plain", 'true, or false with residual = "plain"'),
             ("block_size", self.block_size >= 1, "1 or more"),
+            ("ngram", self.ngram >= 1, "1 (off) or more"),
+            ("ngram_rows", self.ngram_rows >= 1, "1 or more"),
             ("vocab_size", self.vocab_size is None or self.vocab_size >= 2, "2 or more, or left out"),
             ("dropout", 0 <= self.dropout < 1, "0 <= dropout < 1"),
             ("logit_softcap", self.logit_softcap is None or self.logit_softcap > 0, "more than 0, or left out"),
@@ -105,10 +112,11 @@ class RoleNorms:
 class RoleMasses:
     """Each role's share of feature learning, all layers together; only ratios matter. A layer's six matrices have equal mass, as in Modula.
 
-    gain, bias: where the model has them.
+    ngram, gain, bias: where the model has them.
     """
 
     embedding: float = 1.0
+    ngram: float = 1.0
     attention: float = 4.0
     mlp: float = 2.0
     head: float = 1.0
@@ -148,6 +156,24 @@ def rotate(x_BHTK: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = (r.to(x_BHTK.dtype) for r in rope)
     a, b = x_BHTK.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+def ngram_rows(idx_BT: Tensor, *, order: int, rows: int, before: Tensor | None = None) -> Tensor:
+    """(B, T, order − 1): for each position, rows of a hash table for its last 2, … `order` tokens. before (B, any): the tokens in front of idx.
+
+    Where there are none the n-gram is padded, with a symbol of its own. Multiplicative hashing (Knuth, The Art of Computer Programming, vol. 3, §6.4).
+    """
+    found, T = [], idx_BT.shape[1]
+    seen = idx_BT if before is None else torch.cat((before, idx_BT), dim=1)
+    seen = F.pad(seen + 1, (order - 1, 0))  # 0 is "no token"
+    key = seen[:, -T:]
+    for back in range(1, order):
+        key = key * GOLDEN + seen[:, seen.shape[1] - T - back : seen.shape[1] - back]  # wraps around, the same on all devices
+        found.append(((key * GOLDEN) >> 32) % rows)
+    return torch.stack(found, dim=-1)
+
+
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2^64 / golden ratio, odd, as a signed integer [Knuth]
 
 
 # Constant gains inside a block keep it well-normed; they are folded into the residual weight, as linear maps let them pass.
@@ -235,14 +261,15 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm, self.attention = RMSNorm(config), Attention(config)
         self.mlp_norm, self.mlp = RMSNorm(config), MLP(config)
-        self.dropout = config.dropout
+        self.dropout, self.mlp_shift = config.dropout, config.mlp_shift
         step = 1 / (2 * config.n_layer) if config.residual == "convex" else 1.0
         self.keep = 1 - step if config.residual == "convex" else 1.0
         self.attention_step, self.mlp_step = (step * (gain if config.branch_gains else 1.0) for gain in (ATTENTION_GAIN, MLP_GAIN))
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], past: "Past | None" = None) -> Tensor:
         x_BTD = self._add(x_BTD, self.attention(self.attention_norm(x_BTD), rope, past), self.attention_step)
-        return self._add(x_BTD, self.mlp(self.mlp_norm(x_BTD)), self.mlp_step)
+        y_BTD = self.mlp_norm(x_BTD)
+        return self._add(x_BTD, self.mlp(shift(y_BTD, past) if self.mlp_shift else y_BTD), self.mlp_step)
 
     def _add(self, x_BTD: Tensor, f_BTD: Tensor, step: float) -> Tensor:
         if self.dropout:
@@ -251,11 +278,12 @@ class Block(nn.Module):
 
 
 class Past:
-    """Keys and values (B, H, T, K) of one layer, the last `window` − 1 positions of them."""
+    """Keys and values (B, H, T, K) of one layer, the last `window` − 1 positions of them; with mlp_shift, what the next position has from the last one (B, 1, D/2)."""
 
     def __init__(self, window: int) -> None:
         self.keep = window - 1
         self.kv: tuple[Tensor, Tensor] | None = None
+        self.last: Tensor | None = None
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.kv is not None:
@@ -263,6 +291,15 @@ class Past:
         start = max(0, k.shape[2] - self.keep)
         self.kv = k[:, :, start:], v[:, :, start:]
         return k, v
+
+
+def shift(x_BTD: Tensor, past: Past | None) -> Tensor:
+    """The second half of the channels from the position before; 0 before the first one."""
+    own, old = x_BTD.chunk(2, dim=-1)
+    last = past.last if past is not None and past.last is not None else torch.zeros_like(old[:, :1])
+    if past is not None:
+        past.last = old[:, -1:]
+    return torch.cat((own, torch.cat((last, old[:, :-1]), dim=1)), dim=-1)
 
 
 OUTPUTS = ("out.weight", "down.weight", "head.weight")
@@ -280,6 +317,7 @@ class GPT(nn.Module):
         self.config = config
         self.norms = norms or RoleNorms().build(Polar(), config.n_head)
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.ngram_embedding = nn.Embedding(config.ngram_rows, config.n_embd) if config.ngram > 1 else None
         self.embedding_norm = RMSNorm(config) if config.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.head_norm = RMSNorm(config)
@@ -294,7 +332,7 @@ class GPT(nn.Module):
                 p.fill_(leaf.role == "gain")
             elif self.config.init != "norm":
                 p.normal_(generator=generator).mul_(self._deviation(leaf.name, p))
-            elif self.config.zero_init and leaf.name.endswith(OUTPUTS):
+            elif self.config.zero_init and (leaf.name.endswith(OUTPUTS) or leaf.role == "ngram"):
                 p.zero_()
             else:
                 p.copy_(leaf.norm.init(p.shape, generator))
@@ -304,8 +342,8 @@ class GPT(nn.Module):
         if self.config.init == "gpt2":
             return 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith(OUTPUTS[:2]) else 0.02
         if self.config.init == "track":
-            return 1.0 if name == "embedding.weight" else 0.0 if name.endswith(OUTPUTS) else (0.33 / p.shape[1]) ** 0.5
-        return 1.0 if name == "embedding.weight" else p.shape[1] ** -0.5
+            return 1.0 if name.endswith("embedding.weight") else 0.0 if name.endswith(OUTPUTS) else (0.33 / p.shape[1]) ** 0.5
+        return 1.0 if name.endswith("embedding.weight") else p.shape[1] ** -0.5
 
     def structure(self, masses: RoleMasses | None = None) -> Module:
         """The tree of atoms and bonds (theory.md §2): head ∘ norm ∘ blocks ∘ embedding."""
@@ -316,6 +354,9 @@ class GPT(nn.Module):
         halves = []
         for half, name, mass, branch in ((Attention, "attention", m.attention / 4, ATTENTION_GAIN), (MLP, "mlp", m.mlp / 2, MLP_GAIN)):
             inside = half.structure(f"blocks.{{}}.{name}", norms, mass / c.n_layer, branch if c.branch_gains else 1.0, bias)
+            if half is MLP and c.mlp_shift:
+                # Half of two positions: as large as one of them where they are alike in size, at most √2 times.
+                inside = inside @ bond("shift", typical=True)
             halves.append(inside @ RMSNorm.structure(f"blocks.{{}}.{name}_norm", gain))
         if c.residual == "convex":
             attention, mlp = (residual(half, 2 * c.n_layer) for half in halves)
@@ -323,6 +364,9 @@ class GPT(nn.Module):
             # x + f(norm(x)): the stream grows with depth while the next norm divides by it; the typical gain of both is 1.
             attention, mlp = map(_plain, halves)
         embedding: Module = atom("embedding.weight", norms["embedding"], mass=m.embedding, role="embedding")
+        if c.ngram > 1:
+            # One table, read n − 1 times a token.
+            embedding += (c.ngram - 1) * atom("ngram_embedding.weight", norms["embedding"], mass=m.ngram, role="ngram")
         if c.embedding_norm:
             embedding = RMSNorm.structure("embedding_norm", gain) @ embedding
         # The norm of logits is their largest: so is that of the head's bias.
@@ -330,12 +374,22 @@ class GPT(nn.Module):
         return head @ RMSNorm.structure("head_norm", gain) @ (mlp @ attention) ** c.n_layer @ embedding
 
     def forward(
-        self, idx_BT: Tensor, target_BT: Tensor | None = None, *, reduction: str = "mean", past: list[Past] | None = None, start: int = 0
+        self,
+        idx_BT: Tensor,
+        target_BT: Tensor | None = None,
+        *,
+        reduction: str = "mean",
+        past: list[Past] | None = None,
+        start: int = 0,
+        before: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(logits (B, T, V), loss in nats per token or None). Targets of −1 do not count. start: position of the first token, with past."""
+        """(logits (B, T, V), loss in nats per token or None). Targets of −1 do not count. With past, start: position of the first token; before: tokens in front of it, for n-grams."""
         c = self.config
         rope = rotary(torch.arange(start, start + idx_BT.shape[1], device=idx_BT.device), c.n_embd // c.n_head, half=c.rotary == "half")
-        x_BTD = self.embedding_norm(self.embedding(idx_BT))
+        x_BTD = self.embedding(idx_BT)
+        if self.ngram_embedding is not None:
+            x_BTD = x_BTD + self.ngram_embedding(ngram_rows(idx_BT, order=c.ngram, rows=c.ngram_rows, before=before)).sum(dim=-2)
+        x_BTD = self.embedding_norm(x_BTD)
         for i, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, rope, past[i] if past else None)
         logits_BTV = self.head(self.head_norm(x_BTD))
@@ -354,7 +408,7 @@ class GPT(nn.Module):
         """Of one training step: 6 per weight of a matrix product and 12 L D T for attention, causality not discounted (Chowdhery et al., arXiv 2204.02311, App. B)."""
         c = self.config
         return (
-            6 * sum(p.numel() for n, p in self.named_parameters() if p.ndim == 2 and n != "embedding.weight")
+            6 * sum(p.numel() for n, p in self.named_parameters() if p.ndim == 2 and not n.endswith("embedding.weight"))
             + 12 * c.n_layer * c.n_embd * c.block_size
         )
 
@@ -376,7 +430,8 @@ class GPT(nn.Module):
         past = [Past(self.config.block_size) for _ in self.blocks]
         fresh_BT, start = idx_BT[:, -self.config.block_size :], 0
         for _ in range(tokens):
-            logits_BV = self(fresh_BT, past=past, start=start)[0][:, -1, :vocab_size]
+            before_BT = idx_BT[:, -(start + 1) : -1][:, -self.config.ngram :] if start else None
+            logits_BV = self(fresh_BT, past=past, start=start, before=before_BT)[0][:, -1, :vocab_size]
             start += fresh_BT.shape[1]
             if top_k is not None:
                 kth = logits_BV.topk(min(top_k, logits_BV.shape[-1])).values[:, -1:]

@@ -94,11 +94,12 @@ class SOAP(Direction):
     """Adam in the eigenbasis of Shampoo's factors L ← β₂ L + (1 − β₂) G Gᵀ and R likewise, renewed on refresh by one step of orthogonal iteration.
 
     A weight of more than 2 dimensions is taken as a matrix (O, rest), a vector as by Adam. A side longer than `limit` keeps its own axes, and so does
-    every side until the first refresh with a gradient.
+    every side until the first refresh with a gradient. nesterov: of the average one step ahead, (1 − β) G + β M.
     """
 
     gated = True
     limit: int = 8192
+    nesterov: bool = False
 
     def buffers(self, W: Tensor) -> Buffers:
         found = {k: torch.zeros_like(W, memory_format=torch.contiguous_format) for k in ("momentum", "rms")}
@@ -112,6 +113,8 @@ class SOAP(Direction):
     def __call__(self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool) -> Tensor:
         shape = G.shape
         M = _average_(state["momentum"], G, live, beta)
+        if self.nesterov:
+            M = torch.lerp(G, M, beta)
         if G.ndim < 3:
             R = _rms_(state["rms"], G, live, beta2)
             return _ratio(M, R)
@@ -142,7 +145,9 @@ class SOAP(Direction):
         if refresh:
             turned = torch.linalg.qr(F @ Q)[0]
             if not started.all():
-                turned = torch.where(started, turned, torch.linalg.eigh(F)[1].flip(-1))
+                # In float64, as float32's squares of small entries are denormal, and LAPACK may not converge.
+                exact = F if F.device.type == "mps" else F.double()
+                turned = torch.where(started, turned, torch.linalg.eigh(exact)[1].flip(-1).to(F))
             seen = (F != 0).flatten(1).any(-1)[:, None, None]
             Q.copy_(torch.where(seen & (live > 0), turned, Q))
             started = started | seen
@@ -160,6 +165,7 @@ DIRECTIONS: dict[str, Direction] = {
     "nesterov": Momentum(nesterov=True),
     "adam": Adam(),
     "soap": SOAP(),
+    "nesterov_soap": SOAP(nesterov=True),
     "lion": SignMomentum(),
 }
 

@@ -74,8 +74,8 @@ class Entry:
         return f"{self.name}.s{steps}.seed{seed}"
 
     def judged(self, steps: int, seed: int, folder: Path) -> runs.Job:
-        """With about ten evaluations on its way, which the training clock does not count."""
-        changes = {"run.seed": seed, "train.steps": steps, "train.eval_every": max(1, steps // 10)}
+        """With about five evaluations on its way, which the training clock does not count."""
+        changes = {"run.seed": seed, "train.steps": steps, "train.eval_every": max(1, steps // 5)}
         return self.job(self.run_name(steps, seed), folder, **changes, **(self.tuned or {}))
 
 

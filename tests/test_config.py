@@ -56,7 +56,7 @@ def test_shipped_configurations_load(file: Path):
         ),
         (
             "[optim]\nname = 'adam'",
-            "optim.name\n  got: 'adam'\n  allowed: dualized, normalized_adam, normalized_sgd, adamw, sgd\n  fix: ",
+            "optim.name\n  got: 'adam'\n  allowed: dualized, normalized_adam, normalized_sgd, adamw, muon_adamw, sgd\n  fix: ",
         ),
         ("[optim]\nname = 'adamw'\nlr = 'auto'", "optim.lr\n  got: 'auto'\n  allowed: a number for adamw\n  fix: "),
         (

@@ -543,3 +543,22 @@ def test_a_point_trains_and_its_receipt_has_its_norms(trained: Path, name: str):
     assert len(table) == 8, "embedding, six matrices of the layer, head"
     for _, _, role, norm, _, radius, _ in table:
         assert (norm, radius) == (expected[role], "1")
+
+
+def test_nesterov_soap_is_soap_of_the_average_one_step_ahead():
+    """SOAP that starts from the new average M' instead of M averages to (1 − β) G + β M'; everything else it remembers is the same."""
+    from optim import DIRECTIONS
+
+    g = torch.Generator().manual_seed(0)
+    soap, ahead = DIRECTIONS["soap"], DIRECTIONS["nesterov_soap"]
+    state = {k: b[None] for k, b in ahead.buffers(torch.zeros(6, 4, dtype=torch.float64)).items()}
+    for step in range(4):
+        G = torch.randn(1, 6, 4, generator=g, dtype=torch.float64)
+        twin = {k: b.clone() for k, b in state.items()}
+        settings = {"live": torch.ones((), dtype=G.dtype), "beta": 0.8, "beta2": 0.9, "refresh": step % 2 == 0}
+        D = ahead(G.clone(), state, **settings)
+        twin["momentum"] = state["momentum"].clone()
+        same = soap(G.clone(), twin, **settings)
+        if step:  # the first gradient's eigenbasis makes it diagonal: beside that, rounding over rounding
+            assert torch.allclose(same, D, atol=1e-9)
+        assert all(torch.equal(twin[k], state[k]) for k in state if k != "momentum")

@@ -376,7 +376,10 @@ def test_a_run_learns_and_says_what_it_trained_with(whole: tuple[str, Path]):
     found = losses(folder)
     assert len(found) == 12 and found[-1] < found[0] - 0.1
     receipt = (folder / "receipt.txt").read_text()
-    assert receipt.startswith({"adamw": "AdamW\n", "muon_adamw": "Muon + AdamW\n", "sgd": "SGD\n"}.get(name, "parameter ")) and "blocks.1.mlp.down.weight" in receipt
+    assert (
+        receipt.startswith({"adamw": "AdamW\n", "muon_adamw": "Muon + AdamW\n", "sgd": "SGD\n"}.get(name, "parameter "))
+        and "blocks.1.mlp.down.weight" in receipt
+    )
     assert (folder / "modular_norm.svg").exists() == name.startswith("normalized")
     assert f"14 tensors, {name} (receipt.txt)" in (folder / "log.txt").read_text()
     summary = json.loads((folder / "summary.json").read_text())

@@ -1,0 +1,178 @@
+"""The n-gram table and the MLPs' shift of model.py. Oracles: the full forward for the cache, dictionaries of n-grams for the hash, torch's FLOP counter."""
+
+import math
+import tomllib
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from config import load
+from model import GPT, Block, GPTConfig, RoleMasses, ngram_rows, shift
+from optim import Dualized, metrize
+from tests.helpers import ROOT
+
+SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=11, zero_init=False, ngram=3, ngram_rows=64, mlp_shift=True)
+
+
+def build(**changes: object) -> GPT:
+    return GPT(replace(SMALL, **changes), generator=torch.Generator().manual_seed(0)).eval()  # type: ignore[arg-type]
+
+
+def tokens(*shape: int, vocabulary: int = 11) -> torch.Tensor:
+    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_positions_see_only_the_past():
+    model, idx = build(), tokens(2, 12)
+    for t in (1, 7, 11):
+        changed = idx.clone()
+        changed[:, t:] = (changed[:, t:] + 1) % 11
+        a, b = model(idx)[0], model(changed)[0]
+        assert torch.allclose(a[:, :t], b[:, :t], atol=1e-6)  # products of other shapes round otherwise
+        assert not torch.allclose(a[:, t:], b[:, t:], atol=1e-3)
+
+
+@pytest.mark.parametrize("prompt", [1, 2, 3, 30])
+@pytest.mark.parametrize("options", [{"ngram": 1}, {"mlp_shift": False}, {"ngram": 5}])
+def test_cached_generation_is_what_the_whole_forward_would_say(options: dict, prompt: int):
+    model, idx = build(block_size=64, **options), tokens(2, prompt)
+    fast = model.generate(idx, 20, temperature=0)
+    slow = idx
+    for _ in range(20):
+        slow = torch.cat((slow, model(slow)[0][:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(fast, slow)
+
+
+def test_generation_goes_past_the_block_with_the_ngrams_of_the_text():
+    """Alone, they decide the next token: no attention, no MLP, a table that counts."""
+    model = build(n_layer=1, block_size=4, mlp_shift=False, zero_init=True, ngram_rows=4096)
+    with torch.no_grad():
+        model.head.weight.copy_(torch.randn(11, 16, generator=torch.Generator().manual_seed(2)))
+        model.get_parameter("ngram_embedding.weight").normal_(generator=torch.Generator().manual_seed(3))
+    idx = tokens(3, 9)
+    out = model.generate(idx, 30, temperature=0)
+    for t in range(9 + 3, 39):  # once the prompt's cut at block_size is out of reach
+        assert torch.equal(out[:, t], model(out[:, t - 4 : t])[0][:, -1].argmax(-1))
+
+
+def test_rows_are_those_of_the_ngrams_wherever_they_stand():
+    idx, rows = tokens(40, 30), 2**40  # so many that no two of these n-grams share one
+    found = ngram_rows(idx, order=4, rows=rows)
+    assert found.shape == (40, 30, 3)
+    assert 0 <= int(found.min()) <= int(found.max()) < rows
+    by_ngram: dict[tuple[int, ...], set[int]] = {}
+    for b in range(40):
+        for t in range(30):
+            for n in (2, 3, 4):
+                padded = (-1,) * 3 + tuple(idx[b].tolist())
+                by_ngram.setdefault(padded[t + 4 - n : t + 4], set()).add(int(found[b, t, n - 2]))
+    assert all(len(rows_of) == 1 for rows_of in by_ngram.values())
+    assert len(set().union(*by_ngram.values())) == len(by_ngram)
+
+
+@pytest.mark.parametrize("seen", [1, 2, 10])
+def test_tokens_in_front_are_part_of_the_ngrams(seen: int):
+    idx = tokens(3, 20)
+    whole = ngram_rows(idx, order=4, rows=999)
+    assert torch.equal(ngram_rows(idx[:, 10:], order=4, rows=999, before=idx[:, 10 - seen : 10])[:, 3:], whole[:, 13:])
+    assert torch.equal(ngram_rows(idx[:, 10:], order=4, rows=999, before=idx[:, :10]), whole[:, 10:])
+
+
+@pytest.mark.parametrize("rows", [1000, 4096, 65536])
+def test_the_hash_fills_its_rows_at_least_as_chance_would(rows: int):
+    """All bigrams of 65 symbols: rows · (1 − exp(−n/rows)) rows in use, but for 4 standard deviations of balls in bins."""
+    a, b = torch.meshgrid(torch.arange(65), torch.arange(65), indexing="ij")
+    used = ngram_rows(torch.stack((a.flatten(), b.flatten()), dim=1), order=2, rows=rows)[:, 1, 0].unique().numel()
+    filling = 65**2 / rows
+    deviation = math.sqrt(rows * (math.exp(-filling) - (1 + filling) * math.exp(-2 * filling)))
+    assert used > rows * (1 - math.exp(-filling)) - 4 * deviation
+
+
+def test_shift_takes_half_of_the_channels_from_the_position_before():
+    x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+    y = shift(x, None)
+    assert torch.equal(y[..., :3], x[..., :3])
+    assert torch.equal(y[:, 1:, 3:], x[:, :-1, 3:])
+    assert not y[:, 0, 3:].any()
+
+
+def test_a_shifted_mlp_reaches_one_position_a_layer():
+    model, idx = build(ngram=1), tokens(1, 12)
+    with torch.no_grad():
+        for block in model.blocks:
+            assert isinstance(block, Block)
+            block.attention.out.weight.zero_()
+    changed = idx.clone()
+    changed[:, 4] = (changed[:, 4] + 1) % 11
+    moved = (model(idx)[0] != model(changed)[0]).any(-1)[0]
+    assert moved.nonzero().flatten().tolist() == [4, 5, 6]  # two layers
+
+
+def test_without_the_options_nothing_is_different():
+    """The same parameters, and a table of zeros adds exactly nothing: the first logits are bit for bit those of a model without it."""
+    off, on = build(ngram=1, mlp_shift=False, zero_init=True), build(mlp_shift=False, zero_init=True)
+    assert {n for n, _ in on.named_parameters()} - {n for n, _ in off.named_parameters()} == {"ngram_embedding.weight"}
+    with torch.no_grad():
+        for model in (off, on):
+            model.head.weight.copy_(torch.randn(11, 16, generator=torch.Generator().manual_seed(2)))
+    assert torch.equal(on(tokens(2, 12))[0], off(tokens(2, 12))[0])
+    assert GPTConfig().ngram == 1
+    assert not GPTConfig().mlp_shift
+
+
+def test_the_table_has_its_place_in_the_modular_norm():
+    """Depth 1, masses 1 + 2 + 4 + 2 + 1 of 10, logit_scale 10: the table has twice the embedding's share, is read twice and steps as far."""
+    model = build(n_layer=1)
+    norm = metrize(model, model.structure(RoleMasses(ngram=2.0)))
+    assert set(norm.norms) == {n for n, _ in model.named_parameters()}
+    assert (norm.roles["ngram_embedding.weight"], str(norm.norms["ngram_embedding.weight"])) == ("ngram", "L1ToRMS")
+    assert norm.masses["ngram_embedding.weight"] == pytest.approx(2)
+    half_mlp = 1 / 2 + 1 / 3**0.5
+    for name in ("embedding.weight", "ngram_embedding.weight"):
+        assert norm.radii[name] == pytest.approx(1 / 10 / 10 / half_mlp)
+    assert "ngram_embedding.weight" in norm.receipt()
+    assert "shift" in str(norm.tree)
+
+
+def test_only_rows_of_ngrams_that_were_met_move():
+    model, idx = build(), tokens(2, 12)
+    table = model.get_parameter("ngram_embedding.weight")
+    before = table.detach().clone()
+    optimizer = Dualized(model, 0.1, norm=metrize(model))
+    loss = model(idx, idx.roll(-1, 1))[1]
+    assert loss is not None
+    loss.backward()
+    optimizer.step()
+    moved = (table != before).any(-1).nonzero().flatten()
+    assert torch.equal(moved, ngram_rows(idx, order=3, rows=64).unique())
+
+
+def test_flops_are_what_torch_counts():
+    """A look-up is no product."""
+    model = build().train()
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        loss = model(tokens(3, 12), tokens(3, 12))[1]
+        assert loss is not None
+        loss.backward()
+    assert counter.get_total_flops() / 36 == pytest.approx(model.flops_per_token(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"ngram": 0}, r"model.ngram\n  got: 0\n  allowed: 1 \(off\) or more\n  fix: set it in the file, or --model.ngram"),
+        ({"ngram_rows": 0}, r"model.ngram_rows\n  got: 0\n  allowed: 1 or more\n  fix: set it in the file, or --model.ngram-rows"),
+    ],
+)
+def test_impossible_tables_are_refused(changes: dict, text: str):
+    with pytest.raises(ValueError, match=text):
+        GPT(replace(SMALL, **changes))
+
+
+def test_the_track_s_configuration_is_what_it_says():
+    path = ROOT / "configs" / "shakespeare_speedrun.toml"
+    config = load([str(path)])
+    assert config.train.target_loss == tomllib.loads((ROOT / "configs" / "shakespeare_char.toml").read_text())["train"]["target_loss"]
+    assert GPT(replace(config.model, vocab_size=65)).num_params() == 2 * 65 * 64 + 8192 * 64 + 4 * 64**2 + 8 * 64**2
