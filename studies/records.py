@@ -98,13 +98,15 @@ class Track:
 
     def keys(self) -> dict[str, Any]:
         """Values that every run of the track has: {"section.key": value}."""
-        common = {"data.holdout": 0.0, "train.eval_tokens": None}
+        common = {"data.holdout": 0.0}
         if self.fixed is None:
-            return common
+            return common | {"train.eval_tokens": None}
         raw = tomllib.loads((ROOT / self.fixed).read_text(encoding="utf-8"))
         base = configuration.flat(configuration.from_dict(Config, raw))
         free = ("model.init", "model.zero_init", "model.vocab_size")
-        return common | {k: v for k, v in base.items() if (k.startswith("model.") and k not in free) or k == "train.batch_size"}
+        return common | {
+            k: v for k, v in base.items() if (k.startswith("model.") and k not in free) or k in ("train.batch_size", "train.eval_tokens")
+        }
 
 
 PYSOURCE_TARGET = 0.0  # the mean end loss of tuned AdamW at 400 steps; 0 until it is measured

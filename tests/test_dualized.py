@@ -152,6 +152,20 @@ def test_weight_decay_is_scaled_by_the_radius():
         assert torch.allclose(p - q, 0.1 * optimizer.norm.radii[name] * 0.3 * before[name], atol=1e-14), name
 
 
+def test_cautious_decay_shrinks_only_what_the_step_shrinks():
+    """Three optimizers from the same weights: without decay, with it, and with cautious decay, which agrees with one of them entry by entry."""
+    nets = [Net() for _ in range(3)]
+    before = {n: p.detach().clone() for n, p in nets[0].named_parameters()}
+    for net, decay in zip(nets, ({}, {"weight_decay": 0.3}, {"weight_decay": 0.3, "cautious": True}), strict=True):
+        take_step(net, Dualized(net, 0.1, **decay))
+    mixed = 0
+    for (name, plain), decayed, cautious in zip(nets[0].named_parameters(), nets[1].parameters(), nets[2].parameters(), strict=True):
+        shrinks = (before[name] - plain) * before[name] > 0  # the step is against the entry's sign
+        assert torch.allclose(cautious, torch.where(shrinks, decayed, plain), atol=1e-14), name
+        mixed += bool(shrinks.any() and not shrinks.all())
+    assert mixed >= 3, "both kinds of entries are there"
+
+
 def test_weights_stay_within_one_over_weight_decay():
     model = Net()
     optimizer = Dualized(model, 0.5, weight_decay=0.25)
