@@ -36,7 +36,6 @@ DUALIZED_ONLY = (
     "refresh_every",
     "scale",
     "cautious",
-    "floor",
     "constraint",
     "momentum_dtype",
     "master_weights",
@@ -48,12 +47,12 @@ DUALIZED_ONLY = (
 @dataclass
 class OptimConfig:
     """name: "dualized", or one it is compared with: "normalized_adam" and "normalized_sgd" in the modular norm, "adamw", "muon_adamw", "sgd".
-    Those have no direction, refresh_every, scale, cautious, floor, constraint, momentum_dtype, master_weights and auto_*.
+    Those have no direction, refresh_every, scale, cautious, constraint, momentum_dtype, master_weights and auto_*.
     auxiliary_lr: of muon_adamw, a multiple of AdamW's learning rates beside Muon's (optim/rivals.py). scaling: of sgd, lr of each weight for the standard, the NTK or the modular coordinates (optim/rivals.py).
 
     lr: modular norm of one step at the schedule's top (adamw, sgd: theirs), or "auto". schedule: wsd (linear warm-up, stable, linear cooldown) or cosine.
 
-    warmup: steps. cooldown: wsd, the last fraction of all steps; cosine, the depth of the decay. composition: "modular", or "max", the plain maximum over
+    warmup: steps, or below 1 a fraction of all. cooldown: wsd, the last fraction of all steps; cosine, the depth of the decay. composition: "modular", or "max", the plain maximum over
     tensors. cooldown_power: 1 is linear. beta_low, beta_warmup, beta_cooldown: beta starts and ends at beta_low, over these fractions of all steps. auto_initial, auto_factor: as in EscapeVelocity. param_dtype: of the weights in memory (float64 is for checks). The rest as in Dualized.
     """
 
@@ -61,7 +60,7 @@ class OptimConfig:
     lr: float | Literal["auto"] = 1.0
     scaling: Scaling = "standard"
     schedule: str = "wsd"
-    warmup: int = 0
+    warmup: float = 0.0
     cooldown: float = 0.5
     cooldown_power: float = 1.0
     auto_initial: float = EscapeVelocity.initial
@@ -77,7 +76,6 @@ class OptimConfig:
     composition: Literal["modular", "max"] = "modular"
     weight_decay: float = 0.0
     cautious: bool = False
-    floor: float = 0.0
     auxiliary_lr: float = 1.0
     constraint: Constraint | None = None
     max_grad_norm: float | None = None
@@ -112,12 +110,11 @@ class OptimConfig:
             ("auto_factor", self.auto_factor, 0 < self.auto_factor < math.inf, "more than 0"),
             ("scale", self.scale, self.scale == "unit" or self.lr != "auto", '"unit" where lr is "auto"'),
             ("schedule", self.schedule, self.schedule in SCHEDULES, ", ".join(SCHEDULES)),
-            ("warmup", self.warmup, self.warmup >= 0, "0 or more steps"),
+            ("warmup", self.warmup, self.warmup >= 0, "0 or more steps, or a fraction of all below 1"),
             ("cooldown", self.cooldown, 0 <= self.cooldown <= 1, "a fraction from 0 to 1"),
             ("cooldown_power", self.cooldown_power, self.cooldown_power > 0, "more than 0"),
             *((k, getattr(self, k), 0 <= getattr(self, k) <= 1, "a fraction from 0 to 1") for k in ("beta_warmup", "beta_cooldown")),
             ("beta_low", self.beta_low, 0 <= self.beta_low < 1, "0 <= beta_low < 1"),
-            ("floor", self.floor, self.floor >= 0, "0 (off) or more"),
             ("auxiliary_lr", self.auxiliary_lr, self.auxiliary_lr > 0, "more than 0"),
             ("direction", self.direction, self.direction in DIRECTIONS, ", ".join(DIRECTIONS)),
             ("beta", self.beta, 0 <= self.beta < 1, "0 <= beta < 1"),
@@ -216,6 +213,15 @@ class Config:
             self.train.check()
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        require(
+            "train",
+            (
+                "sharpness_every",
+                self.train.sharpness_every,
+                not (self.train.sharpness_every and self.optim.name == "muon_adamw"),
+                'never (0) with optim.name = "muon_adamw", which has no coordinates of its own',
+            ),
+        )
         require(
             "model",
             (

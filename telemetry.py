@@ -210,6 +210,8 @@ class Geometry:
             unit = (o.step_size or 1.0) if isinstance(o, Dualized) else 1.0
             for group in o.param_groups:
                 decay = group["weight_decay"] if isinstance(o, Dualized) else o.weight_decay
+                if decay and isinstance(o, Dualized) and group["cautious"]:
+                    continue  # which entries decayed is not known here
                 for name in group["param_names"]:
                     asked = float(group["lr"]) * unit * self.norm.radii[name]
                     found[name] = Request(asked, asked * decay, isinstance(o, Dualized) and group["scale"] == "unit")

@@ -152,7 +152,6 @@ def train(config: Config, runtime: Runtime) -> None:
         "scale",
         "weight_decay",
         "cautious",
-        "floor",
         "constraint",
         "max_grad_norm",
         "momentum_dtype",

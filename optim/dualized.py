@@ -136,7 +136,6 @@ def _validate(settings: dict[str, Any], *, auto: bool = False) -> None:
         ("refresh_every", "1 or more steps", lambda x: isinstance(x, int) and x >= 1),
         ("weight_decay", "a finite number >= 0", number(0, inf)),
         ("cautious", "true or false", lambda x: isinstance(x, bool)),
-        ("floor", "a finite number >= 0", number(0, inf)),
         ("direction", ", ".join(DIRECTIONS), lambda x: x in DIRECTIONS),
         ("scale", '"unit" with lr="auto"' if auto else "unit, dual", lambda x: x == "unit" or (x == "dual" and not auto)),
         ("constraint", f"None, {', '.join(RETRACTIONS)}", lambda x: x is None or x in RETRACTIONS),
@@ -163,8 +162,7 @@ class Dualized(torch.optim.Optimizer):
     norm: the ModularNorm; by default metrize(model). direction: a name in DIRECTIONS. beta: decay of the momentum average (0.95 is slow).
     beta2: of Adam's and SOAP's squares, and of Lion's average. refresh_every: steps between SOAP's eigenbases.
     weight_decay: decoupled and scaled by the radius: every weight stays within norm 1/weight_decay (times the polar band's upper edge).
-    cautious: decay only the entries that the step makes smaller anyway (Chen et al., arXiv 2510.12402).
-    floor: the least ‖update‖ / ‖weight‖ (Frobenius, of a matrix's step of lr · radius 1): what a weight has grown, its steps grow with; 0 is off.
+    cautious: decay only the entries that the step makes smaller anyway (Chen et al., arXiv 2510.12402); that ball is then none.
     constraint: "ball" keeps every weight at norm <= 1, "sphere" at norm 1, by one scalar per block (matrix, head, row); "stiefel" sets all singular values
     of spectrally normed weights. Vectors and scalars are kept in the ball. Blocks join it at their first step, the row of a token with its first
     gradient. A head of norm 1 on inputs of RMS 1 gives logits of at most 1, unless the model scales them, as model.py does: else give the head
@@ -195,7 +193,6 @@ class Dualized(torch.optim.Optimizer):
         refresh_every: int = 10,
         weight_decay: float = 0.0,
         cautious: bool = False,
-        floor: float = 0.0,
         constraint: Constraint | None = None,
         scale: Literal["unit", "dual"] = "unit",
         grads: Literal["reduced", "local"] = "reduced",
@@ -241,7 +238,6 @@ class Dualized(torch.optim.Optimizer):
             refresh_every=refresh_every,
             weight_decay=weight_decay,
             cautious=cautious,
-            floor=floor,
             constraint=constraint,
             scale=scale,
             max_grad_norm=max_grad_norm,
@@ -518,10 +514,6 @@ class Dualized(torch.optim.Optimizer):
             D = yield from at.whole(dualize, D, s.params, by_rows=s.norm.dualizes_by_rows and group["scale"] == "unit")
         else:  # what torch.compile can follow
             D = dualize(D)
-        if group["floor"] and s.norm.ndim >= 2:
-            sizes = [torch.linalg.vector_norm(X.flatten(1), dim=1) for X in (_stack(s.weights), D)]
-            grown = torch.where(sizes[1] > 0, group["floor"] * sizes[0] / sizes[1], 1).clamp(min=1)
-            D = D.mul_(grown.view_as(s.radii))
         U = D.mul_(s.radii).masked_fill_(~live, 0)
         del D
         lr = group["lr"] if step_size is None else group["lr"] * step_size

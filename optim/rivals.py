@@ -51,7 +51,7 @@ def adamw(
 
 # lr of AdamW's groups as multiples of Muon's, its betas, ε, and its weight decay as a multiple of Muon's: the optimization track's tuned baseline
 # (modded-nanogpt, records/track_3_optimization/train_gpt_simple.py, 06/2026: 0.7, 0.004, 0.015 beside 0.025, decay 0.001 beside 0.05).
-AUXILIARY = {"embedding": 0.7 / 0.025, "head": 0.004 / 0.025, "vectors": 0.015 / 0.025}
+AUXILIARY = {"embedding": 0.7 / 0.025, "ngram": 0.7 / 0.025, "head": 0.004 / 0.025, "vectors": 0.015 / 0.025}
 AUXILIARY_SETTINGS: dict[str, Any] = {"betas": (0.8, 0.95), "eps": 1e-10}
 AUXILIARY_DECAY = 0.001 / 0.05
 
@@ -105,7 +105,7 @@ def set_beta(group: dict[str, Any], beta: float) -> None:
 
 
 class Several(torch.optim.Optimizer):
-    """Several optimizers of different parameters as one: their groups and states, one step of each."""
+    """Several optimizers of different parameters as one, as far as Rival asks: their groups and states, one step of each."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
         self.optimizers, self.defaults = optimizers, optimizers[0].defaults
@@ -124,8 +124,8 @@ class Several(torch.optim.Optimizer):
             optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        found = [o.state_dict() for o in self.optimizers]
-        return {"state": [x["state"] for x in found], "param_groups": [g for x in found for g in x["param_groups"]]}
+        """The groups' settings alone: buffers are in `state`."""
+        return {"state": {}, "param_groups": [g for o in self.optimizers for g in o.state_dict()["param_groups"]]}
 
 
 def _fused(model: nn.Module) -> bool:

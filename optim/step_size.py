@@ -1,6 +1,6 @@
 """Step sizes: schedules, and the escape velocity that needs no learning rate.
 
-Schedules are pure functions of the step, multipliers of lr in [0, 1]; step 0 is the first of `total` steps.
+Schedules are pure functions of the step, multipliers of lr in [0, 1]; step 0 is the first of `total` steps. warmup: steps, or below 1 a fraction of all.
 """
 
 import math
@@ -11,23 +11,30 @@ import torch
 from torch import Tensor
 
 
-def wsd(step: int, total: int, *, warmup: int, cooldown: float, power: float = 1.0) -> float:
+def wsd(step: int, total: int, *, warmup: float, cooldown: float, power: float = 1.0) -> float:
     """Warm-up, stable, decay: linear to 1 over `warmup` steps, then 1, then to 0 over the last `cooldown` fraction of all steps (Hägele et al., arXiv 2405.18392),
     as the power of what is left of it (1.2 is the optimization track's "PowerCool")."""
     left = (total - step) / max(1, round(cooldown * total)) if cooldown else 1.0
-    return max(0.0, min(1.0, (step + 1) / max(1, warmup), max(0.0, left) ** power))
+    return max(0.0, min(1.0, (step + 1) / max(1, _steps(warmup, total)), max(0.0, left) ** power))
 
 
-def cosine(step: int, total: int, *, warmup: int, cooldown: float, power: float = 1.0) -> float:
+def cosine(step: int, total: int, *, warmup: float, cooldown: float, power: float = 1.0) -> float:
     """Linear warm-up, then half a cosine from 1 down to 1 − cooldown (Loshchilov, Hutter, arXiv 1608.03983). power: of wsd alone."""
+    warmup = _steps(warmup, total)
     if step < warmup:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return 1 - cooldown * (1 - math.cos(math.pi * progress)) / 2
 
 
+def _steps(warmup: float, total: int) -> int:
+    return round(warmup * total if warmup < 1 else warmup)
+
+
 def momentum_at(step: int, total: int, *, beta: float, low: float, warmup: float, cooldown: float) -> float:
     """The decay of an average of gradients: from `low` up to beta over the first `warmup` fraction of all steps, and back over the last `cooldown` fraction, linearly."""
+    if not warmup and not cooldown:
+        return beta
     up = (step + 1) / (warmup * total) if warmup else 1.0
     down = (total - step) / (cooldown * total) if cooldown else 1.0
     return low + (beta - low) * min(1.0, up, down)

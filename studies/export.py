@@ -55,7 +55,7 @@ LINE = "=" * 100
 CARRIED = re.compile(
     r"(model|optim\.polar|optim\.norms|optim\.masses)\..*|run\.(seed|device|precision|compile|threads)|data\.dataset"
     r"|optim\.(name|lr|schedule|warmup|cooldown|cooldown_power|direction|beta|beta_low|beta_warmup|beta_cooldown|beta2|refresh_every|scale|composition"
-    r"|weight_decay|cautious|floor|auxiliary_lr|scaling|constraint|max_grad_norm)"
+    r"|weight_decay|cautious|auxiliary_lr|scaling|constraint|max_grad_norm)"
     r"|train\.(steps|batch_size|gradient_accumulation_steps|eval_every|eval_tokens|eval_batch_size|log_every)"
 )
 NEUTRAL = re.compile(

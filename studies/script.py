@@ -229,9 +229,6 @@ class Stack:
         D = DIRECTION(G, self.state, live=live.to(G.dtype), beta=beta, beta2=config.optim.beta2, refresh=refresh)
         D = self.norm.sharp(D) if config.optim.scale == "dual" else self.norm.dualize_(D)
         W = torch.stack([w.detach() for w in self.weights])
-        if config.optim.floor and self.norm.ndim >= 2:
-            sizes = [torch.linalg.vector_norm(X.flatten(1), dim=1) for X in (W, D)]
-            D.mul_(torch.where(sizes[1] > 0, config.optim.floor * sizes[0] / sizes[1], 1).clamp(min=1).view_as(self.radii))
         U = D.mul_(self.radii).masked_fill_(~live, 0)
         if config.optim.weight_decay:
             decays = live & (U * W > 0) if config.optim.cautious else live

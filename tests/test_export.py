@@ -51,8 +51,6 @@ CASES = {
             "--optim.weight-decay",
             "0.1",
             "--optim.cautious",
-            "--optim.floor",
-            "0.35",
             "--optim.max-grad-norm",
             "0.5",
             "--optim.warmup",

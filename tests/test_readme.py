@@ -25,3 +25,10 @@ def test_the_snippet_runs_and_its_optimizer_trains():
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_every_picture_and_page_that_it_shows_is_there():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = [t for t in re.findall(r"\]\(([^)]+)\)", text) if not t.startswith("http")]
+    assert len(shown) > 10
+    assert [t for t in shown if not (ROOT / t).exists()] == []

@@ -121,6 +121,13 @@ def test_muon_adamw_is_torchs_two_optimizers_in_the_tracks_groups():
     assert receipt[0] == "Muon + AdamW" and len(receipt) == 1 + len(list(ours.parameters()))
 
 
+def test_muon_is_for_hidden_matrices_alone():
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=D, block_size=4, vocab_size=V, ngram=3, ngram_rows=5, bias=True, norm_gains=True))
+    optimizer = Rival(RIVALS["muon_adamw"](model, metrize(model), lr=0.1, beta=0.9, weight_decay=0.0, auxiliary_lr=1.0))
+    muon = {n for g in optimizer.param_groups if not g.get("auxiliary") for n in g["param_names"]}
+    assert muon == {n for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2}
+
+
 def test_auxiliary_lr_multiplies_adamws_groups_alone():
     once, twice, still = net(), net(), net()
     for model, auxiliary in ((once, 1.0), (twice, 2.0)):

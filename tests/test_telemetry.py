@@ -113,6 +113,14 @@ def dual_of(name: str, G: Tensor, per_head: bool) -> float:
     return sum((M.shape[0] / M.shape[1]) ** 0.5 * torch.linalg.svdvals(M).sum().item() for M in matrices(name, G, per_head))
 
 
+def test_what_a_cautious_step_asked_for_is_not_told():
+    """Which entries decayed is not known afterwards; without decay there is nothing to know."""
+    for decay, told in ((0.2, False), (0.0, True)):
+        model, norm = weights(RMSToRMS(EXACT), (6, 6), (4, 8))
+        found = measured(model, Dualized(model, 0.1, norm=norm, weight_decay=decay, cautious=True), norm)
+        assert ("step" in found) is told
+
+
 # ---- sizes
 
 
