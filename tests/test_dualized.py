@@ -156,12 +156,12 @@ def test_cautious_decay_shrinks_only_what_the_step_shrinks():
     """Three optimizers from the same weights: without decay, with it, and with cautious decay, which agrees with one of them entry by entry."""
     nets = [Net() for _ in range(3)]
     before = {n: p.detach().clone() for n, p in nets[0].named_parameters()}
-    for net, decay in zip(nets, ({}, {"weight_decay": 0.3}, {"weight_decay": 0.3, "cautious": True}), strict=True):
-        take_step(net, Dualized(net, 0.1, **decay))
+    for net, (decay, cautious) in zip(nets, ((0.0, False), (0.3, False), (0.3, True)), strict=True):
+        take_step(net, Dualized(net, 0.1, weight_decay=decay, cautious=cautious))
     mixed = 0
-    for (name, plain), decayed, cautious in zip(nets[0].named_parameters(), nets[1].parameters(), nets[2].parameters(), strict=True):
+    for (name, plain), decayed, careful in zip(nets[0].named_parameters(), nets[1].parameters(), nets[2].parameters(), strict=True):
         shrinks = (before[name] - plain) * before[name] > 0  # the step is against the entry's sign
-        assert torch.allclose(cautious, torch.where(shrinks, decayed, plain), atol=1e-14), name
+        assert torch.allclose(careful, torch.where(shrinks, decayed, plain), atol=1e-14), name
         mixed += bool(shrinks.any() and not shrinks.all())
     assert mixed >= 3, "both kinds of entries are there"
 
