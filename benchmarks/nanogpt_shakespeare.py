@@ -6,7 +6,8 @@
 
 Each pair: nanoGPT's command to its end; its final weights scored on the whole validation split; our configuration with this pair's seed, `--steps` steps of it if
 given: a horizon whose end loss is to pass nanoGPT's. Training clocks: nanoGPT's own per-iteration times (iterations that
-evaluate replaced by the median), ours from summary.json. Prints each pair, and the median of the ratios.
+evaluate replaced by the median), ours from summary.json. Prints each pair, the median of the ratios, how many pairs pass, and whether the mean of our losses
+passes the rule (target − mean) · √n ≥ threshold at the mean of nanoGPT's (one seed, and so one loss), σ from our runs.
 """
 
 import argparse
@@ -18,6 +19,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import numpy as np
+
+from studies.statistics import Rule, pooled, threshold
 
 ROOT = Path(__file__).parent.parent
 README_COMMAND = (
@@ -66,6 +71,19 @@ def ours(config: Path, folder: Path, seed: int, steps: int | None) -> dict[str, 
     return {"seconds": summary["train_seconds"], "wall": summary["wall_seconds"], "loss": summary["val_loss"]}
 
 
+def judged(theirs: list[float], mine: list[float]) -> str:
+    """How many pairs pass, and the rule of the mean of our losses at the mean of theirs."""
+    n, target, mean = len(mine), statistics.mean(theirs), statistics.mean(mine)
+    said = f"{sum(b <= a for a, b in zip(theirs, mine, strict=True))} of {n} pairs pass; mean loss, nanoGPT {target:.4f}, ours {mean:.4f}: "
+    noise = pooled([np.array(mine)])
+    if noise is None:
+        return said + "one pair tells no σ, and so no rule"
+    rule = Rule(target, threshold(noise, n))
+    return said + (
+        f"(target − mean)·√n = {rule.statistic(mean, n):.4f}, {'passes' if rule.passes(mean, n) else 'misses'} the rule's {rule.threshold:.4f}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of karpathy/nanoGPT")
@@ -75,7 +93,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of ours; the configuration's if left out")
     parser.add_argument("--first-seed", type=int, default=0)
     args = parser.parse_args()
-    ratios = []
+    pairs = []
     with tempfile.TemporaryDirectory() as scratch:
         checkout = Path(scratch) / "nanoGPT"
         shutil.copytree(args.nanogpt, checkout, ignore=shutil.ignore_patterns(".git"))
@@ -83,15 +101,17 @@ def main() -> None:
         subprocess.run([sys.executable, "data/shakespeare_char/prepare.py"], cwd=checkout, check=True, capture_output=True)
         for pair in range(args.pairs):
             theirs, mine = nanogpt(checkout), ours(args.config.resolve(), Path(scratch), args.first_seed + pair, args.steps)
-            ratios.append(theirs["seconds"] / mine["seconds"])
+            pairs.append((theirs, mine))
             print(
                 f"pair {pair}: nanoGPT {theirs['loss']:.4f} in {theirs['seconds']:.1f} s | ours {mine['loss']:.4f} in {mine['seconds']:.2f} s"
                 f" ({'passes' if mine['loss'] <= theirs['loss'] else 'misses'}; wall {mine['wall']:.1f} s)",
                 flush=True,
             )
+    ratios = [theirs["seconds"] / mine["seconds"] for theirs, mine in pairs]
     print(
         f"training time, nanoGPT / ours: median {statistics.median(ratios):.2f} of n = {len(ratios)} ({min(ratios):.2f} … {max(ratios):.2f})"
     )
+    print(judged([theirs["loss"] for theirs, _ in pairs], [mine["loss"] for _, mine in pairs]))
 
 
 if __name__ == "__main__":

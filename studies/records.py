@@ -61,7 +61,7 @@ class RecordError(ValueError):
 class Track:
     """What runs must have in common to be compared.
 
-    corpus: sha256 over the sha256 of the shards, train and then val. figure: what counts, for an end loss whose mean over seeds passes the rule at `target`. fixed: a configuration whose
+    target: a fixed number, measured once. corpus: sha256 over the sha256 of the shards, train and then val. figure: what counts, for an end loss whose mean over seeds passes the rule at `target`. fixed: a configuration whose
     data, model (but its initialization) and batch are everybody's; None leaves architecture and batch free. threads: at most, of all processes. None of a corpus: not run here.
     """
 
@@ -142,7 +142,7 @@ def corpus_of(folder: Path) -> str:
 
 @dataclass
 class Claim:
-    """One entry: the runs of one horizon, a seed each, and what they say. low, high: of the figure, None where unknown. trials: of its tuning, all counted."""
+    """One entry: the runs of one horizon, a seed each, and what they say. low, high: of the figure, None where unknown. trials: of its tuning, all counted; None: nobody counted."""
 
     name: str
     runs: list[Run]
@@ -152,7 +152,7 @@ class Claim:
     statistic: float
     threshold: float | None
     passes: bool | None
-    trials: int
+    trials: int | None
     note: str
 
     def told(self, folder: Path) -> dict[str, Any]:
@@ -188,7 +188,11 @@ class Claim:
 
 
 def claims_of_study(folder: Path, results: dict[str, Any], track: Track) -> list[Claim]:
-    """At the confirmed steps to the target, or where an entry has none, at the budget and without a figure."""
+    """At the confirmed steps to the target, or where an entry has none, at the budget and without a figure.
+
+    low, high of a horizon hold it too: in results.json they are of the interpolated one. A study whose target is an entry's mean that is the track's to ROUNDING is judged by its own rule,
+    with the noise that such a target has.
+    """
     if results["target"] is None or abs(results["target"] - track.target) > ROUNDING:
         raise RecordError(
             f"target of {folder}\n  got: {results['target']}\n  allowed: {track.target}\n  fix: python -m studies.speedrun … --target {track.target}"
@@ -206,7 +210,8 @@ def claims_of_study(folder: Path, results: dict[str, Any], track: Track) -> list
         horizon = next(h for h in e["horizons"] if h["steps"] == steps)
         figure = low = high = None
         if reached and track.figure == "steps":
-            figure, low, high = steps, reached["low"], reached["high"]
+            figure = steps
+            low, high = (None if x is None else of(steps, x) for of, x in ((min, reached["low"]), (max, reached["high"])))
         elif reached:
             seconds = statistics.mean_interval([r["train_seconds"] for r in judged])
             figure, low, high = seconds.value, *(x if math.isfinite(x) else None for x in (seconds.low, seconds.high))
@@ -218,7 +223,7 @@ def claims_of_study(folder: Path, results: dict[str, Any], track: Track) -> list
     return found
 
 
-def claim_of_runs(folders: Sequence[Path], track: Track, *, sigma: float | None) -> Claim:
+def claim_of_runs(folders: Sequence[Path], track: Track, *, sigma: float | None, trials: int | None) -> Claim:
     """Of one configuration's runs, a seed each; the rule's threshold from their own deviation where sigma is not given."""
     read = [export.read(f) for f in folders]
     losses = [s["val_loss"] for f in folders if (s := runs.summary(f))]
@@ -232,7 +237,7 @@ def claim_of_runs(folders: Sequence[Path], track: Track, *, sigma: float | None)
     figure = None if not passes else told.value if track.figure == "seconds" else float(read[0].config.train.steps)
     low, high = (told.low, told.high) if passes and track.figure == "seconds" and len(seconds) > 1 else (None, None)
     name = re.sub(r"[.-]?(s|seed)?\d+$", "", folders[0].name) or folders[0].name
-    return Claim(name, read, figure, low, high, rule.statistic(mean, len(losses)), threshold, passes, 0, "")
+    return Claim(name, read, figure, low, high, rule.statistic(mean, len(losses)), threshold, passes, trials, "")
 
 
 def check_alike(claim: Claim) -> None:
@@ -281,12 +286,18 @@ def add(
     command: str,
     allow_dirty: bool,
     sigma: float | None,
+    trials: int | None = None,
 ) -> Path:
     """Make records/TRACK/DAY_SLUG and return it; nothing is left of one that is refused."""
     rules = TRACKS[track]
     if not rules.target:
         raise RecordError(
             f"target of {track}\n  got: none yet\n  allowed: a loss\n  fix: studies/records.py, PYSOURCE_TARGET: the mean end loss of tuned AdamW at its budget"
+        )
+    study = rules.corpus is not None and (sources[0] / "results.json").is_file()
+    if trials is not None and (trials < 0 or study or rules.corpus is None):
+        raise RecordError(
+            f"--trials\n  got: {trials}{' with a study, which counts its own' if study else ''}\n  allowed: 0 or more, of runs\n  fix: leave it out"
         )
     folder = BOOK / track / f"{day}_{slug}"
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", slug):
@@ -305,11 +316,11 @@ def add(
             wrong = next((k for k, v in rules.keys().items() if k != "train.eval_tokens" and there[k] != v), None)
             if wrong:
                 raise RecordError(f"{wrong} of {name}\n  got: {there[wrong]!r}\n  allowed: {rules.keys()[wrong]!r}\n  fix: {rules.fixed}")
-    elif (sources[0] / "results.json").is_file():
+    elif study:
         results = json.loads((sources[0] / "results.json").read_text(encoding="utf-8"))
         claims = claims_of_study(sources[0], results, rules)
     else:
-        claims = [claim_of_runs(sources, rules, sigma=sigma)]
+        claims = [claim_of_runs(sources, rules, sigma=sigma, trials=trials)]
     for claim in claims:
         check_alike(claim)
         for run in claim.runs:
@@ -416,13 +427,15 @@ def _row(e: dict[str, Any], folder: Path, record: dict[str, Any]) -> str:
         figure += f" [{low}, {high}]"
     passes = {True: " ✓", False: "", None: ""}[e["passes"]]
     loss = f"{e['mean']:.4f} (n = {e['n']}, {e['steps']} steps){passes}"
-    return f"| {figure} | {loss} | {e['train_seconds']:.1f}, {e['wall_seconds']:.1f} | [{e['name']}]({folder.as_posix()}/{e['log']}) | {e['trials']} | {record['date']} | {where} |"
+    trials = "not counted" if e["trials"] is None else e["trials"]
+    return f"| {figure} | {loss} | {e['train_seconds']:.1f}, {e['wall_seconds']:.1f} | [{e['name']}]({folder.as_posix()}/{e['log']}) | {trials} | {record['date']} | {where} |"
 
 
 TEXT = """# Record book
 
 Made by `python -m studies.records tables`; `python -m studies.records --help` says how a record is added and checked.
-A ✓ is a mean end loss that passes the rule (target − mean) · √n ≥ threshold (docs/speedrun.md). Intervals are of 95 %. trials: of the entry's tuning, all counted.
+A ✓ is a mean end loss that passes the rule (target − mean) · √n ≥ threshold (docs/speedrun.md). Intervals are of 95 %. trials: of the entry's tuning, all of a study's; of single runs what their author counted.
+A track's target is a fixed number: of pysource-cpu and shakespeare-cpu a mean end loss that was measured once, whose noise no record is judged by again.
 
 """
 
@@ -524,6 +537,7 @@ def main(argv: list[str] | None = None) -> int:
     adding.add_argument("--by", nargs="+", default=[], metavar="NAME")
     adding.add_argument("--date", default=date.today().isoformat())
     adding.add_argument("--sigma", type=float, help="of one run's loss, where the source is runs; estimated from them if left out")
+    adding.add_argument("--trials", type=int, help='of their tuning, where the source is runs; "not counted" if left out')
     adding.add_argument("--allow-dirty", action="store_true", help="code that is in no commit; the record says so")
     tabling = commands.add_parser("tables", help="write the tables of README.md and records/README.md")
     tabling.add_argument("--check-only", action="store_true", help="exit code 1 where they are not up to date")
@@ -537,7 +551,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.do == "add":
             command = shlex.join(["python", "-m", "studies.records", *(sys.argv[1:] if argv is None else argv)])
-            options = {k: getattr(args, k) for k in ("title", "by", "allow_dirty", "sigma")}
+            options = {k: getattr(args, k) for k in ("title", "by", "allow_dirty", "sigma", "trials")}
             print(add(args.sources, args.track, args.slug, day=args.date, command=command, **options).relative_to(BOOK.parent))
             return 0
         if args.do == "tables":

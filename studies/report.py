@@ -100,6 +100,12 @@ def exact(target: float) -> str:
     return f"{target:.5g}"
 
 
+def interpolated(to_target: Json) -> str:
+    """The interpolated horizon and its interval, which has not got to hold the point of the grid that was run above it."""
+    x = to_target["interpolated"]
+    return "" if x is None else f"interpolated {x:,.1f} {between(to_target, '{:,.1f}'.format)}".strip()
+
+
 def budget(results: Json) -> str:
     kind, value = results["budget"]["kind"], results["budget"]["value"]
     return f"{value:g} s of training" if kind == "seconds" else f"{value:,.0f} {kind}"
@@ -238,15 +244,17 @@ def horizons(results: Json) -> Json:
         for run in entry["runs"]:
             label = f"{name}, seed {run['seed']}"
             lines.append({"entry": i, "label": label, "kind": "dots", "within": [], "points": [[run["steps"], run["loss"]]]})
-        if entry["to_target"] and entry["to_target"]["interpolated"] is not None and results["target"] is not None:
-            at = entry["to_target"]["interpolated"]
-            marks.append({"entry": i, "point": [at, results["target"]], "label": f"{name}: interpolated {at:,.1f} steps"})
+        # The entry that sets the target has the budget by definition.
+        if entry["to_target"] and entry["to_target"]["interpolated"] is not None and name != results["target_from"]:
+            at, n = entry["to_target"]["interpolated"], entry["at_budget"]["n"]
+            needed = results["target"] - (results["rule"]["threshold"] or 0.0) / math.sqrt(n)
+            marks.append({"entry": i, "point": [at, needed], "label": f"{name}: interpolated {at:,.1f} steps"})
         values += [y for _, y in points] + [y for b in bars if b for y in b] + [r["loss"] for r in entry["runs"]]
     return {
         "id": "horizons",
         "title": "End loss against horizon",
         "about": "Each point is the end of runs with their full schedule: large ones are means with their "
-        f"{_level(results)} interval, small ones seeds. A ring is where loss, interpolated in log steps, crosses the target.",
+        f"{_level(results)} interval, small ones seeds. A ring is where loss, interpolated in log steps, falls to what the rule needs: target − threshold/√n.",
         "y": "loss at the end, nats per token",
         "x": [_axis("steps", "horizon, steps", log=True)],
         "filters": [],
@@ -339,7 +347,9 @@ def html(results: Json) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals |= {"signed": _signed} | {f.__name__: f for f in (count, loss, seconds, size, ratio, chance, between, exact)}
+    environment.globals |= {"signed": _signed} | {
+        f.__name__: f for f in (count, loss, seconds, size, ratio, chance, between, exact, interpolated)
+    }
     styles = [
         {"name": e["name"], "colour": i % len(LIGHT), "dash": DASHES[i % len(DASHES)], "marker": _marker(i)} for i, e in enumerate(entries)
     ]

@@ -142,11 +142,13 @@ def budget_of(text: str | None, entries: Sequence[Entry]) -> tuple[str, float]:
         kind, value = (found[1], float(found[2])) if found else ("", 0.0)
     except ValueError:
         kind, value = "", 0.0
-    for entry in entries:
+    fine = 0 < value < math.inf and (kind == "seconds" or value == int(value))
+    for entry in entries if fine else ():
         entry.steps = {"steps": int(value), "tokens": int(value / tokens_per_step(entry.config))}.get(kind, 1)
-    if not kind or not 0 < value < math.inf or min(e.steps for e in entries) < 1:
+    if not fine or min(e.steps for e in entries) < 1:
         raise runs.StudyError(
-            f"--budget\n  got: {text}\n  allowed: steps=N, tokens=N or seconds=N, of one step or more\n  fix: --budget steps=400"
+            f"--budget\n  got: {text}\n  allowed: steps=N, tokens=N or seconds=N, of one step or more; steps and tokens are whole numbers\n"
+            "  fix: --budget steps=400"
         )
     return kind, value
 
@@ -389,7 +391,7 @@ def results(study: Study, rule: Rule | None, *, about: dict[str, Any]) -> dict[s
     noise, n = study.noise(), len(study.seeds)
     reached = {e.name: _reached(study, e, i, rule, noise) for i, e in enumerate(study.entries)}
     entries = [_entry(study, e, rule, noise, reached[e.name]) for e in study.entries]
-    one = next((s for e in entries for r in e["runs"] if (s := runs.summary(study.folder / r["path"]))), {})
+    told = [s for e in entries for r in e["runs"] if (s := runs.summary(study.folder / r["path"]))]
     estimated = study.sigma is None and noise is not None
     return {
         "schema": SCHEMA,
@@ -405,18 +407,27 @@ def results(study: Study, rule: Rule | None, *, about: dict[str, Any]) -> dict[s
             "level": LEVEL,
         },
         "seeds": study.seeds,
-        "hardware": hardware(str(one.get("device", ""))),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "nanodual": f"commit {one['commit']}{' (dirty)' if one['dirty'] else ''}" if one.get("commit") else None,
-        },
+        "hardware": hardware(str(told[0]["device"]) if told else ""),
+        "versions": versions(told),
         "entries": entries,
         # The one that is named first is compared with each that comes after it: it is b.
         "pairs": [
             _pair(study, b, a, reached, entries[study.entries.index(b)], entries[study.entries.index(a)], n)
             for b, a in itertools.combinations(study.entries, 2)
         ],
+    }
+
+
+def versions(told: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
+    """Of the program and torch, every one that made a judged run, by the runs' summaries. note: what goes with what, where there is more than one."""
+    found = sorted({(s["commit"] or "no commit", bool(s["dirty"]), s["torch"]) for s in told})
+    commits = [f"{'commit ' if commit != 'no commit' else ''}{commit}{' (dirty)' if dirty else ''}" for commit, dirty, _ in found]
+    made = "; ".join(f"{commit} with torch {torch}" for commit, (_, _, torch) in zip(commits, found, strict=True))
+    return {
+        "python": platform.python_version(),
+        "torch": ", ".join(dict.fromkeys(torch for _, _, torch in found)) or torch.__version__,
+        "nanodual": None if {c for c, _, _ in found} <= {"no commit"} else ", ".join(dict.fromkeys(commits)),
+        "note": f"the judged runs are of {len(found)} versions: {made}" if len(found) > 1 else None,
     }
 
 
@@ -610,9 +621,7 @@ def text(found: Mapping[str, Any]) -> str:
                 ", ".join(f"{k.removeprefix('optim.')} {_said(v)}" for k, v in e["tuned"].items()) if e["tuned"] else "no",
                 str(at["steps"]),
                 _interval(at["loss"], "mean", ".4f"),
-                ""
-                if to is None
-                else f"{_interval({**to, 'value': to['steps']}, 'value', '.0f')}{'' if to['confirmed'] else ' unconfirmed'}",
+                "" if to is None else _steps(to, sets=e["name"] == found["target_from"]),
                 "" if to is None else f"{to['tokens']:,}",
                 "" if to is None else f"{to['train_seconds']:.1f}",
                 *(_interval(at[key], "mean", ".1f") for key in ("optimizer_seconds", "wall_seconds")),
@@ -629,8 +638,16 @@ def text(found: Mapping[str, Any]) -> str:
         )
     if found["pairs"]:
         out += ["", *_columns(rows)]
+    if note := found["versions"]["note"]:
+        out += ["", f"note: {note}"]
     out += ["", *(f"note: {e['name']}: {note}" for e in found["entries"] for note in e["note"].split("; ") if note)]
     return "\n".join(out).rstrip()
+
+
+def _steps(to: Mapping[str, Any], *, sets: bool) -> str:
+    """The horizon that was run, and the interpolated one with its interval, which has not got to hold the point of the grid above it. sets: the target; its steps are the budget."""
+    between = f" (interpolated {_interval(to, 'interpolated', '.1f')})" if to["interpolated"] is not None and not sets else ""
+    return f"{to['steps']}{between}{'' if to['confirmed'] else ' unconfirmed'}"
 
 
 def _sigma(rule: Mapping[str, Any]) -> str:
@@ -660,11 +677,13 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def power_text(effects: Sequence[float], noise: Noise, entries: int) -> str:
-    """How many seeds effects of so many nats take."""
-    out = [f"σ = {noise.sigma:.2g}; seeds that find an effect with 80 % chance:"]
+def power_text(effects: Sequence[float], noise: Noise, entries: int, *, level: float, from_entry: bool) -> str:
+    """How many seeds effects of so many nats take. from_entry: the target is an entry's mean, of as many seeds."""
+    of = "an entry's mean" if from_entry else "a number"
+    out = [f"σ = {noise.sigma:.2g}, level {level:g}, the target {of}; seeds that find an effect with 80 % chance:"]
     for effect in effects:
-        rule, pair = (str(k) if k else "over 1000" for k in statistics.seeds_for(effect, noise, entries=entries))
+        found = statistics.seeds_for(effect, noise, entries=entries, level=level, from_entry=from_entry)
+        rule, pair = (str(k) if k else "over 1000" for k in found)
         out.append(
             f"  {effect:g} nats: {rule} by the rule, {pair} by the paired test of two entries (its σ√2 at most: seeds share their data)"
         )
@@ -738,10 +757,18 @@ def check(options: argparse.Namespace, names: Sequence[str]) -> None:
             options.target_entry is None or options.target is None,
             "one of --target and --target-entry",
         ),
-        ("--sigma", options.sigma, options.sigma is None or options.sigma > 0, "above 0"),
+        ("--target", options.target, options.target is None or math.isfinite(options.target), "a loss"),
+        ("--sigma", options.sigma, options.sigma is None or 0 < options.sigma < math.inf, "above 0"),
+        ("--threshold", options.threshold, options.threshold is None or 0 <= options.threshold < math.inf, "0 or more, and finite"),
         ("--level", options.level, 0 < options.level < 0.5, "above 0 and below 0.5"),
         ("--holdout", options.holdout, options.holdout is None or 0 < options.holdout < 1, "a fraction above 0 and below 1"),
-        ("--power", options.power, all(x > 0 for x in options.power), "above 0"),
+        ("--power", options.power, all(0 < x < math.inf for x in options.power), "above 0"),
+        (
+            "--power, --threshold",
+            (options.power, options.threshold),
+            not options.power or options.threshold is None,
+            "--level, which a threshold is made of",
+        ),
         (
             "--first-seed, --seeds",
             (options.first_seed, options.seeds),
@@ -780,7 +807,7 @@ def main(argv: list[str]) -> int:
     tokens = {name: split.tokens for name, split in dataset.manifest.splits.items()}
     holdout = options.holdout or min(HOLDOUT, tokens["val"] / tokens["train"])
     if options.power:
-        print(power_text(options.power, _known(study), len(entries)))
+        print(power_text(options.power, _known(study), len(entries), level=options.level, from_entry=options.target_entry is not None))
         return 0
     made = probes(entries, folder) if kind == "seconds" else []
     if made and not options.dry_run:
@@ -849,17 +876,21 @@ def _known(study: Study) -> Noise:
 
 
 def _tell_cost(study: Study, trials: Sequence[runs.Job], dataset: Dataset, rate: float) -> None:
-    """Of the whole study, before its first run: at most so much, since which horizons are run depends on the losses."""
-    jobs = list(trials)
+    """Of the whole study, before its first run. An estimate: which horizons are run depends on the losses."""
+    jobs, more = list(trials), ""
     for entry in study.entries:
         searched = study.target is not None or study.target_entry not in (None, entry.name)
         fractions = [1.0, *study.search["fractions"], *[0.5] * study.search["tries"]] if searched else [1.0]
+        if searched:
+            more = "; more if the shortest of --horizons reaches the target" + (
+                ", or the budget does not" if study.search["longest"] > 1 else ""
+            )
         untuned = replace(entry, tuned=None)
         jobs += [untuned.judged(max(1, round(f * entry.steps)), s, study.folder) for f in fractions for s in study.seeds]
     costs = [runs.cost(j.config, dataset, rate) for j in jobs]
     print(
-        f"{study.folder}: at most about {len(jobs)} runs ({len(trials)} to tune), {sum(c[0] for c in costs):.2g} FLOPs,"
-        f" {runs.duration([c[1] for c in costs], len(study.places))} on this machine, {len(study.places)} at a time; what is done already is not run again"
+        f"{study.folder}: about {len(jobs)} runs ({len(trials)} to tune), {sum(c[0] for c in costs):.2g} FLOPs,"
+        f" {runs.duration([c[1] for c in costs], len(study.places))} on this machine, {len(study.places)} at a time{more}; what is done already is not run again"
     )
 
 

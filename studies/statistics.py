@@ -134,12 +134,27 @@ def power_of_pairs(effect: float, n: int, deviation: float, *, level: float = 1 
     return float(stats.nct.sf(bound, n - 1, shift) + stats.nct.cdf(-bound, n - 1, shift))
 
 
-def seeds_for(effect: float, noise: Noise, *, power: float = 0.8, entries: int = 2, most: int = 1000) -> tuple[int | None, int | None]:
-    """(of the rule, of the paired test): the fewest seeds with this chance of finding the effect; None if over `most`. entries: whose seeds estimate σ, where it is not given."""
+def seeds_for(
+    effect: float,
+    noise: Noise,
+    *,
+    power: float = 0.8,
+    entries: int = 2,
+    most: int = 1000,
+    level: float = RULE_LEVEL,
+    from_entry: bool = False,
+) -> tuple[int | None, int | None]:
+    """(of the rule, of the paired test): the fewest seeds with this chance of finding the effect; None if over `most`.
+
+    entries: whose seeds estimate σ, where it is not given. level: of the rule. from_entry: its target is the mean of as many runs, so that threshold and noise are √2 times as large.
+    """
+    seen_by_rule = effect / math.sqrt(2) if from_entry else effect
 
     def at(n: int) -> tuple[float, float]:
         seen = Noise(noise.sigma, entries * (n - 1)) if noise.df is not None else noise
-        return (0.0 if seen.df == 0 else power_of_rule(effect, n, seen)), power_of_pairs(effect, n, noise.sigma * math.sqrt(2))
+        return (0.0 if seen.df == 0 else power_of_rule(seen_by_rule, n, seen, level=level)), power_of_pairs(
+            effect, n, noise.sigma * math.sqrt(2)
+        )
 
     found: list[int | None] = [None, None]
     for n in range(1, most + 1):

@@ -5,7 +5,7 @@
     optim.direction={momentum,nesterov,soap}
     adamw:optim.lr=log(1e-4,1e-1,8)     for one entry; there it replaces what is said for all
 
-One key is tried at exactly these points. Several are tried at the points of a scrambled Sobol sequence over their box (I. M. Sobol', 1967; A. B. Owen, 1998), as many as asked for.
+One key is tried at exactly these points. Several are tried at the points of a scrambled Sobol sequence over their box (I. M. Sobol', 1967; A. B. Owen, 1998), as many as asked for that differ.
 Trials depend on nothing that a trial found: they run side by side, a killed study goes on with them, and an equal number is an equal budget.
 """
 
@@ -25,6 +25,7 @@ from config import Config
 from .runs import StudyError
 
 DIGITS = 4  # of a value: it is written in configurations and names
+FURTHER = 64  # times as many Sobol points as trials are drawn at most, until so many trials differ
 SEED = 0  # of the Sobol sequence's scrambling: entries with as many keys are tried at the same places of their boxes
 
 
@@ -118,8 +119,18 @@ def trials(ranges: Sequence[Range], count: int | None) -> list[dict[str, Any]]:
         raise StudyError(
             f"--trials\n  got: none, with {len(ranges)} keys to tune\n  allowed: how many trials every entry gets\n  fix: --trials 16"
         )
-    places = qmc.Sobol(len(ranges), scramble=True, rng=SEED).random_base2(int(np.ceil(np.log2(count))))[:count]
-    return [{r.key: r.at(float(u)) for r, u in zip(ranges, place, strict=True)} for place in places]
+    sequence, found = qmc.Sobol(len(ranges), scramble=True, rng=SEED), {}
+    for _ in range(FURTHER):  # several points may fall on the same values
+        places = sequence.random(2 ** int(np.ceil(np.log2(count))))
+        found |= dict.fromkeys(tuple(r.at(float(u)) for r, u in zip(ranges, place, strict=True)) for place in places)
+        if len(found) >= count:
+            break
+    if len(found) < count:
+        keys = ", ".join(r.key for r in ranges)
+        raise StudyError(
+            f"--trials\n  got: {count} of {keys}\n  allowed: {len(found)}, as many as differ\n  fix: --trials {len(found)}, or wider ranges"
+        )
+    return [{r.key: v for r, v in zip(ranges, values, strict=True)} for values in list(found)[:count]]
 
 
 def schedule(ranges: Sequence[Range], entries: Sequence[str], count: int | None) -> dict[str, list[dict[str, Any]]]:

@@ -126,7 +126,7 @@ def test_a_record_has_the_claim_the_code_and_every_judged_run(book: Path, root: 
     folder = book / "small/2026-01-02_first"
     assert {p.name for p in folder.iterdir()} == {"record.json", "results.json", "dualized.toml", "dualized.txt", "adamw.toml", "adamw.txt"}
     record = read(folder)
-    assert record["figure"] == {"entry": "dualized", "value": 4, "unit": "steps", "low": None, "high": 4.5}
+    assert record["figure"] == {"entry": "dualized", "value": 4, "unit": "steps", "low": None, "high": 4.5}, "no bound below"
     assert [(e["name"], e["n"], e["seeds"], e["figure"], e["trials"]) for e in record["entries"]] == [
         ("dualized", 2, [0, 1], 4, 8),
         ("adamw", 2, [0, 1], None, 8),
@@ -152,6 +152,7 @@ def test_runs_of_one_configuration_are_judged_by_their_own_deviation(book: Path,
     paths = [f"runs/study/dualized.s4.seed{s}" for s in range(SEEDS)]
     assert add(*paths, track="timed") == 0
     (entry,) = read(book / "timed/2026-01-02_first")["entries"]
+    assert entry["trials"] is None and "| not counted |" in records.tables(relative_to=book)
     losses = np.array(entry["losses"])
     statistic = (2.8 - losses.mean()) * np.sqrt(2)
     # Student's quantile of 1 degree of freedom at one in a hundred, from a table.
@@ -161,9 +162,38 @@ def test_runs_of_one_configuration_are_judged_by_their_own_deviation(book: Path,
     assert entry["passes"] == (statistic >= threshold)
     assert (entry["figure"] is not None) == entry["passes"]
     assert add(*paths, track="timed", slug="given") == 0
-    assert main(["add", *paths, "--track", "timed", "--slug", "sigma", "--date", "2026-01-02", "--sigma", "0.001", "--allow-dirty"]) == 0
+    more = ("--date", "2026-01-02", "--sigma", "0.001", "--trials", "6", "--allow-dirty")
+    assert main(["add", *paths, "--track", "timed", "--slug", "sigma", *more]) == 0
     (entry,) = read(book / "timed/2026-01-02_sigma")["entries"]
+    assert entry["trials"] == 6
     assert entry["passes"] and entry["figure"] == pytest.approx(entry["train_seconds"])
+
+
+def test_trials_of_a_study_are_its_own(book: Path, root: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["add", "runs/study", "--track", "small", "--slug", "x", "--trials", "1", "--allow-dirty"]) == 2
+    assert "--trials\n  got: 1 with a study, which counts its own\n  allowed: 0 or more, of runs" in refusal(capsys)
+    assert not book.exists()
+
+
+@pytest.mark.parametrize(("low", "high", "wanted"), [(3.1, 3.6, (3.1, 4)), (4.2, 4.6, (4, 4.6)), (None, None, (None, None))])
+def test_an_interval_in_the_book_holds_the_steps_that_were_run(root: Path, low: float | None, high: float | None, wanted: tuple[Any, Any]):
+    """That of results.json is of the interpolated horizon, below the point of the grid."""
+    results = json.loads((root / "runs/study/results.json").read_text())
+    results["entries"][0]["to_target"] |= {"low": low, "high": high}
+    claim = records.claims_of_study(root / "runs/study", results, Track("Products", 2.8, "steps", None))[0]
+    assert (claim.figure, claim.low, claim.high) == (4, *wanted)
+
+
+def test_a_study_whose_target_is_an_entrys_mean_is_judged_by_its_own_rule(root: Path):
+    """Where that mean is the track's target to four digits: its threshold has the target's noise, and the entry that sets it neither passes nor fails."""
+    results = json.loads((root / "runs/study/results.json").read_text())
+    results |= {"target": 2.80004, "target_from": "adamw", "rule": {"threshold": 0.004 * 2**0.5}}
+    results["entries"][1]["horizons"][0]["passes"] = None
+    track = Track("Products", 2.8, "steps", None)
+    dualized, adamw = records.claims_of_study(root / "runs/study", results, track)
+    assert (dualized.threshold, dualized.passes, adamw.passes) == (0.004 * 2**0.5, True, None)
+    with pytest.raises(RecordError, match=r"got: 2.8001\n  allowed: 2.8\n"):
+        records.claims_of_study(root / "runs/study", results | {"target": 2.8001}, track)
 
 
 def test_runs_that_differ_are_not_one_entry(book: Path, root: Path, capsys: pytest.CaptureFixture[str]):

@@ -166,7 +166,7 @@ def test_every_figure_of_the_results_is_told(study: dict[str, Any], page: str):
         wanted = [
             f"{b['loss']['mean']:.4f}",
             f"[{b['loss']['low']:.4f}, {b['loss']['high']:.4f}]",
-            f"[{t['low']}, {t['high']}]",
+            "the budget" if e["name"] == "adamw" else f"interpolated {t['interpolated']:.1f} [{t['low']:.1f}, {t['high']:.1f}]",
             f"{t['tokens']:,}",
             f"{t['train_seconds']:.1f} s",
         ]
@@ -289,6 +289,19 @@ def test_a_band_holds_the_interval_of_the_mean(study: dict[str, Any]):
     for i, e in enumerate(study["entries"]):
         (band,) = [line for line in charts(study)[0]["lines"] if line["kind"] == "band" and line["entry"] == i]
         np.testing.assert_allclose(band["points"][-1][3:], [e["at_budget"]["loss"][k] for k in ("mean", "low", "high")], atol=2e-5)
+
+
+def test_a_ring_is_where_the_loss_falls_to_what_the_rule_needs(study: dict[str, Any]):
+    """(target − mean) · √4 = 0.004 there; none of the entry that sets the target."""
+    chart = next(c for c in charts(study) if c["id"] == "horizons")
+    goals = {i: e["to_target"]["interpolated"] for i, e in enumerate(study["entries"]) if e["name"] != "adamw"}
+    assert {m["entry"]: m["point"] for m in chart["marks"]} == {i: [at, study["target"] - 0.002] for i, at in goals.items()}
+    assert "target − threshold/√n" in chart["about"]
+
+
+def test_runs_of_several_versions_are_told(study: dict[str, Any]):
+    several = study | {"versions": study["versions"] | {"note": "the judged runs are of 2 versions: commit a; commit b"}}
+    assert Text(report.html(several)).text.count("the judged runs are of 2 versions: commit a; commit b") == 1
 
 
 def test_the_first_view_holds_the_later_curves_and_the_target(study: dict[str, Any]):

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from studies.speedrun import Entry, main, search, text
 from studies.statistics import Noise, Rule, mean_interval, paired, threshold
 from tests.helpers import run, small_dataset, start
 
-KILLS = int(os.environ.get("NANODUAL_KILLS", "3"))
+KILLS = int(os.environ.get("NANODUAL_KILLS", "2"))
 QUICK = ("--train.eval-tokens", "256", "--train.telemetry-every", "0", "--workers", "2")
 
 
@@ -94,23 +93,30 @@ def test_runs_that_diverge_are_above_the_target():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.7])
-def test_of_simulated_studies_few_claim_a_horizon_that_does_not_reach_the_target(share: float):
-    """1,000 studies with noise, the rule at its level of 1 %: a claim is false where the true loss at that horizon is above the target. Each horizon tried is a test; near the
-    target there are at most as many of them as tries, and so the bound is that many percent. On average what is claimed is the horizon that the rule asks for.
+@pytest.mark.parametrize(("pooled", "from_entry"), [(False, False), (True, False), (True, True)])
+def test_of_simulated_studies_few_claim_a_horizon_that_does_not_reach_the_target(share: float, pooled: bool, from_entry: bool):
+    """1,000 studies of two entries with noise, the rule at its level of 1 %, σ given or pooled over both at the budget, the target a number or the other entry's mean. A claim is false
+    where the true loss at that horizon is above the true target. Each horizon tried is a test; near the target there are at most as many of them as tries, and so the bound is that
+    many percent. On average what is claimed is the horizon that the rule asks for.
     """
     studies, truth = 1000, 283
-    rule = Rule(law(truth), threshold(Noise(SIGMA), SEEDS))
     rng = np.random.default_rng(3)
-    claims = []
+    claims, needed = [], []
     for _ in range(studies):
         seeds = math.sqrt(share) * rng.standard_normal(SEEDS)
-        means = found(rule, lambda h, seeds=seeds: law(h) + SIGMA * (seeds + math.sqrt(1 - share) * rng.standard_normal(SEEDS)).mean())
+        loss = lambda h, seeds=seeds: law(h) + SIGMA * (seeds + math.sqrt(1 - share) * rng.standard_normal(SEEDS))  # noqa: E731
+        ours, theirs = loss(BUDGET), law(truth) + SIGMA * rng.standard_normal(SEEDS)
+        noise = statistics.pooled([ours, theirs]) if pooled else Noise(SIGMA)
+        assert noise
+        by = SEEDS if from_entry else None
+        rule = Rule(theirs.mean() if from_entry else law(truth), threshold(noise, SEEDS, target_n=by), by)
+        means = found(rule, lambda h, ours=ours, loss=loss: (ours if h == BUDGET else loss(h)).mean())
         claims.append(min(h for h, y in means.items() if rule.passes(y, SEEDS)))
+        needed.append((12 / (rule.needed(SEEDS) - 1)) ** 2)
     level = speedrun.TRIES * statistics.RULE_LEVEL
     false = np.mean(np.array(claims) < truth)
     assert false <= level + 4 * math.sqrt(level * (1 - level) / studies)
-    needed = (12 / (rule.needed(SEEDS) - 1)) ** 2
-    assert needed - 3 <= np.mean(claims) <= needed + 8, "a point of the grid is 5 steps"
+    assert -3 <= np.mean(claims) - np.mean(needed) <= 8, "a point of the grid is 5 steps"
 
 
 # ---- entries, budgets, refusals
@@ -143,6 +149,11 @@ def call(root: Path, names: Sequence[str], *more: str) -> int:
         (("--budget", "tokens=100"), "--budget\n  got: tokens=100"),
         (("--budget", "epochs=1"), "--budget\n  got: epochs=1"),
         (("--budget", "steps=1e"), "--budget\n  got: steps=1e"),
+        (("--budget", "steps=400.7"), "--budget\n  got: steps=400.7"),
+        (("--budget", "steps=1e999"), "--budget\n  got: steps=1e999"),
+        (("--threshold", "nan"), "--threshold\n  got: nan\n  allowed: 0 or more, and finite"),
+        (("--threshold", "-0.1"), "--threshold\n  got: -0.1"),
+        (("--power", "0.1", "--threshold", "0.004"), "--power, --threshold\n  got: ([0.1], 0.004)\n  allowed: --level"),
         (("--target-entry", "soap"), "--target-entry\n  got: 'soap'\n  allowed: ours, adamw, the entries"),
         (("--target-entry", "adamw", "--target", "1"), "--target-entry\n  got: 'adamw'\n  allowed: one of --target and --target-entry"),
         (("--horizons", "0.5", "1.5"), "--horizons\n  got: [0.5, 1.5]\n  allowed: fractions of the budget, above 0 and below 1"),
@@ -238,7 +249,7 @@ def test_results_are_those_of_the_runs(root: Path, study: dict[str, Any]):
             )
             assert (made.train.steps, made.run.seed, made.data.holdout) == (r["steps"], r["seed"], 0), "judged on the validation split"
             assert made.optim.lr == (e["tuned"] or {"optim.lr": made.optim.lr})["optim.lr"]
-            assert [p[0] for p in r["curve"]] == sorted({*range(0, r["steps"] + 1, max(1, r["steps"] // 10)), r["steps"]})
+            assert [p[0] for p in r["curve"]] == sorted({*range(0, r["steps"] + 1, max(1, r["steps"] // 5)), r["steps"]})
             assert r["curve"][-1][3] == r["loss"] and [p[1] for p in r["curve"]] == [128 * p[0] for p in r["curve"]]
             assert len(r["training"]) == r["steps"]
         at, horizon = e["at_budget"], e["horizons"][-1]
@@ -309,7 +320,7 @@ def test_the_same_call_again_runs_nothing_and_other_values_under_its_name_are_re
     out = capsys.readouterr().out
     assert written(root / "runs/study") == there
     assert json.loads((root / "runs/study/results.json").read_text()) == study, "to the last digit, the seconds too"
-    for said in (": at most about ", "written: ", "ours against adamw", "note: sgd: not tuned", "one-sided level 0.01", "n = 2"):
+    for said in (": about ", "written: ", "ours against adamw", "note: sgd: not tuned", "one-sided level 0.01", "n = 2"):
         assert said in out
     assert {p.name for p in (root / "runs/study").iterdir() if p.is_file()} >= {"results.json", "report.html", "report.png"}
     with pytest.raises(StudyError, match="got: optim.beta = 0.5\n  allowed: 0.95, as the run that is there had it"):
@@ -320,8 +331,9 @@ def test_the_cost_alone_is_printed_and_nothing_runs(root: Path, capsys: pytest.C
     assert call(root, NAMES, "--dry-run", "--name", "dry", "--target", "1", "--tune", "optim.lr=log(0.1,1,2)", "--seeds", "2") == 0
     assert call(root, NAMES, "--dry-run", "--name", "dry", "--budget", "seconds=5") == 0
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"{root / 'runs/dry'}: at most about 48 runs (6 to tune), "), "6 + 3 entries · 2 seeds · (1 + 3 + 3 horizons)"
-    assert ": at most about 12 runs (0 to tune), " in second and first.endswith("2 at a time; what is done already is not run again")
+    assert first.startswith(f"{root / 'runs/dry'}: about 48 runs (6 to tune), "), "6 + 3 entries · 2 seeds · (1 + 3 + 3 horizons)"
+    assert ": about 12 runs (0 to tune), " in second and second.endswith("2 at a time; what is done already is not run again")
+    assert "; more if the shortest of --horizons reaches the target; " in first, "how far below them the search goes depends on the losses"
     assert not (root / "runs/dry").exists()
 
 
@@ -331,12 +343,17 @@ def test_power_is_told_of_a_given_sigma_or_of_the_runs_that_are_there(
     assert call(root, NAMES, "--power", "0.005", "--sigma", "0.003") == 0
     rule, pairs = statistics.seeds_for(0.005, Noise(0.003), entries=3)
     assert (
-        f"σ = 0.003; seeds that find an effect with 80 % chance:\n  0.005 nats: {rule} by the rule, {pairs} by " in capsys.readouterr().out
+        "σ = 0.003, level 0.01, the target a number; seeds that find an effect with 80 % chance:\n"
+        f"  0.005 nats: {rule} by the rule, {pairs} by " in capsys.readouterr().out
     )
+    assert call(root, NAMES, "--power", "0.005", "--sigma", "0.003", "--level", "0.001", "--target-entry", "adamw") == 0
+    rule, _ = statistics.seeds_for(0.005, Noise(0.003), entries=3, level=0.001, from_entry=True)
+    out = capsys.readouterr().out
+    assert "level 0.001, the target an entry's mean" in out and f"0.005 nats: {rule} by the rule" in out
     assert call(root, NAMES, "--power", "0.1", "--name", "study", "--budget", "steps=40", "--seeds", "2") == 0
     losses = [[r["loss"] for r in e["runs"] if r["steps"] == 40] for e in study["entries"]]
     noise = statistics.pooled([np.array(y) for y in losses])
-    assert noise and f"σ = {noise.sigma:.2g}; " in capsys.readouterr().out
+    assert noise and f"σ = {noise.sigma:.2g}, " in capsys.readouterr().out
 
 
 def test_one_seed_has_no_intervals_and_says_so(root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
@@ -409,24 +426,26 @@ def timeless(x: Any, key: str = "") -> Any:
 def test_a_study_killed_at_random_moments_ends_with_the_same_results(root: Path):
     """kill −9 of the study, whose runs end with it; a study that came to its end before it was killed is begun anew. NANODUAL_KILLS=20 for more."""
     script = str(command(root))
-    short = "--name killed --seeds 1 --budget steps=12 --target 2.75 --sigma 0.02 --horizons 0.5 --tries 2 --tune ours:optim.lr={2,4}"
+    short = "--name killed --seeds 1 --budget steps=12 --target 2.75 --sigma 0.02 --horizons 0.5 --tries 1 --tune ours:optim.lr={2,4}"
     args, folder = argv(root, ("ours", "adamw"), *short.split()), root / "runs/killed"
 
     def to_its_end() -> Any:
         process = start(root, *args, script=script)
-        process.join(300)  # of about a dozen short runs, which take ten seconds where nothing else runs
+        process.join(1800)  # of less than a dozen short runs, which take ten seconds where nothing else runs
         assert process.exitcode == 0, (root / "stderr").read_text()
-        return timeless(json.loads((folder / "results.json").read_text()))
+        found = timeless(json.loads((folder / "results.json").read_text()))
+        return {k: v for k, v in found.items() if k != "versions"}  # of the tree, which may have been committed meanwhile
 
-    began = time.monotonic()
     whole = to_its_end()
-    life = time.monotonic() - began
     assert whole["entries"][0]["to_target"] and len(whole["entries"][0]["horizons"]) > 2, "the search is part of it"
     shutil.rmtree(folder)
     rng, progress = np.random.default_rng(0), []
     for kill in range(KILLS):
         process = start(root, *args, script=script)
-        process.join(rng.uniform(0.2, 0.7) * life)
+        wanted = len(written(folder)) + rng.integers(0, 3)  # on its progress, whatever else the machine does
+        while process.exitcode is None and len(written(folder)) < wanted:
+            process.join(0.05)
+        process.join(rng.uniform(0, 0.5))
         process.kill()
         process.join()
         progress.append(len(written(folder)))
@@ -439,6 +458,23 @@ def test_a_study_killed_at_random_moments_ends_with_the_same_results(root: Path)
 # ---- what a reader is told
 
 
+def test_a_point_of_the_grid_outside_the_interval_of_the_interpolated_horizon_is_told_as_that():
+    to = {"steps": 292, "interpolated": 287.4, "low": 285.0, "high": 290.1, "confirmed": True}
+    assert speedrun._steps(to, sets=False) == "292 (interpolated 287.4 [285.0, 290.1])"
+    assert speedrun._steps(to | {"interpolated": None, "confirmed": False}, sets=False) == "292 unconfirmed"
+    assert speedrun._steps(to, sets=True) == "292", "by definition, nothing is interpolated"
+
+
+def test_every_version_that_made_a_run_is_told():
+    one, two = {"commit": "abc", "dirty": False, "torch": "2.1"}, {"commit": "def", "dirty": True, "torch": "2.1"}
+    alone = speedrun.versions([one, one])
+    assert (alone["torch"], alone["nanodual"], alone["note"]) == ("2.1", "commit abc", None)
+    both = speedrun.versions([two, one, two])
+    assert (both["torch"], both["nanodual"]) == ("2.1", "commit abc, commit def (dirty)")
+    assert both["note"] == "the judged runs are of 2 versions: commit abc with torch 2.1; commit def (dirty) with torch 2.1"
+    assert speedrun.versions([{"commit": None, "dirty": None, "torch": "2.1"}])["nanodual"] is None
+
+
 def test_a_text_tells_every_figure(study: dict[str, Any]):
     said = text(study)
     ours, adamw, _ = study["entries"]
@@ -447,6 +483,7 @@ def test_a_text_tells_every_figure(study: dict[str, Any]):
         f"≥ {study['rule']['threshold']:.3g}, σ = 0.01 given; one-sided level 0.01",
         f"{ours['at_budget']['loss']['mean']:.4f} [{ours['at_budget']['loss']['low']:.4f}, {ours['at_budget']['loss']['high']:.4f}]",
         f"{ours['to_target']['tokens']:,}",
+        f"{ours['to_target']['steps']} (interpolated {ours['to_target']['interpolated']:.1f} [",
         f"lr {ours['tuned']['optim.lr']:g}",
         f"{study['pairs'][0]['steps_ratio']['value']:.3f} [",
         f"{adamw['at_budget']['peak_memory_bytes'] / 2**20:.0f} MiB",

@@ -148,6 +148,18 @@ def test_seeds_for_an_effect_are_the_fewest_with_the_power():
     estimated, _ = statistics.seeds_for(0.004, Noise(SIGMA, 3))
     assert estimated and estimated > rule, "an estimated σ takes more"
     assert statistics.seeds_for(1e-6, known, most=10) == (None, None)
+    assert (statistics.seeds_for(0.004, known, level=0.001)[0] or 0) > rule, "a stricter level takes more"
+    assert statistics.seeds_for(0.004, known, from_entry=True)[0] == statistics.seeds_for(0.004 / math.sqrt(2), known)[0]
+
+
+def test_the_power_against_an_entrys_mean_is_that_of_an_effect_smaller_by_the_root_of_two():
+    """As seeds_for has it; σ given, the target the mean of as many runs."""
+    n, effect, noise = 4, 0.006, Noise(SIGMA)
+    theirs, ours = losses(STUDIES, n).mean(1), losses(STUDIES, n, mean=TARGET - effect, seed=1).mean(1)
+    limit = threshold(noise, n, target_n=n)
+    rate = np.mean([Rule(a, limit, n).passes(b, n) for a, b in zip(theirs, ours, strict=True)])
+    expected = statistics.power_of_rule(effect / math.sqrt(2), n, noise)
+    assert abs(rate - expected) < of(expected)
 
 
 # ---- loss against horizon

@@ -20,7 +20,7 @@ def test_a_logarithmic_range_is_evenly_spaced_with_both_ends():
 
 def test_linear_ranges_whole_numbers_and_choices_have_the_types_of_their_keys():
     assert [t["optim.beta"] for t in trials([parse("optim.beta=lin(0.9,0.98,3)", ENTRIES)], None)] == [0.9, 0.94, 0.98]
-    found = [t["optim.warmup"] for t in trials([parse("optim.warmup=lin(0,25,3)", ENTRIES)], None)]
+    found = [t["optim.refresh_every"] for t in trials([parse("optim.refresh-every=lin(0,25,3)", ENTRIES)], None)]
     assert found == [0, 12, 25] and all(isinstance(w, int) for w in found)
     made = parse("optim.max-grad-norm={None,1,2.5}", ENTRIES)
     assert (made.key, made.values) == ("optim.max_grad_norm", (None, 1.0, 2.5))
@@ -44,6 +44,17 @@ def test_several_keys_are_tried_at_places_of_a_sobol_sequence():
     for places in (np.log2([t["optim.lr"] / 10 for t in ours]) / 4, np.array([t["optim.beta2"] for t in ours]) / 0.8):
         assert np.histogram(places, bins=4, range=(0, 1))[0].tolist() == [4, 4, 4, 4]
     assert len(schedule([parse(t, ENTRIES) for t in texts], ENTRIES, 10)["ours"]) == 10, "not a power of two either"
+
+
+def test_trials_of_choices_differ_or_are_refused():
+    """Points of the sequence fall on the same of 2 · 3 choices: it is drawn on until 6 differ, and 7 there are not."""
+    ranges = [parse(t, ENTRIES) for t in ("optim.direction={momentum,soap}", "optim.beta={0.8,0.9,0.95}")]
+    for count in range(1, 7):
+        made = trials(ranges, count)
+        assert len({tuple(t.items()) for t in made}) == len(made) == count
+    with pytest.raises(StudyError) as error:
+        trials(ranges, 7)
+    assert "--trials\n  got: 7 of optim.direction, optim.beta\n  allowed: 6, as many as differ\n  fix: --trials 6" in str(error.value)
 
 
 def test_every_entry_gets_as_many_trials():
@@ -92,7 +103,7 @@ def test_ranges_of_what_is_not_there_or_may_not_differ_are_refused():
         ("sgd:optim.lr=log(1,2,3)", StudyError, "got: sgd\n  allowed: adamw, ours, the entries"),
         ("train.batch_size={8,16}", StudyError, "got: train.batch_size\n  allowed: optim.… and model.… but block_size"),
         ("model.block_size={8,16}", StudyError, "got: model.block_size"),
-        ("optim.warmup=lin(0,2,5)", StudyError, "got: [0, 0, 1, 2, 2]\n  allowed: 5 values that differ"),
+        ("optim.refresh_every=lin(0,2,5)", StudyError, "got: [0, 0, 1, 2, 2]\n  allowed: 5 values that differ"),
     ):
         with pytest.raises(kind) as error:
             parse(text, ENTRIES)
