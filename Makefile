@@ -14,8 +14,9 @@ train: $(READY)
 	"$(PY)" -m data.prepare pysource
 	"$(PY)" train_gpt.py configs/quickstart.toml
 
+# Two files of tests at a time, as continuous integration has two cores.
 test: $(READY)
-	"$(PY)" -m pytest
+	OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 2 --dist loadfile
 
 # Dualized, Muon + AdamW and AdamW side by side on the embedded corpus, 2 runs at a time on 2 cores; ends with runs/race/report.png and report.html.
 race: $(READY)
@@ -47,7 +48,7 @@ wheel: $(READY)
 	"$(PY)" -m pip wheel -q . --no-deps --no-build-isolation -w dist
 
 has-packages:
-	@"$(PY)" -c 'import torch, tyro, pytest' || { echo "PYTHON=$(PY) lacks packages: $(PY) -m pip install -r requirements.txt"; exit 1; }
+	@"$(PY)" -c 'import torch, tyro, pytest, xdist' || { echo "PYTHON=$(PY) lacks packages: $(PY) -m pip install -r requirements.txt"; exit 1; }
 
 # Built anew when requirements.txt changes. torch first and alone, so that nothing else can choose its build.
 .venv/.ready: requirements.txt

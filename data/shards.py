@@ -58,6 +58,12 @@ class Manifest:
     characters: str | None = None
     schema: int = field(default=SCHEMA)
 
+    @property
+    def sha256(self) -> str:
+        """Of the corpus: over the sha256 of the shards, of train and then of val."""
+        digests = [s.sha256 for name in ("train", "val") for s in self.splits[name].shards]
+        return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
 
 def write_shard(path: Path, tokens: np.ndarray) -> Shard:
     """Tokens (n,), each below 65,536, as one shard."""

@@ -15,7 +15,7 @@ def wsd(step: int, total: int, *, warmup: float, cooldown: float, power: float =
     """Warm-up, stable, decay: linear to 1 over `warmup` steps, then 1, then to 0 over the last `cooldown` fraction of all steps (Hägele et al., arXiv 2405.18392),
     as the power of what is left of it (1.2 is the optimization track's "PowerCool")."""
     left = (total - step) / max(1, round(cooldown * total)) if cooldown else 1.0
-    return max(0.0, min(1.0, (step + 1) / max(1, _steps(warmup, total)), max(0.0, left) ** power))
+    return min(1.0, (step + 1) / max(1, _steps(warmup, total)), max(0.0, left) ** power)
 
 
 def cosine(step: int, total: int, *, warmup: float, cooldown: float, power: float = 1.0) -> float:

@@ -13,7 +13,6 @@ threads are the same, else by their means; seconds are told and not judged.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import re
@@ -75,7 +74,7 @@ class Track:
     def check(self, name: str, config: Config, summary: dict[str, Any]) -> None:
         """Raise RecordError for a run of another track."""
         folder = Path(config.data.dataset)
-        corpus = corpus_of(folder)
+        corpus = read_manifest(folder).sha256
         threads = re.fullmatch(r"cpu, (\d+) threads", summary["device"])
         there = configuration.flat(config)
         checks = [
@@ -129,12 +128,6 @@ TRACKS = {
         "The NanoGPT speedrun's optimization track: scripts, which were not run here", 3.28, "steps", None, fixed="configs/track3_124m.toml"
     ),
 }
-
-
-def corpus_of(folder: Path) -> str:
-    """Of a prepared dataset, as results.json has it."""
-    splits = read_manifest(folder).splits
-    return hashlib.sha256("\n".join(s.sha256 for name in ("train", "val") for s in splits[name].shards).encode()).hexdigest()
 
 
 # ---- what is claimed
@@ -475,7 +468,7 @@ def check(folder: Path, *, entry: str | None, seeds: int | None, workers: int, o
         if entry not in (None, e["name"]):
             continue
         config = configuration.load([str(folder / e["config"])])
-        got = corpus_of(Path(config.data.dataset))
+        got = read_manifest(Path(config.data.dataset)).sha256
         if got != record["corpus_sha256"]:
             raise RecordError(
                 f"the data of {config.data.dataset}\n  got: {got}\n  allowed: {record['corpus_sha256']}\n  fix: python -m data.prepare, with the versions of requirements.txt"

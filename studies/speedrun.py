@@ -14,7 +14,6 @@ The folder runs/NAME has a run folder for each training, results.json, report.ht
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
 import math
@@ -556,14 +555,13 @@ def _pair(
         return found
     draws: dict[str, Any] = {"steps": None, "seconds": None}
     if at_a and at_b and at_a.draws is not None and at_b.draws is not None:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            draws["steps"] = at_b.draws / at_a.draws
         per_step = [
             statistics.draws_of_mean([math.log(r["train_seconds"] / k) for r in told["runs"] if r["steps"] == k], seed=i)
             for i, (told, k) in enumerate(((told_a, steps_a), (told_b, steps_b)))
         ]
+        draws["steps"] = statistics.quotient(at_b.draws, at_a.draws)
         if per_step[0] is not None and per_step[1] is not None:
-            draws["seconds"] = draws["steps"] * np.exp(per_step[1] - per_step[0])
+            draws["seconds"] = statistics.quotient(at_b.draws, at_a.draws, per_step[1] - per_step[0])
     values = {
         "steps": steps_b / steps_a,
         "seconds": told_b["to_target"]["train_seconds"] / told_a["to_target"]["train_seconds"],
@@ -591,12 +589,6 @@ def hardware(device: str) -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cpu = f"{named[1] if named else platform.processor() or platform.machine()}, {cores} cores"
     return cpu if device.startswith("cpu") or not device else f"{device} ({cpu})"
-
-
-def corpus_of(dataset: Dataset) -> str:
-    """sha256 over the sha256 of its shards, train and then val."""
-    digests = [s.sha256 for name in ("train", "val") for s in dataset.manifest.splits[name].shards]
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 # ---- what a reader is told
@@ -820,10 +812,11 @@ def main(argv: list[str]) -> int:
             else probed(job, folder, value)
         )
     trials = trial_jobs(entries, planned, folder, steps=options.tune_steps, seeds=options.tune_seeds, holdout=holdout)
-    _tell_cost(study, [j for jobs in trials.values() for trial in jobs for j in trial], dataset, rate)
+    tuning_jobs = [j for jobs in trials.values() for trial in jobs for j in trial]
+    _tell_cost(study, tuning_jobs, dataset, rate)
     if options.dry_run:
         return 0
-    if tuning_jobs := [j for jobs in trials.values() for trial in jobs for j in trial]:
+    if tuning_jobs:
         runs.sweep(list({j.name: j for j in tuning_jobs}.values()), folder, workers=study.places, dry_run=False)
         tune(entries, ranges, planned, trials, folder)
     for entry in entries if options.tuned_into else ():
@@ -836,7 +829,7 @@ def main(argv: list[str]) -> int:
         "command": f"python -m studies.speedrun {shlex.join(argv)}",
         "name": folder.name,
         "dataset": base.data.dataset,
-        "corpus_sha256": corpus_of(dataset),
+        "corpus_sha256": dataset.manifest.sha256,
         "track": options.track,
         "budget": {"kind": kind, "value": int(value) if value == int(value) else value},
         "workers": len(study.places),

@@ -12,9 +12,10 @@ import pytest
 
 import config as configuration
 from config import Config
+from data.shards import read_manifest
 from studies import records, runs
 from studies.export import LINE
-from studies.records import TRACKS, RecordError, Track, compare, corpus_of, main
+from studies.records import TRACKS, RecordError, Track, compare, main
 from tests.helpers import ROOT, run, small_dataset
 
 QUIET = ("--train.keep-checkpoints", "0", "--train.sample-tokens", "0", "--train.steps", "4", "--train.eval-every", "2")
@@ -83,7 +84,7 @@ def book(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty book, and the track "small" of the small dataset."""
     monkeypatch.chdir(root)
     monkeypatch.setattr(records, "BOOK", tmp_path / "records")
-    small = Track("Products", 2.8, "steps", corpus_of(root / "corpora/small"), threads=2)
+    small = Track("Products", 2.8, "steps", read_manifest(root / "corpora/small").sha256, threads=2)
     monkeypatch.setattr(
         records, "TRACKS", {"small": small, "timed": replace(small, figure="seconds"), "fineweb-124m": TRACKS["fineweb-124m"]}
     )

@@ -42,6 +42,7 @@ def study(jobs: list[Job], folder: Path, workers: int = 2) -> list[str]:
 
 def killed_later(jobs: list[Job], folder: Path) -> None:
     """In a process of its own."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
     study(jobs, folder)
 
 

@@ -249,6 +249,12 @@ def test_a_horizon_without_noise_or_bracket_has_no_bounds():
     assert wide and wide.interval().high == math.inf, "draws that never reach it"
 
 
+def test_a_quotient_of_draws_overflows_without_a_warning_and_leaves_a_side_open():
+    draws = statistics.quotient(np.full(5, 2.0), np.array([1, 2, 4, 0, np.inf]), np.array([0, 0, 0, 0, 1e4]))
+    assert draws[:4].tolist() == [2, 1, 0.5, np.inf] and np.isnan(draws[4])
+    assert np.isposinf(bounds(1.0, statistics.quotient(np.ones(99), np.ones(99), np.linspace(-1e4, 1e4, 99))).high)
+
+
 def test_bounds_hold_the_estimate_and_take_what_tells_nothing_as_open():
     draws = np.linspace(1, 2, 1000)
     assert (bounds(1.5, draws).low, bounds(1.5, draws).high) == pytest.approx((1.025, 1.975), abs=2e-3)
