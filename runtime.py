@@ -5,6 +5,8 @@ A rank is one process of a run, started alone or by torchrun (RANK, WORLD_SIZE, 
 
 import json
 import os
+import platform
+import re
 import resource
 import signal
 import subprocess
@@ -564,3 +566,12 @@ def git_state() -> tuple[str | None, bool | None]:
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
     except (OSError, subprocess.CalledProcessError):
         return None, None
+
+
+def hardware(device: str) -> str:
+    """The processor, the cores that this process may use, and the device where it is another."""
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cpu = f"{named[1] if named else platform.processor() or platform.machine()}, {cores} cores"
+    return cpu if device.startswith("cpu") or not device else f"{device} ({cpu})"

@@ -32,7 +32,7 @@ from model import GPT
 from optim import RIVALS, CommError, CoverageError, Dualized, EscapeVelocity, NonFiniteError, Polar, Rival, metrize
 from optim.rivals import UNNORMED, set_beta
 from optim.step_size import SCHEDULES, momentum_at
-from runtime import Clock, RankError, RunError, RunFolder, Runtime, Stopwatch, git_state
+from runtime import Clock, RankError, RunError, RunFolder, Runtime, Stopwatch, git_state, hardware
 from telemetry import Geometry, Sharpness, plot_geometry
 
 
@@ -363,6 +363,7 @@ def train(config: Config, runtime: Runtime) -> None:
         "seed": config.run.seed,
         "world_size": runtime.size,
         "device": runtime.device_name(),
+        "hardware": hardware(runtime.device_name()),
         "torch": torch.__version__,
         "commit": commit,
         "dirty": dirty,

@@ -19,7 +19,6 @@ import ast
 import inspect
 import re
 import sys
-import tomllib
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, replace
 from fnmatch import fnmatch
@@ -70,7 +69,7 @@ class ExportError(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """What is exported. world: the processes that it was computed by. origin: a line for the script's docstring. versions: lines for the log of a run that was."""
+    """What is exported. world: the processes that it was computed by. origin: a line for the script's docstring."""
 
     name: str
     config: Config
@@ -87,10 +86,9 @@ def read(source: Path) -> Run:
         raise ExportError(
             f"{source}\n  got: no {'config.toml in it' if folder else 'such file'}\n  allowed: a run's folder, or a configuration file\n  fix: another path"
         )
-    config = configuration.from_dict(Config, tomllib.loads(file.read_text(encoding="utf-8")))
-    config.run.name = config.run.name or file.stem
-    config.check()
+    config = configuration.load([str(file)])
     if folder is None:
+        config.run.name = file.stem  # not the time of now
         commit, dirty = git_state()
         return Run(file.stem, config, 1, f"Exported from the configuration {file.name}, which was not run, by {_commit(commit, dirty)}.")
     found = summary(source)
@@ -340,6 +338,15 @@ def log_lines(run: Run) -> str:
     )
 
 
+def _write(flag: str, file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ExportError(
+            f"{flag}\n  got: {file} ({error.strerror})\n  allowed: a file in a folder that is there\n  fix: mkdir, or another path"
+        ) from error
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m studies.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -357,11 +364,11 @@ def main(argv: list[str] | None = None) -> int:
                 f"--log\n  got: {args.run}, a configuration\n  allowed: with a run's folder\n  fix: leave it out, or train it first"
             )
         if args.out:
-            args.out.write_text(code, encoding="utf-8")
+            _write("--out", args.out, code)
         elif not args.log:
             print(code, end="")
         if args.log:
-            args.log.write_text(log(run, code), encoding="utf-8")
+            _write("--log", args.log, log(run, code))
     except (ExportError, ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,6 @@
 """The record book of the speedrun tracks: records/TRACK/DATE_SLUG/, the tables of README.md and records/README.md, and the check of a record.
 
-    python -m studies.records add runs/STUDY --track pysource-cpu --slug dualized --title "…" --by NAME
+    python -m studies.records add runs/STUDY --track pysource-cpu --slug dualized --title "…" --by NAME [--trials ENTRY=N …] [--note "…"]
     python -m studies.records add runs/a runs/b runs/c --track shakespeare-cpu --slug bigram        (one configuration, one seed a run)
     python -m studies.records tables [--check-only]
     python -m studies.records check records/TRACK/DATE_SLUG [--entry NAME] [--seeds N]
@@ -33,19 +33,20 @@ from scipy import stats
 import config as configuration
 from config import Config, ConfigError
 from data.shards import DataError, read_manifest
-from runtime import RunError, git_state
+from runtime import RunError, git_state, hardware
 
 from . import export, runs, statistics
 from .export import ExportError, Run
 from .runs import ROOT
-from .speedrun import hardware
+from .speedrun import versions
 
 BOOK = ROOT / "records"
 LIMIT = 1_000_000  # bytes of a record: text that a reader opens, and a repository keeps
 BEGIN, END = "<!-- records:begin -->", "<!-- records:end -->"
 CODE = ("model.py", "optim", "data", "train_gpt.py", "config.py", "runtime.py", "studies/script.py")  # what a run's numbers come from
-SAME = 1e-6  # nats: the same machine, versions and seeds give the same numbers; their digits in a record have no more than this of rounding
+SAME = 1e-6  # nats: the same machine, versions and seeds give the same numbers; a few roundings of a float32 near 2
 ROUNDING = 5e-5  # of a target: four digits
+RULE = {"test_level": statistics.RULE_LEVEL, "sigma_from": "runs"}  # of a study's results.json: a record's threshold is nobody's choice
 DOUBT = 0.01  # two-sided level at which means of other machines differ: one check in a hundred fails by chance
 
 
@@ -77,23 +78,14 @@ class Track:
         corpus = read_manifest(folder).sha256
         threads = re.fullmatch(r"cpu, (\d+) threads", summary["device"])
         there = configuration.flat(config)
-        checks = [
-            (f"the data of {folder}", corpus, self.corpus),
-            *((key, there[key], value) for key, value in self.keys().items()),
-            *(
-                [("device", summary["device"], f"cpu, {self.threads} threads at most")]
-                if self.threads and not self._few(threads, summary)
-                else []
-            ),
-        ]
+        checks = [(f"the data of {folder}", corpus, self.corpus), *((key, there[key], value) for key, value in self.keys().items())]
+        if self.threads and not (threads and int(threads[1]) * summary["world_size"] <= self.threads):
+            checks.append(("device", summary["device"], f"cpu, {self.threads} threads at most"))
         for what, got, allowed in checks:
             if got != allowed:
                 raise RecordError(
                     f"{what} of a record of {name}\n  got: {got!r}\n  allowed: {allowed!r}\n  fix: {self.fixed or 'another --track'}, or other runs"
                 )
-
-    def _few(self, found: re.Match[str] | None, summary: dict[str, Any]) -> bool:
-        return found is not None and int(found[1]) * summary["world_size"] <= (self.threads or math.inf)
 
     def keys(self) -> dict[str, Any]:
         """Values that every run of the track has: {"section.key": value}."""
@@ -148,8 +140,8 @@ class Claim:
     trials: int | None
     note: str
 
-    def told(self, folder: Path) -> dict[str, Any]:
-        summaries = [s for r in self.runs if r.folder and (s := runs.summary(r.folder))]
+    def told(self) -> dict[str, Any]:
+        summaries = [summary_of(r) for r in self.runs]
 
         def mean(key: str) -> float:
             return float(np.mean([s[key] for s in summaries]))
@@ -180,12 +172,23 @@ class Claim:
         }
 
 
+def summary_of(run: Run) -> dict[str, Any]:
+    found = runs.summary(run.folder) if run.folder else None
+    assert found is not None, "export.read refuses a folder without one"
+    return found
+
+
 def claims_of_study(folder: Path, results: dict[str, Any], track: Track) -> list[Claim]:
     """At the confirmed steps to the target, or where an entry has none, at the budget and without a figure.
 
     low, high of a horizon hold it too: in results.json they are of the interpolated one. A study whose target is an entry's mean that is the track's to ROUNDING is judged by its own rule,
-    with the noise that such a target has.
+    with the noise that such a target has. The rule is the book's: its level, and σ of the study's own runs.
     """
+    rule = {key: results["rule"][key] for key in ("test_level", "sigma_from")}
+    if rule != RULE:
+        raise RecordError(
+            f"rule of {folder}\n  got: {rule}\n  allowed: {RULE}\n  fix: python -m studies.speedrun … with 2 seeds or more, without --threshold, --level and --sigma"
+        )
     if results["target"] is None or abs(results["target"] - track.target) > ROUNDING:
         raise RecordError(
             f"target of {folder}\n  got: {results['target']}\n  allowed: {track.target}\n  fix: python -m studies.speedrun … --target {track.target}"
@@ -209,19 +212,16 @@ def claims_of_study(folder: Path, results: dict[str, Any], track: Track) -> list
             seconds = statistics.mean_interval([r["train_seconds"] for r in judged])
             figure, low, high = seconds.value, *(x if math.isfinite(x) else None for x in (seconds.low, seconds.high))
         read = [export.read(folder / r["path"]) for r in judged]
-        tried, rule = len(e["trials"]), results["rule"]
-        found.append(
-            Claim(e["name"], read, figure, low, high, horizon["statistic"], rule["threshold"], horizon["passes"], tried, e["note"])
-        )
+        threshold, tried = results["rule"]["threshold"], len(e["trials"])
+        found.append(Claim(e["name"], read, figure, low, high, horizon["statistic"], threshold, horizon["passes"], tried, e["note"]))
     return found
 
 
-def claim_of_runs(folders: Sequence[Path], track: Track, *, sigma: float | None, trials: int | None) -> Claim:
-    """Of one configuration's runs, a seed each; the rule's threshold from their own deviation where sigma is not given."""
+def claim_of_runs(folders: Sequence[Path], track: Track) -> Claim:
+    """Of one configuration's runs, a seed each; the rule's threshold from their own standard deviation; one run has none and passes nothing."""
     read = [export.read(f) for f in folders]
-    losses = [s["val_loss"] for f in folders if (s := runs.summary(f))]
-    seconds = [s["train_seconds"] for f in folders if (s := runs.summary(f))]
-    noise = statistics.Noise(sigma) if sigma else statistics.pooled([np.array(losses)])
+    losses, seconds = ([summary_of(r)[key] for r in read] for key in ("val_loss", "train_seconds"))
+    noise = statistics.pooled([np.array(losses)])
     threshold = statistics.threshold(noise, len(losses)) if noise else None
     rule = statistics.Rule(track.target, math.inf if threshold is None else threshold)
     mean = float(np.mean(losses))
@@ -230,7 +230,18 @@ def claim_of_runs(folders: Sequence[Path], track: Track, *, sigma: float | None,
     figure = None if not passes else told.value if track.figure == "seconds" else float(read[0].config.train.steps)
     low, high = (told.low, told.high) if passes and track.figure == "seconds" and len(seconds) > 1 else (None, None)
     name = re.sub(r"[.-]?(s|seed)?\d+$", "", folders[0].name) or folders[0].name
-    return Claim(name, read, figure, low, high, rule.statistic(mean, len(losses)), threshold, passes, trials, "")
+    return Claim(name, read, figure, low, high, rule.statistic(mean, len(losses)), threshold, passes, None, "")
+
+
+def count(claims: Sequence[Claim], trials: Sequence[str]) -> None:
+    """Set the entries' trials to what is said: NAME=N, or N of the only entry."""
+    for text in trials:
+        name, _, number = text.rpartition("=")
+        claim = next((c for c in claims if c.name == name or (not name and len(claims) == 1)), None)
+        if claim is None or not number.isdecimal() or int(number) < (claim.trials or 0):
+            allowed = ", ".join(f"{c.name}=N, N ≥ {c.trials or 0}" for c in claims) or "none, where nothing was run"
+            raise RecordError(f"--trials\n  got: {text}\n  allowed: {allowed}\n  fix: all that were made, a study's own among them")
+        claim.trials = int(number)
 
 
 def check_alike(claim: Claim) -> None:
@@ -249,20 +260,35 @@ def check_alike(claim: Claim) -> None:
 
 def check_clean(found: Sequence[Run], *, allow: bool) -> tuple[str | None, bool]:
     """(commit, dirty) of the runs. Raise RecordError unless all are of one commit, without changes, and the code that is exported is still that; `allow` records it instead."""
-    states = {(s["commit"], s["dirty"]) for r in found if r.folder and (s := runs.summary(r.folder))} or {git_state()}
+    states = {(s["commit"], s["dirty"]) for s in map(summary_of, found)} or {git_state()}
     commits = {commit for commit, _ in states}
-    commit, dirty = min(commits, key=str), any(d is not False for _, d in states)
-    got = "runs of a tree with changes that are in no commit" if dirty else f"runs of {len(commits)} commits" if len(commits) > 1 else None
-    if got is None:
-        changed = subprocess.run(
-            ["git", "diff", "--name-only", str(commit), "--", *CODE], cwd=ROOT, capture_output=True, text=True
-        ).stdout.split()
-        got = f"code that has changed since commit {commit}: {', '.join(changed)}" if changed else None
+    commit = min(commits, key=str)
+    if None in commits:
+        got = "runs whose commit is not known: there was no git"
+    elif len(commits) > 1:
+        got = f"runs of {len(commits)} commits"
+    elif any(dirty for _, dirty in states):
+        got = "runs of a tree with changes that are in no commit"
+    else:
+        got = _changed(str(commit))
     if got is not None and not allow:
         raise RecordError(
             f"the code of the record\n  got: {got}\n  allowed: one commit, the present code\n  fix: commit, and run it again; --allow-dirty records it as it is"
         )
     return commit, got is not None
+
+
+def _changed(commit: str) -> str | None:
+    """What this tree's code has that the commit has not, files that git does not know among it; None if nothing."""
+    try:
+        done = [
+            subprocess.run(["git", *args, "--", *CODE], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+            for args in (("diff", "--name-only", commit), ("ls-files", "--others", "--exclude-standard"))
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return f"commit {commit}, which this repository does not know"
+    files = [file for listed in done for file in listed]
+    return f"code that has changed since commit {commit}: {', '.join(files)}" if files else None
 
 
 # ---- adding
@@ -278,33 +304,33 @@ def add(
     day: str,
     command: str,
     allow_dirty: bool,
-    sigma: float | None,
-    trials: int | None = None,
+    trials: Sequence[str] = (),
+    note: str = "",
 ) -> Path:
     """Make records/TRACK/DAY_SLUG and return it; nothing is left of one that is refused."""
     rules = TRACKS[track]
-    if not rules.target:
-        raise RecordError(
-            f"target of {track}\n  got: none yet\n  allowed: a loss\n  fix: studies/records.py, PYSOURCE_TARGET: the mean end loss of tuned AdamW at its budget"
-        )
-    study = rules.corpus is not None and (sources[0] / "results.json").is_file()
-    if trials is not None and (trials < 0 or study or rules.corpus is None):
-        raise RecordError(
-            f"--trials\n  got: {trials}{' with a study, which counts its own' if study else ''}\n  allowed: 0 or more, of runs\n  fix: leave it out"
-        )
+    ran, study = rules.corpus is not None, any((s / "results.json").is_file() for s in sources)
+    said, names = ", ".join(map(str, sources)), {s.stem for s in sources}
+    try:
+        day = date.fromisoformat(day).isoformat()
+    except ValueError as error:
+        raise RecordError(f"--date\n  got: {day}\n  allowed: YYYY-MM-DD\n  fix: leave it out, for today") from error
+    for what, got, fine, allowed, fix in (
+        ("--slug", slug, re.fullmatch(r"[a-z0-9][a-z0-9_-]*", slug), "small letters, digits, '_' and '-'", "a few words"),
+        ("sources", said, not ran or all(s.is_dir() for s in sources), "folders of what was run", "train it first"),
+        ("sources", said, ran or not any(s.is_dir() for s in sources), "configuration files; nothing was run here", str(rules.fixed)),
+        ("sources", said, not study or len(sources) == 1, "one study, or runs of one configuration", "a record for each"),
+        ("sources", said, ran or len(names) == len(sources), "one of each name", "rename a file"),
+    ):
+        if not fine:
+            raise RecordError(f"{what}\n  got: {got}\n  allowed: {allowed}\n  fix: {fix}")
     folder = BOOK / track / f"{day}_{slug}"
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", slug):
-        raise RecordError(f"--slug\n  got: {slug}\n  allowed: small letters, digits, '_' and '-'\n  fix: a few words")
     if folder.exists():
         raise RecordError(f"{folder.relative_to(BOOK.parent)}\n  got: a record of that name\n  allowed: a new one\n  fix: another --slug")
     results, claims, scripts = None, [], {}
-    if rules.corpus is None:
+    if not ran:
         scripts = {s.stem: export.read(s) for s in sources}
         for name, run in scripts.items():
-            if run.folder:
-                raise RecordError(
-                    f"{name} on {track}\n  got: a run's folder\n  allowed: a configuration file; nothing was run here\n  fix: configs/track3_124m.toml"
-                )
             there = configuration.flat(run.config)
             wrong = next((k for k, v in rules.keys().items() if k != "train.eval_tokens" and there[k] != v), None)
             if wrong:
@@ -313,17 +339,16 @@ def add(
         results = json.loads((sources[0] / "results.json").read_text(encoding="utf-8"))
         claims = claims_of_study(sources[0], results, rules)
     else:
-        claims = [claim_of_runs(sources, rules, sigma=sigma, trials=trials)]
+        claims = [claim_of_runs(sources, rules)]
+    count(claims, trials)
     for claim in claims:
         check_alike(claim)
         for run in claim.runs:
-            summary = runs.summary(run.folder) if run.folder else None
-            assert summary is not None
-            rules.check(track, run.config, summary)
+            rules.check(track, run.config, summary_of(run))
     commit, dirty = check_clean([r for c in claims for r in c.runs], allow=allow_dirty)
-    entries = [c.told(folder) for c in claims] or [
-        {"name": n, "config": f"{n}.toml", "log": f"{n}.py", "n": 0, "figure": None} for n in scripts
-    ]
+    summaries = [summary_of(r) for c in claims for r in c.runs]
+    machines = dict.fromkeys(s.get("hardware") or hardware(s["device"]) for s in summaries)
+    entries = [c.told() for c in claims] or [{"name": n, "config": f"{n}.toml", "log": f"{n}.py", "n": 0, "figure": None} for n in scripts]
     best = min((e for e in entries if e["figure"] is not None), key=lambda e: e["figure"], default=None)
     record = {
         "schema": 1,
@@ -331,12 +356,13 @@ def add(
         "date": day,
         "title": title or slug,
         "by": list(by),
+        "note": " ".join(note.split()),
         "target": rules.target,
         "figure": best and {"entry": best["name"], "value": best["figure"], "unit": rules.figure, "low": best["low"], "high": best["high"]},
         "commit": commit,
         "dirty": dirty,
-        "hardware": results["hardware"] if results else hardware(entries[0].get("device", "cpu")),
-        "versions": results["versions"] if results else {"torch": entries[0].get("torch"), "nanodual": commit},
+        "hardware": results["hardware"] if results else ", ".join(machines) or None,
+        "versions": results["versions"] if results else versions(summaries),
         "corpus_sha256": rules.corpus,
         "commands": {
             "made": results["command"] if results else None,
@@ -393,18 +419,20 @@ def records() -> list[tuple[Path, dict[str, Any]]]:
 
 
 def tables(*, relative_to: Path) -> str:
-    """A table for each track: an entry a row, the best figure first; those without one come last."""
+    """A table for each track: an entry a row, the best figure first; those without one come last. Then the records' notes."""
     parts = []
     for name, track in TRACKS.items():
-        rows = [(e, folder, record) for folder, record in records() if record["track"] == name for e in record["entries"]]
+        there = [(folder.relative_to(relative_to), record) for folder, record in records() if record["track"] == name]
+        rows = [(e, folder, record) for folder, record in there for e in record["entries"]]
         rows.sort(key=lambda r: (math.inf if r[0]["figure"] is None else r[0]["figure"], r[2]["date"], r[0]["name"]))
-        parts.append(f"**{name}** ({track.title}; target {track.target:g})" if track.target else f"**{name}** ({track.title})")
+        parts.append(f"**{name}** ({track.title}; target {track.target:g})")
         if not rows:
             parts.append("No record yet.")
             continue
         unit = {"steps": "steps to the target", "seconds": "training seconds"}[track.figure]
-        head = f"| {unit} | end loss | seconds of training, of all | entry | trials | date | record |\n|---|---|---|---|---|---|---|"
-        parts.append("\n".join([head, *(_row(e, folder.relative_to(relative_to), record) for e, folder, record in rows)]))
+        head = f"| {unit} | end loss | training s, wall s | entry | trials | date | record |\n|---|---|---|---|---|---|---|"
+        parts.append("\n".join([head, *(_row(*row) for row in rows)]))
+        parts += [f"[{record['title']}]({folder.as_posix()}/): {record['note']}" for folder, record in there if record.get("note")]
     return "\n\n".join(parts) + "\n"
 
 
@@ -418,8 +446,7 @@ def _row(e: dict[str, Any], folder: Path, record: dict[str, Any]) -> str:
     if e["figure"] is not None and (e["low"] is not None or e["high"] is not None):
         low, high = (f"{x:{digits}}" if x is not None else "?" for x in (e["low"], e["high"]))
         figure += f" [{low}, {high}]"
-    passes = {True: " ✓", False: "", None: ""}[e["passes"]]
-    loss = f"{e['mean']:.4f} (n = {e['n']}, {e['steps']} steps){passes}"
+    loss = f"{e['mean']:.4f} (n = {e['n']}, {e['steps']} steps){' ✓' if e['passes'] else ''}"
     trials = "not counted" if e["trials"] is None else e["trials"]
     return f"| {figure} | {loss} | {e['train_seconds']:.1f}, {e['wall_seconds']:.1f} | [{e['name']}]({folder.as_posix()}/{e['log']}) | {trials} | {record['date']} | {where} |"
 
@@ -427,7 +454,7 @@ def _row(e: dict[str, Any], folder: Path, record: dict[str, Any]) -> str:
 TEXT = """# Record book
 
 Made by `python -m studies.records tables`; `python -m studies.records --help` says how a record is added and checked.
-A ✓ is a mean end loss that passes the rule (target − mean) · √n ≥ threshold (docs/speedrun.md). Intervals are of 95 %. trials: of the entry's tuning, all of a study's; of single runs what their author counted.
+A ✓ is a mean end loss that passes the rule (target − mean) · √n ≥ threshold (docs/speedrun.md). Intervals are of 95 %. trials: of the entry's tuning, all of a study's, and what its author counted beside them.
 A track's target is a fixed number: of pysource-cpu and shakespeare-cpu a mean end loss that was measured once, whose noise no record is judged by again.
 
 """
@@ -453,9 +480,16 @@ def write_tables(*, check_only: bool) -> list[str]:
 # ---- checking
 
 
-def check(folder: Path, *, entry: str | None, seeds: int | None, workers: int, out: Path) -> bool:
-    """Train a record's entries again, by their first seeds, and say PASS or FAIL with the figures."""
+def check(folder: Path, *, entry: str | None, seeds: int | None, workers: int, out: Path | None) -> bool:
+    """Train a record's entries again, by their first seeds, with the code of now, and say PASS or FAIL with the figures."""
+    if not (folder / "record.json").is_file():
+        there = ", ".join(str(f.relative_to(BOOK.parent)) for f, _ in records())
+        raise RecordError(f"{folder}\n  got: no record.json in it\n  allowed: {there}\n  fix: one of them")
+    if seeds is not None and seeds < 1:
+        raise RecordError(f"--seeds\n  got: {seeds}\n  allowed: 1 or more\n  fix: leave it out, for all")
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    state = commit, dirty = git_state()
+    out = out or Path("runs") / f"check-{folder.resolve().name}-{(commit or 'no-commit')[:8]}"
     if record["corpus_sha256"] is None:
         raise RecordError(
             f"{folder}\n  got: a script that was not run\n  allowed: a record with runs\n  fix: torchrun it where the data and the GPUs are"
@@ -476,6 +510,12 @@ def check(folder: Path, *, entry: str | None, seeds: int | None, workers: int, o
         quiet = {"data.dataset": str(Path(config.data.dataset).resolve()), "train.keep_checkpoints": 0, "train.sample_tokens": 0}
         wanted = e["seeds"][:seeds]
         jobs = [runs.job(config, f"{e['name']}.seed{s}", out, **{"run.seed": s, **quiet}) for s in wanted]
+        for path in (out / j.name for j in jobs):
+            made = runs.summary(path) or {}
+            if runs.finished(path) and (dirty is not False or (made.get("commit"), made.get("dirty")) != state):
+                raise RecordError(
+                    f"{path}\n  got: a run that is there already, of code that is not known to be this\n  allowed: one of commit {commit}, without changes\n  fix: delete it, or another --out"
+                )
         runs.sweep(jobs, out, workers=workers, dry_run=False)
         found = [runs.summary(out / j.name) for j in jobs]
         fine, said = compare(e, found, same=_same(record, e, found))
@@ -487,8 +527,8 @@ def check(folder: Path, *, entry: str | None, seeds: int | None, workers: int, o
 
 def _same(record: dict[str, Any], e: dict[str, Any], found: Sequence[dict[str, Any] | None]) -> bool:
     """Whether these were trained on the record's kind of machine, with its torch and threads."""
-    here = [(s["torch"], s["device"]) for s in found if s]
-    return set(here) == {(e["torch"], e["device"])} and hardware(e["device"]) == record["hardware"]
+    here = {(s["torch"], s["device"], s["hardware"]) for s in found if s}
+    return here == {(e["torch"], e["device"], record["hardware"])}
 
 
 def compare(e: dict[str, Any], found: Sequence[dict[str, Any] | None], *, same: bool) -> tuple[bool, str]:
@@ -496,6 +536,8 @@ def compare(e: dict[str, Any], found: Sequence[dict[str, Any] | None], *, same: 
     here = [math.inf if s is None else s["val_loss"] for s in found]
     there, n, m = e["losses"], len(found), e["n"]
     seconds = f"{np.mean([s['train_seconds'] for s in found if s] or [math.nan]):.1f} s of training here, {e['train_seconds']:.1f} s recorded (not judged)"
+    if diverged := sum(not math.isfinite(x) for x in here):
+        return False, f"{diverged} of {n} runs diverged here, none of {m} recorded; {seconds}"
     means = f"mean end loss {np.mean(here):.4f} here (n = {n}), {e['mean']:.4f} recorded (n = {m})"
     if same:
         apart = max(abs(a - b) for a, b in zip(here, there, strict=False))
@@ -529,8 +571,14 @@ def main(argv: list[str] | None = None) -> int:
     adding.add_argument("--title", default="")
     adding.add_argument("--by", nargs="+", default=[], metavar="NAME")
     adding.add_argument("--date", default=date.today().isoformat())
-    adding.add_argument("--sigma", type=float, help="of one run's loss, where the source is runs; estimated from them if left out")
-    adding.add_argument("--trials", type=int, help='of their tuning, where the source is runs; "not counted" if left out')
+    adding.add_argument(
+        "--trials",
+        nargs="+",
+        default=[],
+        metavar="[ENTRY=]N",
+        help='of its tuning, all of them; a study\'s own if left out, and of runs "not counted"',
+    )
+    adding.add_argument("--note", default="", help="what a reader has to know; stands under the table")
     adding.add_argument("--allow-dirty", action="store_true", help="code that is in no commit; the record says so")
     tabling = commands.add_parser("tables", help="write the tables of README.md and records/README.md")
     tabling.add_argument("--check-only", action="store_true", help="exit code 1 where they are not up to date")
@@ -539,20 +587,19 @@ def main(argv: list[str] | None = None) -> int:
     checking.add_argument("--entry")
     checking.add_argument("--seeds", type=int, help="the first ones; all if left out")
     checking.add_argument("--workers", type=int, default=1)
-    checking.add_argument("--out", type=Path, help="run folders; runs/check-DATE_SLUG if left out")
+    checking.add_argument("--out", type=Path, help="run folders; runs/check-DATE_SLUG-COMMIT if left out")
     args = parser.parse_args(argv)
     try:
         if args.do == "add":
             command = shlex.join(["python", "-m", "studies.records", *(sys.argv[1:] if argv is None else argv)])
-            options = {k: getattr(args, k) for k in ("title", "by", "allow_dirty", "sigma", "trials")}
+            options = {k: getattr(args, k) for k in ("title", "by", "allow_dirty", "trials", "note")}
             print(add(args.sources, args.track, args.slug, day=args.date, command=command, **options).relative_to(BOOK.parent))
             return 0
         if args.do == "tables":
             stale = write_tables(check_only=args.check_only)
             print("\n".join(f"{name}: {'not up to date' if args.check_only else 'written'}" for name in stale) or "up to date")
             return int(bool(stale) and args.check_only)
-        out = args.out or Path("runs") / f"check-{args.record.name}"
-        return int(not check(args.record, entry=args.entry, seeds=args.seeds, workers=args.workers, out=out))
+        return int(not check(args.record, entry=args.entry, seeds=args.seeds, workers=args.workers, out=args.out))
     except (RecordError, ExportError, ConfigError, DataError, RunError, runs.StudyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -74,6 +74,8 @@ function scale([low, high], from, to, log) {
   return to_pixel;
 }
 
+const span = (values) => values.reduce(([low, high], v) => [Math.min(low, v), Math.max(high, v)], [Infinity, -Infinity]);
+
 function padded([low, high], log) {
   if (log) return low === high ? [low / 1.5, high * 1.5] : [low * (low / high) ** 0.05, high * (high / low) ** 0.05];
   const margin = (high - low) * 0.03 || Math.abs(high) * 0.1 || 1;
@@ -128,7 +130,7 @@ class Chart {
     const axis = this.spec.x[this.column];
     const values = this.shown().flatMap((l) => l.points.map((p) => p[this.column]));
     const all = values.length ? values : this.spec.lines.flatMap((l) => l.points.map((p) => p[this.column]));
-    const x = axis.categories ? [-0.5, axis.categories.length - 0.5] : padded([Math.min(...all), Math.max(...all)], axis.log);
+    const x = axis.categories ? [-0.5, axis.categories.length - 0.5] : padded(span(all), axis.log);
     return { x, y: [...this.spec.view] };
   }
 
@@ -208,7 +210,7 @@ class Chart {
       p.y = PAD.top;
       inside.append(shape("path", { class: "diverged", d: `M${p.x - 5} ${p.y - 5}l10 10m0 -10l-10 10`, stroke: colour(entry), "stroke-width": 2.5 }));
     }
-    this.points.push(...places.filter((p) => Number.isFinite(p.y)));
+    for (const p of places) if (Number.isFinite(p.y)) this.points.push(p);
   }
 
   keys() {
@@ -237,7 +239,8 @@ class Chart {
     this.tip.textContent = `${place.label ?? place.line.label}\n${where}\n${y === null ? "diverged" : `loss ${y.toFixed(4)}`}${bar ? ` [${bar[0].toFixed(4)}, ${bar[1].toFixed(4)}]` : ""}`;
     const room = this.figure.clientWidth - this.tip.offsetWidth;
     this.tip.style.left = `${Math.max(0, Math.min(room, place.x + 14))}px`;
-    this.tip.style.top = `${this.svg.offsetTop + place.y + 14}px`;
+    const above = this.svg.getBoundingClientRect().top - this.figure.getBoundingClientRect().top;
+    this.tip.style.top = `${above + place.y + 14}px`;
   }
 
   listen() {

@@ -40,9 +40,11 @@ class ReportError(ValueError):
 def write(results: Json, folder: Path) -> list[Path]:
     """report.html and report.png in `folder`, of the content of a results.json. Not finite is as null there: a run that diverged."""
     results = json.loads(json.dumps(results), parse_constant=lambda _: None)
-    if results.get("schema") != 1:
+    schema = results.get("schema")
+    if schema not in (1, 2) or (schema == 1 and any(run.get("training") for e in results["entries"] for run in e["runs"])):
         raise ReportError(
-            f"results of a study\n  got: schema {results.get('schema')!r}\n  allowed: 1\n  fix: the version of the program that wrote them"
+            f"results of a study\n  got: schema {schema!r}\n  allowed: 2; 1 in the record book, without lines of training\n"
+            "  fix: the study's command again, which runs nothing that is there, or the version of the program that wrote them"
         )
     page, image = folder / "report.html", folder / "report.png"
     page.write_text(html(results), encoding="utf-8")
@@ -118,7 +120,7 @@ def answer(results: Json, pair: Json) -> Json:
     """One pair in words: its figure (value, unit, interval), text, and settled: whether the figure excludes chance and rests on runs."""
     a, b = pair["a"], pair["b"]
     goals = {e["name"]: e["to_target"] for e in results["entries"]}
-    target, steps, difference = results["target"], pair["steps_ratio"], pair["loss_difference"]
+    target, steps, difference, sets = results["target"], pair["steps_ratio"], pair["loss_difference"], results["target_from"]
     told, doubted = [], []
     figure = {"value": "–", "interval": "", "unit": "no run of both to compare"}
     if difference["mean"] is not None:
@@ -129,8 +131,10 @@ def answer(results: Json, pair: Json) -> Json:
         }
     if target is not None and steps:
         figure = {"value": ratio(steps["value"]), "interval": between(steps, ratio), "unit": f"× the steps of {a}"}
-        doubted = [name for name in (b, a) if not goals[name]["confirmed"]]
-        how = f"not confirmed: {' and '.join(doubted)}" if doubted else "both confirmed"
+        judged = [name for name in (b, a) if name != sets]
+        doubted = [name for name in judged if not goals[name]["confirmed"]]
+        how = f"not confirmed: {' and '.join(doubted)}" if doubted else f"{'both' if len(judged) == 2 else judged[0]} confirmed"
+        how += "" if len(judged) == 2 else f", {sets} sets the target"
         said = f"{b} reaches {exact(target)} in {_ratio(steps)} times the steps of {a} ({count(goals[b]['steps'])} against {count(goals[a]['steps'])}; {how})"
         if pair["seconds_ratio"]:
             said += f" and in {_ratio(pair['seconds_ratio'])} times its training seconds"
@@ -138,10 +142,11 @@ def answer(results: Json, pair: Json) -> Json:
     elif target is not None:
         for name in (b, a):
             goal = goals[name]
-            reached = (
-                goal and f"{name} reaches {exact(target)} in {count(goal['steps'])} steps{'' if goal['confirmed'] else ' (not confirmed)'}."
-            )
-            told.append(reached or f"No horizon of {name} passes the rule for {exact(target)}.")
+            if not goal:
+                told.append(f"No horizon of {name} passes the rule for {exact(target)}.")
+                continue
+            how = " and sets the target" if name == sets else "" if goal["confirmed"] else " (not confirmed)"
+            told.append(f"{name} reaches {exact(target)} in {count(goal['steps'])} steps{how}.")
     told.append(_loss_sentence(results, pair))
     of, same = (steps, 1) if target is not None and steps else (difference, 0)
     return {"a": a, "b": b, **figure, "text": " ".join(told), "settled": _ends(of) is not None and not _holds(of, same) and not doubted}
@@ -186,7 +191,7 @@ def differences(entries: Sequence[Json]) -> tuple[list[tuple[str, list[str]]], l
 def charts(results: Json) -> list[Json]:
     found = [curves(results), horizons(results)]
     keys = dict.fromkeys(key for e in results["entries"] for trial in e["trials"] for key in trial["values"])
-    return [c for c in [*found, *(trials(results, key) for key in keys)] if c["lines"]]
+    return [*found, *(trials(results, key) for key in keys)]
 
 
 def curves(results: Json) -> Json:
@@ -197,10 +202,8 @@ def curves(results: Json) -> Json:
         for run in entry["runs"]:
             within = [AT_BUDGET] * (run["steps"] == at) + [TO_TARGET] * bool(goal and run["steps"] == goal["steps"]) + [ALL]
             label = f"{entry['name']}, seed {run['seed']}, {count(run['steps'])} steps"
-            clock = [[0, 0], *([p[0], p[2]] for p in run["curve"]), [run["steps"], run["train_seconds"]]]
-            clock = np.array([p for p in clock if p[1] is not None], dtype=float)
-            training = [[s, t, float(np.interp(s, clock[:, 0], clock[:, 1])), y] for s, t, y in run["training"]]
-            for loss_of, points in (("validation", run["curve"]), ("training batches", training)):
+            # The record book has no lines of training: they are in its logs.
+            for loss_of, points in (("validation", run["curve"]), ("training batches", run.get("training", []))):
                 points = [_rounded(p) for p in points]
                 if run["loss"] is None:
                     end = [run["steps"], run["steps"] * entry["tokens_per_step"], run["train_seconds"] or 0.0]
@@ -244,7 +247,7 @@ def horizons(results: Json) -> Json:
         for run in entry["runs"]:
             label = f"{name}, seed {run['seed']}"
             lines.append({"entry": i, "label": label, "kind": "dots", "within": [], "points": [[run["steps"], run["loss"]]]})
-        # The entry that sets the target has the budget by definition.
+        # The entry that sets the target has the budget by definition; schema 1 tells an interpolated one.
         if entry["to_target"] and entry["to_target"]["interpolated"] is not None and name != results["target_from"]:
             at, n = entry["to_target"]["interpolated"], entry["at_budget"]["n"]
             needed = results["target"] - (results["rule"]["threshold"] or 0.0) / math.sqrt(n)
@@ -482,7 +485,7 @@ def static(chart: Json, entries: Sequence[Json]) -> str:
 def picture(results: Json, path: Path) -> None:
     """report.png, for a README: the curves against steps, tokens and seconds, and end loss against horizon where there are two or more."""
     found = {c["id"]: c for c in charts(results)}
-    panels = [(found["curves"], column) for column in range(3)] if "curves" in found else []
+    panels = [(found["curves"], column) for column in range(3)]
     if any(len(e["horizons"]) > 1 for e in results["entries"]):
         panels.append((found["horizons"], 0))
     with _settings():

@@ -111,8 +111,10 @@ class Place:
 
 
 def places(workers: int, ranks: int = 1, gpus: Sequence[str] = ()) -> list[Place]:
-    """One for each run at a time: `workers` of them, or with GPUs as many as have `ranks` GPUs, one a rank. Raises StudyError if there are fewer."""
+    """One for each run at a time: `workers` of them, or with GPUs as many as have `ranks` GPUs, one a rank. Raises StudyError if there is none."""
     if not gpus:
+        if workers < 1:
+            raise StudyError(f"--workers\n  got: {workers}\n  allowed: 1 or more\n  fix: --workers 1, or leave it out")
         return [Place(ranks)] * workers
     if len(gpus) < ranks:
         raise StudyError(f"--gpus, --nproc\n  got: {len(gpus)} GPUs, {ranks} ranks a run\n  allowed: a GPU a rank\n  fix: fewer ranks")
@@ -124,13 +126,13 @@ def sweep(jobs: Sequence[Job], folder: Path, *, workers: int | Sequence[Place], 
     dataset, rate = Dataset(jobs[0].config.data), speed(jobs[0].config.run)
     costed = sorted(((*cost(j.config, dataset, rate), j) for j in jobs), key=lambda c: (c[2].config.run.seed, c[1]))
     left = [c for c in costed if not done(c[2], folder)]
-    count = workers if isinstance(workers, int) else len(workers)
+    free = places(workers) if isinstance(workers, int) else workers
     print(
-        f"{folder}: {len(jobs)} runs, {len(jobs) - len(left)} of them done; {sum(c[0] for c in left):.2g} FLOPs to go, about {duration([c[1] for c in left], count)} on this machine"
-        f" (a product of matrices: {rate / 1e9:.0f} GFLOP/s), {count} at a time"
+        f"{folder}: {len(jobs)} runs, {len(jobs) - len(left)} of them done; {sum(c[0] for c in left):.2g} FLOPs to go, about {duration([c[1] for c in left], len(free))} on this machine"
+        f" (a product of matrices: {rate / 1e9:.0f} GFLOP/s), {len(free)} at a time"
     )
     if not dry_run:
-        execute([c[2] for c in costed], folder, workers=workers, costs=[c[1] for c in costed])
+        execute([c[2] for c in costed], folder, workers=free, costs=[c[1] for c in costed])
     return not dry_run
 
 

@@ -22,6 +22,7 @@ import platform
 import re
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,13 +35,13 @@ import config as configuration
 from config import Config, ConfigError
 from data.loader import DataConfig, Dataset
 from data.shards import DataError
-from runtime import RunError
+from runtime import RunError, hardware
 
 from . import runs, statistics, tuning
 from .statistics import Horizon, Noise, Rule
 from .verdict import LEVEL, Interval
 
-SCHEMA = 1
+SCHEMA = 2  # 1: lines of training without their seconds, an interval of the steps that set the target
 HORIZONS = (0.4, 0.6, 0.8)  # of the budget: few enough to pay for, close enough for a parabola (tests/test_statistics.py)
 GRID = 80  # points of the budget that a horizon is rounded up to: 5 steps of 400
 SHORTER = 0.6  # while the shortest horizon reaches the target, the next is this much of it
@@ -100,7 +101,7 @@ def load(paths: Sequence[str], options: Sequence[str], *, allow_different: bool)
         apart = [
             f"{key} {_said(value)} ({_said(there[key])})"
             for key, value in configuration.flat(entry.config).items()
-            if value != there[key] and not key.startswith(("optim.", "train.steps", "train.eval_every", *runs.NEUTRAL))
+            if value != there[key] and not key.startswith(("optim.", "run.seed", "train.steps", "train.eval_every", *runs.NEUTRAL))
         ]
         if apart:
             entry.notes.append(f"beside its optimizer, differs from {first.name}: {', '.join(apart)}")
@@ -379,6 +380,11 @@ def trial_jobs(
             changes = {"data.holdout": holdout, "train.steps": steps or entry.steps, "train.eval_every": 0, **values}
             names = [(f"tune.{entry.name}.{name}.s{changes['train.steps']}.seed{s}", s) for s in range(TUNE_SEEDS, TUNE_SEEDS + seeds)]
             found[entry.name].append([entry.job(n, folder, **changes, **{"run.seed": s}) for n, s in names])
+    made = Counter(j.name for trials in found.values() for jobs in trials for j in jobs)
+    if twice := [name for name, times in made.items() if times > 1]:
+        raise runs.StudyError(
+            f"--tune\n  got: two trials named {twice[0]}\n  allowed: values that differ in their first six digits, letters or digits\n  fix: others"
+        )
     return found
 
 
@@ -406,10 +412,10 @@ def results(study: Study, rule: Rule | None, *, about: dict[str, Any]) -> dict[s
             "level": LEVEL,
         },
         "seeds": study.seeds,
-        "hardware": hardware(str(told[0]["device"]) if told else ""),
+        "hardware": ", ".join(dict.fromkeys(s.get("hardware") or hardware(s["device"]) for s in told)) or hardware("cpu"),
         "versions": versions(told),
         "entries": entries,
-        # The one that is named first is compared with each that comes after it: it is b.
+        # Every pair; b is the one named first.
         "pairs": [
             _pair(study, b, a, reached, entries[study.entries.index(b)], entries[study.entries.index(a)], n)
             for b, a in itertools.combinations(study.entries, 2)
@@ -446,8 +452,9 @@ def _entry(
     steps, found = reached
     to_target = None
     if rule and steps:
-        confirmed = noise is not None or study.threshold is not None or entry.name == study.target_entry
-        interval = found.interval() if found else Interval(-math.inf, math.nan, math.inf)
+        sets = entry.name == study.target_entry  # nothing is measured: no interval
+        confirmed = noise is not None or study.threshold is not None or sets
+        interval = found.interval() if found and not sets else Interval(-math.inf, math.nan, math.inf)
         of_horizon = [r["train_seconds"] for r in told if r["steps"] == steps]
         to_target = {
             "steps": steps,
@@ -458,12 +465,12 @@ def _entry(
             "confirmed": confirmed,
             "interpolated": interval.value,
         }
-        if entry.name == study.target_entry:
+        if sets:
             notes.append("sets the target: its steps are the budget by definition")
         elif found is None:
             notes.append("the shortest horizon that was run passes: fewer steps may do")
         if not confirmed:
-            notes.append("n = 1 and σ unknown: a loss at or under the target, which is no test")
+            notes.append("σ unknown: a mean at or under the target, which is no test")
     return {
         "name": entry.name,
         "config_path": entry.path,
@@ -515,7 +522,7 @@ def _run(steps: int, seed: int, path: Path) -> dict[str, Any]:
         **{key: found.get(key) for key in keys},
         "path": path.name,
         "curve": [[r["step"], r["tokens"], r["train_seconds"], r["val_loss"]] for r in records if "val_loss" in r],
-        "training": [[r["step"], r["tokens"], r["loss"]] for r in records if "loss" in r],
+        "training": [[r["step"], r["tokens"], r["train_seconds"], r["loss"]] for r in records if "loss" in r],
     }
 
 
@@ -582,15 +589,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(known)) if len(known) == len(values) else None
 
 
-def hardware(device: str) -> str:
-    """The processor, the cores that this process may use, and the device where it is another."""
-    info = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.is_file() else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpu = f"{named[1] if named else platform.processor() or platform.machine()}, {cores} cores"
-    return cpu if device.startswith("cpu") or not device else f"{device} ({cpu})"
-
-
 # ---- what a reader is told
 
 
@@ -638,7 +636,9 @@ def text(found: Mapping[str, Any]) -> str:
 
 def _steps(to: Mapping[str, Any], *, sets: bool) -> str:
     """The horizon that was run, and the interpolated one with its interval, which has not got to hold the point of the grid above it. sets: the target; its steps are the budget."""
-    between = f" (interpolated {_interval(to, 'interpolated', '.1f')})" if to["interpolated"] is not None and not sets else ""
+    if sets:
+        return f"{to['steps']} sets the target"
+    between = f" (interpolated {_interval(to, 'interpolated', '.1f')})" if to["interpolated"] is not None else ""
     return f"{to['steps']}{between}{'' if to['confirmed'] else ' unconfirmed'}"
 
 
@@ -690,7 +690,7 @@ def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         prog="python -m studies.speedrun", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("configs", nargs="+", help="one for each entry; the first is compared with the others")
+    add("configs", nargs="+", help="one for each entry; every pair is compared")
     add("--seeds", type=int, default=4, help="of every entry and horizon")
     add("--first-seed", type=int, default=0)
     add("--target", type=float, metavar="L", help="loss, nats per token")
@@ -708,13 +708,13 @@ def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--threshold", type=float, help="of the rule; if left out, that of a test at --level")
     add("--level", type=float, default=statistics.RULE_LEVEL, help="one-sided, of the rule")
     add("--tune", nargs="+", action="extend", default=[], metavar="RANGE", help='"[ENTRY:]optim.lr=log(0.01,1,8)", lin(a,b,n), {a,b,c}')
-    add("--trials", type=int, metavar="N", help="of every entry, where several keys are tuned")
+    add("--trials", type=int, metavar="N", help="of every tuned entry, where several keys are tuned")
     add("--tune-seeds", type=int, default=1, help=f"of every trial, from {TUNE_SEEDS} on")
     add("--tune-steps", type=int, help="of every trial; the budget if left out")
     add(
         "--holdout",
         type=float,
-        help="fraction of the training split that trials are judged on; as long as the validation split if left out",
+        help="fraction of the training split that trials are judged on and do not train on; as long as the validation split if left out",
     )
     add("--tuned-into", type=Path, metavar="DIR", help="write the tuned configurations there")
     add("--allow-different", action="store_true", help="data, context, tokens of a step and evaluation may differ between entries")
@@ -730,6 +730,8 @@ def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def check(options: argparse.Namespace, names: Sequence[str]) -> None:
     """Raise StudyError for what cannot be."""
+    from .records import TRACKS  # here, because it imports this module
+
     for flag, value, fine, allowed in (
         ("--seeds", options.seeds, options.seeds >= 1, "1 or more"),
         ("--first-seed", options.first_seed, options.first_seed >= 0, "0 or more"),
@@ -750,6 +752,7 @@ def check(options: argparse.Namespace, names: Sequence[str]) -> None:
             "one of --target and --target-entry",
         ),
         ("--target", options.target, options.target is None or math.isfinite(options.target), "a loss"),
+        ("--track", options.track, options.track in (None, *TRACKS), ", ".join(TRACKS)),
         ("--sigma", options.sigma, options.sigma is None or 0 < options.sigma < math.inf, "above 0"),
         ("--threshold", options.threshold, options.threshold is None or 0 <= options.threshold < math.inf, "0 or more, and finite"),
         ("--level", options.level, 0 < options.level < 0.5, "above 0 and below 0.5"),
@@ -811,13 +814,18 @@ def main(argv: list[str]) -> int:
             if options.dry_run
             else probed(job, folder, value)
         )
+    shortest = min(e.steps for e in entries)
+    if options.grid and options.grid > shortest:
+        raise runs.StudyError(
+            f"--grid\n  got: {options.grid}\n  allowed: 1 to {shortest}, the steps of the budget\n  fix: another, or leave it out"
+        )
     trials = trial_jobs(entries, planned, folder, steps=options.tune_steps, seeds=options.tune_seeds, holdout=holdout)
     tuning_jobs = [j for jobs in trials.values() for trial in jobs for j in trial]
     _tell_cost(study, tuning_jobs, dataset, rate)
     if options.dry_run:
         return 0
     if tuning_jobs:
-        runs.sweep(list({j.name: j for j in tuning_jobs}.values()), folder, workers=study.places, dry_run=False)
+        runs.sweep(tuning_jobs, folder, workers=study.places, dry_run=False)
         tune(entries, ranges, planned, trials, folder)
     for entry in entries if options.tuned_into else ():
         options.tuned_into.mkdir(parents=True, exist_ok=True)

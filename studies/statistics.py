@@ -1,6 +1,6 @@
 """The arithmetic of a comparison of optimizers: the rule, intervals, paired tests, power, and loss against horizon. Pure functions of numbers.
 
-A loss is the end loss of one run. n: runs (seeds) of an entry at one horizon. K: horizons of an entry. σ: deviation of a loss from one seed to the next.
+A loss is the end loss of one run. n: runs (seeds) of an entry at one horizon. K: horizons of an entry. σ: standard deviation of a loss from one seed to the next.
 The rule: an entry has reached a target at a horizon if (target − mean of n losses) · √n ≥ threshold, as the optimization track of the NanoGPT speedrun
 judges (KellerJordan/modded-nanogpt). A threshold of z_{1−level} · σ makes it the one-sided z test at that level of "the mean is not below the target"; σ that is
 estimated takes Student's quantile instead of z.
@@ -21,6 +21,7 @@ from .verdict import LEVEL, Interval, student
 Array = NDArray[np.float64]
 RULE_LEVEL = 0.01  # one-sided: of an entry that only just does not reach the target, one study in 100 says it does
 DRAWS = 4000
+POWER = 0.8  # chance of finding an effect that a study is planned for (J. Cohen, Statistical Power Analysis, 1988)
 NEAR, LEAST = math.log(2.5), 3  # horizons that a crossing is fitted to: those within this factor of it, and no fewer than so many
 BEYOND = math.log(2)  # a crossing further than this factor outside the horizons it was fitted to has no bound
 
@@ -45,7 +46,7 @@ def pooled(groups: Sequence[Array]) -> Noise | None:
 
 
 def share_of_seeds(entries: Sequence[Array]) -> float:
-    """Of the variance of a loss, the part that a seed does alike to all horizons of an entry: two-way analysis of variance of losses (K, n), pooled over entries.
+    """The intraclass correlation: of the variance of a loss, the part that a seed does alike to all horizons of an entry. Two-way analysis of variance of losses (K, n), pooled over entries.
 
     With K horizons the variance of a seed's mean is seed² + residual²/K. 1 where nothing tells them apart, which is the cautious end: horizons then say the same thing.
     """
@@ -103,7 +104,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> tuple[Interval, float]:
         return found, math.nan
     if not np.ptp(x):
         return found, 0.0 if x[0] else 1.0
-    return found, float(stats.ttest_1samp(x, 0.0).pvalue)
+    return found, float(np.asarray(stats.ttest_1samp(x, 0.0))[1])
 
 
 def draws_of_mean(values: Sequence[float], *, seed: int) -> Array | None:
@@ -131,11 +132,11 @@ def power_of_rule(effect: float, n: int, noise: Noise, *, level: float = RULE_LE
     return float(stats.nct.sf(stats.t.isf(level, noise.df), noise.df, shift))
 
 
-def power_of_pairs(effect: float, n: int, deviation: float, *, level: float = 1 - LEVEL) -> float:
-    """Chance that the paired test of n seeds finds a difference. deviation: of one seed's difference; σ · √2 of two entries that share nothing but the seed's number."""
+def power_of_pairs(effect: float, n: int, deviation: float) -> float:
+    """Chance that the paired test of n seeds finds a difference, at the level of 5 %. deviation: of one seed's difference; σ · √2 of two entries that share nothing but the seed's number."""
     if n < 2:
         return 0.0
-    shift, bound = effect * math.sqrt(n) / deviation, stats.t.isf(level / 2, n - 1)
+    shift, bound = effect * math.sqrt(n) / deviation, stats.t.isf((1 - LEVEL) / 2, n - 1)
     return float(stats.nct.sf(bound, n - 1, shift) + stats.nct.cdf(-bound, n - 1, shift))
 
 
@@ -143,13 +144,12 @@ def seeds_for(
     effect: float,
     noise: Noise,
     *,
-    power: float = 0.8,
     entries: int = 2,
     most: int = 1000,
     level: float = RULE_LEVEL,
     from_entry: bool = False,
 ) -> tuple[int | None, int | None]:
-    """(of the rule, of the paired test): the fewest seeds with this chance of finding the effect; None if over `most`.
+    """(of the rule, of the paired test): the fewest seeds with a chance of POWER of finding the effect; None if over `most`.
 
     entries: whose seeds estimate σ, where it is not given. level: of the rule. from_entry: its target is the mean of as many runs, so that threshold and noise are √2 times as large.
     """
@@ -163,7 +163,7 @@ def seeds_for(
 
     found: list[int | None] = [None, None]
     for n in range(1, most + 1):
-        found = [f or (n if p >= power else None) for f, p in zip(found, at(n), strict=True)]
+        found = [f or (n if p >= POWER else None) for f, p in zip(found, at(n), strict=True)]
         if None not in found:
             break
     return found[0], found[1]
@@ -223,13 +223,11 @@ def bounds(value: float, draws: Array) -> Interval:
     return Interval(min(value, low) if low > 0 else -math.inf, value, max(value, high))
 
 
-def horizon(
-    steps: Sequence[int], means: Sequence[float], n: int, rule: Rule, noise: Noise | None, *, seed: int = 0, shared: int = 0
-) -> Horizon | None:
+def horizon(steps: Sequence[int], means: Sequence[float], n: int, rule: Rule, noise: Noise | None, *, seed: int = 0) -> Horizon | None:
     """Where an entry's mean loss falls to what the rule needs, interpolated; None without one horizon above that and a longer one at or under it.
 
     Draws: the horizons' losses with noise (σ drawn too where it was estimated, by its scaled inverse χ²), a seed's share of it alike at all horizons, and the target with its own where
-    it is a mean of runs. The threshold stays as it was used. seed: of the entry's draws. shared: of the target's, alike for all entries that are compared with it.
+    it is a mean of runs. The threshold stays as it was used. seed: of the entry's draws; those of σ and the target are alike for all entries.
     """
     level = rule.needed(n)
     above, reached = bracket(steps, means, level)
@@ -245,7 +243,7 @@ def horizon(
     found = float(np.clip(crossing(x, y, level, near), math.log(above), math.log(reached)))
     if noise is None:
         return Horizon(math.exp(found), None)
-    rng, common = np.random.default_rng([seed, 1]), np.random.default_rng([shared, 2])
+    rng, common = np.random.default_rng([seed, 1]), np.random.default_rng([0, 2])
     scale = noise.sigma * np.sqrt(np.ones(DRAWS) if noise.df is None else noise.df / common.chisquare(noise.df, DRAWS))
     seeds, own = rng.standard_normal((DRAWS, 1)), rng.standard_normal((DRAWS, len(x)))
     drawn = y + scale[:, None] / math.sqrt(n) * (math.sqrt(noise.share) * seeds + math.sqrt(1 - noise.share) * own)

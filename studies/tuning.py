@@ -11,6 +11,7 @@ Trials depend on nothing that a trial found: they run side by side, a killed stu
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -56,8 +57,8 @@ class Range:
         return list(self.values) if self.scale == "choice" else [self.at(i / max(1, self.count - 1)) for i in range(self.count)]
 
     def at_edge(self, value: Any, tried: Iterable[Any]) -> bool:
-        """Whether a best value is the lowest or the highest that was tried, so that a better one may lie outside."""
-        return self.scale != "choice" and value in (min(tried := list(tried)), max(tried))
+        """Whether a best value is the lowest or the highest that was tried, so that a better one may lie outside. Of choices only numbers have an edge."""
+        return all(type(v) in (int, float) for v in self.values) and value in (min(tried := list(tried)), max(tried))
 
 
 def typed(key: str, text: str, *, whole: bool = False) -> Any:
@@ -70,7 +71,7 @@ def typed(key: str, text: str, *, whole: bool = False) -> Any:
 def parse(text: str, entries: Sequence[str]) -> Range:
     """[ENTRY:]section.key=log(a,b,n) | lin(a,b,n) | {a,b,…}. Raises StudyError, and ConfigError for a key or a value that there is not."""
     bad = StudyError(
-        f"--tune\n  got: {text!r}\n  allowed: [ENTRY:]section.key=log(a,b,n), lin(a,b,n) with n of 2 or more and a below b (log: above 0), or {{a,b,…}}\n"
+        f"--tune\n  got: {text!r}\n  allowed: [ENTRY:]section.key=log(a,b,n), lin(a,b,n) with n of 2 or more and finite a below b (log: above 0), or {{a,b,…}}\n"
         '  fix: --tune "optim.lr=log(0.01,1,8)"'
     )
     found = re.fullmatch(
@@ -96,7 +97,7 @@ def parse(text: str, entries: Sequence[str]) -> Range:
         low, high, count = (kind(x) for kind, x in zip((float, float, int), found["range"].split(","), strict=True))
     except ValueError as error:
         raise bad from error
-    if count < 2 or not low < high or (found["scale"] == "log" and low <= 0):
+    if count < 2 or not -math.inf < low < high < math.inf or (found["scale"] == "log" and low <= 0):
         raise bad
     made = Range(entry, key, found["scale"], (low, high, count))
     if len(set(made.points())) < count:

@@ -179,7 +179,9 @@ def test_a_point_tells_entry_seed_step_and_loss_to_pointer_and_keyboard(browser:
         opened.page.locator("#curves svg.chart").scroll_into_view_if_needed()
         box = opened.page.locator("#curves path.marker").last.bounding_box()
         opened.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-        told = tip.text_content()
+        told, there = tip.text_content(), tip.bounding_box()
+        off = [there[k] - box[k] - box[size] / 2 for k, size in (("x", "width"), ("y", "height"))]
+        assert -there["width"] <= off[0] <= 15 and 13 <= off[1] <= 15, "14 pixels below, and within the page"
         assert told.startswith("dualized, seed") and "steps 400 · tokens 1,638,400 · seconds 75\nloss 1.47" in told
         opened.page.locator("#curves svg.chart").focus()
         opened.page.keyboard.press("Escape")
@@ -187,6 +189,12 @@ def test_a_point_tells_entry_seed_step_and_loss_to_pointer_and_keyboard(browser:
         for key in ("ArrowRight", "ArrowRight", "ArrowDown"):
             opened.page.keyboard.press(key)
         assert tip.text_content().startswith("adamw, seed 1, 400 steps\nsteps ")
+
+
+def test_a_chart_of_many_points_has_a_span(browser: Any, pages: dict[str, Path]):
+    """More than a browser takes as the arguments of one call."""
+    with Opened(browser, pages["one seed"]) as opened:
+        assert opened.page.evaluate("span(Array.from({ length: 1_000_000 }, (_, i) => i - 3))") == [-3, 999_996]
 
 
 def test_without_script_the_charts_are_pictures(browser: Any, pages: dict[str, Path]):

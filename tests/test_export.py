@@ -248,6 +248,19 @@ def test_a_run_that_did_not_end_is_refused(root: Path, capsys: pytest.CaptureFix
     assert "no summary.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("content", "got"), [(b"[model\n", "got: Expected ']'"), ("# für\n".encode("latin-1"), "got: 'utf-8' codec")])
+def test_a_file_that_is_no_toml_is_refused(content: bytes, got: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "x.toml").write_bytes(content)
+    assert export.main([str(tmp_path / "x.toml")]) == 2
+    assert re.search(rf"error: .*x.toml\n  {got}.*\n  allowed: TOML\n  fix: ", capsys.readouterr().err)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "no/such/x.py"
+    assert export.main([str(ROOT / "configs/track3_124m.toml"), "--format", "track3", "--out", str(file)]) == 2
+    assert f"--out\n  got: {file} (No such file or directory)\n  allowed: a file in a folder that is there\n" in capsys.readouterr().err
+
+
 # ---- the order of the data
 
 

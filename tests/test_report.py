@@ -47,7 +47,7 @@ def results(*, names: tuple[str, ...] = ("adamw", "muon", "dualized"), seeds: in
                     for s in at
                 ]
                 training = [
-                    [s, s * 4096, float(np.interp(s, at, [c[3] for c in curve])) + 0.04 * rng.standard_normal()]
+                    [s, s * 4096, s * pace, float(np.interp(s, at, [c[3] for c in curve])) + 0.04 * rng.standard_normal()]
                     for s in range(10, steps + 1, 10)
                 ]
                 runs.append({
@@ -72,8 +72,10 @@ def results(*, names: tuple[str, ...] = ("adamw", "muon", "dualized"), seeds: in
                          for s, v in losses.items()],
             "at_budget": {"n": seeds, "steps": 400, "tokens": 400 * 4096, "loss": interval(losses[400]), "peak_memory_bytes": 511_000_003}
             | {k: interval([r[k] for r in ones]) for k in ("train_seconds", "optimizer_seconds", "wall_seconds")},
-            "to_target": None if target is None else {"steps": to, "low": to - 12 if seeds > 1 else None, "high": to + 15 if seeds > 1 else None, "tokens": to * 4096,
-                                                      "train_seconds": to * pace, "confirmed": kind != "muon", "interpolated": to - 2.7},
+            "to_target": None if target is None else {"steps": to, "tokens": to * 4096, "train_seconds": to * pace, "confirmed": kind != "muon"} | (
+                {"low": None, "high": None, "interpolated": None} if name == "adamw" else  # it sets the target
+                {"low": to - 12 if seeds > 1 else None, "high": to + 15 if seeds > 1 else None, "interpolated": to - 2.7}
+            ),
         }  # fmt: skip
 
     entries = [entry(name) for name in names]
@@ -95,9 +97,9 @@ def results(*, names: tuple[str, ...] = ("adamw", "muon", "dualized"), seeds: in
                     pair[key] = {"value": value, "low": value * 0.96 if seeds > 1 else None, "high": value * 1.05 if seeds > 1 else None}
             pairs.append(pair)
     return {
-        "schema": 1, "command": "python -m studies.speedrun configs/race/adamw.toml configs/race/muon.toml configs/race/dualized.toml --seeds 4 --budget steps=400 --target-entry adamw",
+        "schema": 2, "command": "python -m studies.speedrun configs/race/adamw.toml configs/race/muon.toml configs/race/dualized.toml --seeds 4 --budget steps=400 --target-entry adamw",
         "name": "race", "dataset": "corpora/pysource", "corpus_sha256": "9f2c" * 16, "track": "pysource-cpu", "target": target, "target_from": "adamw" if target else None,
-        "budget": {"kind": "steps", "value": 400}, "rule": {"threshold": 0.004, "sigma": 0.00194, "sigma_from": "runs", "level": 0.95}, "seeds": list(range(seeds)), "workers": 2, "threads": 1,
+        "budget": {"kind": "steps", "value": 400}, "rule": {"threshold": 0.004, "sigma": 0.00194, "sigma_from": "runs", "level": 0.95}, "seeds": list(range(seeds)), "workers": 2, "threads": 1, "ranks": 1,
         "hardware": "AMD EPYC 7763, 2 cores", "versions": {"python": "3.11.4", "torch": "2.13.0+cpu", "nanodual": "commit 67a4792 (dirty)"}, "entries": entries, "pairs": pairs,
     }  # fmt: skip
 
@@ -186,7 +188,7 @@ def test_every_figure_of_the_results_is_told(study: dict[str, Any], page: str):
         wanted += [f"{x:.4f}" for trial in e["trials"] for x in trial["losses"] if x is not None] + [
             f"optim.lr = {t['values']['optim.lr']:g}" for t in e["trials"]
         ]
-        wanted += [e["config_path"], "head.weight", "diverged", "not confirmed"]
+        wanted += [e["config_path"], "head.weight", "diverged", "not confirmed", "sets the target"]
         assert [w for w in wanted if w not in text] == []
     for p in study["pairs"]:
         d, s = p["loss_difference"], p["steps_ratio"]
@@ -207,6 +209,8 @@ def test_every_figure_of_the_results_is_told(study: dict[str, Any], page: str):
         "estimated from the runs",
         "track pysource-cpu",
         "400 steps",
+        "these 3 tests are not corrected for their number",
+        "2 runs at a time, 1 thread each",
     ):
         assert w in text, w
 
@@ -279,9 +283,9 @@ def test_the_curves_are_every_seed_of_every_horizon_with_its_training(study: dic
         shown = [line for line in lines if line["within"][1] == [loss_of] and line["kind"] == "line"]
         assert len(shown) == 3 * 4 * 3
         assert sum("at the budget" in line["within"][0] for line in shown) == 3 * 4
-    first = study["entries"][0]["runs"][0]
-    (line,) = [line for line in lines if line["label"] == "adamw, seed 0, 240 steps" and line["within"][1] == ["validation"]]
-    np.testing.assert_allclose(line["points"], first["curve"], atol=1e-5)  # five decimals are kept
+        first = study["entries"][0]["runs"][0]["curve" if loss_of == "validation" else "training"]
+        (line,) = [line for line in shown if line["label"] == "adamw, seed 0, 240 steps"]
+        np.testing.assert_allclose(line["points"], first, atol=1e-5)  # five decimals are kept
 
 
 def test_a_band_holds_the_interval_of_the_mean(study: dict[str, Any]):
@@ -302,6 +306,12 @@ def test_a_ring_is_where_the_loss_falls_to_what_the_rule_needs(study: dict[str, 
 def test_runs_of_several_versions_are_told(study: dict[str, Any]):
     several = study | {"versions": study["versions"] | {"note": "the judged runs are of 2 versions: commit a; commit b"}}
     assert Text(report.html(several)).text.count("the judged runs are of 2 versions: commit a; commit b") == 1
+
+
+def test_threads_that_torch_chose_and_ranks_are_told(study: dict[str, Any]):
+    assert (
+        "2 runs at a time, 4 ranks each, torch's choice of threads each." in Text(report.html(study | {"threads": None, "ranks": 4})).text
+    )
 
 
 def test_the_first_view_holds_the_later_curves_and_the_target(study: dict[str, Any]):
@@ -327,7 +337,11 @@ def test_tuned_keys_have_a_chart_each_numbers_by_size_and_words_by_name(study: d
 def test_an_answer_tells_ratio_interval_confirmation_and_n(study: dict[str, Any]):
     told = answer(study, study["pairs"][1])
     assert (told["a"], told["b"], told["value"], told["interval"]) == ("adamw", "dualized", "0.51", "[0.49, 0.54]")
-    assert "dualized reaches 1.52 in 0.51 [0.49, 0.54] times the steps of adamw (205 against 400; both confirmed)" in told["text"]
+    assert (
+        "dualized reaches 1.52 in 0.51 [0.49, 0.54] times the steps of adamw (205 against 400; dualized confirmed, adamw sets the target)"
+        in told["text"]
+    )
+    assert "both confirmed" in answer(study | {"target_from": None}, study["pairs"][1])["text"]
     assert "p = 2.4e-05, n = 4 seeds, paired" in told["text"] and "lower than adamw's" in told["text"] and told["settled"]
     doubtful = answer(study, study["pairs"][0])
     assert "not confirmed: muon" in doubtful["text"] and not doubtful["settled"]
@@ -366,6 +380,10 @@ def test_a_target_that_one_does_not_reach_is_told(study: dict[str, Any]):
     told = answer(missed, missed["pairs"][1])
     assert "dualized reaches 1.52 in 205 steps. No horizon of adamw passes the rule for 1.52." in told["text"]
     assert told["value"].startswith("−0.0") and told["unit"] == "loss of dualized − adamw"
+    missed["pairs"][0]["steps_ratio"] = None
+    missed["entries"] = [*study["entries"][:1], study["entries"][1] | {"to_target": None}]
+    said = answer(missed, missed["pairs"][0])["text"]
+    assert said.startswith("No horizon of muon passes the rule for 1.52. adamw reaches 1.52 in 400 steps and sets the target.")
 
 
 def test_an_interval_of_a_lower_loss_is_turned_with_its_sign(study: dict[str, Any]):
@@ -472,5 +490,14 @@ def test_the_command_wants_a_study(tmp_path: Path):
 
 
 def test_results_of_another_schema_are_refused(tmp_path: Path):
-    with pytest.raises(ReportError, match=r"got: schema 2\n  allowed: 1"):
-        write(results() | {"schema": 2}, tmp_path)
+    with pytest.raises(ReportError, match=r"got: schema 3\n  allowed: 2; 1 in the record book"):
+        write(results() | {"schema": 3}, tmp_path)
+    with pytest.raises(ReportError, match=r"got: schema 1\n.*without lines of training\n  fix: the study's command again"):
+        write(results() | {"schema": 1}, tmp_path)
+
+
+@pytest.mark.parametrize("file", sorted(Path(report.__file__).parent.parent.glob("records/*/*/results.json")), ids=lambda f: f.parent.name)
+def test_a_study_in_the_record_book_has_a_page(file: Path, tmp_path: Path):
+    found = json.loads(file.read_text(encoding="utf-8"))
+    write(found, tmp_path)
+    assert found["name"] in Text((tmp_path / "report.html").read_text(encoding="utf-8")).text

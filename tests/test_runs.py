@@ -213,6 +213,15 @@ def test_a_duration_is_that_of_the_longest_run_or_of_all_by_workers():
     assert duration([600] * 4, 4) == "10 min" and duration([7200], 1) == "2.0 h"
 
 
+@pytest.mark.parametrize("workers", [0, -1])
+def test_less_than_one_run_at_a_time_is_refused(base: Config, tmp_path: Path, workers: int):
+    jobs = jobs_of(base, tmp_path, "a")
+    for call in (lambda: study(jobs, tmp_path, workers), lambda: runs.sweep(jobs, tmp_path, workers=workers, dry_run=True)):
+        with pytest.raises(StudyError, match=f"--workers\n  got: {workers}\n  allowed: 1 or more\n  fix: "):
+            call()
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_second_call_in_the_same_folder_is_refused(base: Config, tmp_path: Path):
     with runs._alone(tmp_path), pytest.raises(StudyError) as error:
         study(jobs_of(base, tmp_path, "a"), tmp_path)

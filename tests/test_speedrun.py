@@ -158,6 +158,12 @@ def call(root: Path, names: Sequence[str], *more: str) -> int:
         (("--target-entry", "adamw", "--target", "1"), "--target-entry\n  got: 'adamw'\n  allowed: one of --target and --target-entry"),
         (("--horizons", "0.5", "1.5"), "--horizons\n  got: [0.5, 1.5]\n  allowed: fractions of the budget, above 0 and below 1"),
         (("--first-seed", "998"), "--first-seed, --seeds\n  got: (998, 4)\n  allowed: seeds below 1000, where those of tuning begin"),
+        (("--track", "pysource"), "--track\n  got: 'pysource'\n  allowed: pysource-cpu, "),
+        (("--grid", "500", "--budget", "steps=400"), "--grid\n  got: 500\n  allowed: 1 to 400, the steps of the budget"),
+        (
+            ("--tune", "ours:optim.lr={0.12345671,0.12345672}"),
+            "--tune\n  got: two trials named tune.ours.optim.lr0.123457.s12.seed1000\n  allowed: values that differ",
+        ),
         (("--data.holdout", "0.1"), "got: data.holdout = 0.1\n  allowed: 0; tuning holds out for itself"),
         (("--power", "0.1", "--name", "nothing"), "--power\n  got: no σ\n  allowed: --sigma, or 2 runs of an entry at the budget"),
     ],
@@ -186,7 +192,9 @@ def test_entries_that_differ_in_more_than_the_optimizer_are_refused_or_noted(roo
             speedrun.load([str(root / "ours.toml"), str(root / f"{name}.toml")], [], allow_different=False)
         assert what in str(error.value) and "--allow-different" in str(error.value)
         assert len(speedrun.load([str(root / "ours.toml"), str(root / f"{name}.toml")], [], allow_different=True)) == 2
-    (root / "deep.toml").write_text(text.replace("n_layer = 2", "n_layer = 3").replace("lr = 3.0", "lr = 2.0"))
+    (root / "deep.toml").write_text(
+        text.replace("n_layer = 2", "n_layer = 3").replace("lr = 3.0", "lr = 2.0").replace("[run]", "[run]\nseed = 5")
+    )
     ours, deep = speedrun.load([str(root / "ours.toml"), str(root / "deep.toml")], ["--train.steps", "9"], allow_different=False)
     assert (ours.notes, deep.notes) == ([], ["beside its optimizer, differs from ours: model.n_layer 3 (2)"])
     with pytest.raises(StudyError, match="entries\n  got: ours, ours\n  allowed: one of each name"):
@@ -251,6 +259,8 @@ def test_results_are_those_of_the_runs(root: Path, study: dict[str, Any]):
             assert made.optim.lr == (e["tuned"] or {"optim.lr": made.optim.lr})["optim.lr"]
             assert [p[0] for p in r["curve"]] == sorted({*range(0, r["steps"] + 1, max(1, r["steps"] // 5)), r["steps"]})
             assert r["curve"][-1][3] == r["loss"] and [p[1] for p in r["curve"]] == [128 * p[0] for p in r["curve"]]
+            metrics = [json.loads(line) for line in (folder / r["path"] / "metrics.jsonl").read_text().splitlines()]
+            assert r["training"] == [[m[k] for k in ("step", "tokens", "train_seconds", "loss")] for m in metrics if "loss" in m]
             assert len(r["training"]) == r["steps"]
         at, horizon = e["at_budget"], e["horizons"][-1]
         losses = [r["loss"] for r in e["runs"] if r["steps"] == 40]
@@ -268,7 +278,8 @@ def test_the_target_is_the_entrys_mean_and_the_rule_knows_that_it_has_noise(stud
     rule = study["rule"]
     assert (rule["sigma"], rule["sigma_from"]) == (0.01, "given")
     assert rule["threshold"] == pytest.approx(2.3263 * 0.01 * math.sqrt(2), rel=1e-4), "z of 1 %, and √(1 + 2/2)"
-    assert adamw["to_target"]["steps"] == 40 and adamw["to_target"]["confirmed"] and "sets the target" in adamw["note"]
+    assert adamw["to_target"]["steps"] == 40 and "sets the target" in adamw["note"]
+    assert [adamw["to_target"][k] for k in ("low", "interpolated", "high")] == [None] * 3, "by definition, not by a measurement"
     assert adamw["horizons"][0]["passes"] is None and [h["steps"] for h in adamw["horizons"]] == [40]
     for h in ours["horizons"]:
         assert h["statistic"] == pytest.approx((study["target"] - h["mean"]) * math.sqrt(2))
@@ -282,7 +293,7 @@ def test_the_target_is_the_entrys_mean_and_the_rule_knows_that_it_has_noise(stud
     assert sgd["to_target"] is None and "not tuned" in sgd["note"] and sgd["tuned"] is None and sgd["trials"] == []
 
 
-def test_pairs_compare_the_one_named_first_with_those_after_it(study: dict[str, Any]):
+def test_every_pair_is_compared_and_b_is_the_one_named_first(study: dict[str, Any]):
     assert [(p["b"], p["a"]) for p in study["pairs"]] == [("ours", "adamw"), ("ours", "sgd"), ("adamw", "sgd")]
     losses = {e["name"]: [r["loss"] for r in e["runs"] if r["steps"] == 40] for e in study["entries"]}
     for pair in study["pairs"]:
@@ -307,8 +318,6 @@ def test_trials_are_judged_on_what_was_held_out_by_seeds_of_their_own(root: Path
         assert e["tuned"] == min(e["trials"], key=lambda t: t["loss"])["values"]
         tuned = configuration.load([str(root / f"tuned/{e['name']}.toml")])
         assert tuned.optim.lr == e["tuned"]["optim.lr"] and tuned.data.holdout == 0 and tuned.run.dir == str(root / "runs")
-    adamw = study["entries"][1]
-    assert ("edge of what was tried" in adamw["note"]) is False, "a choice has no edge"
 
 
 def test_the_same_call_again_runs_nothing_and_other_values_under_its_name_are_refused(
@@ -367,7 +376,11 @@ def test_one_seed_has_no_intervals_and_says_so(root: Path, capsys: pytest.Captur
     ours = found["entries"][0]
     assert found["rule"]["sigma"] is None and found["rule"]["threshold"] == 0 and found["rule"]["sigma_from"] is None
     assert ours["at_budget"]["steps"] == 20 and ours["at_budget"]["loss"]["low"] is None
-    assert ours["to_target"]["confirmed"] is False and ours["to_target"]["low"] is None and "which is no test" in ours["note"]
+    assert (
+        ours["to_target"]["confirmed"] is False
+        and ours["to_target"]["low"] is None
+        and "σ unknown: a mean at or under the target, which is no test" in ours["note"]
+    )
     assert found["pairs"][0]["loss_difference"]["p"] is None and found["pairs"][0]["loss_difference"]["mean"] is not None
 
 
@@ -415,10 +428,10 @@ def test_runs_of_two_ranks_are_judged_as_others(root: Path, monkeypatch: pytest.
 
 
 def timeless(x: Any, key: str = "") -> Any:
-    """Results without what a clock said: fields whose key has "seconds" or "peak_memory" in it, and the third column of curves."""
+    """Results without what a clock said: fields whose key has "seconds" or "peak_memory" in it, and the third column of curves and lines of training."""
     if isinstance(x, dict):
         return {k: timeless(v, k) for k, v in x.items() if "seconds" not in k and "peak_memory" not in k}
-    if key == "curve":
+    if key in ("curve", "training"):
         return [[*point[:2], *point[3:]] for point in x]
     return [timeless(v) for v in x] if isinstance(x, list) else x
 
@@ -462,7 +475,7 @@ def test_a_point_of_the_grid_outside_the_interval_of_the_interpolated_horizon_is
     to = {"steps": 292, "interpolated": 287.4, "low": 285.0, "high": 290.1, "confirmed": True}
     assert speedrun._steps(to, sets=False) == "292 (interpolated 287.4 [285.0, 290.1])"
     assert speedrun._steps(to | {"interpolated": None, "confirmed": False}, sets=False) == "292 unconfirmed"
-    assert speedrun._steps(to, sets=True) == "292", "by definition, nothing is interpolated"
+    assert speedrun._steps(to | {"interpolated": None}, sets=True) == "292 sets the target", "by definition, nothing is interpolated"
 
 
 def test_every_version_that_made_a_run_is_told():

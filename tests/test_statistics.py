@@ -227,7 +227,7 @@ def test_intervals_of_the_interpolated_horizon_cover_the_true_one(share: float, 
         y = law(np.array(STEPS))[:, None] + SIGMA * (math.sqrt(share) * seeds + math.sqrt(1 - share) * own)
         target = law(truth) + limit / math.sqrt(n) + (SIGMA * rng.standard_normal() / math.sqrt(target_n) if target_n else 0)
         noise = Noise(SIGMA * math.sqrt(rng.chisquare(df) / df), df, share)
-        found = horizon(STEPS, y.mean(1).tolist(), n, Rule(target, limit, target_n), noise, seed=k, shared=k)
+        found = horizon(STEPS, y.mean(1).tolist(), n, Rule(target, limit, target_n), noise, seed=k)
         assert found
         interval = found.interval()
         assert interval.low < interval.value < interval.high

@@ -97,7 +97,7 @@ def test_the_summary_has_its_fields_and_they_agree(whole: Path):
     s = json.loads((whole / "summary.json").read_text())
     expected = (
         "params tokens steps val_loss val_bpb train_seconds compile_seconds wall_seconds optimizer_seconds telemetry_seconds tokens_per_second mfu peak_memory_bytes "
-        "optimizer_state_bytes target seed world_size device torch commit dirty"
+        "optimizer_state_bytes target seed world_size device hardware torch commit dirty"
     )
     assert list(s) == expected.split()
     assert s["tokens"] == 12 * 8 * 16

@@ -83,6 +83,9 @@ def test_every_entry_gets_as_many_trials():
         "optim.lr=log(0,1,3)",
         "optim.lr=lin(2,1,3)",
         "optim.lr=log(1,2,1)",
+        "optim.lr=log(1,inf,3)",
+        "optim.lr=lin(1,inf,3)",
+        "optim.lr=lin(-inf,1,3)",
         "optim.lr=log(1,2,x)",
         "optim.lr={1}",
         "optim.lr={1,1}",
@@ -110,8 +113,13 @@ def test_ranges_of_what_is_not_there_or_may_not_differ_are_refused():
         assert message in str(error.value), text
 
 
-def test_the_edge_of_a_range_is_its_lowest_and_highest_trial():
-    lr, choice = parse("optim.lr=log(1,8,4)", ENTRIES), parse("optim.direction={momentum,soap}", ENTRIES)
+@pytest.mark.parametrize("text", ["optim.lr=log(1,8,4)", "optim.lr={4,1,8,2}"])
+def test_the_edge_of_a_range_is_its_lowest_and_highest_trial(text: str):
     tried = [1.0, 2.0, 4.0, 8.0]
-    assert [lr.at_edge(v, tried) for v in tried] == [True, False, False, True]
-    assert not choice.at_edge("soap", ["momentum", "soap"])
+    assert [parse(text, ENTRIES).at_edge(v, tried) for v in tried] == [True, False, False, True]
+
+
+@pytest.mark.parametrize("text", ["optim.direction={momentum,soap}", "optim.cautious={True,False}", "optim.max-grad-norm={None,1}"])
+def test_choices_that_are_not_numbers_have_no_edge(text: str):
+    made = parse(text, ENTRIES)
+    assert not any(made.at_edge(v, made.values) for v in made.values)
