@@ -33,12 +33,11 @@ from scipy import stats
 import config as configuration
 from config import Config, ConfigError
 from data.shards import DataError, read_manifest
-from runtime import RunError, git_state, hardware
+from runtime import RunError, git_state
 
 from . import export, runs, statistics
 from .export import ExportError, Run
 from .runs import ROOT
-from .speedrun import versions
 
 BOOK = ROOT / "records"
 LIMIT = 1_000_000  # bytes of a record: text that a reader opens, and a repository keeps
@@ -347,7 +346,6 @@ def add(
             rules.check(track, run.config, summary_of(run))
     commit, dirty = check_clean([r for c in claims for r in c.runs], allow=allow_dirty)
     summaries = [summary_of(r) for c in claims for r in c.runs]
-    machines = dict.fromkeys(s.get("hardware") or hardware(s["device"]) for s in summaries)
     entries = [c.told() for c in claims] or [{"name": n, "config": f"{n}.toml", "log": f"{n}.py", "n": 0, "figure": None} for n in scripts]
     best = min((e for e in entries if e["figure"] is not None), key=lambda e: e["figure"], default=None)
     record = {
@@ -361,8 +359,8 @@ def add(
         "figure": best and {"entry": best["name"], "value": best["figure"], "unit": rules.figure, "low": best["low"], "high": best["high"]},
         "commit": commit,
         "dirty": dirty,
-        "hardware": results["hardware"] if results else ", ".join(machines) or None,
-        "versions": results["versions"] if results else versions(summaries),
+        "hardware": results["hardware"] if results else runs.machines(summaries) if ran else None,
+        "versions": results["versions"] if results else runs.versions(summaries) if ran else None,
         "corpus_sha256": rules.corpus,
         "commands": {
             "made": results["command"] if results else None,
@@ -511,8 +509,10 @@ def check(folder: Path, *, entry: str | None, seeds: int | None, workers: int, o
         wanted = e["seeds"][:seeds]
         jobs = [runs.job(config, f"{e['name']}.seed{s}", out, **{"run.seed": s, **quiet}) for s in wanted]
         for path in (out / j.name for j in jobs):
-            made = runs.summary(path) or {}
-            if runs.finished(path) and (dirty is not False or (made.get("commit"), made.get("dirty")) != state):
+            made = runs.summary(path)
+            if made is None:
+                shutil.rmtree(path, ignore_errors=True)  # one that diverged does not say by which code
+            elif dirty is not False or (made["commit"], made["dirty"]) != state:
                 raise RecordError(
                     f"{path}\n  got: a run that is there already, of code that is not known to be this\n  allowed: one of commit {commit}, without changes\n  fix: delete it, or another --out"
                 )

@@ -10,6 +10,7 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import re
 import runpy
 import shutil
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
@@ -278,6 +279,24 @@ def summary(path: Path) -> dict[str, Any] | None:
 def metrics(path: Path) -> list[dict[str, Any]]:
     """A run's metrics.jsonl."""
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def machines(told: Sequence[Mapping[str, Any]]) -> str:
+    """Those that trained, by the runs' summaries; summaries of older commits do not tell."""
+    return ", ".join(dict.fromkeys(s.get("hardware") or "not known" for s in told)) or "not known"
+
+
+def versions(told: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
+    """Of the program and torch, every one that made a judged run, by the runs' summaries. note: what goes with what, where there is more than one."""
+    found = sorted({(s["commit"] or "no commit", bool(s["dirty"]), s["torch"]) for s in told})
+    commits = [f"{'commit ' if commit != 'no commit' else ''}{commit}{' (dirty)' if dirty else ''}" for commit, dirty, _ in found]
+    made = "; ".join(f"{commit} with torch {torch}" for commit, (_, _, torch) in zip(commits, found, strict=True))
+    return {
+        "python": platform.python_version(),
+        "torch": ", ".join(dict.fromkeys(torch for _, _, torch in found)) or torch.__version__,
+        "nanodual": None if {c for c, _, _ in found} <= {"no commit"} else ", ".join(dict.fromkeys(commits)),
+        "note": f"the judged runs are of {len(found)} versions: {made}" if len(found) > 1 else None,
+    }
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import sys
@@ -35,9 +34,10 @@ import config as configuration
 from config import Config, ConfigError
 from data.loader import DataConfig, Dataset
 from data.shards import DataError
-from runtime import RunError, hardware
+from runtime import RunError
 
 from . import runs, statistics, tuning
+from .records import TRACKS
 from .statistics import Horizon, Noise, Rule
 from .verdict import LEVEL, Interval
 
@@ -412,27 +412,14 @@ def results(study: Study, rule: Rule | None, *, about: dict[str, Any]) -> dict[s
             "level": LEVEL,
         },
         "seeds": study.seeds,
-        "hardware": ", ".join(dict.fromkeys(s.get("hardware") or hardware(s["device"]) for s in told)) or hardware("cpu"),
-        "versions": versions(told),
+        "hardware": runs.machines(told),
+        "versions": runs.versions(told),
         "entries": entries,
         # Every pair; b is the one named first.
         "pairs": [
             _pair(study, b, a, reached, entries[study.entries.index(b)], entries[study.entries.index(a)], n)
             for b, a in itertools.combinations(study.entries, 2)
         ],
-    }
-
-
-def versions(told: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
-    """Of the program and torch, every one that made a judged run, by the runs' summaries. note: what goes with what, where there is more than one."""
-    found = sorted({(s["commit"] or "no commit", bool(s["dirty"]), s["torch"]) for s in told})
-    commits = [f"{'commit ' if commit != 'no commit' else ''}{commit}{' (dirty)' if dirty else ''}" for commit, dirty, _ in found]
-    made = "; ".join(f"{commit} with torch {torch}" for commit, (_, _, torch) in zip(commits, found, strict=True))
-    return {
-        "python": platform.python_version(),
-        "torch": ", ".join(dict.fromkeys(torch for _, _, torch in found)) or torch.__version__,
-        "nanodual": None if {c for c, _, _ in found} <= {"no commit"} else ", ".join(dict.fromkeys(commits)),
-        "note": f"the judged runs are of {len(found)} versions: {made}" if len(found) > 1 else None,
     }
 
 
@@ -730,12 +717,9 @@ def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def check(options: argparse.Namespace, names: Sequence[str]) -> None:
     """Raise StudyError for what cannot be."""
-    from .records import TRACKS  # here, because it imports this module
-
     for flag, value, fine, allowed in (
         ("--seeds", options.seeds, options.seeds >= 1, "1 or more"),
         ("--first-seed", options.first_seed, options.first_seed >= 0, "0 or more"),
-        ("--workers", options.workers, options.workers >= 1, "1 or more"),
         ("--nproc", options.nproc, options.nproc >= 1, "1 or more"),
         ("--tries", options.tries, options.tries >= 1, "1 or more"),
         ("--trials", options.trials, options.trials is None or options.trials >= 1, "1 or more"),

@@ -15,6 +15,7 @@ import pytest
 import config as configuration
 from config import Config
 from data.shards import read_manifest
+from runtime import hardware
 from studies import records, runs
 from studies.export import LINE, Run
 from studies.records import TRACKS, RecordError, Track, compare, main
@@ -74,7 +75,7 @@ def write_results(root: Path, folders: dict[str, list[Path]]) -> None:
         "target": 2.8,
         "rule": {"threshold": 0.004, **records.RULE},
         "command": f"python -m studies.speedrun {root}/dualized.toml adamw.toml",
-        "hardware": records.hardware("cpu, 1 threads"),
+        "hardware": hardware("cpu, 1 threads"),
         "versions": {"torch": "here"},
         "entries": entries,
     }
@@ -174,16 +175,15 @@ def test_runs_of_one_configuration_are_judged_by_their_own_deviation(book: Path,
 
 def test_a_record_of_runs_names_the_machine_that_trained_and_all_versions(book: Path, root: Path, monkeypatch: pytest.MonkeyPatch):
     summary, elsewhere = runs.summary, {"hardware": "A processor, 3 cores", "commit": "abc", "dirty": False}
-    assert (summary(root / "runs/study/adamw.s4.seed0") or {})["hardware"] == records.hardware("cpu")
+    assert (summary(root / "runs/study/adamw.s4.seed0") or {})["hardware"] == hardware("cpu")
     monkeypatch.setattr(runs, "summary", lambda path: (summary(path) or {}) | elsewhere)
     assert add("runs/study/adamw.s4.seed0", "runs/study/adamw.s4.seed1") == 0
     record = read(book / "small/2026-01-02_first")
     assert record["hardware"] == "A processor, 3 cores"
     assert record["versions"]["nanodual"] == "commit abc" and record["versions"].keys() >= {"python", "torch"}
-    del elsewhere["hardware"]
     monkeypatch.setattr(runs, "summary", lambda path: {k: v for k, v in (summary(path) or {}).items() if k != "hardware"})
     assert add("runs/study/adamw.s4.seed0", slug="old") == 0
-    assert read(book / "small/2026-01-02_old")["hardware"] == records.hardware("cpu")
+    assert read(book / "small/2026-01-02_old")["hardware"] == "not known"
 
 
 def test_trials_beside_a_study_s_are_counted_with_them_and_a_note_stands_under_the_table(book: Path, root: Path):
@@ -435,6 +435,9 @@ def test_a_record_is_reproduced_exactly_here(book: Path, root: Path, capsys: pyt
         monkeypatch.setattr(records, "git_state", lambda now=now: now)
         assert main([*argv, "--out", str(out)]) == 2
         assert "dualized.seed0\n  got: a run that is there already, of code that is not known to be this\n" in refusal(capsys)
+    file.unlink()
+    (file.parent / "failed.json").write_text('{"why": "the loss is nan"}')
+    assert main([*argv, "--out", str(out)]) == 1 and file.is_file(), "one that diverged is trained again"
     shutil.rmtree(out)
 
 

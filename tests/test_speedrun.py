@@ -480,12 +480,12 @@ def test_a_point_of_the_grid_outside_the_interval_of_the_interpolated_horizon_is
 
 def test_every_version_that_made_a_run_is_told():
     one, two = {"commit": "abc", "dirty": False, "torch": "2.1"}, {"commit": "def", "dirty": True, "torch": "2.1"}
-    alone = speedrun.versions([one, one])
+    alone = runs.versions([one, one])
     assert (alone["torch"], alone["nanodual"], alone["note"]) == ("2.1", "commit abc", None)
-    both = speedrun.versions([two, one, two])
+    both = runs.versions([two, one, two])
     assert (both["torch"], both["nanodual"]) == ("2.1", "commit abc, commit def (dirty)")
     assert both["note"] == "the judged runs are of 2 versions: commit abc with torch 2.1; commit def (dirty) with torch 2.1"
-    assert speedrun.versions([{"commit": None, "dirty": None, "torch": "2.1"}])["nanodual"] is None
+    assert runs.versions([{"commit": None, "dirty": None, "torch": "2.1"}])["nanodual"] is None
 
 
 def test_a_text_tells_every_figure(study: dict[str, Any]):
