@@ -21,7 +21,7 @@ test: $(READY)
 # Dualized, Muon + AdamW and AdamW side by side on the embedded corpus, 2 runs at a time on 2 cores; ends with runs/race/report.png and report.html.
 race: $(READY)
 	"$(PY)" -m data.prepare pysource
-	"$(PY)" -m studies.speedrun configs/race/dualized.toml configs/race/muon.toml configs/race/adamw.toml --name race --seeds 2 --budget steps=120 --horizons 0.3 0.5 --target-entry adamw --workers 2 --train.eval-tokens 51200
+	"$(PY)" -m studies.speedrun configs/race/dualized.toml configs/race/muon.toml configs/race/adamw.toml --name race --seeds 2 --budget steps=90 --horizons 0.4 0.6 --tries 1 --target-entry adamw --workers 2 --train.eval-tokens 51200
 
 check: $(READY)
 	"$(PY)" -m ruff check .

@@ -1,7 +1,6 @@
 """nanoGPT's CPU README command against a configuration of ours, alternately.
 
     git clone https://github.com/karpathy/nanoGPT
-    python -m data.prepare shakespeare
     python -m benchmarks.nanogpt_shakespeare --nanogpt nanoGPT --text input.txt --config configs/shakespeare_speedrun.toml --pairs 5 --first-seed 10
 
 Each pair: nanoGPT's command to its end; its final weights scored on the whole validation split; our configuration with this pair's seed, `--steps` steps of it if
@@ -93,6 +92,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of ours; the configuration's if left out")
     parser.add_argument("--first-seed", type=int, default=0)
     args = parser.parse_args()
+    prepare = [sys.executable, "-m", "data.prepare", "shakespeare", "--file", str(args.text.resolve())]
+    subprocess.run(prepare, cwd=ROOT, check=True)
     pairs = []
     with tempfile.TemporaryDirectory() as scratch:
         checkout = Path(scratch) / "nanoGPT"
