@@ -38,6 +38,7 @@ from optim import (
     register_direction,
 )
 
+FLOAT32 = 1e-5  # some hundred roundings
 EXACT_STEP = 1e-6  # requested against achieved modular norm with the exact polar factor
 
 
@@ -334,8 +335,8 @@ def test_clipping_survives_huge_gradients_and_belongs_to_its_group():
     optimizer.add_param_group({"params": ("b", b), "max_grad_norm": 1e-3})
     a.grad, b.grad = torch.full((2, 2), 1e30), torch.full((2, 2), 1e30)
     optimizer.step()
-    assert [optimizer.state[p]["momentum"].norm().item() for p in (a, b)] == pytest.approx([1.0, 1e-3])
-    assert a.detach().norm().item() == pytest.approx(0.1)
+    assert [optimizer.state[p]["momentum"].norm().item() for p in (a, b)] == pytest.approx([1.0, 1e-3], rel=FLOAT32)
+    assert a.detach().norm().item() == pytest.approx(0.1, rel=FLOAT32)
 
 
 def test_momentum_is_one_buffer_per_weight_and_nothing_else():

@@ -211,8 +211,9 @@ def test_stacks_equal_loops_zero_gives_zero_and_arguments_stay(norm: Norm, shape
 def test_dualize_in_place_returns_what_dualize_returns(norm: Norm, shape: Shape):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         G = sample(shape).to(dtype)
-        # Convolutions go slice by slice in place, and sum in another order.
-        assert torch.allclose(norm.dualize_(G.clone()), norm.dualize(G), rtol=4 * torch.finfo(dtype).eps, atol=0)
+        # Convolutions go slice by slice in place, and sum in another order: a small entry has the rounding of large ones.
+        D, within = norm.dualize(G), {torch.float64: EXACT, torch.float32: FP32}.get(dtype, torch.finfo(dtype).eps)
+        assert (norm.dualize_(G.clone()) - D).abs().max() <= within * D.abs().max()
 
 
 @cases(ONE_SHAPE)

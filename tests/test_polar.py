@@ -10,7 +10,8 @@ from optim.polar import SCHEDULES, Polar, Schedule
 Form = Literal["plain", "gram"]
 
 NAMES = list(SCHEDULES)
-FP32_LOG_UNIFORM = 2e-4
+ROUNDING = 1e-14  # of a dozen operations on float64 numbers near 1
+FP32_LOG_UNIFORM = 2e-4  # of two ways to take the same sums in float32, where singular values are at least 1e-3 of the largest
 FP32 = 1e-3  # fp32 plain and Gram against float64: 8e-4 measured at worst, rank one under polar_express, whose polynomials are steep at 1
 GRAM_BF16 = 0.12
 BF16 = 0.02  # how far bf16 rounding carries a singular value past a band's upper edge: 0.012 measured at worst
@@ -37,7 +38,7 @@ def test_stated_band_is_the_measured_one(schedule: Schedule):
     for a, b, c in schedule.coefficients:
         x = a * x + b * x**3 + c * x**5
     low, high = schedule.band
-    assert low <= x.min() and x.max() <= high, "the band must hold"
+    assert low <= x.min() and x.max() <= high + ROUNDING, "the band must hold"  # cubic tends to its edge, 1, itself
     assert low > x.min() - 2e-3 and high < x.max() + 2e-3, "and be tight to its rounding"
 
 
@@ -99,7 +100,7 @@ def test_scale_zero_and_stacks(name: str):
     assert X.shape == G.shape and X.dtype == G.dtype
     for scale in (2.0**-100, 2.0**100):
         assert torch.equal(polar(G * scale), X)
-    assert torch.allclose(polar(G[1, 1]), X[1, 1], atol=1e-5)
+    assert torch.allclose(polar(G[1, 1]), X[1, 1], atol=FP32_LOG_UNIFORM)
     G[0, 1] = 0
     assert torch.equal(polar(G)[0, 1], torch.zeros(5, 7))
 
