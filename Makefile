@@ -8,7 +8,7 @@ else
   READY := .venv/.ready
 endif
 
-.PHONY: train test race check bench browser soak wheel clean has-packages
+.PHONY: train test race check bench browser soak wheel portable clean has-packages
 
 train: $(READY)
 	"$(PY)" -m data.prepare pysource
@@ -41,6 +41,10 @@ browser: $(READY)
 soak: $(READY)
 	NANODUAL_KILLS=100 "$(PY)" -m pytest tests/test_train.py tests/test_ranks.py -k killed_at
 	NANODUAL_KILLS=20 "$(PY)" -m pytest tests/test_speedrun.py -k killed_at
+
+# The numerical tests as other processors, thread counts and versions of torch round; PYTHONS: further interpreters, "/path/a /path/b".
+portable: $(READY)
+	"$(PY)" -m tests.portable $(PYTHONS)
 
 # optim/ as the package `nanodual`, in dist/. build/ goes first: setuptools would pack what an older build has left there. No network.
 wheel: $(READY)

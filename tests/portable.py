@@ -66,7 +66,8 @@ ELSEWHERE = ("as it is", "oldest processor, 1 thread")
 
 
 def environment(variables: dict[str, str]) -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if k not in UNSET} | variables
+    """This process's, without UNSET and what a pytest around it has set, and with `variables`."""
+    return {k: v for k, v in os.environ.items() if k not in UNSET and not k.startswith("PYTEST_")} | variables
 
 
 def probe(python: str, variables: dict[str, str]) -> dict:
