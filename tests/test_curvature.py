@@ -318,7 +318,8 @@ def test_a_spectrum_that_was_put_in_is_found(name: str):
     hessian = quadratic(with_spectrum(values))
     found = eigenvalues(hessian, generator=generator(), tolerance=1e-10)
     scale = max(map(abs, values))
-    assert found.converged and found.steps <= len(set(values))
+    # One more, where the largest is 0: what remains after the last is then compared with 0, and products of 200 terms may leave more than ROUNDINGS.
+    assert found.converged and found.steps <= len(set(values)) + (max(values) == 0)
     assert found.largest == pytest.approx(max(values), abs=ROUNDING * scale)
     assert found.smallest == pytest.approx(min(values), abs=ROUNDING * scale)
     assert length(found.vector) == pytest.approx(1, rel=ROUNDING)
