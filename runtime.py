@@ -574,4 +574,4 @@ def hardware(device: str) -> str:
     named = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.is_file() else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cpu = f"{named[1] if named else platform.processor() or platform.machine()}, {cores} cores"
-    return cpu if device.startswith("cpu") or not device else f"{device} ({cpu})"
+    return cpu if device.startswith("cpu") else f"{device} ({cpu})"
