@@ -227,7 +227,13 @@ def documents(content: str, *, separator: str | None) -> list[str]:
 
 def hub(args: argparse.Namespace) -> None:
     """A dataset that the `datasets` library can load: a name on the Hugging Face hub, or json, text, parquet with --files. Streams, so it may be larger than memory."""
-    from datasets import load_dataset
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise DataError(
+            "hub\n  got: no package datasets, which a training run does not need\n  allowed: an environment that has it\n  fix: pip install -r requirements-dev.txt, or datasets of the"
+            " version there"
+        ) from error
 
     out = args.out or CORPORA / named(args.name.split("/")[-1].lower(), args.tokenizer, "")
     options = {k: getattr(args, k) for k in ("name", "config", "split", "column", "revision", "tokens", "val_tokens")}

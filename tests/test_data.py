@@ -313,6 +313,12 @@ def test_another_text_is_not_taken_for_shakespeare(here: Path, capsys: pytest.Ca
     assert not Path("corpora").exists()
 
 
+def test_hub_without_its_package_says_what_to_install(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert prepare.main(["hub", "json", "--files", "a.jsonl", "--out", "out"]) == 2
+    assert "hub\n  got: no package datasets" in capsys.readouterr().err
+
+
 def test_hub_streams_documents_of_a_local_file(here: Path):
     rows = [{"text": f"row number {i}, with some words"} for i in range(50)]
     Path("a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
