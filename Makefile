@@ -3,19 +3,24 @@ SHELL := /bin/sh
 ifdef PYTHON
   PY := $(PYTHON)
   READY := has-packages
+  DEV := has-test-packages
 else
   PY := .venv/bin/python
   READY := .venv/.ready
+  DEV := .venv/.ready-for-tests
 endif
+PIP := .venv/bin/python -m pip --disable-pip-version-check install -qq --no-compile
+# make train TORCH_INDEX=https://download.pytorch.org/whl/cpu takes torch from there, and nothing else.
+TORCH_INDEX ?=
 
-.PHONY: train test race check bench browser soak wheel portable clean has-packages
+.PHONY: train test race check bench browser soak wheel portable clean has-packages has-test-packages
 
 train: $(READY)
 	"$(PY)" -m data.prepare pysource
 	"$(PY)" train_gpt.py configs/quickstart.toml
 
 # Two files of tests at a time, as continuous integration has two cores.
-test: $(READY)
+test: $(DEV)
 	OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 2 --dist loadfile
 
 # Dualized, Muon + AdamW and AdamW side by side on the embedded corpus, 2 runs at a time on 2 cores; ends with runs/race/report.png and report.html.
@@ -23,7 +28,7 @@ race: $(READY)
 	"$(PY)" -m data.prepare pysource
 	"$(PY)" -m studies.speedrun configs/race/dualized.toml configs/race/muon.toml configs/race/adamw.toml --name race --seeds 2 --budget steps=90 --horizons 0.4 0.6 --tries 1 --target-entry adamw --workers 2 --train.eval-tokens 51200
 
-check: $(READY)
+check: $(DEV)
 	"$(PY)" -m ruff check .
 	"$(PY)" -m ruff format --check .
 	"$(PY)" -m pyright
@@ -33,34 +38,46 @@ bench: $(READY)
 	"$(PY)" -m benchmarks.polar
 
 # report.html in chromium (Debian: apt-get install chromium; CHROMIUM=/path for another). Screenshots: runs/browser.
-browser: $(READY)
+browser: $(DEV)
 	"$(PY)" -m pip install -q playwright==1.65.2
 	NEEDS_BROWSER=1 BROWSER_SHOTS=runs/browser "$(PY)" -m pytest tests/test_browser.py
 
 # The kill-and-resume tests, of one process and of one of two ranks with 100 random moments instead of a few, of a study with 20.
-soak: $(READY)
+soak: $(DEV)
 	NANODUAL_KILLS=100 "$(PY)" -m pytest tests/test_train.py tests/test_ranks.py -k killed_at
 	NANODUAL_KILLS=20 "$(PY)" -m pytest tests/test_speedrun.py -k killed_at
 
 # The numerical tests as other processors, thread counts and versions of torch round; PYTHONS: further interpreters, "/path/a /path/b".
-portable: $(READY)
+portable: $(DEV)
 	"$(PY)" -m tests.portable $(PYTHONS)
 
 # optim/ as the package `nanodual`, in dist/. build/ goes first: setuptools would pack what an older build has left there. No network.
-wheel: $(READY)
+wheel: $(DEV)
 	rm -rf build
 	"$(PY)" -m pip wheel -q . --no-deps --no-build-isolation -w dist
 
 has-packages:
-	@"$(PY)" -c 'import torch, tyro, pytest, xdist' || { echo "PYTHON=$(PY) lacks packages: $(PY) -m pip install -r requirements.txt"; exit 1; }
+	@"$(PY)" -c 'import torch, tyro, pydantic, safetensors, matplotlib' || { echo "PYTHON=$(PY) lacks packages: $(PY) -m pip install -r requirements.txt"; exit 1; }
+
+has-test-packages: has-packages
+	@"$(PY)" -c 'import pytest, xdist, hypothesis' || { echo "PYTHON=$(PY) lacks packages: $(PY) -m pip install -r requirements-dev.txt"; exit 1; }
 
 # Built anew when requirements.txt changes. torch first and alone, so that nothing else can choose its build.
 .venv/.ready: requirements.txt
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 is %d.%d; nanodual needs 3.11 or newer" % sys.version_info[:2])'
-	python3 -m venv --clear .venv
-	.venv/bin/python -m pip install -q "$$(grep '^torch==' requirements.txt)"
-	.venv/bin/python -m pip install -q -r requirements.txt
+	@echo "Setting up .venv, once: torch and the packages of requirements.txt. They are about 320 MB to download and 1.1 GB on disk where torch"
+	@echo "is a build for CPUs. On Linux PyPI has torch for CUDA, some 3 GB: TORCH_INDEX=https://download.pytorch.org/whl/cpu avoids it."
+	@python3 -m venv --clear .venv
+	@$(PIP) $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$$(grep '^torch==' requirements.txt)"
+	@$(PIP) -r requirements.txt
 	@touch $@
+	@echo ".venv is ready: $$(du -sh .venv | cut -f1)"
+
+.venv/.ready-for-tests: .venv/.ready requirements-dev.txt
+	@echo "Adding what tests and checks need, the packages of requirements-dev.txt: about 300 MB to download."
+	@$(PIP) -r requirements-dev.txt
+	@touch $@
+	@echo ".venv is ready for tests: $$(du -sh .venv | cut -f1)"
 
 clean:
 	rm -rf .venv

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -30,6 +29,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 T = TypeVar("T")
 HUNG = 124  # exit code, as timeout(1)'s
 
@@ -46,7 +50,7 @@ class RankError(RunError):
 class RunConfig:
     """name: of the run folder, by default the configuration's name and the time. dir: where run folders live.
 
-    device: auto takes cuda, then mps, then cpu. precision: bf16 is autocast; auto takes it where the hardware has it, found by running it.
+    device: auto takes cuda, then mps, then cpu. precision: bf16 is autocast; auto takes it on GPUs that have it, and elsewhere where the model's own products are faster in it.
     threads: of the CPU, by default torch's choice. resume: go on from the newest whole checkpoint of the named run; "auto" starts it where there is none.
     parallel: with several processes, ddp has the weights on every one, fsdp shards them over all, hsdp over groups of shard_size neighbours (by
     default those of one machine), a copy in each group. timeout: seconds without progress until the run ends and names the rank it waits for.
@@ -78,7 +82,8 @@ PEAK_FLOPS = {
 class Runtime:
     """What a run computes on: ranks, torch device, precision, autocast, generators. `choices` says what was chosen for the user."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, product: tuple[int, int, int] | None = None) -> None:
+        """product: (rows, inner, columns) of the model's largest matrix product, the rows of all ranks together, by which precision = "auto" chooses on devices other than CUDA; without it fp32 is taken."""
         self.choices: list[str] = []
         self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.local_rank, self.local_size = (
@@ -110,7 +115,7 @@ class Runtime:
         self._stopping: tuple[Any, torch.Tensor] | None = None  # the agreement on signals that is under way
         if self.size > 1:
             self._connect(config)
-        self.precision: Literal["fp32", "bf16"] = self.on_main(lambda: self._precision(config))  # type: ignore[assignment]
+        self.precision: Literal["fp32", "bf16"] = self.on_main(lambda: self._precision(config, product))  # type: ignore[assignment]
         torch.manual_seed(config.seed)
 
     # ---- ranks
@@ -287,12 +292,20 @@ class Runtime:
             return f"cuda:{self.local_rank}"
         return device
 
-    def _precision(self, config: RunConfig) -> Literal["fp32", "bf16"]:
+    def _precision(self, config: RunConfig, product: tuple[int, int, int] | None) -> Literal["fp32", "bf16"]:
         if config.precision != "auto":
             return config.precision
-        gain = bf16_gain(self.device)
-        precision = "bf16" if gain > 1.2 else "fp32"
-        self.choices.append(f"run.precision = {precision} (a bf16 matrix product ran {gain:.1f}× as fast as fp32 here)")
+        if self.device.type == "cuda":
+            has = torch.cuda.is_bf16_supported(including_emulation=False)
+            fine, why = has, f"this GPU has {'' if has else 'no '}bf16"
+        elif product is None:
+            fine, why = False, "no product of a model to time"
+        else:
+            rows, inner, columns = product
+            gain = bf16_gain(self.device, rows // self.size, inner, columns)
+            fine, why = gain > 1.2, f"in bf16 the model's largest product, casts and backward pass included, was {times(gain)} here"
+        precision = "bf16" if fine else "fp32"
+        self.choices.append(f"run.precision = {precision} ({why})")
         return precision
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -316,30 +329,49 @@ class Runtime:
         """Of the device in bf16, FLOP/s; None where it is not known."""
         return PEAK_FLOPS.get(self.device_name()) if self.precision == "bf16" else None
 
-    def peak_memory_bytes(self) -> int:
-        """Most memory held by this rank: of the device's allocator, or of the process on a CPU."""
+    def peak_memory_bytes(self) -> int | None:
+        """Most memory held by this rank: of the device's allocator, or of the process on a CPU. None on Windows, which does not count it so."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
+        if resource is None:
+            return None
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def bf16_gain(device: torch.device, size: int = 512) -> float:
-    """Seconds of an fp32 matrix product over those of a bf16 one, best of five; 0 where bf16 does not run."""
+PROBE_FLOPS = 4e9  # of bf16_gain's product at most: a tenth of a second in fp32 on a slow core
 
-    def best(dtype: torch.dtype) -> float:
-        a = torch.ones(size, size, dtype=dtype, device=device)
-        seconds = []
-        for _ in range(6):
-            start = time.perf_counter()
-            (a @ a).sum().item()
-            seconds.append(time.perf_counter() - start)
-        return min(seconds[1:])
+
+def bf16_gain(device: torch.device, rows: int, inner: int, columns: int) -> float:
+    """How many times as fast as in fp32 a linear map x (rows, inner) → (rows, columns) and its gradients are under bf16 autocast; 0 where it does not run.
+
+    rows: cut so that the products stay below PROBE_FLOPS. Best of three; a first bf16 time of ten times fp32's is believed at once, as emulation is slow.
+    """
+    rows = max(1, min(rows, int(PROBE_FLOPS / (6 * inner * columns))))
+    x = torch.ones(rows, inner, device=device, requires_grad=True)
+    W = torch.ones(columns, inner, device=device, requires_grad=True)
+
+    def seconds(dtype: torch.dtype) -> float:
+        start = time.perf_counter()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
+            loss = nn.functional.linear(x, W).sum()
+        sum(g.sum() for g in torch.autograd.grad(loss, (x, W))).item()  # type: ignore[union-attr]
+        return time.perf_counter() - start
 
     try:
-        return best(torch.float32) / best(torch.bfloat16)
+        seconds(torch.float32)
+        fp32 = min(seconds(torch.float32) for _ in range(3))
+        first = seconds(torch.bfloat16)
+        return fp32 / (first if first > 10 * fp32 else min(seconds(torch.bfloat16) for _ in range(3)))
     except RuntimeError:
         return 0.0
+
+
+def times(gain: float) -> str:
+    """A ratio of speeds in words."""
+    if gain <= 0:
+        return "not possible"
+    return f"{gain:.1f} × faster" if gain >= 1 else f"{1 / gain:.2g} × slower"
 
 
 class Watchdog(threading.Thread):
@@ -474,6 +506,24 @@ class Stopwatch:
         return self.last
 
 
+def telling(
+    stream: Iterable[tuple[torch.Tensor, torch.Tensor]], *, total: int, say: Callable[[str], None], every: float = 10.0
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The batches of an evaluation, and how far it is: a bar on a terminal, else a line every so many seconds. total: targets of all batches."""
+    start = told = time.perf_counter()
+    count = 0
+    with tqdm(total=total, desc="validation", unit="tok", unit_scale=True, leave=False, disable=None, dynamic_ncols=True) as bar:
+        for x_BT, y_BT in stream:
+            yield x_BT, y_BT
+            targets = int((y_BT >= 0).sum())
+            count += targets
+            bar.update(targets)
+            now = time.perf_counter()
+            if bar.disable and now - told >= every and count < total:
+                told = now
+                say(f"validation: {count:,} of {total:,} tokens, {(now - start) * (total / count - 1):.0f} s left")
+
+
 class RunFolder:
     """runs/<name>/: config.toml, receipt.txt, metrics.jsonl, summary.json, loss.png, checkpoints/, log.txt."""
 
@@ -574,4 +624,4 @@ def hardware(device: str) -> str:
     named = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.is_file() else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cpu = f"{named[1] if named else platform.processor() or platform.machine()}, {cores} cores"
-    return cpu if device.startswith("cpu") or not device else f"{device} ({cpu})"
+    return cpu if device.startswith("cpu") else f"{device} ({cpu})"

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,12 +27,13 @@ import checkpoint
 import config as configuration
 from config import Config, ConfigError
 from data.loader import Dataset, TrainBatches, check_validation, validation_batches
-from data.shards import DataError
+from data.shards import DataError, Split
 from model import GPT
 from optim import RIVALS, CommError, CoverageError, Dualized, EscapeVelocity, NonFiniteError, Polar, Rival, metrize
+from optim.polar import bfloat16_is_emulated
 from optim.rivals import UNNORMED, set_beta
 from optim.step_size import SCHEDULES, momentum_at
-from runtime import Clock, RankError, RunError, RunFolder, Runtime, Stopwatch, git_state, hardware
+from runtime import Clock, RankError, RunError, RunFolder, Runtime, Stopwatch, git_state, hardware, telling
 from telemetry import Geometry, Sharpness, plot_geometry
 
 
@@ -47,7 +48,7 @@ class Stopped(Exception):
         self.code = 128 + number
 
 
-RIVAL_SETTINGS = ("lr", "beta", "beta2", "weight_decay", "auxiliary_lr", "scaling")
+RIVAL_SETTINGS = ("lr", "beta", "beta2", "weight_decay", "auxiliary_lr", "scaling", "polar")
 REFUSALS = (ConfigError, DataError, RunError, CommError, CoverageError, checkpoint.CheckpointError)
 
 
@@ -71,7 +72,8 @@ def main(argv: list[str]) -> None:
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         config.run.resume = config.run.resume or "auto"
     remember(config)
-    runtime = Runtime(config.run)
+    tokens, D = config.train.batch_size // config.train.gradient_accumulation_steps * config.model.block_size, config.model.n_embd
+    runtime = Runtime(config.run, product=(tokens, D, 4 * D))
     try:
         train(config, runtime)
         runtime.close()
@@ -136,8 +138,12 @@ def train(config: Config, runtime: Runtime) -> None:
 
     # ---- model, modular norm, optimizer
     if o.polar.dtype == "auto":
-        o.polar = Polar(o.polar.schedule, o.polar.form, "bfloat16" if runtime.precision == "bf16" else "float32")
-        runtime.choices.append(f"optim.polar.dtype = {o.polar.dtype} (follows run.precision)")
+        low, why = runtime.precision == "bf16", "follows run.precision"
+        if o.name == "muon_adamw":
+            low = not runtime.on_main(lambda: bfloat16_is_emulated(runtime.device.type))
+            why = "Muon's iteration, as torch has it" if low else "Muon's iteration; in bfloat16, which torch takes, it is emulated here"
+        o.polar = Polar(o.polar.schedule, o.polar.form, "bfloat16" if low else "float32")
+        runtime.choices.append(f"optim.polar.dtype = {o.polar.dtype} ({why})")
     model = GPT(config.model, o.norms.build(o.polar, config.model.n_head), torch.Generator().manual_seed(config.run.seed))
     norm = metrize(model, model.structure(o.masses))
     if o.composition == "max":
@@ -208,7 +214,7 @@ def train(config: Config, runtime: Runtime) -> None:
     say(f"{config.data.dataset}: {train_tokens:,} tokens; {c.steps} steps of {tokens_per_step:,}, {epochs:.2f} epochs")
 
     def evaluate(done: int) -> None:
-        loss, bpb = validation(model, runtime, dataset, config, done)
+        loss, bpb = validation(model, runtime, dataset, config, done, say)
         if not math.isfinite(loss):
             raise NonFiniteError(f"the validation loss after step {done} is {loss}")
         point = {"step": done, "tokens": done * tokens_per_step, "train_seconds": clock.seconds()}
@@ -270,6 +276,7 @@ def train(config: Config, runtime: Runtime) -> None:
     bar = tqdm(total=c.steps, initial=first, disable=None if runtime.main else True, unit="step", dynamic_ncols=True)
     with runtime.catching_signals():
         clock.start()
+        started = time.perf_counter()
         for step in range(first, c.steps):
             done = step + 1
             last = done == c.steps
@@ -317,6 +324,9 @@ def train(config: Config, runtime: Runtime) -> None:
                         record["sharpness"] = sharpness.measure()
                     folder.log_metrics(record)
                     bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=f"{record['tokens'] / clock.seconds():,.0f}")
+                    if bar.disable:  # no terminal
+                        left = (time.perf_counter() - started) / (done - first) * (c.steps - done)
+                        say(f"step {done:6d} of {c.steps}  loss {record['loss']:.4f}  lr {record['lr']:.3g}  {left:.0f} s left")
             if c.eval_every and done % c.eval_every == 0:
                 with clock.paused():
                     evaluate(done)
@@ -343,7 +353,7 @@ def train(config: Config, runtime: Runtime) -> None:
     speed = c.steps * tokens_per_step / seconds
     commit, dirty = git_state()
     held = sum(piece.tensor.nbytes for piece in optimizer.held().values())
-    most = [max(column) for column in zip(*runtime.gather((runtime.peak_memory_bytes(), held)), strict=True)]
+    most = [max(column) for column in zip(*runtime.gather((runtime.peak_memory_bytes() or 0, held)), strict=True)]
     summary = {
         "params": model.num_params(),
         "tokens": c.steps * tokens_per_step,
@@ -357,7 +367,7 @@ def train(config: Config, runtime: Runtime) -> None:
         "telemetry_seconds": progress.telemetry_seconds,
         "tokens_per_second": speed,
         "mfu": model.flops_per_token() * speed / (peak * runtime.size) if peak else None,
-        "peak_memory_bytes": most[0],
+        "peak_memory_bytes": most[0] or None,
         "optimizer_state_bytes": most[1],
         "target": progress.target,
         "seed": config.run.seed,
@@ -370,7 +380,7 @@ def train(config: Config, runtime: Runtime) -> None:
     }
     folder.write_json("summary.json", summary)
     if runtime.main:
-        plot_losses(folder)
+        plot_losses(folder, dataset.manifest.splits["val"])
         plot_geometry(folder.metrics(), folder.path / "geometry.png")
     if c.sample_tokens and (runtime.main or runtime.parallel != "ddp"):
         model.eval()
@@ -378,9 +388,8 @@ def train(config: Config, runtime: Runtime) -> None:
         idx_BT = torch.tensor([prompt], device=runtime.device)
         out_BT = model.generate(idx_BT, c.sample_tokens, temperature=0.8, vocab_size=tokenizer.vocab_size, generator=generator)
         say(f"sample:\n{tokenizer.decode(out_BT[0].tolist())}\n")
-    split = dataset.manifest.splits["val"]
-    gzipped = f"; gzip -9 of the validation bytes: {8 * split.gzip9_bytes / split.bytes:.4f}" if split.gzip9_bytes and split.bytes else ""
-    say(f"validation: {progress.val_bpb:.4f} bits per byte{gzipped}")
+    others = ", ".join(f"{name} {bits:.4f}" for name, bits in dataset.manifest.splits["val"].compressors().items())
+    say(f"validation: {progress.val_bpb:.4f} bits per byte" + f" ({others} of the same bytes)" * bool(others))
     if optimizer.step_size is not None:
         say(f"lr found: {optimizer.step_size:.4g} (started at {o.auto_initial:g}), times the schedule")
     say(f"{summary['tokens']:,} tokens in {seconds:.1f} s of training ({speed:,.0f} tokens/s), {summary['wall_seconds']:.1f} s in all")
@@ -389,7 +398,9 @@ def train(config: Config, runtime: Runtime) -> None:
 
 
 @torch.no_grad()
-def validation(model: GPT, runtime: Runtime, dataset: Dataset, config: Config, step: int) -> tuple[float, float]:
+def validation(
+    model: GPT, runtime: Runtime, dataset: Dataset, config: Config, step: int, say: Callable[[str], None]
+) -> tuple[float, float]:
     """(nats per token, bits per byte) over the whole validation split, or its first train.eval_tokens targets. Each rank has its share of the batches."""
     model.eval()
     lengths = torch.from_numpy(dataset.tokenizer.byte_lengths())
@@ -398,6 +409,9 @@ def validation(model: GPT, runtime: Runtime, dataset: Dataset, config: Config, s
     stream = validation_batches(
         dataset.split("val"), block_size=config.model.block_size, batch_size=c.eval_batch_size, tokens=c.eval_tokens
     )
+    if runtime.main:
+        whole = sum(map(len, dataset.split("val"))) - 1
+        stream = telling(stream, total=min(c.eval_tokens or whole, whole), say=say)
     for x_BT, y_BT in shares(stream, runtime.rank, runtime.size):
         runtime.beat(step, "evaluation")
         targets = y_BT[y_BT >= 0]
@@ -445,20 +459,28 @@ def compile_ahead(model: GPT, runtime: Runtime, batch: int) -> tuple[Any, float]
     return forward, time.perf_counter() - start
 
 
-def plot_losses(folder: RunFolder) -> None:
-    """loss.png: training and validation loss against tokens."""
+def plot_losses(folder: RunFolder, split: Split) -> None:
+    """loss.png: training and validation loss against tokens, and what compressors make of the validation split."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     records = folder.metrics()
-    for key, label, style in (("loss", "training batch", "-"), ("val_loss", "validation", "o")):
-        points = [(r["tokens"], r[key]) for r in records if key in r]
-        if points:
-            axes.plot([x for x, _ in points], [y for _, y in points], style, label=label, alpha=0.8)
-    axes.set(xlabel="tokens", ylabel="loss, nats per token", title=folder.path.name)
+    trained = [(r["tokens"], r["loss"]) for r in records if "loss" in r]
+    validated = [(r["tokens"], r["val_loss"]) for r in records if "val_loss" in r]
+    axes.plot(*zip(*trained, strict=True), color="tab:blue", alpha=0.35, linewidth=1, label="training batch")
+    span = max(1, len(trained) // 20)  # of a running mean
+    if span > 1:
+        means = [(n, sum(x for _, x in trained[i + 1 - span : i + 1]) / span) for i, (n, _) in enumerate(trained) if i + 1 >= span]
+        axes.plot(*zip(*means, strict=True), color="tab:blue", linewidth=2, label=f"mean of the last {span} logged")
+    if validated:
+        axes.plot(*zip(*validated, strict=True), "o", color="tab:red", label=f"validation: {validated[-1][1]:.3f}")
+    nats = math.log(2) * (split.bytes or 0) / split.tokens
+    for (name, bits), shade in zip(split.compressors().items(), ("0.7", "0.5", "0.3"), strict=False):
+        axes.axhline(bits * nats, color=shade, linestyle="--", linewidth=1, label=f"{name}: {bits * nats:.3f}")
+    axes.set(xlabel="tokens trained on", ylabel="loss, nats per token", title=folder.path.name)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(folder.path / "loss.png", dpi=120)

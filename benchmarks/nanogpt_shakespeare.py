@@ -3,7 +3,7 @@
     git clone https://github.com/karpathy/nanoGPT
     python -m benchmarks.nanogpt_shakespeare --nanogpt nanoGPT --text input.txt --config configs/shakespeare_speedrun.toml --pairs 5 --first-seed 10
 
-Each pair: nanoGPT's command to its end; its final weights scored on the whole validation split; our configuration with this pair's seed, `--steps` steps of it if
+--text is prepared for both. Each pair: nanoGPT's command to its end; its final weights scored on the whole validation split; our configuration with this pair's seed, `--steps` steps of it if
 given: a horizon whose end loss is to pass nanoGPT's. Training clocks: nanoGPT's own per-iteration times (iterations that
 evaluate replaced by the median), ours from summary.json. Prints each pair, the median of the ratios, how many pairs pass, and whether the mean of our losses
 passes the rule (target − mean) · √n ≥ threshold at the mean of nanoGPT's (one seed, and so one loss), σ from our runs.

@@ -5,9 +5,11 @@ Every command is idempotent (the same source gives the same dataset, and one tha
 """
 
 import argparse
+import bz2
 import gzip
 import hashlib
 import importlib.metadata
+import lzma
 import re
 import sys
 import urllib.request
@@ -42,7 +44,7 @@ PACKAGES = ("mpmath", "networkx", "sympy")  # pure Python, pinned in requirement
 VALIDATION = 50  # one file in so many, by the hash of its name
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-GZIP_LIMIT = 64 * 2**20  # validation texts up to this size are compressed for comparison
+COMPRESSED_LIMIT = 16 * 2**20  # validation texts up to this size are compressed for comparison; xz takes a second for a megabyte
 
 ADOPTED = {"kind": "adopted"}
 
@@ -86,10 +88,19 @@ def build(args: argparse.Namespace, out: Path, source: dict[str, Any], tokenizer
         for name, documents in splits.items():
             joint = separator.join(documents).encode()
             shards = write_split(folder, name, encode(tokenizer, documents, name))
-            zipped = len(gzip.compress(joint, 9)) if name == "val" and len(joint) <= GZIP_LIMIT else None
-            made[name] = Split(sum(s.tokens for s in shards), len(joint), shards, zipped)
+            sizes = compressed(joint) if name == "val" and len(joint) <= COMPRESSED_LIMIT else {}
+            made[name] = Split(sum(s.tokens for s in shards), len(joint), shards, **sizes)
         write_manifest(folder, Manifest(tokenizer.name, tokenizer.vocab_size, made, source, tokenizer.characters))
     report(out, "written")
+
+
+def compressed(text: bytes) -> dict[str, int]:
+    """The sizes of a text under gzip -9, bzip2 -9 and xz -9e, by their names in Split."""
+    return {
+        "gzip9_bytes": len(gzip.compress(text, 9)),
+        "bzip2_bytes": len(bz2.compress(text, 9)),
+        "xz_bytes": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),
+    }
 
 
 def encode(tokenizer: Tokenizer, documents: list[str], name: str) -> Iterator[np.ndarray]:
@@ -216,7 +227,13 @@ def documents(content: str, *, separator: str | None) -> list[str]:
 
 def hub(args: argparse.Namespace) -> None:
     """A dataset that the `datasets` library can load: a name on the Hugging Face hub, or json, text, parquet with --files. Streams, so it may be larger than memory."""
-    from datasets import load_dataset
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise DataError(
+            "hub\n  got: no package datasets, which a training run does not need\n  allowed: an environment that has it\n  fix: pip install -r requirements-dev.txt, or datasets of the"
+            " version there"
+        ) from error
 
     out = args.out or CORPORA / named(args.name.split("/")[-1].lower(), args.tokenizer, "")
     options = {k: getattr(args, k) for k in ("name", "config", "split", "column", "revision", "tokens", "val_tokens")}

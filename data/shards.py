@@ -39,12 +39,20 @@ class Shard:
 
 @dataclass
 class Split:
-    """tokens: in all shards. bytes: of the text they stand for, null where unknown. gzip9_bytes: that text under gzip -9, where it was measured."""
+    """tokens: in all shards. bytes: of the text they stand for, null where unknown. gzip9_bytes, bzip2_bytes, xz_bytes: that text under gzip -9, bzip2 -9 and
+    xz -9e, where it was measured."""
 
     tokens: int
     bytes: int | None
     shards: list[Shard]
     gzip9_bytes: int | None = None
+    bzip2_bytes: int | None = None
+    xz_bytes: int | None = None
+
+    def compressors(self) -> dict[str, float]:
+        """Bits per byte of the compressors that were measured, the weakest first."""
+        sizes = {"gzip -9": self.gzip9_bytes, "bzip2 -9": self.bzip2_bytes, "xz -9e": self.xz_bytes}
+        return {name: 8 * size / self.bytes for name, size in sizes.items() if size is not None and self.bytes}
 
 
 @dataclass

@@ -91,10 +91,16 @@ class Adam(Direction):
 
 @dataclass(frozen=True)
 class SOAP(Direction):
-    """Adam in the eigenbasis of Shampoo's factors L ← β₂ L + (1 − β₂) G Gᵀ and R likewise, renewed on refresh by one step of orthogonal iteration.
+    """Adam in the eigenbasis of Shampoo's factors L ← β₂ L + (1 − β₂) G Gᵀ and R likewise.
 
-    A weight of more than 2 dimensions is taken as a matrix (O, rest), a vector as by Adam. A side longer than `limit` keeps its own axes, and so does
-    every side until the first refresh with a gradient. nesterov: of the average one step ahead, (1 − β) G + β M.
+    A weight of more than 2 dimensions is taken as a matrix (O, rest), a vector as by Adam. A side longer than `limit` keeps its own axes.
+    nesterov: of the average one step ahead, (1 − β) G + β M.
+
+    Eigenvectors of equal eigenvalues, of zero above all, and quotients of entries that should be zero are rounding, different on every machine. So here:
+    - The basis starts at the weight's own axes and takes one step of orthogonal iteration on every refresh, Q ← qr((F + ε^SHIFT f I) Q), f being the factor F's
+      largest diagonal entry and ε the spacing of floats at 1. What F has not seen, or sees alike, keeps its axes.
+    - Entries whose running RMS in that basis is at most ε^FLOOR of the largest one are not divided, but 0.
+    A change of G by ε then changes the step by about ε^(1 − SHIFT), and by nothing where G lacks rank (docs/theory.md §3).
     """
 
     gated = True
@@ -102,13 +108,13 @@ class SOAP(Direction):
     nesterov: bool = False
 
     def buffers(self, W: Tensor) -> Buffers:
-        found = {k: torch.zeros_like(W, memory_format=torch.contiguous_format) for k in ("momentum", "rms")}
-        found["unit"] = W.new_zeros(())
+        made = {k: torch.zeros_like(W, memory_format=torch.contiguous_format) for k in ("momentum", "rms")}
+        made["unit"] = W.new_zeros(())
         if W.ndim >= 2:
             for side, size in (("left", W.shape[0]), ("right", W[0].numel())):
                 if size <= self.limit:
-                    found |= {side: W.new_zeros(size, size), f"{side}_basis": W.new_zeros(size, size)}
-        return found
+                    made |= {side: W.new_zeros(size, size), f"{side}_basis": torch.eye(size, dtype=W.dtype, device=W.device)}
+        return made
 
     def __call__(self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool) -> Tensor:
         shape = G.shape
@@ -123,15 +129,11 @@ class SOAP(Direction):
         largest, unit = torch.frexp(G.abs().amax((-2, -1))), state["unit"]
         unit.copy_(torch.where((unit > 0) | (largest.mantissa == 0), unit, torch.ldexp(torch.ones_like(unit), largest.exponent)))
         scale = torch.where(unit > 0, unit, 1)[:, None, None]
-        any_live = live.reshape(live.shape[0], -1).amax(-1)[:, None, None] if live.ndim else live
-        left, right = (self._basis(state, side, P / scale, any_live, beta2, refresh) for side, P in (("left", G), ("right", G.mT)))
-        rotated = _turn(G, left, right)
-        seen = live if live.ndim == 0 else any_live
-        R = _rms_(state["rms"].view_as(G), rotated, seen, beta2)
-        D = _turn(M, left, right)
-        # Below rounding, a gradient in its own eigenbasis is noise over noise.
-        floor = max(R.shape[-2:]) * torch.finfo(R.dtype).eps * R.amax((-2, -1), keepdim=True)
-        D = torch.where(floor < R, D / R, 0)
+        seen = live.reshape(live.shape[0], -1).amax(-1)[:, None, None] if live.ndim else live
+        left, right = (self._basis(state, side, P / scale, seen, beta2, refresh) for side, P in (("left", G), ("right", G.mT)))
+        R = _rms_(state["rms"].view_as(G), _turn(G, left, right), seen, beta2)
+        floor = torch.finfo(R.dtype).eps ** FLOOR * R.amax((-2, -1), keepdim=True)
+        D = torch.where(floor < R, _turn(M, left, right) / R, 0)
         return _turn(D, *(None if Q is None else Q.mT for Q in (left, right))).reshape(shape)
 
     @staticmethod
@@ -141,17 +143,19 @@ class SOAP(Direction):
             return None
         F, Q = state[side], state[f"{side}_basis"]
         _average_(F, P @ P.mT, live, beta2)
-        started = (Q != 0).flatten(1).any(-1)[:, None, None]
         if refresh:
-            turned = torch.linalg.qr(F @ Q)[0]
-            if not started.all():
-                # In float64, as float32's squares of small entries are denormal, and LAPACK may not converge.
-                exact = F if F.device.type == "mps" else F.double()
-                turned = torch.where(started, turned, torch.linalg.eigh(exact)[1].flip(-1).to(F))
-            seen = (F != 0).flatten(1).any(-1)[:, None, None]
-            Q.copy_(torch.where(seen & (live > 0), turned, Q))
-            started = started | seen
-        return torch.where(started, Q, torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device))
+            eps, top = torch.finfo(F.dtype).eps ** SHIFT, F.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None]
+            moved = F @ Q
+            # Columns are made orthogonal in the order of their eigenvalues, largest first. Within an octave they keep their own order, which no last digit may decide.
+            octave = (torch.where(top > 0, (Q * moved).sum(-2, keepdim=True) / top, 0) + eps).log2().add(0.25).floor()
+            order = octave.argsort(dim=-1, descending=True, stable=True).expand_as(Q)
+            turned = torch.linalg.qr((moved + eps * top * Q).gather(-1, order))[0]
+            Q.copy_(torch.where((live > 0) & (top > 0), torch.empty_like(Q).scatter_(-1, order, turned), Q))
+        return Q
+
+
+# Exponents of ε. Rounding turns the basis by ε^(1 − SHIFT), and the shift itself by ε^SHIFT at first: the floor is above what the latter leaves of a zero.
+FLOOR, SHIFT = 1 / 2, 2 / 3
 
 
 def _turn(X: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:

@@ -116,6 +116,12 @@ def check(config: Config) -> None:
     for key, value, fine, allowed in (
         ("optim.lr", o.lr, not isinstance(o.lr, str), "a number"),
         ("optim.name", o.name, o.name in ("dualized", *UNNORMED), ", ".join(("dualized", *UNNORMED))),
+        (
+            "optim.polar.dtype",
+            o.polar.dtype,
+            o.name != "muon_adamw" or o.polar.dtype == "bfloat16",
+            "'bfloat16', in which torch.optim.Muon iterates",
+        ),
         ("run.device", config.run.device, config.run.device in ("cpu", "cuda"), "cpu, cuda"),
         ("run.precision", config.run.precision, config.run.precision != "auto", "fp32, bf16"),
         ("model.vocab_size", config.model.vocab_size, config.model.vocab_size is not None, "a number"),
@@ -136,7 +142,8 @@ def script(run: Run, *, track: bool = False) -> str:
     if run.folder is None and config.run.device == "auto":
         config.run.device = "cuda"
     if config.optim.polar.dtype == "auto":
-        config.optim.polar = replace(config.optim.polar, dtype="bfloat16" if config.run.precision == "bf16" else "float32")
+        low = config.run.precision == "bf16" or config.optim.name == "muon_adamw"
+        config.optim.polar = replace(config.optim.polar, dtype="bfloat16" if low else "float32")
     check(config)
     slots = TRACK_SLOTS if track else config.train.gradient_accumulation_steps * run.world
     if config.train.batch_size % slots:

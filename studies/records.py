@@ -516,7 +516,7 @@ def check(folder: Path, *, entry: str | None, seeds: int | None, workers: int, o
                 raise RecordError(
                     f"{path}\n  got: a run that is there already, of code that is not known to be this\n  allowed: one of commit {commit}, without changes\n  fix: delete it, or another --out"
                 )
-        runs.sweep(jobs, out, workers=workers, dry_run=False)
+        runs.sweep(jobs, out, workers=runs.places(workers), dry_run=False)
         found = [runs.summary(out / j.name) for j in jobs]
         fine, said = compare(e, found, same=_same(record, e, found))
         good &= fine

@@ -122,31 +122,30 @@ def places(workers: int, ranks: int = 1, gpus: Sequence[str] = ()) -> list[Place
     return [Place(ranks, ",".join(gpus[i : i + ranks])) for i in range(0, len(gpus) - ranks + 1, ranks)]
 
 
-def sweep(jobs: Sequence[Job], folder: Path, *, workers: int | Sequence[Place], dry_run: bool) -> bool:
+def sweep(jobs: Sequence[Job], folder: Path, *, workers: Sequence[Place], dry_run: bool) -> bool:
     """Tell the cost of what is not done, and run it: the first seed of all first, small before large. Whether it was run: a dry run ends with the cost."""
     dataset, rate = Dataset(jobs[0].config.data), speed(jobs[0].config.run)
     costed = sorted(((*cost(j.config, dataset, rate), j) for j in jobs), key=lambda c: (c[2].config.run.seed, c[1]))
     left = [c for c in costed if not done(c[2], folder)]
-    free = places(workers) if isinstance(workers, int) else workers
     print(
-        f"{folder}: {len(jobs)} runs, {len(jobs) - len(left)} of them done; {sum(c[0] for c in left):.2g} FLOPs to go, about {duration([c[1] for c in left], len(free))} on this machine"
-        f" (a product of matrices: {rate / 1e9:.0f} GFLOP/s), {len(free)} at a time"
+        f"{folder}: {len(jobs)} runs, {len(jobs) - len(left)} of them done; {sum(c[0] for c in left):.2g} FLOPs to go, about {duration([c[1] for c in left], len(workers))} on this machine"
+        f" (a product of matrices: {rate / 1e9:.0f} GFLOP/s), {len(workers)} at a time"
     )
     if not dry_run:
-        execute([c[2] for c in costed], folder, workers=free, costs=[c[1] for c in costed])
+        execute([c[2] for c in costed], folder, workers=workers, costs=[c[1] for c in costed])
     return not dry_run
 
 
 def execute(
-    jobs: Sequence[Job], folder: Path, *, workers: int | Sequence[Place], costs: Sequence[float], say: Callable[[str], None] = print
+    jobs: Sequence[Job], folder: Path, *, workers: Sequence[Place], costs: Sequence[float], say: Callable[[str], None] = print
 ) -> None:
-    """Run those that are not done, `workers` at a time or one in each place, in this order. costs: of each, in any unit; they steer the progress bar alone.
+    """Run those that are not done, one in each place at a time, in this order. costs: of each, in any unit; they steer the progress bar alone.
 
     Raises StudyError if one fails for another reason than numbers that were not finite, and if another call is at work in the folder.
     """
     (folder / "configs").mkdir(parents=True, exist_ok=True)
     with _alone(folder):
-        _execute(jobs, folder, places(workers) if isinstance(workers, int) else workers, costs, say)
+        _execute(jobs, folder, workers, costs, say)
 
 
 @contextmanager

@@ -217,7 +217,7 @@ def main(argv: list[str]) -> int:
             for size in dict.fromkeys(z for line in found for z in line.sizes):
                 changes = {**runs.METHODS[method], **sized(base, size), "optim.lr": lr, "run.seed": seed}
                 jobs.append(runs.job(base, name(method, size, seed), folder, **changes))
-    if not runs.sweep(jobs, folder, workers=options.workers, dry_run=options.dry_run):
+    if not runs.sweep(jobs, folder, workers=runs.places(options.workers), dry_run=options.dry_run):
         return 0
     pictures: list[Path] = []
     results, texts = [], [f"{base.data.dataset}: python -m studies.sharpness {' '.join(argv)}"]

@@ -198,7 +198,7 @@ def coordinate_check(
         # The schedule's first steps, not a schedule of so few steps.
         changes |= {"train.steps": steps, "optim.cooldown": 0.0, "train.eval_tokens": base.train.eval_batch_size * base.model.block_size}
         jobs.append(runs.job(base, f"coordinates.w{width}.n{steps}", folder, **changes))
-    runs.execute(jobs, folder, workers=workers, costs=[float(w) for w in widths])
+    runs.execute(jobs, folder, workers=runs.places(workers), costs=[float(w) for w in widths])
     changes_of: dict[str, list[float]] = {}
     idx_BT, _ = next(validation_batches(Dataset(base.data).split("val"), block_size=base.model.block_size, batch_size=16))
     for job in jobs:
@@ -301,7 +301,7 @@ def main(argv: list[str]) -> int:
         for seed in range(seeds[size]):
             for lr in lrs:
                 jobs.append(runs.job(base, name_of(size, lr, seed), folder, **sized(base, size), **{"optim.lr": lr, "run.seed": seed}))
-    if not runs.sweep(jobs, folder, workers=options.workers, dry_run=options.dry_run):
+    if not runs.sweep(jobs, folder, workers=runs.places(options.workers), dry_run=options.dry_run):
         return 0
     report = []
     title = f"{method}, {base.data.dataset}"

@@ -382,8 +382,9 @@ def test_the_image_installs_torch_first_and_then_the_rest_as_the_makefile_does(t
     torch_line = next(x for x in (ROOT / "requirements.txt").read_text().splitlines() if x.startswith("torch=="))
     pip = ["pip", "install", "--no-cache-dir"]
     assert calls[:2] == [[*pip, "--index-url", "https://pypi.org/simple", torch_line], [*pip, "-r", "requirements.txt"]]
-    made = re.findall(r"-m pip install -q (.*)", (ROOT / "Makefile").read_text())
-    assert made[-2:] == ["\"$$(grep '^torch==' requirements.txt)\"", "-r requirements.txt"], "after what make browser adds"
+    made = re.findall(r"^\t@\$\(PIP\) (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    index = '$(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") '
+    assert made == [f"{index}\"$$(grep '^torch==' requirements.txt)\"", "-r requirements.txt", "-r requirements-dev.txt"]
     assert [call[0] for call in calls[2:]] == ["useradd", "chown"]
 
 

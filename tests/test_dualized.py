@@ -754,29 +754,31 @@ def test_steepest_descents_scale_has_no_escape_velocity():
         EscapeVelocity(initial=0)
 
 
-def test_soap_without_averages_is_the_polar_factor_and_starts_at_the_first_refresh_with_gradients():
-    """Adam in the eigenbasis of one G = U S Vᵀ divides S by itself: U Vᵀ, Shampoo's step without accumulation."""
-    shape, norm = (5, 8), ModularNorm({"w": Frobenius()}, {"w": 1.0})
-    w = nn.Parameter(torch.zeros(*shape, dtype=torch.float64))
+def test_soap_without_averages_tends_to_the_polar_factor_of_one_gradient():
+    """Adam in the eigenbasis of G = U S Vᵀ divides S by itself: U Vᵀ, Shampoo's step without accumulation. Orthogonal iteration brings the basis there by the ratio of
+    squared singular values, here 4, at every refresh."""
+    g = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(n, 5, generator=g, dtype=torch.float64))[0] for n in (5, 8))
+    w = nn.Parameter(torch.zeros(5, 8, dtype=torch.float64))
+    norm = ModularNorm({"w": Frobenius()}, {"w": 1.0})
     optimizer = Dualized([("w", w)], 1.0, norm=norm, direction="soap", beta=0.0, beta2=0.0, refresh_every=1)
-    w.grad = torch.zeros_like(w)
-    optimizer.step()
-    assert not w.detach().any()
-    w.grad = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    optimizer.step()
-    U, _, Vh = torch.linalg.svd(w.grad, full_matrices=False)
-    assert torch.allclose(-w.detach(), U @ Vh / 5**0.5, atol=1e-10)
-
-    late = nn.Parameter(torch.zeros(*shape, dtype=torch.float64))
-    optimizer = Dualized([("w", late)], 1.0, norm=ModularNorm({"w": RMSToLinf()}, {"w": 1.0}), direction="soap")
-    for step in range(12):
-        before = late.detach().clone()
-        late.grad = torch.randn(*shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64) * (step > 0)
+    for step in range(30):
+        before = w.detach().clone()
+        w.grad = U * torch.tensor([1.0, 0.5, 0.25, 0.125, 0.0625], dtype=torch.float64) @ V.mT * (step > 0)
         optimizer.step()
-        assert torch.equal(late.detach(), before) == (step == 0)
-        if step:
-            basis = optimizer.state[late]["right_basis"]
-            assert (step < 10) == (not basis.any()), "axes until the next refresh, then the eigenbasis"
+        assert torch.equal(w.detach(), before) == (step == 0), "without a gradient nothing moves"
+    assert torch.allclose(before - w.detach(), U @ V.mT / 5**0.5, atol=1e-10)
+
+
+def test_soap_keeps_the_axes_of_a_weight_until_a_refresh_with_a_gradient():
+    w = nn.Parameter(torch.zeros(5, 8, dtype=torch.float64))
+    optimizer = Dualized([("w", w)], 1.0, norm=ModularNorm({"w": RMSToLinf()}, {"w": 1.0}), direction="soap")
+    for step in range(12):
+        w.grad = torch.randn(5, 8, generator=torch.Generator().manual_seed(step), dtype=torch.float64) * (step > 0)
+        optimizer.step()
+        basis = optimizer.state[w]["right_basis"]
+        assert torch.allclose(basis.mT @ basis, torch.eye(8, dtype=torch.float64), atol=1e-12)
+        assert torch.equal(basis, torch.eye(8, dtype=torch.float64)) == (step < 10), "renewed at steps 0 and 10, and at 0 there was nothing"
 
 
 def noise(step: int, shape: tuple[int, ...] = (16, 16)) -> torch.Tensor:

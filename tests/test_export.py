@@ -43,6 +43,8 @@ CASES = {
         "0.05",
         "--optim.beta-warmup",
         "0.3",
+        "--optim.polar.dtype",
+        "bfloat16",
         *TRACK3,
     ),
     "sgd": ("--optim.name", "sgd", "--optim.scaling", "ntk", "--model.init", "fan_in", "--optim.max-grad-norm", "0.5"),

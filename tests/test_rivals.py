@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim import _muon
 
 from model import GPT, GPTConfig, RoleNorms
 from optim import (
@@ -30,8 +31,8 @@ from optim import (
     coordinates,
     metrize,
 )
-from optim.rivals import set_beta
-from tests.helpers import ranks, run, run_ranks, small_dataset, start
+from optim.rivals import Float32Muon, Several, set_beta
+from tests.helpers import ROOT, ranks, run, run_ranks, small_dataset, start
 
 V, D = 13, 8
 LR = {"normalized_adam": 0.5, "normalized_sgd": 0.5, "adamw": 0.01, "muon_adamw": 0.02, "sgd": 0.3}
@@ -99,6 +100,50 @@ def descend(model: nn.Module, optimizer: Rival, data: Tensor) -> None:
 
 
 # ---- Muon + AdamW
+
+
+@pytest.mark.parametrize("shape", [(6, 15), (15, 6), (1, 4)])
+def test_muon_in_float32_is_torchs_without_its_cast(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
+    """In float64 both, so that nothing but the cast differs; torch's own function is back after the step."""
+    theirs_in_bfloat16 = _muon._zeropower_via_newtonschulz
+    g = torch.Generator().manual_seed(0)
+    start, grads = torch.randn(shape, generator=g).double(), torch.randn(5, *shape, generator=g).double()
+    moved = []
+    for kind in (Float32Muon, torch.optim.Muon):
+        w = nn.Parameter(start.clone())
+        optimizer = kind([w], lr=0.1, momentum=0.9, weight_decay=0.05)
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "bfloat16", lambda X: X.clone())
+            for w.grad in grads:
+                optimizer.step()
+        moved.append(w.detach())
+    assert (moved[0] - moved[1]).norm() < 1e-12 * (moved[1] - start).norm()
+    assert _muon._zeropower_via_newtonschulz is theirs_in_bfloat16
+
+
+def test_muon_iterates_in_the_dtype_of_polar():
+    for dtype, kind in (("float32", Float32Muon), ("bfloat16", torch.optim.Muon)):
+        both = rival("muon_adamw", net(), polar=Polar(dtype=dtype)).optimizer  # type: ignore[arg-type]
+        assert isinstance(both, Several) and type(both.optimizers[0]) is kind
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_a_run_with_muon_takes_float32_where_bfloat16_is_emulated_and_says_so(tmp_path: Path, emulated: bool):
+    small_dataset(tmp_path)
+    (tmp_path / "train.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport train_gpt\ntrain_gpt.bfloat16_is_emulated = lambda device: {emulated}\ntrain_gpt.main(sys.argv[1:])\n"
+    )
+    options = ("--optim.name", "muon_adamw", "--optim.lr", "0.02", "--train.steps", "2", "--run.name", "a")
+    code, out, err = run(tmp_path, "small.toml", *options, script=str(tmp_path / "train.py"))
+    assert code == 0, err
+    said = (
+        "float32 (Muon's iteration; in bfloat16, which torch takes, it is emulated here)"
+        if emulated
+        else "bfloat16 (Muon's iteration, as torch has it)"
+    )
+    assert f"chosen: optim.polar.dtype = {said}\n" in out
+    assert f'dtype = "{"float32" if emulated else "bfloat16"}"' in (tmp_path / "runs/a/config.toml").read_text()
+    assert (tmp_path / "runs/a/receipt.txt").read_text().startswith("Float32Muon + AdamW\n" if emulated else "Muon + AdamW\n")
 
 
 def test_muon_adamw_is_torchs_two_optimizers_in_the_tracks_groups():
@@ -384,7 +429,9 @@ def test_a_run_learns_and_says_what_it_trained_with(whole: tuple[str, Path]):
     assert len(found) == 12 and found[-1] < found[0] - 0.1
     receipt = (folder / "receipt.txt").read_text()
     assert (
-        receipt.startswith({"adamw": "AdamW\n", "muon_adamw": "Muon + AdamW\n", "sgd": "SGD\n"}.get(name, "parameter "))
+        receipt.startswith(
+            {"adamw": "AdamW\n", "muon_adamw": ("Muon + AdamW\n", "Float32Muon + AdamW\n"), "sgd": "SGD\n"}.get(name, "parameter ")
+        )
         and "blocks.1.mlp.down.weight" in receipt
     )
     assert (folder / "modular_norm.svg").exists() == name.startswith("normalized")

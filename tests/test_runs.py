@@ -36,7 +36,7 @@ def jobs_of(base: Config, folder: Path, names: str, **changes) -> list[Job]:
 
 def study(jobs: list[Job], folder: Path, workers: int = 2) -> list[str]:
     said: list[str] = []
-    execute(jobs, folder, workers=workers, costs=[1.0] * len(jobs), say=said.append)
+    execute(jobs, folder, workers=runs.places(workers), costs=[1.0] * len(jobs), say=said.append)
     return said
 
 
@@ -216,7 +216,7 @@ def test_a_duration_is_that_of_the_longest_run_or_of_all_by_workers():
 @pytest.mark.parametrize("workers", [0, -1])
 def test_less_than_one_run_at_a_time_is_refused(base: Config, tmp_path: Path, workers: int):
     jobs = jobs_of(base, tmp_path, "a")
-    for call in (lambda: study(jobs, tmp_path, workers), lambda: runs.sweep(jobs, tmp_path, workers=workers, dry_run=True)):
+    for call in (lambda: study(jobs, tmp_path, workers), lambda: runs.sweep(jobs, tmp_path, workers=runs.places(workers), dry_run=True)):
         with pytest.raises(StudyError, match=f"--workers\n  got: {workers}\n  allowed: 1 or more\n  fix: "):
             call()
     assert not (tmp_path / "a").exists()

@@ -90,7 +90,13 @@ def test_a_run_leaves_its_folder(whole: Path):
     steps = [r["step"] for r in records(whole) if "loss" in r]
     assert steps == list(range(1, 13))
     assert "sample:\n" in (whole / "log.txt").read_text()
-    assert "bits per byte; gzip -9 of the validation bytes: " in (whole / "log.txt").read_text()
+    assert re.search(r"bits per byte \(gzip -9 [\d.]+, bzip2 -9 [\d.]+, xz -9e [\d.]+ of the same bytes\)", (whole / "log.txt").read_text())
+
+
+def test_without_a_terminal_loss_rate_and_time_left_are_told_every_log_every_steps(whole: Path):
+    told = re.findall(r"^step +(\d+) of 12  loss ([\d.]+)  lr ([\d.e-]+)  (\d+) s left$", (whole / "log.txt").read_text(), re.MULTILINE)
+    expected = [(str(r["step"]), f"{r['loss']:.4f}", f"{r['lr']:.3g}") for r in records(whole) if "loss" in r]
+    assert [line[:3] for line in told] == expected and told[-1][3] == "0"
 
 
 def test_the_summary_has_its_fields_and_they_agree(whole: Path):
