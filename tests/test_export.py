@@ -32,7 +32,7 @@ CASES = {
     "dualized": (),
     "track3": TRACK3,
     "soap": ("--optim.direction", "nesterov_soap", "--optim.refresh-every", "3", *TRACK3, "--model.init", "track", "--optim.lr", "0.3"),
-    "speedrun": ("--model.ngram", "3", "--model.ngram-rows", "64", "--model.mlp-shift", "--optim.masses.ngram", "3.0"),
+    "speedrun": ("--model.ngram", "3", "--model.ngram-rows", "64", "--model.mlp-shift", "--model.match", "2", "--model.key-shift", "--optim.masses.ngram", "3.0"),
     "adamw": ("--optim.name", "adamw", "--optim.lr", "0.003", "--optim.weight-decay", "0.1", "--model.init", "gpt2"),
     "muon_adamw": (
         "--optim.name",
