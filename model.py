@@ -423,17 +423,19 @@ class GPT(nn.Module):
         past: list[Past] | None = None,
         start: int = 0,
         before: Tensor | None = None,
+        matching: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """(logits (B, T, V), loss in nats per token or None). Targets of −1 do not count. With past, start: position of the first token; before: tokens in front of it, for n-grams and matches."""
+        """(logits (B, T, V), loss in nats per token or None). Targets of −1 do not count. With past, start: position of the first token; before: tokens in front of it, for n-grams and matches. matching: False finds no matches."""
         c = self.config
         rope = rotary(torch.arange(start, start + idx_BT.shape[1], device=idx_BT.device), c.n_embd // c.n_head, half=c.rotary == "half")
         x_BTD = self.embedding(idx_BT)
         if self.ngram_embedding is not None:
             x_BTD = x_BTD + self.ngram_embedding(ngram_rows(idx_BT, order=c.ngram, rows=c.ngram_rows, before=before)).sum(dim=-2)
         if self.match_embedding is not None:
-            x_BTD = x_BTD + self.match_embedding(match_rows(idx_BT, matches=c.match, vocabulary=self.head.out_features, before=before)).sum(
-                dim=-2
-            )
+            rows = match_rows(idx_BT, matches=c.match, vocabulary=self.head.out_features, before=before)
+            if not matching:  # each length's first row
+                rows = (torch.arange(c.match, device=rows.device) * (self.head.out_features + 1)).expand_as(rows)
+            x_BTD = x_BTD + self.match_embedding(rows).sum(dim=-2)
         x_BTD = self.embedding_norm(x_BTD)
         for i, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, rope, past[i] if past else None)
@@ -467,9 +469,11 @@ class GPT(nn.Module):
         top_k: int | None = None,
         vocab_size: int | None = None,
         generator: torch.Generator | None = None,
+        matching: bool = True,
     ) -> Tensor:
         """idx (B, T >= 1) continued by `tokens` tokens: (B, T + tokens). temperature 0 is greedy. vocab_size: of the tokenizer, where the model's is padded.
 
+        matching: False finds no matches: a text that is matched with itself soon repeats itself for ever.
         Keys and values are cached; each position sees the last block_size ones.
         """
         past = [Past(self.config.block_size) for _ in self.blocks]
@@ -477,7 +481,7 @@ class GPT(nn.Module):
         looks_back = max(self.config.ngram, self.config.block_size - 1 if self.config.match else 0)
         for _ in range(tokens):
             before_BT = idx_BT[:, -(start + 1) : -1][:, -looks_back:] if start else None
-            logits_BV = self(fresh_BT, past=past, start=start, before=before_BT)[0][:, -1, :vocab_size]
+            logits_BV = self(fresh_BT, past=past, start=start, before=before_BT, matching=matching)[0][:, -1, :vocab_size]
             start += fresh_BT.shape[1]
             if top_k is not None:
                 kth = logits_BV.topk(min(top_k, logits_BV.shape[-1])).values[:, -1:]

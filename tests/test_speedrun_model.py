@@ -110,6 +110,15 @@ def test_matches_reach_into_the_tokens_in_front():
     assert torch.equal(match_rows(idx[:, -1:], matches=3, vocabulary=11, before=idx[:, :-1]), whole[:, -1:])
 
 
+def test_without_matching_no_text_repeats_itself():
+    model, idx = build(**INDUCTION), tokens(1, 40, vocabulary=2)
+    with torch.no_grad():
+        model.get_parameter("match_embedding.weight")[[*range(1, 12), *range(13, 24)]] += 1  # all rows but "never"
+    never = build(**INDUCTION)
+    assert not torch.equal(model(idx)[0], never(idx)[0])
+    assert torch.equal(model(idx, matching=False)[0], never(idx, matching=False)[0])
+
+
 def test_a_shifted_key_is_that_of_the_position_before():
     x = torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(0))
     none = torch.ones(12, 4), torch.zeros(12, 4)  # positions are not turned
