@@ -376,7 +376,9 @@ def train(config: Config, runtime: Runtime) -> None:
         model.eval()
         generator = torch.Generator(runtime.device).manual_seed(config.run.seed)
         idx_BT = torch.tensor([prompt], device=runtime.device)
-        out_BT = model.generate(idx_BT, c.sample_tokens, temperature=0.8, vocab_size=tokenizer.vocab_size, generator=generator)
+        out_BT = model.generate(
+            idx_BT, c.sample_tokens, temperature=0.8, vocab_size=tokenizer.vocab_size, generator=generator, matching=False
+        )
         say(f"sample:\n{tokenizer.decode(out_BT[0].tolist())}\n")
     split = dataset.manifest.splits["val"]
     gzipped = f"; gzip -9 of the validation bytes: {8 * split.gzip9_bytes / split.bytes:.4f}" if split.gzip9_bytes and split.bytes else ""
