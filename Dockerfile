@@ -11,6 +11,7 @@ RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" "$(grep '^torch==' req
 RUN pip install --no-cache-dir -r requirements.txt
 
 COPY *.py LICENSE ./
+COPY models ./models
 COPY optim ./optim
 COPY data ./data
 COPY configs ./configs

@@ -18,7 +18,8 @@ import tyro
 from pydantic import TypeAdapter, ValidationError
 
 from data.loader import DataConfig
-from model import GPTConfig, RoleMasses, RoleNorms
+from model import RoleMasses, RoleNorms
+from models import ModelConfig, settings_of_others
 from optim import RIVALS, EscapeVelocity, Polar
 from optim.directions import DIRECTIONS
 from optim.dualized import Constraint
@@ -187,7 +188,7 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    model: GPTConfig = field(default_factory=GPTConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -244,6 +245,7 @@ def require(section: str, *checks: tuple[str, object, bool, str]) -> None:
 def from_dict(cls: type, raw: dict[str, Any], path: str = "") -> Any:
     """A dataclass from nested dicts, every key and type checked."""
     hints = get_type_hints(cls)
+    raw = named(raw) if cls is Config else raw
     values: dict[str, Any] = {}
     for key, value in raw.items():
         dotted = f"{path}{key}"
@@ -266,6 +268,15 @@ def from_dict(cls: type, raw: dict[str, Any], path: str = "") -> Any:
         return cls(**values)
     except ValueError as error:  # of a section that checks itself, as Polar does
         raise ConfigError(f"{path.rstrip('.')}\n  got: {raw}\n  allowed: {error}\n  fix: set it in the file, or --{path}KEY") from error
+
+
+def named(raw: dict[str, Any]) -> dict[str, Any]:
+    """With model.name = "ngram", where what was saved before that key has settings of n-grams: the one place where a name is implied."""
+    model = raw.get("model")
+    if not isinstance(model, dict) or "name" in model:
+        return raw
+    plain = all(model.get(f.name, f.default) == f.default for f in settings_of_others("gpt"))
+    return raw if plain else raw | {"model": {"name": "ngram", **model}}
 
 
 def spell(hint: Any) -> str:
@@ -292,7 +303,8 @@ def load(argv: list[str]) -> Config:
             ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}\n  got: {error}\n  allowed: TOML\n  fix: see https://toml.io") from error
-        from_dict(Config, raw)  # the file's own mistakes first
+    # The file's own mistakes first; and its model, which options do not imply.
+    raw.setdefault("model", {})["name"] = from_dict(Config, raw).model.name
     if "--help" in options or "-h" in options:
         tyro.cli(Config, default=from_dict(Config, raw), args=["--help"], prog="train_gpt.py [CONFIG.toml]", description=load.__doc__)
     for key, value in read_options(options).items():

@@ -1,10 +1,11 @@
-"""The GPT, and the modular structure of its weights.
+"""The GPT, and the modular structure of its weights. Models of models/ extend it by its methods make_embedding, embed, embedding_structure and halves.
 
 B batch, T positions, D n_embd, H n_head, K = D/H width of a head, F = 4D hidden width of the MLP, V vocabulary, L n_layer.
 Linear maps are y = W x with W (out, in). Sources: [MN] arXiv 2405.14813; [MD] arXiv 2410.21265; docs/theory.md has the derivations.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,15 +23,11 @@ class GPTConfig:
     residual: "convex" is (1 − 1/2L) x + (1/2L) f(x) per half-layer, "plain" is x + f(x). branch_gains: f has the constants 1/3 and √(2/3) that keep it well-normed.
     logit_softcap: c, None is off; softcap: "tanh" is c · tanh(x/c), "rsqrt" x / √(1 + (x/c)²).
     logit_scale: logits of a head of norm 1 at unit-RMS input are at most this. attention_scale: c in softmax(c · cos(q, k)).
-    ngram: n > 1 adds to a token's embedding a learned row for each of the last 2, … n tokens, which a hash picks out of ngram_rows.
-    match: n > 0 adds a learned row for the token that followed the last time that the last 4 tokens stood in the window; and so the last 8, 16, … 4 · 2ⁿ⁻¹.
-    key_shift: a key is made from the position before its value's, so that one layer can look for what followed the last time (an induction head, Olsson et al., arXiv 2209.11895).
-    mlp_shift: MLPs have half of their input's channels from the position before (Peng et al., arXiv 2305.13048, without its learned mix).
     bias: of every linear map. norm_gains: of every RMSNorm. embedding_norm: an RMSNorm after the embedding. rotary: "half" turns half of each head's pairs, at base 1024.
     init: "norm", every weight at norm 1 of its role; "gpt2", N(0, 0.02²), output projections by 1/√2L smaller (Radford et al. 2019, as nanoGPT);
     "fan_in", N(0, 1/I) and embeddings N(0, 1), the function that standard and NTK parametrizations start from; "track", N(0, 0.33/I), embeddings N(0, 1), output
     projections 0, as the NanoGPT speedrun's optimization track. The last three are for comparisons. Biases start at 0, gains at 1.
-    zero_init: with init = "norm", output projections and the rows of n-grams and matches start at 0.
+    zero_init: with init = "norm", output projections start at 0.
 
     configs/track3_124m.toml sets them to that track's architecture.
     """
@@ -47,11 +44,6 @@ class GPTConfig:
     softcap: Literal["tanh", "rsqrt"] = "tanh"
     logit_scale: float = 10.0
     attention_scale: float = 10.0
-    ngram: int = 1
-    ngram_rows: int = 4096
-    match: int = 0
-    key_shift: bool = False
-    mlp_shift: bool = False
     bias: bool = False
     norm_gains: bool = False
     embedding_norm: bool = False
@@ -62,22 +54,23 @@ class GPTConfig:
     def check(self) -> None:
         """Raise ValueError for what cannot be built."""
         D, H = self.n_embd, max(1, self.n_head)
-        for name, fine, allowed in (
+        self.require(
             ("n_layer", self.n_layer >= 1, "1 or more"),
             ("n_head", self.n_head >= 1 and D % H == 0, f"a divisor of n_embd = {D}"),
             ("n_embd", D >= 1 and D % (2 * H) == 0, f"a multiple of 2 · n_head = {2 * H} (rotary positions turn pairs)"),
             ("rotary", self.rotary == "full" or D // H % 4 == 0, '"full", or heads of a width that 4 divides'),
             ("branch_gains", self.branch_gains or self.residual == "plain", 'true, or false with residual = "plain"'),
             ("block_size", self.block_size >= 1, "1 or more"),
-            ("ngram", self.ngram >= 1, "1 (off) or more"),
-            ("match", 0 <= self.match <= 8, "0 (off) to 8"),
-            ("ngram_rows", self.ngram_rows >= 1, "1 or more"),
             ("vocab_size", self.vocab_size is None or self.vocab_size >= 2, "2 or more, or left out"),
             ("dropout", 0 <= self.dropout < 1, "0 <= dropout < 1"),
             ("logit_softcap", self.logit_softcap is None or self.logit_softcap > 0, "more than 0, or left out"),
             ("logit_scale", self.logit_scale > 0, "more than 0"),
             ("attention_scale", self.attention_scale > 0, "more than 0"),
-        ):
+        )
+
+    def require(self, *checks: tuple[str, bool, str]) -> None:
+        """Raise ValueError for the first (name, fine, allowed) that is not fine."""
+        for name, fine, allowed in checks:
             if not fine:
                 raise ValueError(
                     f"model.{name}\n  got: {getattr(self, name)}\n  allowed: {allowed}\n  fix: set it in the file, or --model.{name.replace('_', '-')}"
@@ -164,48 +157,6 @@ def rotate(x_BHTK: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
-def ngram_rows(idx_BT: Tensor, *, order: int, rows: int, before: Tensor | None = None) -> Tensor:
-    """(B, T, order − 1): for each position, rows of a hash table for its last 2, … `order` tokens. before (B, any): the tokens in front of idx.
-
-    Where there are none the n-gram is padded, with a symbol of its own. Multiplicative hashing (Knuth, The Art of Computer Programming, vol. 3, §6.4).
-    """
-    found, T = [], idx_BT.shape[1]
-    seen = idx_BT if before is None else torch.cat((before, idx_BT), dim=1)
-    seen = F.pad(seen + 1, (order - 1, 0))  # 0 is "no token"
-    key = seen[:, -T:]
-    for back in range(1, order):
-        key = key * GOLDEN + seen[:, seen.shape[1] - T - back : seen.shape[1] - back]  # wraps around, the same on all devices
-        found.append(((key * GOLDEN) >> 32) % rows)
-    return torch.stack(found, dim=-1)
-
-
-def match_rows(idx_BT: Tensor, *, matches: int, vocabulary: int, before: Tensor | None = None) -> Tensor:
-    """(B, T, matches): for each position and length 4, 8, 16 …, the row of the token that followed the last time that so many last tokens stood there.
-
-    Each length has vocabulary + 1 rows, the first one for "never". before (B, any): the tokens in front of idx, where matches are looked for too.
-    Equal keys are equal n-grams but for 64-bit collisions; a stable sort puts each behind the last one before it.
-    """
-    seen_BT = idx_BT if before is None else torch.cat((before, idx_BT), dim=1)
-    place, found = torch.arange(seen_BT.shape[1], device=idx_BT.device), []
-    key_BT, length = seen_BT + 1, 1
-    while len(found) < matches:
-        key_BT = key_BT * GOLDEN + F.pad(key_BT, (length, 0))[:, : key_BT.shape[1]]  # of two halves: a key of twice the tokens
-        key_BT ^= key_BT >> 29
-        length *= 2
-        if length < 4:
-            continue
-        sorted_BT, order_BT = key_BT.sort(dim=1, stable=True)
-        again_BT = torch.where(sorted_BT[:, 1:] == sorted_BT[:, :-1], order_BT[:, :-1], -1)
-        last_BT = torch.full_like(order_BT, -1).scatter_(1, order_BT[:, 1:], again_BT)
-        known_BT = (last_BT >= 0) & (place >= length - 1)
-        follower_BT = torch.where(known_BT, seen_BT.gather(1, last_BT + 1) + 1, 0)
-        found.append(follower_BT + len(found) * (vocabulary + 1))
-    return torch.stack(found, dim=-1)[:, -idx_BT.shape[1] :]
-
-
-GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2^64 / golden ratio, odd, as a signed integer [Knuth]
-
-
 # Constant gains inside a block keep it well-normed; they are folded into the residual weight, as linear maps let them pass.
 ATTENTION_GAIN = 1 / 3  # concat(q, k, v) has sensitivity 3 in the sum norm [MN]
 MLP_GAIN = math.sqrt(2 / 3)  # rms(relu(x)²) = √(3/2) for x ~ N(0, 1)
@@ -242,15 +193,15 @@ class Attention(nn.Module):
         D = config.n_embd
         self.q, self.k, self.v, self.out = (nn.Linear(D, D, bias=config.bias) for _ in range(4))
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.key_shift = config.key_shift
         self.scale = config.attention_scale * config.n_head / D  # c/K, since ⟨q, k⟩ = K cos(q, k)
 
     def heads(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], past: "Past | None" = None) -> list[Tensor]:
         """Queries and keys, at unit RMS and rotated, and values: (B, H, T, K) each."""
-        keys_BTD = previous(x_BTD, past, "keys") if self.key_shift else x_BTD
-        inputs = ((self.q, x_BTD), (self.k, keys_BTD), (self.v, x_BTD))
-        q, k, v = (w(y_BTD).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for w, y_BTD in inputs)
+        q, k, v = (self.split(w(x_BTD)) for w in (self.q, self.k, self.v))
         return [rotate(rms_norm(q), rope), rotate(rms_norm(k), rope), v]
+
+    def split(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], past: "Past | None" = None) -> Tensor:
         B, T, D = x_BTD.shape
@@ -278,7 +229,7 @@ class MLP(nn.Module):
         self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, past: "Past | None" = None) -> Tensor:
         return self.down(self.up(x_BTD).relu().square())
 
     @staticmethod
@@ -290,19 +241,18 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """An attention half and an MLP half, each behind an RMSNorm."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, attention: type[Attention], mlp: type[MLP]) -> None:
         super().__init__()
-        self.attention_norm, self.attention = RMSNorm(config), Attention(config)
-        self.mlp_norm, self.mlp = RMSNorm(config), MLP(config)
-        self.dropout, self.mlp_shift = config.dropout, config.mlp_shift
+        self.attention_norm, self.attention = RMSNorm(config), attention(config)
+        self.mlp_norm, self.mlp = RMSNorm(config), mlp(config)
+        self.dropout = config.dropout
         step = 1 / (2 * config.n_layer) if config.residual == "convex" else 1.0
         self.keep = 1 - step if config.residual == "convex" else 1.0
         self.attention_step, self.mlp_step = (step * (gain if config.branch_gains else 1.0) for gain in (ATTENTION_GAIN, MLP_GAIN))
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], past: "Past | None" = None) -> Tensor:
         x_BTD = self._add(x_BTD, self.attention(self.attention_norm(x_BTD), rope, past), self.attention_step)
-        y_BTD = self.mlp_norm(x_BTD)
-        return self._add(x_BTD, self.mlp(shift(y_BTD, past) if self.mlp_shift else y_BTD), self.mlp_step)
+        return self._add(x_BTD, self.mlp(self.mlp_norm(x_BTD), past), self.mlp_step)
 
     def _add(self, x_BTD: Tensor, f_BTD: Tensor, step: float) -> Tensor:
         if self.dropout:
@@ -311,12 +261,11 @@ class Block(nn.Module):
 
 
 class Past:
-    """Keys and values (B, H, T, K) of one layer, the last `window` − 1 positions of them; with mlp_shift and key_shift, what the next position has from the last one (B, 1, any)."""
+    """Keys and values (B, H, T, K) of one layer, the last `window` − 1 positions of them."""
 
     def __init__(self, window: int) -> None:
         self.keep = window - 1
         self.kv: tuple[Tensor, Tensor] | None = None
-        self.last: dict[str, Tensor] = {}
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.kv is not None:
@@ -326,18 +275,12 @@ class Past:
         return k, v
 
 
-def shift(x_BTD: Tensor, past: Past | None) -> Tensor:
-    """The second half of the channels from the position before; 0 before the first one."""
-    own, old = x_BTD.chunk(2, dim=-1)
-    return torch.cat((own, previous(old, past, "mlp")), dim=-1)
+class Cache:
+    """What a text leaves for its next token: the number of its tokens, and the past of each layer."""
 
-
-def previous(x_BTD: Tensor, past: Past | None, name: str) -> Tensor:
-    """x of the position before; 0 before the first one. name: under which past keeps the last one."""
-    last = past.last[name] if past is not None and name in past.last else torch.zeros_like(x_BTD[:, :1])
-    if past is not None:
-        past.last[name] = x_BTD[:, -1:]
-    return torch.cat((last, x_BTD[:, :-1]), dim=1)
+    def __init__(self, config: GPTConfig) -> None:
+        self.length = 0
+        self.layers: Sequence[Past] = [Past(config.block_size) for _ in range(config.n_layer)]
 
 
 OUTPUTS = ("out.weight", "down.weight", "head.weight")
@@ -345,6 +288,8 @@ OUTPUTS = ("out.weight", "down.weight", "head.weight")
 
 class GPT(nn.Module):
     """A causal language model whose every weight starts at norm 1 of its role's norm, or at 0."""
+
+    zeros: tuple[str, ...] = OUTPUTS  # ends of the names of weights that start at 0, with zero_init
 
     def __init__(self, config: GPTConfig, norms: dict[str, Norm] | None = None, generator: torch.Generator | None = None) -> None:
         """norms: by role, as RoleNorms.build makes them. generator: of the initial weights. vocab_size must be set."""
@@ -354,14 +299,27 @@ class GPT(nn.Module):
             raise ValueError("model.vocab_size: got none; allowed: the tokenizer's vocabulary or more")
         self.config = config
         self.norms = norms or RoleNorms().build(Polar(), config.n_head)
-        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.ngram_embedding = nn.Embedding(config.ngram_rows, config.n_embd) if config.ngram > 1 else None
-        self.match_embedding = nn.Embedding(config.match * (config.vocab_size + 1), config.n_embd) if config.match else None
+        self.make_embedding(config.vocab_size)
         self.embedding_norm = RMSNorm(config) if config.embedding_norm else nn.Identity()
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, *self.halves()) for _ in range(config.n_layer))
         self.head_norm = RMSNorm(config)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=config.bias)
-        self._init_weights(generator)
+        if not self.head.weight.is_meta:
+            self._init_weights(generator)
+
+    def make_embedding(self, vocabulary: int) -> None:
+        self.embedding = nn.Embedding(vocabulary, self.config.n_embd)
+
+    def embed(self, idx_BT: Tensor, cache: Cache | None = None) -> Tensor:
+        """(B, T, D) of tokens, before embedding_norm. cache: of the text in front of them."""
+        return self.embedding(idx_BT)
+
+    def embedding_structure(self, masses: RoleMasses) -> Module:
+        return atom("embedding.weight", self.norms["embedding"], mass=masses.embedding, role="embedding")
+
+    def halves(self) -> tuple[type[Attention], type[MLP]]:
+        """What blocks are made of."""
+        return Attention, MLP
 
     @torch.no_grad()
     def _init_weights(self, generator: torch.Generator | None) -> None:
@@ -371,7 +329,7 @@ class GPT(nn.Module):
                 p.fill_(leaf.role == "gain")
             elif self.config.init != "norm":
                 p.normal_(generator=generator).mul_(self._deviation(leaf.name, p))
-            elif self.config.zero_init and (leaf.name.endswith(OUTPUTS) or leaf.role in ("ngram", "match")):
+            elif self.config.zero_init and leaf.name.endswith(self.zeros):
                 p.zero_()
             else:
                 p.copy_(leaf.norm.init(p.shape, generator))
@@ -390,24 +348,17 @@ class GPT(nn.Module):
         gains, biases = 2 * c.n_layer + 1 + c.embedding_norm, 6 * c.n_layer + 1
         gain = m.gain / gains if c.norm_gains else None
         bias = (VectorRMS(), m.bias / biases) if c.bias else None
+        kinds = zip(self.halves(), ("attention", "mlp"), (m.attention / 4, m.mlp / 2), (ATTENTION_GAIN, MLP_GAIN), strict=True)
         halves = []
-        for half, name, mass, branch in ((Attention, "attention", m.attention / 4, ATTENTION_GAIN), (MLP, "mlp", m.mlp / 2, MLP_GAIN)):
+        for half, name, mass, branch in kinds:
             inside = half.structure(f"blocks.{{}}.{name}", norms, mass / c.n_layer, branch if c.branch_gains else 1.0, bias)
-            if half is MLP and c.mlp_shift:
-                # Half of two positions: as large as one of them where they are alike in size, at most √2 times.
-                inside = inside @ bond("shift", typical=True)
             halves.append(inside @ RMSNorm.structure(f"blocks.{{}}.{name}_norm", gain))
         if c.residual == "convex":
             attention, mlp = (residual(half, 2 * c.n_layer) for half in halves)
         else:
             # x + f(norm(x)): the stream grows with depth while the next norm divides by it; the typical gain of both is 1.
             attention, mlp = map(_plain, halves)
-        embedding: Module = atom("embedding.weight", norms["embedding"], mass=m.embedding, role="embedding")
-        if c.ngram > 1:
-            # One table, read n − 1 times a token.
-            embedding += (c.ngram - 1) * atom("ngram_embedding.weight", norms["embedding"], mass=m.ngram, role="ngram")
-        if c.match:
-            embedding += c.match * atom("match_embedding.weight", norms["embedding"], mass=m.match, role="match")
+        embedding = self.embedding_structure(m)
         if c.embedding_norm:
             embedding = RMSNorm.structure("embedding_norm", gain) @ embedding
         # The norm of logits is their largest: so is that of the head's bias.
@@ -420,25 +371,17 @@ class GPT(nn.Module):
         target_BT: Tensor | None = None,
         *,
         reduction: str = "mean",
-        past: list[Past] | None = None,
-        start: int = 0,
-        before: Tensor | None = None,
-        matching: bool = True,
+        cache: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(logits (B, T, V), loss in nats per token or None). Targets of −1 do not count. With past, start: position of the first token; before: tokens in front of it, for n-grams and matches. matching: False finds no matches."""
+        """(logits (B, T, V), loss in nats per token or None). Targets of −1 do not count. cache: of the text in front, which these tokens continue."""
         c = self.config
+        start = 0 if cache is None else cache.length
         rope = rotary(torch.arange(start, start + idx_BT.shape[1], device=idx_BT.device), c.n_embd // c.n_head, half=c.rotary == "half")
-        x_BTD = self.embedding(idx_BT)
-        if self.ngram_embedding is not None:
-            x_BTD = x_BTD + self.ngram_embedding(ngram_rows(idx_BT, order=c.ngram, rows=c.ngram_rows, before=before)).sum(dim=-2)
-        if self.match_embedding is not None:
-            rows = match_rows(idx_BT, matches=c.match, vocabulary=self.head.out_features, before=before)
-            if not matching:  # each length's first row
-                rows = (torch.arange(c.match, device=rows.device) * (self.head.out_features + 1)).expand_as(rows)
-            x_BTD = x_BTD + self.match_embedding(rows).sum(dim=-2)
-        x_BTD = self.embedding_norm(x_BTD)
+        x_BTD = self.embedding_norm(self.embed(idx_BT, cache))
         for i, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, rope, past[i] if past else None)
+            x_BTD = block(x_BTD, rope, cache.layers[i] if cache else None)
+        if cache is not None:
+            cache.length += idx_BT.shape[1]
         logits_BTV = self.head(self.head_norm(x_BTD))
         logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32)) * c.logit_scale
         if c.logit_softcap is not None:
@@ -469,20 +412,16 @@ class GPT(nn.Module):
         top_k: int | None = None,
         vocab_size: int | None = None,
         generator: torch.Generator | None = None,
-        matching: bool = True,
+        cache: Cache | None = None,
     ) -> Tensor:
         """idx (B, T >= 1) continued by `tokens` tokens: (B, T + tokens). temperature 0 is greedy. vocab_size: of the tokenizer, where the model's is padded.
 
-        matching: False finds no matches: a text that is matched with itself soon repeats itself for ever.
-        Keys and values are cached; each position sees the last block_size ones.
+        cache: an empty one, where the model wants another than Cache. Keys and values are cached; each position sees the last block_size ones.
         """
-        past = [Past(self.config.block_size) for _ in self.blocks]
-        fresh_BT, start = idx_BT[:, -self.config.block_size :], 0
-        looks_back = max(self.config.ngram, self.config.block_size - 1 if self.config.match else 0)
+        cache = cache or Cache(self.config)
+        fresh_BT = idx_BT[:, -self.config.block_size :]
         for _ in range(tokens):
-            before_BT = idx_BT[:, -(start + 1) : -1][:, -looks_back:] if start else None
-            logits_BV = self(fresh_BT, past=past, start=start, before=before_BT, matching=matching)[0][:, -1, :vocab_size]
-            start += fresh_BT.shape[1]
+            logits_BV = self(fresh_BT, cache=cache)[0][:, -1, :vocab_size]
             if top_k is not None:
                 kth = logits_BV.topk(min(top_k, logits_BV.shape[-1])).values[:, -1:]
                 logits_BV = logits_BV.masked_fill(logits_BV < kth, -torch.inf)

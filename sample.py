@@ -17,7 +17,7 @@ import config as configuration
 from config import Config, ConfigError
 from data.shards import DataError
 from data.tokenizer import get_tokenizer
-from model import GPT
+from models import build
 from runtime import RunError, Runtime, listing
 
 
@@ -58,7 +58,7 @@ def main(options: Options) -> None:
     runtime = Runtime(config.run)
     tokenizer = get_tokenizer(**state["tokenizer"])
     idx_T = tokenizer.encode_prompt(options.prompt, option="--prompt")
-    model = GPT(config.model, config.optim.norms.build(config.optim.polar, config.model.n_head))
+    model = build(config.model, config.optim.norms.build(config.optim.polar, config.model.n_head))
     checkpoint.load_model(newest, model)
     model.to(runtime.device).eval()
     generator = torch.Generator(runtime.device).manual_seed(options.seed)
@@ -71,7 +71,6 @@ def main(options: Options) -> None:
             top_k=options.top_k,
             vocab_size=tokenizer.vocab_size,
             generator=generator,
-            matching=False,
         )
     for i, row in enumerate(out_BT.tolist()):
         print(f"{'-' * 8} {i + 1}\n" * (options.samples > 1) + tokenizer.decode(row))

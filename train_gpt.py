@@ -29,6 +29,7 @@ from config import Config, ConfigError
 from data.loader import Dataset, TrainBatches, check_validation, validation_batches
 from data.shards import DataError, Split
 from model import GPT
+from models import build
 from optim import RIVALS, CommError, CoverageError, Dualized, EscapeVelocity, NonFiniteError, Polar, Rival, metrize
 from optim.polar import bfloat16_is_emulated
 from optim.rivals import UNNORMED, set_beta
@@ -144,7 +145,7 @@ def train(config: Config, runtime: Runtime) -> None:
             why = "Muon's iteration, as torch has it" if low else "Muon's iteration; in bfloat16, which torch takes, it is emulated here"
         o.polar = Polar(o.polar.schedule, o.polar.form, "bfloat16" if low else "float32")
         runtime.choices.append(f"optim.polar.dtype = {o.polar.dtype} ({why})")
-    model = GPT(config.model, o.norms.build(o.polar, config.model.n_head), torch.Generator().manual_seed(config.run.seed))
+    model = build(config.model, o.norms.build(o.polar, config.model.n_head), torch.Generator().manual_seed(config.run.seed))
     norm = metrize(model, model.structure(o.masses))
     if o.composition == "max":
         norm = norm.unweighted()
@@ -386,9 +387,7 @@ def train(config: Config, runtime: Runtime) -> None:
         model.eval()
         generator = torch.Generator(runtime.device).manual_seed(config.run.seed)
         idx_BT = torch.tensor([prompt], device=runtime.device)
-        out_BT = model.generate(
-            idx_BT, c.sample_tokens, temperature=0.8, vocab_size=tokenizer.vocab_size, generator=generator, matching=False
-        )
+        out_BT = model.generate(idx_BT, c.sample_tokens, temperature=0.8, vocab_size=tokenizer.vocab_size, generator=generator)
         say(f"sample:\n{tokenizer.decode(out_BT[0].tolist())}\n")
     others = ", ".join(f"{name} {bits:.4f}" for name, bits in dataset.manifest.splits["val"].compressors().items())
     say(f"validation: {progress.val_bpb:.4f} bits per byte" + f" ({others} of the same bytes)" * bool(others))

@@ -5,7 +5,7 @@
 
 The script imports torch and the standard library alone, has the run's settings written into it, logs its own code first and then the lines that the track's scripts log, and runs alone or under
 torchrun where the number of processes divides its micro-batches; its one argument, as the track's, is a number of trials, whose seeds count up from the run's. Its code is that of
-model.py, optim/ and studies/script.py, specialised to the run (studies/bundle.py). A setting that it cannot carry is refused.
+model.py, models/, optim/ and studies/script.py, specialised to the run (studies/bundle.py). A setting that it cannot carry is refused.
 
 own: the run's own batches and evaluations, of corpora/NAME/ in the current folder, whose files must have the run's sha256: the run's losses within 1e-4 on a device of its kind.
 track3: the optimization track's order of data (side by side, data/fineweb10B/fineweb_*.bin) and steps of evaluation; everything else is the configuration's.
@@ -30,13 +30,14 @@ import torch
 import config as configuration
 from config import Config, ConfigError
 from data.shards import DataError, Manifest, read_manifest
+from model import GPT
+from models import MODELS, build
 from optim import DIRECTIONS, RIVALS, ModularNorm, Norm, Polar, metrize
 from optim.rivals import UNNORMED
 from runtime import git_state
 
 from .bundle import ERASED, BundleError, Code, bundle
 from .runs import ROOT, metrics, summary
-from .scaling import Shapes
 
 FILES = {
     "optim/polar.py": "Polar factor",
@@ -45,6 +46,7 @@ FILES = {
     "optim/step_size.py": "Schedules",
     "optim/rivals.py": "Schedules of torch's optimizers",
     "model.py": "Architecture",
+    "models/ngram.py": "Architecture: n-grams, matches, shifts",
     "studies/script.py": "Data, optimizer, training",
 }
 TRACK_SLOTS = 8  # micro-batches of 64 sequences: the track's scripts run on 1, 2, 4 or 8 GPUs
@@ -149,7 +151,7 @@ def script(run: Run, *, track: bool = False) -> str:
     if config.train.batch_size % slots:
         raise _refusal("train.batch_size", config.train.batch_size, f"a multiple of {slots} micro-batches")
     with torch.device("meta"):
-        model = Shapes(config.model, config.optim.norms.build(config.optim.polar, config.model.n_head))
+        model = build(config.model, config.optim.norms.build(config.optim.polar, config.model.n_head))
     norm = metrize(model, model.structure(config.optim.masses))
     if config.optim.composition == "max":
         norm = norm.unweighted()
@@ -162,13 +164,14 @@ def script(run: Run, *, track: bool = False) -> str:
         **_weights(model, norm, config),
         **({"base_optimizers": _base_optimizers(model, norm, config)} if config.optim.name != "dualized" else {}),
     }
+    files = {file: title for file, title in FILES.items() if not file.startswith("models/") or file == f"models/{config.model.name}.py"}
     try:
         code = bundle(
             ROOT,
-            FILES,
+            files,
             known=_known(config, slots, track),
             filled=filled,
-            packages=("optim", "model", "config"),
+            packages=("optim", "model", "models", "config"),
             stripped=("register_norm",),
         )
     except BundleError as error:
@@ -190,7 +193,7 @@ def nested(config: Config) -> dict[str, Any]:
 
 def _known(config: Config, slots: int, track: bool) -> dict[str, dict[str, Any]]:
     """What the bundled files ask of the configuration, as they ask for it."""
-    polar, model = config.optim.polar, vars(config.model)
+    polar = config.optim.polar
     schedules = {polar.schedule, *(["cubic"] if config.optim.constraint == "stiefel" else [])}
     table = ast.parse((ROOT / "optim/polar.py").read_text(encoding="utf-8"))
     others = {
@@ -199,13 +202,30 @@ def _known(config: Config, slots: int, track: bool) -> dict[str, dict[str, Any]]
         if isinstance(call, ast.Call) and ast.unparse(call.func) == "Schedule" and ast.literal_eval(call.args[0]) not in schedules
     }
     settings = {f"config.{k}": v for k, v in configuration.flat(config).items()} | {"config.train.gradient_accumulation_steps": slots}
+    architecture = {f"{of}.{k}": v for of in ("config", "c", "self.config") for k, v in vars(config.model).items()}
+    architecture |= {"for (leaf, _) in self.structure().radii()": Code("for leaf in WEIGHTS"), "self.head.weight.is_meta": Code("False")}
+    # No text is generated: nothing is cached.
+    for name in ("past", "cache", "before"):
+        architecture |= {name: ERASED, f"{name} is None": Code("True"), f"{name} is not None": Code("False")}
+    erased = (
+        "config",
+        "self.config",
+        "config.check()",
+        "norms",
+        "cache.layers[i] if cache else None",
+        "cache.extend(idx_BT) if cache else None",
+    )
+    architecture |= dict.fromkeys((*erased, "before_BS"), ERASED)
     return {
         "optim/polar.py": {f"self.{k}": v for k, v in vars(polar).items()} | others,
-        "model.py": {f"{of}.{k}": v for of in ("config", "c", "self.config") for k, v in model.items()}
-        | dict.fromkeys(("config", "self.config", "config.check()", "past", "past[i] if past else None", "norms"), ERASED)
-        | {"past is not None": Code("False"), "for (leaf, _) in self.structure().radii()": Code("for leaf in WEIGHTS")},
+        **dict.fromkeys(("model.py", "models/ngram.py"), architecture),
         "studies/script.py": settings
-        | {"TRACK": track, "SCHEDULES[config.optim.schedule]": Code(config.optim.schedule)}
+        | {
+            "build": Code(MODELS[config.model.name][0].__name__),
+            "config.model": ERASED,
+            "TRACK": track,
+            "SCHEDULES[config.optim.schedule]": Code(config.optim.schedule),
+        }
         | {"DIRECTIONS[config.optim.direction]": Code(_direction(config.optim.direction))},
     }
 
@@ -237,7 +257,7 @@ def _norm(norm: Any) -> str:
     return f"{type(norm).__name__}({', '.join(options)})"
 
 
-def _weights(model: Shapes, norm: ModularNorm, config: Config) -> dict[str, str]:
+def _weights(model: GPT, norm: ModularNorm, config: Config) -> dict[str, str]:
     """WEIGHTS in the order of initialization, blocks as a table; and the type of its rows, with what the run uses of it."""
     fields = {"name": "str", "role": "str"}
     dualized = config.optim.name == "dualized"
@@ -287,7 +307,7 @@ def _shards(manifest: Manifest) -> str:
     return f"SHARDS = {found!r}"
 
 
-def _base_optimizers(model: Shapes, norm: ModularNorm, config: Config) -> str:
+def _base_optimizers(model: GPT, norm: ModularNorm, config: Config) -> str:
     """The function of studies/script.py that builds a rival's optimizers, with all their settings."""
     settings = {k: getattr(config.optim, k) for k in ("lr", "beta", "beta2", "weight_decay", "auxiliary_lr", "scaling")}
     made = RIVALS[config.optim.name](model.to_empty(device="cpu"), norm, **settings)

@@ -42,7 +42,16 @@ from .runs import ROOT
 BOOK = ROOT / "records"
 LIMIT = 1_000_000  # bytes of a record: text that a reader opens, and a repository keeps
 BEGIN, END = "<!-- records:begin -->", "<!-- records:end -->"
-CODE = ("model.py", "optim", "data", "train_gpt.py", "config.py", "runtime.py", "studies/script.py")  # what a run's numbers come from
+CODE = (
+    "model.py",
+    "models",
+    "optim",
+    "data",
+    "train_gpt.py",
+    "config.py",
+    "runtime.py",
+    "studies/script.py",
+)  # what a run's numbers come from
 SAME = 1e-6  # nats: the same machine, versions and seeds give the same numbers; a few roundings of a float32 near 2
 ROUNDING = 5e-5  # of a target: four digits
 RULE = {"test_level": statistics.RULE_LEVEL, "sigma_from": "runs"}  # of a study's results.json: a record's threshold is nobody's choice

@@ -33,11 +33,10 @@ from tqdm import tqdm
 import config as configuration
 from config import Config
 from data.loader import Dataset
+from models import build
 from optim import metrize
 from optim.rivals import UNNORMED
 from runtime import RunConfig
-
-from .scaling import Shapes
 
 ROOT = Path(__file__).parent.parent
 PRELOADED = ["torch", "tqdm", "config", "checkpoint", "telemetry", "runtime", "model", "data.loader", "optim", "matplotlib.pyplot"]
@@ -342,7 +341,7 @@ def cost(config: Config, dataset: Dataset, flops_per_second: float) -> tuple[flo
     with torch.device("meta"):
         shape = replace(config.model, vocab_size=config.model.vocab_size or dataset.tokenizer.vocab_size)
         norms = config.optim.norms.build(config.optim.polar, shape.n_head)
-        model = Shapes(shape, norms)
+        model = build(shape, norms)
     dualize = sum(n.flops(model.get_parameter(k).shape) for k, n in metrize(model, model.structure()).norms.items())
     dualize *= config.optim.name not in UNNORMED
     step = model.flops_per_token() * c.batch_size * shape.block_size + dualize

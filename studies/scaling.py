@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from config import OptimConfig, load
-from model import GPT, GPTConfig
+from model import GPT
+from models import ModelConfig, build
 from optim import DIRECTIONS, Dualized, Polar
 from optim.comm import IN_FLIGHT, Alone, Ranks, Replicas, Shards, bucketed
 from runtime import PEAK_FLOPS
@@ -61,19 +62,12 @@ def direct_speed(ranks: int) -> float:
 # ---- models
 
 
-class Shapes(GPT):
-    """A GPT for the meta device: there is nothing to initialize."""
-
-    def _init_weights(self, generator: torch.Generator | None) -> None:
-        pass
-
-
 @dataclass(frozen=True)
 class Case:
     """A model and one step of it. sequences: of block_size tokens, over all GPUs."""
 
     name: str
-    model: GPTConfig
+    model: ModelConfig
     sequences: int
     optim: OptimConfig = field(default_factory=OptimConfig)
 
@@ -94,12 +88,12 @@ class Case:
 
     @staticmethod
     def published(name: str, layers: int, heads: int, width: int, sequences: int) -> "Case":
-        return Case(name, GPTConfig(layers, heads, width, block_size=2048, vocab_size=50304), sequences)
+        return Case(name, ModelConfig(layers, heads, width, block_size=2048, vocab_size=50304), sequences)
 
     def gpt(self, polar: Polar) -> GPT:
         """Without numbers; norms as in training, with this polar factor."""
         with torch.device("meta"):
-            return Shapes(self.model, self.optim.norms.build(polar, self.model.n_head)).to(getattr(torch, self.optim.param_dtype))
+            return build(self.model, self.optim.norms.build(polar, self.model.n_head)).to(getattr(torch, self.optim.param_dtype))
 
     @property
     def polar(self) -> Polar:

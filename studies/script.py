@@ -1,7 +1,7 @@
 """What an exported run is made of beside our own modules' code: data, the flat step of the modular norm, the loop. Nothing imports this to run it.
 
 studies/export.py reads this file: `config.section.key` becomes the run's value, a branch that the value decides is taken or left out, what is filled in is filled in, and the
-definitions that are left come out as one script together with those of model.py and optim/ that they need. So whatever is written here must be written for every run.
+definitions that are left come out as one script together with those of model.py, models/ and optim/ that they need. So whatever is written here must be written for every run.
 
 T block_size, B sequences of the global batch, V vocabulary. A slot is one micro-batch of a step: what they hold does not depend on how many processes share them.
 """
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from config import Config
 from model import GPT
+from models import build
 from optim import DIRECTIONS, Norm
 from optim.rivals import set_beta
 from optim.step_size import SCHEDULES, momentum_at
@@ -364,7 +365,7 @@ def train(seed: int) -> None:
     else:
         batches = Batches(read_split("train"), seed)
     val_shards = read_split("val")
-    model = GPT(generator=torch.Generator().manual_seed(seed)).to(device)  # type: ignore[call-arg] - its configuration is written into it
+    model = build(config.model, generator=torch.Generator().manual_seed(seed)).to(device)
     forward = torch.compile(model, dynamic=False) if config.run.compile else model
     optimizer = Dualized(model) if config.optim.name == "dualized" else Baseline(model)
     steps, seconds, since = config.train.steps, 0.0, now()

@@ -35,6 +35,7 @@ from config import Config, ConfigError
 from data.loader import Dataset, validation_batches
 from data.shards import DataError
 from model import GPT
+from models import build
 from runtime import RunError
 
 from . import runs
@@ -208,7 +209,7 @@ def coordinate_check(
                 f"{job.name}\n  got: no checkpoint\n  allowed: a run that ended\n  fix: a smaller --optim.lr; see {folder}/configs/{job.name}.log"
             )
         config = configuration.from_dict(Config, checkpoint.read_state(newest)["config"])
-        model = GPT(
+        model = build(
             config.model,
             config.optim.norms.build(config.optim.polar, config.model.n_head),
             torch.Generator().manual_seed(config.run.seed),

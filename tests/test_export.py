@@ -33,6 +33,8 @@ CASES = {
     "track3": TRACK3,
     "soap": ("--optim.direction", "nesterov_soap", "--optim.refresh-every", "3", *TRACK3, "--model.init", "track", "--optim.lr", "0.3"),
     "speedrun": (
+        "--model.name",
+        "ngram",
         "--model.ngram",
         "3",
         "--model.ngram-rows",
@@ -135,6 +137,11 @@ def test_the_script_gives_every_loss_of_its_run(case: str, root: Path, monkeypat
     imports |= {str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     assert {name.split(".")[0] for name in imports} <= {"torch", *sys.stdlib_module_names}
     assert len(file.read_text().splitlines()) < 1000
+    names = {str(getattr(n, "id", getattr(n, "arg", getattr(n, "name", None)))) for n in ast.walk(tree)}
+    assert not names & {"past", "cache", "before", "generate"}, "no text is generated"
+    assert {"NgramGPT", "ngram_rows", "match_rows", "ShiftedAttention", "ShiftedMLP"} & names == (
+        {"NgramGPT", "ngram_rows", "match_rows", "ShiftedAttention", "ShiftedMLP"} if case == "speedrun" else set()
+    )
 
 
 def test_the_script_runs_in_isolation_and_logs_its_own_code_first(root: Path, monkeypatch: pytest.MonkeyPatch):

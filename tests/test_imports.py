@@ -39,6 +39,11 @@ def test_the_model_needs_torch_and_optim_alone():
     assert third_party(ROOT / "model.py") <= {"torch", "optim"}
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "models").glob("*.py")), ids=lambda p: p.name)
+def test_other_models_need_the_one_that_they_extend(path: Path):
+    assert third_party(path) <= {"torch", "optim", "model"}
+
+
 def test_nothing_imports_the_training_script():
     for path in ROOT.rglob("*.py"):
         if ".venv" not in path.parts:
@@ -47,6 +52,6 @@ def test_nothing_imports_the_training_script():
 
 def test_only_communication_checkpoints_and_runtime_touch_torch_distributed():
     allowed = {"comm.py", "runtime.py", "checkpoint.py"}
-    for path in [*ROOT.glob("*.py"), *(ROOT / "optim").glob("*.py"), *(ROOT / "data").glob("*.py")]:
+    for path in [*ROOT.glob("*.py"), *(ROOT / "models").glob("*.py"), *(ROOT / "optim").glob("*.py"), *(ROOT / "data").glob("*.py")]:
         if path.name not in allowed:
             assert "torch.distributed" not in path.read_text(), path

@@ -9,9 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import load
-from model import ATTENTION_GAIN, GPT, MLP_GAIN, RELU2_SENSITIVITY, Block, GPTConfig, RoleMasses, RoleNorms, rotary
+from model import ATTENTION_GAIN, GPT, MLP_GAIN, RELU2_SENSITIVITY, Block, Cache, GPTConfig, RoleMasses, RoleNorms, rotary
 from optim import Dualized, Polar, metrize
-from studies.scaling import Shapes
 from tests.helpers import ROOT
 
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=11, zero_init=False)
@@ -142,7 +141,9 @@ def test_positions_see_only_the_past():
 
 def test_rotary_scores_depend_on_distance_alone():
     model, idx = build(n_layer=1), tokens(1, 6)
-    assert torch.allclose(model(idx)[0], model(idx, start=5)[0], atol=1e-5)
+    later = Cache(SMALL)
+    later.length = 5
+    assert torch.allclose(model(idx)[0], model(idx, cache=later)[0], atol=1e-5)
 
 
 def test_dropout_is_on_in_training_only_in_attention_and_on_the_residual():
@@ -335,7 +336,7 @@ def track3_name(name: str) -> str:
 def test_track3_config_is_the_tracks_function_and_shapes():
     config = load([str(ROOT / "configs" / "track3_124m.toml")]).model
     with torch.device("meta"):
-        shapes = {track3_name(n): tuple(p.shape) for n, p in Shapes(config).named_parameters()}
+        shapes = {track3_name(n): tuple(p.shape) for n, p in GPT(config).named_parameters()}
     block = {f"attn.{n}.{k}": s for n in ("q", "k", "v", "proj") for k, s in (("weight", (768, 768)), ("bias", (768,)))}
     block |= {"mlp.fc.weight": (3072, 768), "mlp.fc.bias": (3072,), "mlp.proj.weight": (768, 3072), "mlp.proj.bias": (768,)}
     block |= {"norm1.gains": (768,), "norm2.gains": (768,)}

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.optim import _muon
 
 from model import GPT, GPTConfig, RoleNorms
+from models.ngram import NgramConfig, NgramGPT
 from optim import (
     RIVALS,
     L1ToRMS,
@@ -167,7 +168,7 @@ def test_muon_adamw_is_torchs_two_optimizers_in_the_tracks_groups():
 
 
 def test_muon_is_for_hidden_matrices_alone():
-    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=D, block_size=4, vocab_size=V, ngram=3, ngram_rows=5, bias=True, norm_gains=True))
+    model = NgramGPT(NgramConfig(1, 2, D, block_size=4, vocab_size=V, ngram=3, ngram_rows=5, bias=True, norm_gains=True))
     optimizer = Rival(RIVALS["muon_adamw"](model, metrize(model), lr=0.1, beta=0.9, weight_decay=0.0, auxiliary_lr=1.0))
     muon = {n for g in optimizer.param_groups if not g.get("auxiliary") for n in g["param_names"]}
     assert muon == {n for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2}

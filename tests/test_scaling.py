@@ -29,18 +29,19 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import OptimConfig
-from model import GPT, GPTConfig
+from model import GPT
+from models import ModelConfig
 from optim import Dualized, Polar
 from studies import scaling
 from studies.scaling import ADAMW, MUON, MUON_PLAIN, OURS, ZERO, Case, around, step_of, weights_of
 from tests.helpers import ROOT, ranks
 
 # Rows that 4 does not divide, and float32, whose Gram form the wide matrices take.
-SMALL = Case("small", GPTConfig(n_layer=3, n_head=1, n_embd=18, block_size=8, vocab_size=67), 4)
+SMALL = Case("small", ModelConfig(n_layer=3, n_head=1, n_embd=18, block_size=8, vocab_size=67), 4)
 HALF = replace(SMALL, name="half", optim=OptimConfig(param_dtype="bfloat16"))  # with float32 masters
 FLOAT32, BFLOAT16 = Polar(dtype="float32"), Polar(dtype="bfloat16")
 # 4 MB of weights, so that flags, barriers and TCP's own bytes are little beside them.
-MEDIUM = Case("medium", GPTConfig(n_layer=2, n_head=2, n_embd=192, block_size=8, vocab_size=512), 4)
+MEDIUM = Case("medium", ModelConfig(n_layer=2, n_head=2, n_embd=192, block_size=8, vocab_size=512), 4)
 GLOO_REDUCE_SCATTER = 2  # gloo sends as much as for an all-reduce; a ring, NCCL's, half of it
 LOOPBACK_TOLERANCE = 0.05  # TCP's headers and acknowledgements, flags, barriers
 

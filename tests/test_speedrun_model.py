@@ -1,23 +1,27 @@
-"""N-grams, matches and shifts of model.py. Oracles: the full forward for the cache, dictionaries of n-grams for the hash, searches of strings for matches, torch's FLOP counter."""
+"""models/ngram.py, and the choice of a model by its name. Oracles: the full forward for the cache, dictionaries of n-grams for the hash, searches of strings for matches, torch's FLOP counter."""
 
 import math
 import tomllib
 from dataclasses import replace
+from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from config import load
-from model import GPT, Block, GPTConfig, RoleMasses, match_rows, ngram_rows, shift
+from config import Config, ConfigError, from_dict, load
+from model import GPT, Block, RoleMasses
+from models import MODELS, ModelConfig, build
+from models.ngram import NgramCache, NgramConfig, NgramGPT, match_rows, ngram_rows, shift
 from optim import Dualized, metrize
 from tests.helpers import ROOT
 
-SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=11, zero_init=False, ngram=3, ngram_rows=64, mlp_shift=True)
+SMALL = NgramConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=11, zero_init=False, ngram=3, ngram_rows=64, mlp_shift=True)
 
 
-def build(**changes: object) -> GPT:
-    return GPT(replace(SMALL, **changes), generator=torch.Generator().manual_seed(0)).eval()  # type: ignore[arg-type]
+def small(**changes: object) -> NgramGPT:
+    return NgramGPT(replace(SMALL, **changes), generator=torch.Generator().manual_seed(0)).eval()  # type: ignore[arg-type]
 
 
 def tokens(*shape: int, vocabulary: int = 11) -> torch.Tensor:
@@ -29,7 +33,7 @@ INDUCTION = {"match": 2, "key_shift": True}
 
 @pytest.mark.parametrize("options", [{}, INDUCTION])
 def test_positions_see_only_the_past(options: dict):
-    model, idx = build(**options), tokens(2, 12, vocabulary=2)
+    model, idx = small(**options), tokens(2, 12, vocabulary=2)
     for t in (1, 7, 11):
         changed = idx.clone()
         changed[:, t:] = 2 + (changed[:, t:] + 1) % 2
@@ -41,8 +45,8 @@ def test_positions_see_only_the_past(options: dict):
 @pytest.mark.parametrize("prompt", [1, 2, 3, 30])
 @pytest.mark.parametrize("options", [{"ngram": 1}, {"mlp_shift": False}, {"ngram": 5}, INDUCTION])
 def test_cached_generation_is_what_the_whole_forward_would_say(options: dict, prompt: int):
-    model, idx = build(block_size=64, **options), tokens(2, prompt, vocabulary=2)
-    fast = model.generate(idx, 20, temperature=0)
+    model, idx = small(block_size=64, **options), tokens(2, prompt, vocabulary=2)
+    fast = model.generate(idx, 20, temperature=0, matching=True)
     slow = idx
     for _ in range(20):
         slow = torch.cat((slow, model(slow)[0][:, -1].argmax(-1, keepdim=True)), dim=1)
@@ -51,7 +55,7 @@ def test_cached_generation_is_what_the_whole_forward_would_say(options: dict, pr
 
 def test_generation_goes_past_the_block_with_the_ngrams_of_the_text():
     """Alone, they decide the next token: no attention, no MLP, a table that counts."""
-    model = build(n_layer=1, block_size=4, mlp_shift=False, zero_init=True, ngram_rows=4096)
+    model = small(n_layer=1, block_size=4, mlp_shift=False, zero_init=True, ngram_rows=4096)
     with torch.no_grad():
         model.head.weight.copy_(torch.randn(11, 16, generator=torch.Generator().manual_seed(2)))
         model.get_parameter("ngram_embedding.weight").normal_(generator=torch.Generator().manual_seed(3))
@@ -111,18 +115,20 @@ def test_matches_reach_into_the_tokens_in_front():
 
 
 def test_without_matching_no_text_repeats_itself():
-    model, idx = build(**INDUCTION), tokens(1, 40, vocabulary=2)
+    model, idx = small(**INDUCTION), tokens(1, 40, vocabulary=2)
     with torch.no_grad():
         model.get_parameter("match_embedding.weight")[[*range(1, 12), *range(13, 24)]] += 1  # all rows but "never"
-    never = build(**INDUCTION)
+    never = small(**INDUCTION)
     assert not torch.equal(model(idx)[0], never(idx)[0])
-    assert torch.equal(model(idx, matching=False)[0], never(idx, matching=False)[0])
+    unmatched, never_matched = (m(idx, cache=NgramCache(m.config, matching=False))[0] for m in (model, never))
+    assert torch.equal(unmatched, never_matched)
+    assert torch.equal(model.generate(idx, 9, temperature=0), never.generate(idx, 9, temperature=0))
 
 
 def test_a_shifted_key_is_that_of_the_position_before():
     x = torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(0))
     none = torch.ones(12, 4), torch.zeros(12, 4)  # positions are not turned
-    (q, k, v), (same_q, own, same_v) = (build(n_layer=1, key_shift=s).blocks[0].attention.heads(x, none) for s in (True, False))  # type: ignore[union-attr]
+    (q, k, v), (same_q, own, same_v) = (small(n_layer=1, key_shift=s).blocks[0].attention.heads(x, none) for s in (True, False))  # type: ignore[union-attr]
     assert torch.equal(q, same_q)
     assert torch.equal(v, same_v)
     assert torch.allclose(k[:, :, 1:], own[:, :, :-1], atol=1e-6)
@@ -148,7 +154,7 @@ def test_shift_takes_half_of_the_channels_from_the_position_before():
 
 
 def test_a_shifted_mlp_reaches_one_position_a_layer():
-    model, idx = build(ngram=1), tokens(1, 12)
+    model, idx = small(ngram=1), tokens(1, 12)
     with torch.no_grad():
         for block in model.blocks:
             assert isinstance(block, Block)
@@ -161,19 +167,19 @@ def test_a_shifted_mlp_reaches_one_position_a_layer():
 
 def test_without_the_options_nothing_is_different():
     """The same parameters, and a table of zeros adds exactly nothing: the first logits are bit for bit those of a model without it."""
-    off, on = build(ngram=1, mlp_shift=False, zero_init=True), build(mlp_shift=False, zero_init=True)
+    off, on = small(ngram=1, mlp_shift=False, zero_init=True), small(mlp_shift=False, zero_init=True)
     assert {n for n, _ in on.named_parameters()} - {n for n, _ in off.named_parameters()} == {"ngram_embedding.weight"}
     with torch.no_grad():
         for model in (off, on):
             model.head.weight.copy_(torch.randn(11, 16, generator=torch.Generator().manual_seed(2)))
     assert torch.equal(on(tokens(2, 12))[0], off(tokens(2, 12))[0])
-    assert GPTConfig().ngram == 1
-    assert not GPTConfig().mlp_shift
+    assert NgramConfig().ngram == 1
+    assert not NgramConfig().mlp_shift
 
 
 def test_the_table_has_its_place_in_the_modular_norm():
     """Depth 1, masses 1 + 2 + 4 + 2 + 1 of 10, logit_scale 10: the table has twice the embedding's share, is read twice and steps as far."""
-    model = build(n_layer=1)
+    model = small(n_layer=1)
     norm = metrize(model, model.structure(RoleMasses(ngram=2.0)))
     assert set(norm.norms) == {n for n, _ in model.named_parameters()}
     assert (norm.roles["ngram_embedding.weight"], str(norm.norms["ngram_embedding.weight"])) == ("ngram", "L1ToRMS")
@@ -187,17 +193,17 @@ def test_the_table_has_its_place_in_the_modular_norm():
 
 def test_matches_have_their_place_in_the_modular_norm():
     """Masses 1 + 1 + 4 + 2 + 1 + 1 of 10: read twice, as far as the embedding, at half its radius."""
-    model = build(n_layer=1, match=2)
+    model = small(n_layer=1, match=2)
     norm = metrize(model, model.structure())
     assert (norm.roles["match_embedding.weight"], str(norm.norms["match_embedding.weight"])) == ("match", "L1ToRMS")
     assert norm.radii["match_embedding.weight"] == pytest.approx(norm.radii["embedding.weight"] / 2)
-    zero = GPT(replace(SMALL, zero_init=True, match=2)).get_parameter("match_embedding.weight")
+    zero = NgramGPT(replace(SMALL, zero_init=True, match=2)).get_parameter("match_embedding.weight")
     assert not zero.any()
     assert zero.shape == (2 * 12, 16)
 
 
 def test_only_rows_of_ngrams_that_were_met_move():
-    model, idx = build(), tokens(2, 12)
+    model, idx = small(), tokens(2, 12)
     table = model.get_parameter("ngram_embedding.weight")
     before = table.detach().clone()
     optimizer = Dualized(model, 0.1, norm=metrize(model))
@@ -211,7 +217,7 @@ def test_only_rows_of_ngrams_that_were_met_move():
 
 def test_flops_are_what_torch_counts():
     """A look-up is no product."""
-    model = build().train()
+    model = small().train()
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         loss = model(tokens(3, 12), tokens(3, 12))[1]
         assert loss is not None
@@ -229,11 +235,48 @@ def test_flops_are_what_torch_counts():
 )
 def test_impossible_tables_are_refused(changes: dict, text: str):
     with pytest.raises(ValueError, match=text):
-        GPT(replace(SMALL, **changes))
+        NgramGPT(replace(SMALL, **changes))
+
+
+# ---- the choice of a model
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "default"),
+    [("ngram", 4, 1), ("ngram_rows", 8, 4096), ("match", 1, 0), ("key_shift", True, False), ("mlp_shift", True, False)],
+)
+def test_a_plain_gpt_has_no_settings_of_ngrams(setting: str, value: object, default: object):
+    text = f"model.{setting}\n  got: {value}\n  allowed: {default} with model.name = 'gpt'\n  fix: --model.name ngram"
+    with pytest.raises(ConfigError, match=f"^{text}$"):
+        load(["--run.name", "x", f"--model.{setting.replace('_', '-')}", str(value)])
+    config = load(["--run.name", "x", f"--model.{setting}", str(value), "--model.name", "ngram"])
+    assert getattr(config.model, setting) == value
+
+
+def test_an_option_does_not_change_the_model_of_a_file(tmp_path: Path):
+    (tmp_path / "c.toml").write_text("[model]\nn_layer = 1\n")
+    assert load([str(tmp_path / "c.toml")]).model.name == "gpt"
+    with pytest.raises(ConfigError, match="model.match\n  got: 2\n  allowed: 0 with model.name = 'gpt'"):
+        load([str(tmp_path / "c.toml"), "--model.match", "2"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_name_decides_the_class(name: Literal["gpt", "ngram"]):
+    assert type(build(ModelConfig(1, 1, 8, block_size=4, vocab_size=7, name=name))) is {"gpt": GPT, "ngram": NgramGPT}[name]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "records").rglob("*.toml")), ids=lambda p: p.stem)
+def test_configurations_without_a_name_are_the_models_that_they_were(path: Path):
+    """Those of the record book: with n-gram settings "ngram", and without them, or with their defaults, "gpt"."""
+    raw = tomllib.loads(path.read_text())["model"]
+    model = from_dict(Config, {"model": raw}).model
+    assert model.name == ("ngram" if raw.get("ngram", 1) > 1 else "gpt")
+    assert {key: getattr(model, key) for key in raw} == raw
+    model.check()
 
 
 def test_the_track_s_configuration_is_what_it_says():
     path = ROOT / "configs" / "shakespeare_speedrun.toml"
     config = load([str(path)])
     assert config.train.target_loss == tomllib.loads((ROOT / "configs" / "shakespeare_char.toml").read_text())["train"]["target_loss"]
-    assert GPT(replace(config.model, vocab_size=65)).num_params() == 2 * 65 * 64 + 8192 * 64 + 4 * 64**2 + 8 * 64**2
+    assert build(replace(config.model, vocab_size=65)).num_params() == 2 * 65 * 64 + 8192 * 64 + 4 * 64**2 + 8 * 64**2

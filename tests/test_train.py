@@ -19,6 +19,8 @@ from checkpoint import signed
 from config import Config, from_dict
 from data.shards import read_manifest, read_shard, write_manifest, write_shard
 from model import GPT
+from models import build
+from models.ngram import NgramGPT
 from tests.helpers import TEXT, run, small_dataset, start
 
 KILLS = int(os.environ.get("NANODUAL_KILLS", "10"))
@@ -561,6 +563,23 @@ def test_sample_continues_the_prompt(root: Path, whole: Path):
     ):
         code, _, err = run(root, str(whole), option, value, script="sample.py")
         assert (code, text in err) == (2, True), err
+
+
+def test_a_run_keeps_the_name_of_its_model_and_sample_rebuilds_it(root: Path, tmp_path: Path):
+    options = ("--model.name", "ngram", "--model.ngram", "3", "--model.match", "1", "--model.key-shift", "--model.mlp-shift")
+    code, _, err = run(root, "small.toml", "--run.name", "ngrams", "--train.steps", "2", *options)
+    assert code == 0, err
+    folder = root / "runs/ngrams"
+    assert 'name = "ngram"' in (folder / "config.toml").read_text().split("[model]")[1].split("[optim]")[0]
+    newest = folder / "checkpoints/step_00000002"
+    assert {"ngram_embedding.weight", "match_embedding.weight"} <= load_file(file_of(newest, "model")).keys()
+    code, out, err = run(tmp_path, str(folder), "--prompt", "3 times", "--tokens", "9", script="sample.py")
+    assert code == 0, err
+    assert out.startswith("3 times")
+    # A checkpoint from before there was a name, whose settings say what it is.
+    state = json.loads((newest / "state.json").read_text())
+    del state["config"]["model"]["name"]
+    assert type(build(from_dict(Config, state["config"]).model)) is NgramGPT
 
 
 def test_sample_needs_no_dataset(whole: Path, tmp_path: Path):

@@ -1,0 +1,60 @@
+"""The models that a configuration can name: the GPT of model.py, and those beside this file."""
+
+from dataclasses import Field, dataclass, fields
+from typing import Any, Literal
+
+import torch
+
+from model import GPT, GPTConfig
+from optim import Norm
+
+from .ngram import NgramConfig, NgramGPT
+
+# Each model with the settings that it has.
+MODELS: dict[str, tuple[type[GPT], type[GPTConfig]]] = {
+    "gpt": (GPT, GPTConfig),
+    "ngram": (NgramGPT, NgramConfig),
+}
+
+
+@dataclass
+class ModelConfig(NgramConfig):
+    """The settings of all models. name: which one is built, with its own settings alone.
+
+    "gpt" is the GPT of model.py; "ngram" adds tables of n-grams and matches (models/ngram.py).
+    """
+
+    name: Literal["gpt", "ngram"] = "gpt"
+
+    def check(self) -> None:
+        """Raise ValueError for what cannot be built, and for settings of other models."""
+        super().check()
+        for f in settings_of_others(self.name):
+            value = getattr(self, f.name)
+            if value != f.default:
+                raise ValueError(
+                    f"model.{f.name}\n  got: {value}\n  allowed: {f.default} with model.name ="
+                    f" {self.name!r}\n  fix: --model.name {' or '.join(models_with(f.name))}"
+                )
+
+
+def settings_of_others(name: str) -> list[Field[Any]]:
+    """Return the settings that the model of this name has not, because only others have them."""
+    return [f for f in fields(ModelConfig) if f.name != "name" and name not in models_with(f.name)]
+
+
+def models_with(setting: str) -> list[str]:
+    return [name for name, (_, config) in MODELS.items() if hasattr(config, setting)]
+
+
+def build(
+    config: ModelConfig,
+    norms: dict[str, Norm] | None = None,
+    generator: torch.Generator | None = None,
+) -> GPT:
+    """Return the model that config.name names.
+
+    norms: by role. generator: of the initial weights; on the meta device there are none.
+    """
+    model, _ = MODELS[config.name]
+    return model(config, norms, generator)

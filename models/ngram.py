@@ -1,0 +1,269 @@
+"""The n-gram model: one layer that is given what a larger model has to learn.
+
+A plain GPT spends most of a short training on two simple things: which letters follow which, and
+how to find the last place in the text that looked like this one. This model starts with both.
+
+N-grams. Beside the row of its own token, a position adds learned rows for its last 2, 3, … n
+tokens. There are too many n-grams for a row each, so a hash picks a row of one table, and some
+n-grams share a row. The table begins at zero. Nothing is counted beforehand: its rows are learned
+by gradient steps, as all other weights are.
+
+Matches. A position looks for the last time that its last 4 tokens stood in the window, and adds a
+learned row for the token that followed there; and so for its last 8, 16 and 32 tokens. It does
+not copy that token: it learns, for each length, what such a hint is worth.
+
+Keys of the position before. Attention finds a position by its key. Here the key is made from the
+position before, so that "look where the token before was mine" takes one layer, not two (an
+induction head, Olsson et al., arXiv 2209.11895).
+
+Shifted MLP. Half of the MLP's input comes from the position before (Peng et al., arXiv 2305.13048,
+without its learned mix).
+
+All of it is optional, and a table that is off is not there. configs/quickstart.toml uses all four,
+with bytes as tokens; configs/shakespeare_speedrun.toml uses n-grams and the shifted MLP.
+
+B batch, T positions, D n_embd, H n_head, K = D/H, V vocabulary, N order of the longest n-gram,
+M lengths of matches.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import GPT, MLP, OUTPUTS, Attention, Cache, GPTConfig, Past, RoleMasses, rms_norm, rotate
+from optim import Module, atom, bond
+
+
+@dataclass
+class NgramConfig(GPTConfig):
+    """ngram: N > 1 adds a row for each of the last 2, … N tokens. ngram_rows: rows of their table.
+
+    match: M > 0 adds rows for what followed the last time that the last 4, 8, … 4 · 2^(M − 1)
+    tokens stood in the window. key_shift: keys are made from the position before. mlp_shift: half
+    of the MLP's input comes from the position before.
+    """
+
+    ngram: int = 1
+    ngram_rows: int = 4096
+    match: int = 0
+    key_shift: bool = False
+    mlp_shift: bool = False
+
+    def check(self) -> None:
+        """Raise ValueError for what cannot be built."""
+        super().check()
+        self.require(
+            ("ngram", self.ngram >= 1, "1 (off) or more"),
+            ("match", 0 <= self.match <= 8, "0 (off) to 8"),
+            ("ngram_rows", self.ngram_rows >= 1, "1 or more"),
+        )
+
+
+# ---- which rows of the tables a position reads
+
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2^64 / golden ratio, odd, as a signed integer (Knuth)
+
+
+def ngram_rows(idx_BT: Tensor, *, order: int, rows: int, before: Tensor | None = None) -> Tensor:
+    """Return for each position the rows of its last 2, … `order` tokens: (B, T, order − 1).
+
+    before (B, any): the tokens in front of idx. Where there are none, the n-gram is padded with a
+    symbol of its own. Hashing is multiplicative (Knuth, The Art of Computer Programming, vol. 3,
+    §6.4).
+    """
+    found, T = [], idx_BT.shape[1]
+    seen_BS = idx_BT if before is None else torch.cat((before, idx_BT), dim=1)
+    seen_BS = F.pad(seen_BS + 1, (order - 1, 0))  # 0 is "no token"
+    S = seen_BS.shape[1]
+    key_BT = seen_BS[:, -T:]
+    for back in range(1, order):
+        # Products wrap around, the same on all devices.
+        key_BT = key_BT * GOLDEN + seen_BS[:, S - T - back : S - back]
+        found.append(((key_BT * GOLDEN) >> 32) % rows)
+    return torch.stack(found, dim=-1)
+
+
+def match_rows(
+    idx_BT: Tensor,
+    *,
+    matches: int,
+    vocabulary: int,
+    before: Tensor | None = None,
+) -> Tensor:
+    """Return for each position and length 4, 8, 16 … the row of what followed the last time.
+
+    The result is (B, T, matches). Each length has vocabulary + 1 rows, the first one for "never".
+    before (B, any): the tokens in front of idx, where matches are looked for too.
+
+    Keys are hashes: equal keys are equal n-grams but for 64-bit collisions. A stable sort puts each
+    position behind the last one before it that has the same key.
+    """
+    seen_BS = idx_BT if before is None else torch.cat((before, idx_BT), dim=1)
+    place_S, found = torch.arange(seen_BS.shape[1], device=idx_BT.device), []
+    key_BS, length = seen_BS + 1, 1
+    while len(found) < matches:
+        # Two keys of neighbours make a key of twice the tokens.
+        key_BS = key_BS * GOLDEN + F.pad(key_BS, (length, 0))[:, : key_BS.shape[1]]
+        key_BS ^= key_BS >> 29
+        length *= 2
+        if length < 4:
+            continue
+        sorted_BS, order_BS = key_BS.sort(dim=1, stable=True)
+        again_BS = torch.where(sorted_BS[:, 1:] == sorted_BS[:, :-1], order_BS[:, :-1], -1)
+        last_BS = torch.full_like(order_BS, -1).scatter_(1, order_BS[:, 1:], again_BS)
+        known_BS = (last_BS >= 0) & (place_S >= length - 1)
+        follower_BS = torch.where(known_BS, seen_BS.gather(1, last_BS + 1) + 1, 0)
+        found.append(follower_BS + len(found) * (vocabulary + 1))
+    return torch.stack(found, dim=-1)[:, -idx_BT.shape[1] :]
+
+
+# ---- a layer that looks one position back
+
+
+class ShiftedPast(Past):
+    """A layer's past, and what its parts keep of the last position, (B, 1, any), by name."""
+
+    def __init__(self, window: int) -> None:
+        super().__init__(window)
+        self.last: dict[str, Tensor] = {}
+
+
+class NgramCache(Cache):
+    """A cache that knows the text, at most the last block_size − 1 tokens of it.
+
+    matching: False looks up no matches.
+    """
+
+    def __init__(self, config: GPTConfig, *, matching: bool) -> None:
+        super().__init__(config)
+        self.layers = [ShiftedPast(config.block_size) for _ in range(config.n_layer)]
+        self.keep, self.matching = config.block_size - 1, matching
+        self.text_BS: Tensor | None = None
+
+    def extend(self, idx_BT: Tensor) -> Tensor | None:
+        """Return the text in front of idx, and extend it by idx."""
+        before_BS = self.text_BS
+        seen_BS = idx_BT if before_BS is None else torch.cat((before_BS, idx_BT), dim=1)
+        self.text_BS = seen_BS[:, max(0, seen_BS.shape[1] - self.keep) :]
+        return before_BS
+
+
+def previous(x_BTD: Tensor, past: ShiftedPast | None, name: str) -> Tensor:
+    """Return x of the position before; 0 in front of the first one."""
+    last = torch.zeros_like(x_BTD[:, :1])
+    if past is not None:
+        last = past.last.get(name, last)
+        past.last[name] = x_BTD[:, -1:]
+    return torch.cat((last, x_BTD[:, :-1]), dim=1)
+
+
+def shift(x_BTD: Tensor, past: ShiftedPast | None) -> Tensor:
+    """Return x with the second half of its channels from the position before."""
+    own, old = x_BTD.chunk(2, dim=-1)
+    return torch.cat((own, previous(old, past, "mlp")), dim=-1)
+
+
+class ShiftedAttention(Attention):
+    """Attention whose keys are made from the position before."""
+
+    def heads(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        past: ShiftedPast | None = None,
+    ) -> list[Tensor]:
+        before_BTD = previous(x_BTD, past, "keys")
+        q, k, v = (
+            self.split(self.q(x_BTD)),
+            self.split(self.k(before_BTD)),
+            self.split(self.v(x_BTD)),
+        )
+        return [rotate(rms_norm(q), rope), rotate(rms_norm(k), rope), v]
+
+
+class ShiftedMLP(MLP):
+    """An MLP that has half of its input from the position before."""
+
+    def forward(self, x_BTD: Tensor, past: ShiftedPast | None = None) -> Tensor:
+        return super().forward(shift(x_BTD, past))
+
+    @staticmethod
+    def structure(*args: Any) -> Module:
+        # Half of two positions: as large as one where they are alike in size, at most √2 times.
+        return MLP.structure(*args) @ bond("shift", typical=True)
+
+
+# ---- the model
+
+
+class NgramGPT(GPT):
+    """A GPT with tables of n-grams and matches, and layers that look one position back."""
+
+    config: NgramConfig
+    zeros = (*OUTPUTS, "ngram_embedding.weight", "match_embedding.weight")
+
+    def make_embedding(self, vocabulary: int) -> None:
+        super().make_embedding(vocabulary)
+        c = self.config
+        if c.ngram > 1:
+            self.ngram_embedding = nn.Embedding(c.ngram_rows, c.n_embd)
+        if c.match:
+            self.match_embedding = nn.Embedding(c.match * (vocabulary + 1), c.n_embd)
+
+    def embed(self, idx_BT: Tensor, cache: NgramCache | None = None) -> Tensor:
+        """Return the sum of the rows of each position's token, n-grams and matches, (B, T, D)."""
+        c = self.config
+        x_BTD = super().embed(idx_BT)
+        before_BS = cache.extend(idx_BT) if cache else None
+        if c.ngram > 1:
+            rows_BTN = ngram_rows(idx_BT, order=c.ngram, rows=c.ngram_rows, before=before_BS)
+            x_BTD = x_BTD + self.ngram_embedding(rows_BTN).sum(dim=-2)
+        if c.match:
+            V = self.embedding.num_embeddings
+            if cache is None or cache.matching:
+                rows_BTM = match_rows(idx_BT, matches=c.match, vocabulary=V, before=before_BS)
+            else:
+                never_M = torch.arange(c.match, device=idx_BT.device) * (V + 1)
+                rows_BTM = never_M.expand(*idx_BT.shape, c.match)
+            x_BTD = x_BTD + self.match_embedding(rows_BTM).sum(dim=-2)
+        return x_BTD
+
+    def embedding_structure(self, masses: RoleMasses) -> Module:
+        """Return the sum of the tables; one that a token reads k times has sensitivity k."""
+        c, norm, structure = (
+            self.config,
+            self.norms["embedding"],
+            super().embedding_structure(masses),
+        )
+        if c.ngram > 1:
+            ngrams = atom("ngram_embedding.weight", norm, mass=masses.ngram, role="ngram")
+            structure += (c.ngram - 1) * ngrams
+        if c.match:
+            matches = atom("match_embedding.weight", norm, mass=masses.match, role="match")
+            structure += c.match * matches
+        return structure
+
+    def halves(self) -> tuple[type[Attention], type[MLP]]:
+        c = self.config
+        attention = ShiftedAttention if c.key_shift else Attention
+        mlp = ShiftedMLP if c.mlp_shift else MLP
+        return attention, mlp
+
+    def generate(
+        self,
+        idx_BT: Tensor,
+        tokens: int,
+        *,
+        matching: bool = False,
+        **options: Any,
+    ) -> Tensor:
+        """Continue idx (B, T ≥ 1) by `tokens` tokens, with the options of GPT.generate.
+
+        matching: whether matches are looked up. They are not by default: a text that is matched
+        with itself soon repeats itself for ever.
+        """
+        cache = NgramCache(self.config, matching=matching)
+        return super().generate(idx_BT, tokens, cache=cache, **options)
