@@ -23,12 +23,14 @@ class GPTConfig:
     logit_softcap: c, None is off; softcap: "tanh" is c · tanh(x/c), "rsqrt" x / √(1 + (x/c)²).
     logit_scale: logits of a head of norm 1 at unit-RMS input are at most this. attention_scale: c in softmax(c · cos(q, k)).
     ngram: n > 1 adds to a token's embedding a learned row for each of the last 2, … n tokens, which a hash picks out of ngram_rows.
+    match: n > 0 adds a learned row for the token that followed the last time that the last 4 tokens stood in the window; and so the last 8, 16, … 4 · 2ⁿ⁻¹.
+    key_shift: a key is made from the position before its value's, so that one layer can look for what followed the last time (an induction head, Olsson et al., arXiv 2209.11895).
     mlp_shift: MLPs have half of their input's channels from the position before (Peng et al., arXiv 2305.13048, without its learned mix).
     bias: of every linear map. norm_gains: of every RMSNorm. embedding_norm: an RMSNorm after the embedding. rotary: "half" turns half of each head's pairs, at base 1024.
     init: "norm", every weight at norm 1 of its role; "gpt2", N(0, 0.02²), output projections by 1/√2L smaller (Radford et al. 2019, as nanoGPT);
     "fan_in", N(0, 1/I) and embeddings N(0, 1), the function that standard and NTK parametrizations start from; "track", N(0, 0.33/I), embeddings N(0, 1), output
     projections 0, as the NanoGPT speedrun's optimization track. The last three are for comparisons. Biases start at 0, gains at 1.
-    zero_init: with init = "norm", output projections and the n-grams' rows start at 0.
+    zero_init: with init = "norm", output projections and the rows of n-grams and matches start at 0.
 
     configs/track3_124m.toml sets them to that track's architecture.
     """
@@ -47,6 +49,8 @@ class GPTConfig:
     attention_scale: float = 10.0
     ngram: int = 1
     ngram_rows: int = 4096
+    match: int = 0
+    key_shift: bool = False
     mlp_shift: bool = False
     bias: bool = False
     norm_gains: bool = False
@@ -66,6 +70,7 @@ class GPTConfig:
             ("branch_gains", self.branch_gains or self.residual == "plain", 'true, or false with residual = "plain"'),
             ("block_size", self.block_size >= 1, "1 or more"),
             ("ngram", self.ngram >= 1, "1 (off) or more"),
+            ("match", 0 <= self.match <= 8, "0 (off) to 8"),
             ("ngram_rows", self.ngram_rows >= 1, "1 or more"),
             ("vocab_size", self.vocab_size is None or self.vocab_size >= 2, "2 or more, or left out"),
             ("dropout", 0 <= self.dropout < 1, "0 <= dropout < 1"),
@@ -112,11 +117,12 @@ class RoleNorms:
 class RoleMasses:
     """Each role's share of feature learning, all layers together; only ratios matter. A layer's six matrices have equal mass, as in Modula.
 
-    ngram, gain, bias: where the model has them.
+    ngram, match, gain, bias: where the model has them.
     """
 
     embedding: float = 1.0
     ngram: float = 1.0
+    match: float = 1.0
     attention: float = 4.0
     mlp: float = 2.0
     head: float = 1.0
@@ -173,6 +179,30 @@ def ngram_rows(idx_BT: Tensor, *, order: int, rows: int, before: Tensor | None =
     return torch.stack(found, dim=-1)
 
 
+def match_rows(idx_BT: Tensor, *, matches: int, vocabulary: int, before: Tensor | None = None) -> Tensor:
+    """(B, T, matches): for each position and length 4, 8, 16 …, the row of the token that followed the last time that so many last tokens stood there.
+
+    Each length has vocabulary + 1 rows, the first one for "never". before (B, any): the tokens in front of idx, where matches are looked for too.
+    Equal keys are equal n-grams but for 64-bit collisions; a stable sort puts each behind the last one before it.
+    """
+    seen_BT = idx_BT if before is None else torch.cat((before, idx_BT), dim=1)
+    place, found = torch.arange(seen_BT.shape[1], device=idx_BT.device), []
+    key_BT, length = seen_BT + 1, 1
+    while len(found) < matches:
+        key_BT = key_BT * GOLDEN + F.pad(key_BT, (length, 0))[:, : key_BT.shape[1]]  # of two halves: a key of twice the tokens
+        key_BT ^= key_BT >> 29
+        length *= 2
+        if length < 4:
+            continue
+        sorted_BT, order_BT = key_BT.sort(dim=1, stable=True)
+        again_BT = torch.where(sorted_BT[:, 1:] == sorted_BT[:, :-1], order_BT[:, :-1], -1)
+        last_BT = torch.full_like(order_BT, -1).scatter_(1, order_BT[:, 1:], again_BT)
+        known_BT = (last_BT >= 0) & (place >= length - 1)
+        follower_BT = torch.where(known_BT, seen_BT.gather(1, last_BT + 1) + 1, 0)
+        found.append(follower_BT + len(found) * (vocabulary + 1))
+    return torch.stack(found, dim=-1)[:, -idx_BT.shape[1] :]
+
+
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2^64 / golden ratio, odd, as a signed integer [Knuth]
 
 
@@ -212,16 +242,19 @@ class Attention(nn.Module):
         D = config.n_embd
         self.q, self.k, self.v, self.out = (nn.Linear(D, D, bias=config.bias) for _ in range(4))
         self.n_head, self.dropout = config.n_head, config.dropout
+        self.key_shift = config.key_shift
         self.scale = config.attention_scale * config.n_head / D  # c/K, since ⟨q, k⟩ = K cos(q, k)
 
-    def heads(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> list[Tensor]:
+    def heads(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], past: "Past | None" = None) -> list[Tensor]:
         """Queries and keys, at unit RMS and rotated, and values: (B, H, T, K) each."""
-        q, k, v = (w(x_BTD).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for w in (self.q, self.k, self.v))
+        keys_BTD = previous(x_BTD, past, "keys") if self.key_shift else x_BTD
+        inputs = ((self.q, x_BTD), (self.k, keys_BTD), (self.v, x_BTD))
+        q, k, v = (w(y_BTD).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for w, y_BTD in inputs)
         return [rotate(rms_norm(q), rope), rotate(rms_norm(k), rope), v]
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], past: "Past | None" = None) -> Tensor:
         B, T, D = x_BTD.shape
-        q, k, v = self.heads(x_BTD, rope)
+        q, k, v = self.heads(x_BTD, rope, past)
         if past is not None:
             k, v = past.extend(k, v)
             assert T == 1 or k.shape[2] == T, "the mask of several new positions behind old ones is not built"
@@ -278,12 +311,12 @@ class Block(nn.Module):
 
 
 class Past:
-    """Keys and values (B, H, T, K) of one layer, the last `window` − 1 positions of them; with mlp_shift, what the next position has from the last one (B, 1, D/2)."""
+    """Keys and values (B, H, T, K) of one layer, the last `window` − 1 positions of them; with mlp_shift and key_shift, what the next position has from the last one (B, 1, any)."""
 
     def __init__(self, window: int) -> None:
         self.keep = window - 1
         self.kv: tuple[Tensor, Tensor] | None = None
-        self.last: Tensor | None = None
+        self.last: dict[str, Tensor] = {}
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.kv is not None:
@@ -296,10 +329,15 @@ class Past:
 def shift(x_BTD: Tensor, past: Past | None) -> Tensor:
     """The second half of the channels from the position before; 0 before the first one."""
     own, old = x_BTD.chunk(2, dim=-1)
-    last = past.last if past is not None and past.last is not None else torch.zeros_like(old[:, :1])
+    return torch.cat((own, previous(old, past, "mlp")), dim=-1)
+
+
+def previous(x_BTD: Tensor, past: Past | None, name: str) -> Tensor:
+    """x of the position before; 0 before the first one. name: under which past keeps the last one."""
+    last = past.last[name] if past is not None and name in past.last else torch.zeros_like(x_BTD[:, :1])
     if past is not None:
-        past.last = old[:, -1:]
-    return torch.cat((own, torch.cat((last, old[:, :-1]), dim=1)), dim=-1)
+        past.last[name] = x_BTD[:, -1:]
+    return torch.cat((last, x_BTD[:, :-1]), dim=1)
 
 
 OUTPUTS = ("out.weight", "down.weight", "head.weight")
@@ -318,6 +356,7 @@ class GPT(nn.Module):
         self.norms = norms or RoleNorms().build(Polar(), config.n_head)
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.ngram_embedding = nn.Embedding(config.ngram_rows, config.n_embd) if config.ngram > 1 else None
+        self.match_embedding = nn.Embedding(config.match * (config.vocab_size + 1), config.n_embd) if config.match else None
         self.embedding_norm = RMSNorm(config) if config.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.head_norm = RMSNorm(config)
@@ -332,7 +371,7 @@ class GPT(nn.Module):
                 p.fill_(leaf.role == "gain")
             elif self.config.init != "norm":
                 p.normal_(generator=generator).mul_(self._deviation(leaf.name, p))
-            elif self.config.zero_init and (leaf.name.endswith(OUTPUTS) or leaf.role == "ngram"):
+            elif self.config.zero_init and (leaf.name.endswith(OUTPUTS) or leaf.role in ("ngram", "match")):
                 p.zero_()
             else:
                 p.copy_(leaf.norm.init(p.shape, generator))
@@ -367,6 +406,8 @@ class GPT(nn.Module):
         if c.ngram > 1:
             # One table, read n − 1 times a token.
             embedding += (c.ngram - 1) * atom("ngram_embedding.weight", norms["embedding"], mass=m.ngram, role="ngram")
+        if c.match:
+            embedding += c.match * atom("match_embedding.weight", norms["embedding"], mass=m.match, role="match")
         if c.embedding_norm:
             embedding = RMSNorm.structure("embedding_norm", gain) @ embedding
         # The norm of logits is their largest: so is that of the head's bias.
@@ -382,13 +423,19 @@ class GPT(nn.Module):
         past: list[Past] | None = None,
         start: int = 0,
         before: Tensor | None = None,
+        matching: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
-        """(logits (B, T, V), loss in nats per token or None). Targets of −1 do not count. With past, start: position of the first token; before: tokens in front of it, for n-grams."""
+        """(logits (B, T, V), loss in nats per token or None). Targets of −1 do not count. With past, start: position of the first token; before: tokens in front of it, for n-grams and matches. matching: False finds no matches."""
         c = self.config
         rope = rotary(torch.arange(start, start + idx_BT.shape[1], device=idx_BT.device), c.n_embd // c.n_head, half=c.rotary == "half")
         x_BTD = self.embedding(idx_BT)
         if self.ngram_embedding is not None:
             x_BTD = x_BTD + self.ngram_embedding(ngram_rows(idx_BT, order=c.ngram, rows=c.ngram_rows, before=before)).sum(dim=-2)
+        if self.match_embedding is not None:
+            rows = match_rows(idx_BT, matches=c.match, vocabulary=self.head.out_features, before=before)
+            if not matching:  # each length's first row
+                rows = (torch.arange(c.match, device=rows.device) * (self.head.out_features + 1)).expand_as(rows)
+            x_BTD = x_BTD + self.match_embedding(rows).sum(dim=-2)
         x_BTD = self.embedding_norm(x_BTD)
         for i, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, rope, past[i] if past else None)
@@ -422,16 +469,19 @@ class GPT(nn.Module):
         top_k: int | None = None,
         vocab_size: int | None = None,
         generator: torch.Generator | None = None,
+        matching: bool = True,
     ) -> Tensor:
         """idx (B, T >= 1) continued by `tokens` tokens: (B, T + tokens). temperature 0 is greedy. vocab_size: of the tokenizer, where the model's is padded.
 
+        matching: False finds no matches: a text that is matched with itself soon repeats itself for ever.
         Keys and values are cached; each position sees the last block_size ones.
         """
         past = [Past(self.config.block_size) for _ in self.blocks]
         fresh_BT, start = idx_BT[:, -self.config.block_size :], 0
+        looks_back = max(self.config.ngram, self.config.block_size - 1 if self.config.match else 0)
         for _ in range(tokens):
-            before_BT = idx_BT[:, -(start + 1) : -1][:, -self.config.ngram :] if start else None
-            logits_BV = self(fresh_BT, past=past, start=start, before=before_BT)[0][:, -1, :vocab_size]
+            before_BT = idx_BT[:, -(start + 1) : -1][:, -looks_back:] if start else None
+            logits_BV = self(fresh_BT, past=past, start=start, before=before_BT, matching=matching)[0][:, -1, :vocab_size]
             start += fresh_BT.shape[1]
             if top_k is not None:
                 kth = logits_BV.topk(min(top_k, logits_BV.shape[-1])).values[:, -1:]

@@ -71,6 +71,7 @@ def main(options: Options) -> None:
             top_k=options.top_k,
             vocab_size=tokenizer.vocab_size,
             generator=generator,
+            matching=False,
         )
     for i, row in enumerate(out_BT.tolist()):
         print(f"{'-' * 8} {i + 1}\n" * (options.samples > 1) + tokenizer.decode(row))

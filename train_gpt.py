@@ -386,7 +386,9 @@ def train(config: Config, runtime: Runtime) -> None:
         model.eval()
         generator = torch.Generator(runtime.device).manual_seed(config.run.seed)
         idx_BT = torch.tensor([prompt], device=runtime.device)
-        out_BT = model.generate(idx_BT, c.sample_tokens, temperature=0.8, vocab_size=tokenizer.vocab_size, generator=generator)
+        out_BT = model.generate(
+            idx_BT, c.sample_tokens, temperature=0.8, vocab_size=tokenizer.vocab_size, generator=generator, matching=False
+        )
         say(f"sample:\n{tokenizer.decode(out_BT[0].tolist())}\n")
     others = ", ".join(f"{name} {bits:.4f}" for name, bits in dataset.manifest.splits["val"].compressors().items())
     say(f"validation: {progress.val_bpb:.4f} bits per byte" + f" ({others} of the same bytes)" * bool(others))

@@ -53,7 +53,7 @@ def adamw(
 
 # lr of AdamW's groups as multiples of Muon's, its betas, ε, and its weight decay as a multiple of Muon's: the optimization track's tuned baseline
 # (modded-nanogpt, records/track_3_optimization/train_gpt_simple.py, 06/2026: 0.7, 0.004, 0.015 beside 0.025, decay 0.001 beside 0.05).
-AUXILIARY = {"embedding": 0.7 / 0.025, "ngram": 0.7 / 0.025, "head": 0.004 / 0.025, "vectors": 0.015 / 0.025}
+AUXILIARY = {"embedding": 0.7 / 0.025, "ngram": 0.7 / 0.025, "match": 0.7 / 0.025, "head": 0.004 / 0.025, "vectors": 0.015 / 0.025}
 AUXILIARY_SETTINGS: dict[str, Any] = {"betas": (0.8, 0.95), "eps": 1e-10}
 AUXILIARY_DECAY = 0.001 / 0.05
 

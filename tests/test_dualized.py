@@ -13,6 +13,7 @@ from torch import nn
 
 from optim import (
     DIRECTIONS,
+    NORMS,
     Blocks,
     ConvRMSToRMS,
     CoverageError,
@@ -34,6 +35,7 @@ from optim import (
     Transposed,
     VectorRMS,
     atom,
+    dualized,
     metrize,
     register_direction,
 )
@@ -982,3 +984,24 @@ def test_a_compiled_step_is_traced_in_two_graphs():
     torch.compile(optimizer.step, backend=backend)()
     assert len(products) <= 2
     assert sum(products) >= 3 * 5, "three products in each of five steps of the polar iteration"
+
+
+@pytest.mark.parametrize("direction", ["momentum", "nesterov", "adam", "lion"])
+@pytest.mark.parametrize("norm", ["L1ToRMS", "RMSToLinf"])
+def test_a_long_table_steps_by_its_live_rows_bit_for_bit(monkeypatch: pytest.MonkeyPatch, direction: str, norm: str):
+    def train(long: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        monkeypatch.setattr(dualized, "LONG", long)
+        generator = torch.Generator().manual_seed(0)
+        W = torch.nn.Parameter(torch.randn(300, 24, generator=generator))
+        optimizer = Dualized([("table", W)], 0.1, norm=ModularNorm({"table": NORMS[norm]()}, {"table": 0.7}), direction=direction, beta=0.8)
+        for step in range(6):
+            W.grad = torch.zeros_like(W)
+            if step != 3:  # and once none at all
+                W.grad[torch.randint(300, (20,), generator=generator)] = torch.randn(20, 24, generator=generator)
+            optimizer.step()
+        return W.detach(), optimizer.state[W]
+
+    (W, state), (V, whole) = train(1), train(2**60)
+    assert torch.equal(W, V)
+    assert state.keys() == whole.keys()
+    assert all(torch.equal(state[k], whole[k]) for k in whole)

@@ -1,4 +1,4 @@
-"""The n-gram table and the MLPs' shift of model.py. Oracles: the full forward for the cache, dictionaries of n-grams for the hash, torch's FLOP counter."""
+"""N-grams, matches and shifts of model.py. Oracles: the full forward for the cache, dictionaries of n-grams for the hash, searches of strings for matches, torch's FLOP counter."""
 
 import math
 import tomllib
@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import load
-from model import GPT, Block, GPTConfig, RoleMasses, ngram_rows, shift
+from model import GPT, Block, GPTConfig, RoleMasses, match_rows, ngram_rows, shift
 from optim import Dualized, metrize
 from tests.helpers import ROOT
 
@@ -24,20 +24,24 @@ def tokens(*shape: int, vocabulary: int = 11) -> torch.Tensor:
     return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(1))
 
 
-def test_positions_see_only_the_past():
-    model, idx = build(), tokens(2, 12)
+INDUCTION = {"match": 2, "key_shift": True}
+
+
+@pytest.mark.parametrize("options", [{}, INDUCTION])
+def test_positions_see_only_the_past(options: dict):
+    model, idx = build(**options), tokens(2, 12, vocabulary=2)
     for t in (1, 7, 11):
         changed = idx.clone()
-        changed[:, t:] = (changed[:, t:] + 1) % 11
+        changed[:, t:] = 2 + (changed[:, t:] + 1) % 2
         a, b = model(idx)[0], model(changed)[0]
         assert torch.allclose(a[:, :t], b[:, :t], atol=1e-6)  # products of other shapes round otherwise
         assert not torch.allclose(a[:, t:], b[:, t:], atol=1e-3)
 
 
 @pytest.mark.parametrize("prompt", [1, 2, 3, 30])
-@pytest.mark.parametrize("options", [{"ngram": 1}, {"mlp_shift": False}, {"ngram": 5}])
+@pytest.mark.parametrize("options", [{"ngram": 1}, {"mlp_shift": False}, {"ngram": 5}, INDUCTION])
 def test_cached_generation_is_what_the_whole_forward_would_say(options: dict, prompt: int):
-    model, idx = build(block_size=64, **options), tokens(2, prompt)
+    model, idx = build(block_size=64, **options), tokens(2, prompt, vocabulary=2)
     fast = model.generate(idx, 20, temperature=0)
     slow = idx
     for _ in range(20):
@@ -78,6 +82,51 @@ def test_tokens_in_front_are_part_of_the_ngrams(seen: int):
     whole = ngram_rows(idx, order=4, rows=999)
     assert torch.equal(ngram_rows(idx[:, 10:], order=4, rows=999, before=idx[:, 10 - seen : 10])[:, 3:], whole[:, 13:])
     assert torch.equal(ngram_rows(idx[:, 10:], order=4, rows=999, before=idx[:, :10]), whole[:, 10:])
+
+
+def follower(text: list[int], length: int) -> int:
+    """1 + the token that followed the last time that the last `length` tokens stood in the text before; 0 for never."""
+    for end in range(len(text) - 1, length - 1, -1):
+        if text[end - length : end] == text[-length:]:
+            return text[end] + 1
+    return 0
+
+
+def test_a_match_is_what_followed_the_last_time():
+    idx, vocabulary = tokens(5, 90, vocabulary=2), 7
+    idx[:, 50:] = idx[:, 10:50]  # long ones, too
+    found = match_rows(idx, matches=4, vocabulary=vocabulary)
+    assert found.shape == (5, 90, 4)
+    for b in range(5):
+        for t in range(90):
+            text = idx[b, : t + 1].tolist()
+            assert found[b, t].tolist() == [follower(text, 4 * 2**i) + i * (vocabulary + 1) for i in range(4)]
+    assert (found - torch.arange(4) * (vocabulary + 1)).flatten(0, 1).count_nonzero(0).min() > 40
+
+
+def test_matches_reach_into_the_tokens_in_front():
+    idx = tokens(3, 60, vocabulary=2)
+    whole = match_rows(idx, matches=3, vocabulary=11)
+    assert torch.equal(match_rows(idx[:, -1:], matches=3, vocabulary=11, before=idx[:, :-1]), whole[:, -1:])
+
+
+def test_without_matching_no_text_repeats_itself():
+    model, idx = build(**INDUCTION), tokens(1, 40, vocabulary=2)
+    with torch.no_grad():
+        model.get_parameter("match_embedding.weight")[[*range(1, 12), *range(13, 24)]] += 1  # all rows but "never"
+    never = build(**INDUCTION)
+    assert not torch.equal(model(idx)[0], never(idx)[0])
+    assert torch.equal(model(idx, matching=False)[0], never(idx, matching=False)[0])
+
+
+def test_a_shifted_key_is_that_of_the_position_before():
+    x = torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(0))
+    none = torch.ones(12, 4), torch.zeros(12, 4)  # positions are not turned
+    (q, k, v), (same_q, own, same_v) = (build(n_layer=1, key_shift=s).blocks[0].attention.heads(x, none) for s in (True, False))  # type: ignore[union-attr]
+    assert torch.equal(q, same_q)
+    assert torch.equal(v, same_v)
+    assert torch.allclose(k[:, :, 1:], own[:, :, :-1], atol=1e-6)
+    assert not k[:, :, 0].any()
 
 
 @pytest.mark.parametrize("rows", [1000, 4096, 65536])
@@ -136,6 +185,17 @@ def test_the_table_has_its_place_in_the_modular_norm():
     assert "shift" in str(norm.tree)
 
 
+def test_matches_have_their_place_in_the_modular_norm():
+    """Masses 1 + 1 + 4 + 2 + 1 + 1 of 10: read twice, as far as the embedding, at half its radius."""
+    model = build(n_layer=1, match=2)
+    norm = metrize(model, model.structure())
+    assert (norm.roles["match_embedding.weight"], str(norm.norms["match_embedding.weight"])) == ("match", "L1ToRMS")
+    assert norm.radii["match_embedding.weight"] == pytest.approx(norm.radii["embedding.weight"] / 2)
+    zero = GPT(replace(SMALL, zero_init=True, match=2)).get_parameter("match_embedding.weight")
+    assert not zero.any()
+    assert zero.shape == (2 * 12, 16)
+
+
 def test_only_rows_of_ngrams_that_were_met_move():
     model, idx = build(), tokens(2, 12)
     table = model.get_parameter("ngram_embedding.weight")
@@ -163,6 +223,7 @@ def test_flops_are_what_torch_counts():
     ("changes", "text"),
     [
         ({"ngram": 0}, r"model.ngram\n  got: 0\n  allowed: 1 \(off\) or more\n  fix: set it in the file, or --model.ngram"),
+        ({"match": 9}, r"model.match\n  got: 9\n  allowed: 0 \(off\) to 8\n  fix: set it in the file, or --model.match"),
         ({"ngram_rows": 0}, r"model.ngram_rows\n  got: 0\n  allowed: 1 or more\n  fix: set it in the file, or --model.ngram-rows"),
     ],
 )
