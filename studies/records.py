@@ -43,7 +43,9 @@ BOOK = ROOT / "records"
 LIMIT = 1_000_000  # bytes of a record: text that a reader opens, and a repository keeps
 BEGIN, END = "<!-- records:begin -->", "<!-- records:end -->"
 CODE = ("model.py", "optim", "data", "train_gpt.py", "config.py", "runtime.py", "studies/script.py")  # what a run's numbers come from
-SAME = 1e-6  # nats: the same machine, versions and seeds give the same numbers; a few roundings of a float32 near 2
+# nats: the same processor, vector instructions, threads, versions and seeds give the same numbers, up to a few roundings of a float32 near 2. Where one of them
+# differs a run of 180 steps ends 0.001 to 0.007 apart (LOG.md, 2026-11-27).
+SAME = 1e-6
 ROUNDING = 5e-5  # of a target: four digits
 RULE = {"test_level": statistics.RULE_LEVEL, "sigma_from": "runs"}  # of a study's results.json: a record's threshold is nobody's choice
 DOUBT = 0.01  # two-sided level at which means of other machines differ: one check in a hundred fails by chance

@@ -36,6 +36,6 @@ def test_requirements_are_what_runs_and_studies_import_and_the_corpus():
 
 def test_what_tests_need_is_apart():
     assert not pinned("requirements.txt") & pinned("requirements-dev.txt")
-    assert imported([*(ROOT / "tests").glob("*.py"), *(ROOT / "examples").glob("*.py")]) <= pinned("requirements.txt") | pinned("requirements-dev.txt") | {
-        "playwright"
-    }
+    assert imported([*(ROOT / "tests").glob("*.py"), *(ROOT / "examples").glob("*.py")]) <= pinned("requirements.txt") | pinned(
+        "requirements-dev.txt"
+    ) | {"playwright"}
