@@ -47,7 +47,8 @@ eval_tokens = 512
 log_every = 1
 checkpoint_every = 4
 sample_tokens = 8
-telemetry_every = 0  # its picture takes twice as long as all else in a run
+telemetry_every = 0
+pictures = false  # they take longer than all else in such a run
 """
 
 # Options of a study whose runs are quick: they keep nothing and say little.

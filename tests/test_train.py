@@ -35,7 +35,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(root: Path) -> Path:
     """An uninterrupted run."""
     code, _, err = run(
-        root, "small.toml", "--run.name", "whole", "--train.telemetry-every", "4", "--train.target-loss", "4.0", "--train.eval-every", "6"
+        root,
+        "small.toml",
+        "--run.name",
+        "whole",
+        "--train.telemetry-every",
+        "4",
+        "--train.pictures",
+        "--train.target-loss",
+        "4.0",
+        "--train.eval-every",
+        "6",
     )
     assert code == 0, err
     return root / "runs/whole"
