@@ -37,10 +37,9 @@ browser: $(READY)
 	"$(PY)" -m pip install -q playwright==1.65.2
 	NEEDS_BROWSER=1 BROWSER_SHOTS=runs/browser "$(PY)" -m pytest tests/test_browser.py
 
-# The kill-and-resume tests, of one process and of one of two ranks with 100 random moments instead of a few, of a study with 20.
+# Tests that are short in `make test` at their full length: kills at 100 random moments, all layers of GPT-2, compiled C++, long simulations.
 soak: $(READY)
-	NANODUAL_KILLS=100 "$(PY)" -m pytest tests/test_train.py tests/test_ranks.py -k killed_at
-	NANODUAL_KILLS=20 "$(PY)" -m pytest tests/test_speedrun.py -k killed_at
+	NANODUAL_SOAK=1 "$(PY)" -m pytest -m soak
 
 # optim/ as the package `nanodual`, in dist/. build/ goes first: setuptools would pack what an older build has left there. No network.
 wheel: $(READY)

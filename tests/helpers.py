@@ -13,7 +13,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+SOAK = os.environ.get("NANODUAL_SOAK") == "1"  # `make soak`: tests with the mark `soak` are longer
 TEXT = "".join(f"{i} times {j} is {i * j}.\n" for i in range(40) for j in range(40))
 
 SMALL = """
@@ -85,6 +86,14 @@ def _join(processes: Sequence[BaseProcess], deadline: float, *, together: bool =
             processes[i].kill()
             processes[i].join()
     return list(running.values())
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and so on."""
+    with suppress(FileNotFoundError):
+        children = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [p for child in children for p in [child, *descendants(child)]]
+    return []
 
 
 # ---- functions in the ranks of a process group
