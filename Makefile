@@ -16,7 +16,7 @@ train: $(READY)
 
 # Two files of tests at a time, as continuous integration has two cores.
 test: $(READY)
-	OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 2 --dist loadfile --durations=10
 
 # Dualized, Muon + AdamW and AdamW side by side on the embedded corpus, 2 runs at a time on 2 cores; ends with runs/race/report.png and report.html.
 race: $(READY)

@@ -23,14 +23,11 @@ for name in (
 ):
     importlib.import_module(name)
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-
-figure, axes = plt.subplots(layout="constrained")
+pyplot = importlib.import_module("matplotlib.pyplot")
+pyplot.switch_backend("Agg")
+figure, axes = pyplot.subplots(layout="constrained")
 axes.plot([1, 2], [1e-9, 1e9], label="finds the fonts")
 axes.set(xlabel="x", title="$x^2$", yscale="log")
 axes.legend()
 figure.savefig(io.BytesIO())
-plt.close(figure)
+pyplot.close(figure)

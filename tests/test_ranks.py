@@ -93,7 +93,7 @@ def ends(processes: list[BaseProcess], deadline: float = 60) -> list[int | None]
 @pytest.fixture(scope="module")
 def alone(root: Path) -> dict[str, Tensor]:
     """Of one process, in float64 with dropout: what every other way of computing it is compared with."""
-    train(root, 1, "alone", *SHAPE, *EXACT, "--train.steps", "20", "--train.gradient-accumulation-steps", "4")
+    train(root, 1, "alone", *SHAPE, *EXACT, "--train.steps", "10", "--train.gradient-accumulation-steps", "4")
     return weights(root, "alone")
 
 
@@ -104,7 +104,7 @@ def alone(root: Path) -> dict[str, Tensor]:
 def test_ranks_change_who_computes_not_what(root: Path, alone: dict[str, Tensor], world: int, accumulation: int, mode: tuple[str, ...]):
     """Dropout included: masks depend on the step and on the part of the global batch, not on who has it."""
     name = f"{mode[0]}{world}"
-    steps = ("--train.steps", "20", "--train.gradient-accumulation-steps", str(accumulation))
+    steps = ("--train.steps", "10", "--train.gradient-accumulation-steps", str(accumulation))
     out = train(root, world, name, *SHAPE, *EXACT, *steps, "--run.parallel", *mode)
     assert f"chosen: backend = gloo for {world} ranks on 1 machine, run.parallel = {mode[0]}" in out
     assert deviation(weights(root, name), alone) < 1e-9
@@ -124,7 +124,7 @@ def test_three_ranks_take_thirds_of_the_same_batches(root: Path, accumulation: i
             *SHAPE,
             *EXACT,
             "--train.steps",
-            "20",
+            "10",
             "--train.gradient-accumulation-steps",
             str(parts),
             "--train.batch-size",
@@ -164,16 +164,16 @@ def test_in_bf16_two_ranks_end_within_the_spread_of_seeds(root: Path):
 def test_any_world_and_mode_resumes_what_any_other_saved(root: Path, alone: dict[str, Tensor]):
     """1 → 2 → 4 (fsdp) → 4 (hsdp) → 3 → 1 ranks; the masks of dropout differ at 3 ranks, so there is none."""
     fixed = (*SHAPE, *EXACT, "--model.dropout", "0", "--optim.direction", "adam", "--optim.momentum-dtype", "float32")
-    train(root, 1, "straight", *fixed, "--train.steps", "32", "--train.gradient-accumulation-steps", "1")
+    train(root, 1, "straight", *fixed, "--train.steps", "16", "--train.gradient-accumulation-steps", "1")
     chain = [(1, "ddp"), (2, "ddp"), (4, "fsdp"), (4, "hsdp"), (3, "ddp"), (2, "fsdp"), (1, "ddp")]
     for i, (world, mode) in enumerate(chain):
         go_on = ("--run.resume",) if i else ()
         sizes = ("--run.shard-size", "2") if mode == "hsdp" else ()
         out = train(
             root, world, "chain", *fixed, *go_on, "--run.parallel", mode, *sizes,
-            "--train.steps", str(32 if i == 6 else 4 * (i + 1)), "--train.gradient-accumulation-steps", "1",
+            "--train.steps", str(16 if i == 6 else 2 * (i + 1)), "--train.gradient-accumulation-steps", "1",
         )  # fmt: skip
-        assert not i or f"at step {4 * i}" in out
+        assert not i or f"at step {2 * i}" in out
     # What is left is the order of sums.
     assert losses(root, "chain") == pytest.approx(losses(root, "straight"), abs=1e-9)
     assert deviation(weights(root, "chain"), weights(root, "straight")) < 1e-7
