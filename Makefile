@@ -14,9 +14,9 @@ train: $(READY)
 	"$(PY)" -m data.prepare pysource
 	"$(PY)" train_gpt.py configs/quickstart.toml
 
-# Two files of tests at a time, as continuous integration has two cores.
+# Two files of tests at a time, as continuous integration has two cores; the longest first, by tests/seconds.json, which --write-seconds writes.
 test: $(READY)
-	OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 2 --dist loadfile --durations=10
+	OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 # Dualized, Muon + AdamW and AdamW side by side on the embedded corpus, 2 runs at a time on 2 cores; ends with runs/race/report.png and report.html.
 race: $(READY)

@@ -139,14 +139,14 @@ def ranks(world: int, function: Callable[..., Any], *args: Any, deadline: float 
 # ---- scripts
 
 
-def _share_server() -> None:
+def share_server() -> None:
     """In a child: its own children are forked from the server that it was forked from. Python 3.11 would start, and load, another one."""
     forkserver._forkserver.ensure_running = lambda: None
 
 
 def _run(script: str, argv: list[str], cwd: str, env: dict[str, str], suffix: str) -> None:
     """In a child: the script as __main__, its output in <cwd>/stdout<suffix> and <cwd>/stderr<suffix>."""
-    _share_server()
+    share_server()
     os.chdir(cwd)
     os.environ.update(env)
     for stream in ("stdout", "stderr"):
