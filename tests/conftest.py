@@ -1,7 +1,7 @@
 """A skip needs one of these reasons; any other fails the run. Files of tests run in the order of their measured durations, the longest first, so that workers end together."""
 
 import json
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +11,7 @@ SECONDS = Path(__file__).parent / "seconds.json"  # of each file, in a whole `ma
 UNKNOWN = 10.0  # seconds of a file that is new
 REASONS = ("needs the texts of NANODUAL_DATA", "needs a GPU", "needs a browser")
 _unexplained: list[str] = []
-_seconds: Counter[str] = Counter()
+_seconds: defaultdict[str, float] = defaultdict(float)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,7 +37,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.config.getoption("--write-seconds") and not hasattr(session.config, "workerinput"):
-        SECONDS.write_text(json.dumps({name: round(s, 1) for name, s in _seconds.most_common()}, indent=1) + "\n")
+        SECONDS.write_text(json.dumps({name: round(s, 1) for name, s in sorted(_seconds.items(), key=lambda x: -x[1])}, indent=1) + "\n")
     if _unexplained:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
