@@ -379,7 +379,7 @@ def train(config: Config, runtime: Runtime) -> None:
         "dirty": dirty,
     }
     folder.write_json("summary.json", summary)
-    if runtime.main:
+    if runtime.main and c.pictures:
         plot_losses(folder, dataset.manifest.splits["val"])
         plot_geometry(folder.metrics(), folder.path / "geometry.png")
     if c.sample_tokens and (runtime.main or runtime.parallel != "ddp"):
@@ -396,7 +396,8 @@ def train(config: Config, runtime: Runtime) -> None:
         say(f"lr found: {optimizer.step_size:.4g} (started at {o.auto_initial:g}), times the schedule")
     say(f"{summary['tokens']:,} tokens in {seconds:.1f} s of training ({speed:,.0f} tokens/s), {summary['wall_seconds']:.1f} s in all")
     python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
-    say(f"picture: {folder.path / 'loss.png'}   more text: {python} sample.py {folder.path} --prompt …")
+    picture = f"picture: {folder.path / 'loss.png'}   " if c.pictures else ""
+    say(f"{picture}more text: {python} sample.py {folder.path} --prompt …")
 
 
 @torch.no_grad()

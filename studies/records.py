@@ -507,7 +507,12 @@ def check(folder: Path, *, entry: str | None, seeds: int | None, workers: int, o
             raise RecordError(
                 f"the data of {config.data.dataset}\n  got: {got}\n  allowed: {record['corpus_sha256']}\n  fix: python -m data.prepare, with the versions of requirements.txt"
             )
-        quiet = {"data.dataset": str(Path(config.data.dataset).resolve()), "train.keep_checkpoints": 0, "train.sample_tokens": 0}
+        quiet = {
+            "data.dataset": str(Path(config.data.dataset).resolve()),
+            "train.keep_checkpoints": 0,
+            "train.sample_tokens": 0,
+            "train.pictures": False,
+        }
         wanted = e["seeds"][:seeds]
         jobs = [runs.job(config, f"{e['name']}.seed{s}", out, **{"run.seed": s, **quiet}) for s in wanted]
         for path in (out / j.name for j in jobs):

@@ -535,7 +535,7 @@ for arguments in map(str.split, sys.argv[1:]):
 """
 SMALL = (
     "--data.dataset corpora/small --model.n-layer 1 --model.n-head 2 --model.n-embd 16 --model.block-size 16 --train.batch-size 4 --train.steps 3"
-    " --train.log-every 1 --train.eval-tokens 64 --train.sample-tokens 0 --run.threads 1 --run.device cpu"
+    " --train.log-every 1 --train.eval-tokens 64 --train.sample-tokens 0 --train.no-pictures --run.threads 1 --run.device cpu"
 )
 
 
