@@ -104,7 +104,9 @@ def test_a_run_leaves_its_folder(whole: Path):
 
 
 def test_without_a_terminal_loss_rate_and_time_left_are_told_every_log_every_steps(whole: Path):
-    told = re.findall(r"^step +(\d+) of 12  loss ([\d.]+)  lr ([\d.e-]+)  (\d+) s left$", (whole / "log.txt").read_text(), re.MULTILINE)
+    told = re.findall(
+        r"^step +(\d+) of 12  loss ([\d.]+)  lr ([\d.e-]+)  [\d,]+ tokens/s  (\d+) s left$", (whole / "log.txt").read_text(), re.MULTILINE
+    )
     expected = [(str(r["step"]), f"{r['loss']:.4f}", f"{r['lr']:.3g}") for r in records(whole) if "loss" in r]
     assert [line[:3] for line in told] == expected and told[-1][3] == "0"
 
