@@ -323,12 +323,12 @@ def train(config: Config, runtime: Runtime) -> None:
                         runtime.beat(done, "sharpness")
                         record["sharpness"] = sharpness.measure()
                     folder.log_metrics(record)
-                    speed = f"{record['tokens'] / clock.seconds():,.0f}"
-                    bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=speed)
+                    pace = f"{record['tokens'] / clock.seconds():,.0f}"
+                    bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=pace)
                     if bar.disable:  # no terminal
                         left = (time.perf_counter() - started) / (done - first) * (c.steps - done)
                         say(
-                            f"step {done:6d} of {c.steps}  loss {record['loss']:.4f}  lr {record['lr']:.3g}  {speed} tokens/s  {left:.0f} s left"
+                            f"step {done:6d} of {c.steps}  loss {record['loss']:.4f}  lr {record['lr']:.3g}  {pace} tokens/s  {left:.0f} s left"
                         )
             if c.eval_every and done % c.eval_every == 0:
                 with clock.paused():
