@@ -1,4 +1,4 @@
-# make train · test · race · check · bench · browser · soak · wheel.   PYTHON=/path/to/python uses an environment that exists instead of building .venv.
+# make train · test · race · check · bench · browser · soak · portable · wheel.   PYTHON=/path/to/python uses an environment that exists instead of building .venv.
 SHELL := /bin/sh
 ifdef PYTHON
   PY := $(PYTHON)
@@ -19,9 +19,9 @@ train: $(READY)
 	"$(PY)" -m data.prepare pysource
 	"$(PY)" train_gpt.py configs/quickstart.toml
 
-# Two files of tests at a time, as continuous integration has two cores.
+# Two files of tests at a time, as continuous integration has two cores; the longest first, by tests/seconds.json, which --write-seconds writes.
 test: $(DEV)
-	OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 # Dualized, Muon + AdamW and AdamW side by side on the embedded corpus, 2 runs at a time on 2 cores; ends with runs/race/report.png and report.html.
 race: $(READY)
@@ -42,10 +42,9 @@ browser: $(DEV)
 	"$(PY)" -m pip install -q playwright==1.65.2
 	NEEDS_BROWSER=1 BROWSER_SHOTS=runs/browser "$(PY)" -m pytest tests/test_browser.py
 
-# The kill-and-resume tests, of one process and of one of two ranks with 100 random moments instead of a few, of a study with 20.
+# Tests that are short in `make test` at their full length: kills at 100 random moments, all layers of GPT-2, compiled C++, long simulations.
 soak: $(DEV)
-	NANODUAL_KILLS=100 "$(PY)" -m pytest tests/test_train.py tests/test_ranks.py -k killed_at
-	NANODUAL_KILLS=20 "$(PY)" -m pytest tests/test_speedrun.py -k killed_at
+	NANODUAL_SOAK=1 "$(PY)" -m pytest -m soak
 
 # The numerical tests as other processors, thread counts and versions of torch round; PYTHONS: further interpreters, "/path/a /path/b".
 portable: $(DEV)

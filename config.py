@@ -137,6 +137,7 @@ class TrainConfig:
     gradient_accumulation_steps: micro-batches of every process; batch_size must be a multiple of them times the processes.
     log_every, telemetry_every, sharpness_every, checkpoint_every: steps, 0 is never (a checkpoint is always saved at the end). keep_checkpoints: newest ones kept,
     beside the one of lowest validation loss; 0 saves none, not even at a signal. max_nonfinite: steps in a row whose loss or gradient is not finite, and which are left out, that end the run.
+    pictures: loss.png and geometry.png at the end.
     """
 
     steps: int = 1000
@@ -154,6 +155,7 @@ class TrainConfig:
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
     max_nonfinite: int = 3
+    pictures: bool = True
     sample_tokens: int = 256
     sample_prompt: str = "\n"
 

@@ -619,9 +619,9 @@ def git_state() -> tuple[str | None, bool | None]:
 
 
 def hardware(device: str) -> str:
-    """The processor, the cores that this process may use, and the device where it is another."""
+    """The processor, the cores that this process may use, the vector instructions that torch takes there, and the device where it is another."""
     info = Path("/proc/cpuinfo")
     named = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.is_file() else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpu = f"{named[1] if named else platform.processor() or platform.machine()}, {cores} cores"
+    cpu = f"{named[1] if named else platform.processor() or platform.machine()}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
     return cpu if device.startswith("cpu") else f"{device} ({cpu})"

@@ -324,10 +324,13 @@ def train(config: Config, runtime: Runtime) -> None:
                         runtime.beat(done, "sharpness")
                         record["sharpness"] = sharpness.measure()
                     folder.log_metrics(record)
-                    bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=f"{record['tokens'] / clock.seconds():,.0f}")
+                    pace = f"{record['tokens'] / clock.seconds():,.0f}"
+                    bar.set_postfix(loss=f"{record['loss']:.3f}", tok_s=pace)
                     if bar.disable:  # no terminal
                         left = (time.perf_counter() - started) / (done - first) * (c.steps - done)
-                        say(f"step {done:6d} of {c.steps}  loss {record['loss']:.4f}  lr {record['lr']:.3g}  {left:.0f} s left")
+                        say(
+                            f"step {done:6d} of {c.steps}  loss {record['loss']:.4f}  lr {record['lr']:.3g}  {pace} tokens/s  {left:.0f} s left"
+                        )
             if c.eval_every and done % c.eval_every == 0:
                 with clock.paused():
                     evaluate(done)
@@ -380,7 +383,7 @@ def train(config: Config, runtime: Runtime) -> None:
         "dirty": dirty,
     }
     folder.write_json("summary.json", summary)
-    if runtime.main:
+    if runtime.main and c.pictures:
         plot_losses(folder, dataset.manifest.splits["val"])
         plot_geometry(folder.metrics(), folder.path / "geometry.png")
     if c.sample_tokens and (runtime.main or runtime.parallel != "ddp"):
@@ -395,7 +398,8 @@ def train(config: Config, runtime: Runtime) -> None:
         say(f"lr found: {optimizer.step_size:.4g} (started at {o.auto_initial:g}), times the schedule")
     say(f"{summary['tokens']:,} tokens in {seconds:.1f} s of training ({speed:,.0f} tokens/s), {summary['wall_seconds']:.1f} s in all")
     python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
-    say(f"picture: {folder.path / 'loss.png'}   more text: {python} sample.py {folder.path} --prompt …")
+    picture = f"picture: {folder.path / 'loss.png'}   " if c.pictures else ""
+    say(f"{picture}more text: {python} sample.py {folder.path} --prompt …")
 
 
 @torch.no_grad()

@@ -61,7 +61,7 @@ CARRIED = re.compile(
 )
 NEUTRAL = re.compile(
     r"run\.(name|dir|resume|parallel|shard_size|timeout)|data\.verify|optim\.(master_weights|auto_initial|auto_factor)"
-    r"|train\.(target_loss|telemetry_every|sharpness_.*|checkpoint_every|keep_checkpoints|max_nonfinite|sample_.*)"
+    r"|train\.(target_loss|telemetry_every|sharpness_.*|checkpoint_every|keep_checkpoints|max_nonfinite|pictures|sample_.*)"
 )
 
 

@@ -50,6 +50,7 @@ NEUTRAL = (
     "data.verify",
     "train.log_every",
     "train.telemetry_every",
+    "train.pictures",
     "train.keep_checkpoints",
     "train.sample_",
 )

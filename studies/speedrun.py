@@ -68,7 +68,9 @@ class Entry:
 
     def job(self, name: str, folder: Path, **changes: Any) -> runs.Job:
         """A run of the study: nothing is resumed, and so nothing kept."""
-        return runs.job(self.config, name, folder, **{"train.keep_checkpoints": 0, "train.sample_tokens": 0, **changes})
+        return runs.job(
+            self.config, name, folder, **{"train.keep_checkpoints": 0, "train.sample_tokens": 0, "train.pictures": False, **changes}
+        )
 
     def run_name(self, steps: int, seed: int) -> str:
         return f"{self.name}.s{steps}.seed{seed}"

@@ -1,14 +1,30 @@
-"""A skip needs one of these reasons; any other fails the run."""
+"""A skip needs one of these reasons; any other fails the run. Files of tests run in the order of their measured durations, the longest first, so that workers end together."""
 
+import json
+from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+SECONDS = Path(__file__).parent / "seconds.json"  # of each file, in a whole `make test`
+UNKNOWN = 10.0  # seconds of a file that is new
 REASONS = ("needs the texts of NANODUAL_DATA", "needs a GPU", "needs a browser")
 _unexplained: list[str] = []
+_seconds: defaultdict[str, float] = defaultdict(float)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-seconds", action="store_true", help=f"write {SECONDS.name}, by which files of tests are ordered")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    seconds = json.loads(SECONDS.read_text())
+    items.sort(key=lambda item: -seconds.get(item.path.name, UNKNOWN))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _seconds[Path(report.location[0]).name] += report.duration
     reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped and isinstance(report.longrepr, tuple) else None
     if reason is not None and reason not in REASONS:
         _unexplained.append(f"{report.nodeid}: {reason}")
@@ -20,6 +36,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--write-seconds") and not hasattr(session.config, "workerinput"):
+        SECONDS.write_text(json.dumps({name: round(s, 1) for name, s in sorted(_seconds.items(), key=lambda x: -x[1])}, indent=1) + "\n")
     if _unexplained:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -13,14 +13,16 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+SOAK = os.environ.get("NANODUAL_SOAK") == "1"  # `make soak`: tests with the mark `soak` are longer
 TEXT = "".join(f"{i} times {j} is {i * j}.\n" for i in range(40) for j in range(40))
 
 SMALL = """
@@ -46,6 +48,8 @@ eval_tokens = 512
 log_every = 1
 checkpoint_every = 4
 sample_tokens = 8
+telemetry_every = 0
+pictures = false  # they take longer than all else in such a run
 """
 
 # Options of a study whose runs are quick: they keep nothing and say little.
@@ -56,6 +60,7 @@ def small_dataset(root: Path) -> Path:
     """A dataset of characters under root/corpora/small, and a configuration for it."""
     from data import prepare
 
+    forkserver.ensure_running()  # with what is loaded below, before a study would start it with less
     root.mkdir(parents=True, exist_ok=True)
     (root / "small.txt").write_text(TEXT)
     assert prepare.main(["text", str(root / "small.txt"), "--tokenizer", "chars", "--out", str(root / "corpora/small")]) == 0
@@ -64,22 +69,7 @@ def small_dataset(root: Path) -> Path:
 
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "torch",
-        "torch.distributed",
-        "torch.distributed.device_mesh",
-        "torch.distributed.fsdp",
-        "config",
-        "checkpoint",
-        "telemetry",
-        "data.loader",
-        "optim",
-        "matplotlib.pyplot",
-        "pytest",
-        "hypothesis",
-    ]
-)
+_context.set_forkserver_preload(["tests.loaded"])
 
 
 def _join(processes: Sequence[BaseProcess], deadline: float, *, together: bool = False) -> list[int]:
@@ -96,6 +86,14 @@ def _join(processes: Sequence[BaseProcess], deadline: float, *, together: bool =
             processes[i].kill()
             processes[i].join()
     return list(running.values())
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and so on."""
+    with suppress(FileNotFoundError):
+        children = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [p for child in children for p in [child, *descendants(child)]]
+    return []
 
 
 # ---- functions in the ranks of a process group
@@ -141,8 +139,14 @@ def ranks(world: int, function: Callable[..., Any], *args: Any, deadline: float 
 # ---- scripts
 
 
+def share_server() -> None:
+    """In a child: its own children are forked from the server that it was forked from. Python 3.11 would start, and load, another one."""
+    forkserver._forkserver.ensure_running = lambda: None
+
+
 def _run(script: str, argv: list[str], cwd: str, env: dict[str, str], suffix: str) -> None:
     """In a child: the script as __main__, its output in <cwd>/stdout<suffix> and <cwd>/stderr<suffix>."""
+    share_server()
     os.chdir(cwd)
     os.environ.update(env)
     for stream in ("stdout", "stderr"):

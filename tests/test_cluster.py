@@ -21,7 +21,8 @@ import torch
 
 import checkpoint
 from config import Config
-from tests.helpers import ROOT, run, run_ranks, small_dataset
+from tests.forked_python import forked_python, program
+from tests.helpers import ROOT, descendants, run, run_ranks, small_dataset
 from tests.test_ranks import EXACT, losses, until
 
 PAGE = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
@@ -35,6 +36,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small_dataset(root)
     (root / "train_gpt.py").symlink_to(ROOT / "train_gpt.py")
     return root
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with forked_python(tmp_path_factory.mktemp("python")) as path:
+        yield path
 
 
 @pytest.fixture(scope="module")
@@ -60,22 +67,24 @@ def commands(having: str) -> list[list[str]]:
     return [shlex.split(line) for line in lines if line.startswith("torchrun ") and having in line]
 
 
-def adapted(command: Sequence[str], changes: dict[str, str], *more: str) -> list[str]:
+def adapted(python: Path, command: Sequence[str], changes: dict[str, str], *more: str) -> list[str]:
     """A command of the page for two CPUs of this machine; all that is changed must be in it."""
-    changes = {"torchrun": sys.executable, "--nproc_per_node=8": "--nproc_per_node=1", "configs/gpt2_124m.toml": "small.toml", **changes}
+    changes = {"torchrun": str(python), "--nproc_per_node=8": "--nproc_per_node=1", "configs/gpt2_124m.toml": "small.toml", **changes}
     assert changes.keys() <= set(command), command
     words = [changes.get(word, word) for word in command]
     return [words[0], "-m", "torch.distributed.run", *words[1:], *more]
 
 
 @contextmanager
-def started(root: Path, name: str, argvs: Sequence[Sequence[str]], env: dict[str, str] | None = None) -> Iterator[list[Agent]]:
-    """Processes with their output in root/<name>.<i>.log, ended with their children at the end of the block."""
+def started(
+    root: Path, python: Path, name: str, argvs: Sequence[Sequence[str]], env: dict[str, str] | None = None
+) -> Iterator[list[Agent]]:
+    """Processes with their output in root/<name>.<i>.log, ended with their children at the end of the block. torchrun starts workers by $PYTHON_EXEC."""
     processes: list[Agent] = []
     try:
         for i, argv in enumerate(argvs):
             with (root / f"{name}.{i}.log").open("w") as log:
-                common = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+                common = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": str(python)} | (env or {})
                 processes.append(subprocess.Popen(argv, cwd=root, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=common))
         yield processes
     finally:
@@ -84,13 +93,6 @@ def started(root: Path, name: str, argvs: Sequence[Sequence[str]], env: dict[str
                 os.kill(pid, signal.SIGKILL)
         for p in processes:
             p.wait()
-
-
-def descendants(pid: int) -> list[int]:
-    with suppress(FileNotFoundError):
-        children = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-        return [p for child in children for p in [child, *descendants(child)]]
-    return []
 
 
 def codes(root: Path, name: str, agents: list[Agent], deadline: float = 60) -> list[int]:
@@ -117,12 +119,12 @@ HALVES = ("--train.gradient-accumulation-steps", "1")  # of one process's two mi
 # ---- two machines
 
 
-def test_the_command_for_two_machines_gives_two_agents_the_losses_of_one_process(root: Path, alone: dict[int, float]):
+def test_the_command_for_two_machines_gives_two_agents_the_losses_of_one_process(root: Path, python: Path, alone: dict[int, float]):
     (command,) = commands("node1:29500")
     changes = {"--rdzv_endpoint=node1:29500": f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=NAME": "--rdzv_id=two", "NAME": "two"}
-    argv = adapted(command, changes, *EXACT, *HALVES)
+    argv = adapted(python, command, changes, *EXACT, *HALVES)
     # The name of the machine that tests run on may lead anywhere.
-    with started(root, "two", [argv, argv], {"PET_LOCAL_ADDR": "127.0.0.1"}) as agents:
+    with started(root, python, "two", [argv, argv], {"PET_LOCAL_ADDR": "127.0.0.1"}) as agents:
         assert codes(root, "two", agents) == [0, 0], said(root, "two", 0) + said(root, "two", 1)
     assert TWO in log(root, "two")
     assert losses(root, "two") == pytest.approx(alone, abs=1e-9)
@@ -160,13 +162,13 @@ def namespaces() -> Iterator[tuple[list[int], str]]:
         shell.communicate()
 
 
-def test_two_network_namespaces_train_together_by_the_explicit_commands(root: Path, alone: dict[int, float]):
+def test_two_network_namespaces_train_together_by_the_explicit_commands(root: Path, python: Path, alone: dict[int, float]):
     exports = set(re.findall(r"^export (.*)$", PAGE, re.MULTILINE))
     (words,) = (shlex.split(x) for x in exports)
     variables = dict(word.split("=", 1) for word in words)
     assert variables == {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "=eth0"}
     found = commands("--rdzv_conf=is_host")
-    argvs = [adapted(command, {"--rdzv_id=NAME": "--rdzv_id=spaces", "NAME": "spaces"}, *EXACT, *HALVES) for command in found]
+    argvs = [adapted(python, command, {"--rdzv_id=NAME": "--rdzv_id=spaces", "NAME": "spaces"}, *EXACT, *HALVES) for command in found]
     assert [[w for w in argv if "10.0.0." in w][-1] for argv in argvs] == ["--local_addr=10.0.0.1", "--local_addr=10.0.0.2"]
     with namespaces() as (pids, reason):
         if not pids:
@@ -174,28 +176,29 @@ def test_two_network_namespaces_train_together_by_the_explicit_commands(root: Pa
             print(f"this machine gives no network namespaces: {reason}")
             return
         inside = [["nsenter", "--target", str(pid), "--user", "--net", "--preserve-credentials", "--"] for pid in pids]
-        with started(root, "spaces", [[*a, *b] for a, b in zip(inside, argvs, strict=True)], variables) as agents:
+        with started(root, python, "spaces", [[*a, *b] for a, b in zip(inside, argvs, strict=True)], variables) as agents:
             assert codes(root, "spaces", agents) == [0, 0], said(root, "spaces", 0) + said(root, "spaces", 1)
     assert TWO in log(root, "spaces")
     assert losses(root, "spaces") == pytest.approx(alone, abs=1e-9)
 
 
-def test_two_agents_restart_a_run_when_a_worker_of_one_was_killed(root: Path):
+def test_two_agents_restart_a_run_when_a_worker_of_one_was_killed(root: Path, python: Path):
     """The killed one's agent is held until the other, the host of the rendezvous, has seen its own worker fail: see docs/cluster.md on restarts."""
     folder = root / "runs/restarted/checkpoints"
     common = ["--nnodes=2", "--nproc_per_node=1", "--max-restarts=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
     common += ["--rdzv_id=restarted", "--local_addr=127.0.0.1"]
     script = ["train_gpt.py", "small.toml", "--run.name", "restarted", *HALVES, "--train.sample-tokens", "0"]
     script += ["--train.steps", "100", "--train.checkpoint-every", "10"]
-    argvs = [[sys.executable, "-m", "torch.distributed.run", *common, f"--rdzv_conf=is_host={i}", *script] for i in range(2)]
-    with started(root, "restarted", argvs) as agents:
+    argvs = [[str(python), "-m", "torch.distributed.run", *common, f"--rdzv_conf=is_host={i}", *script] for i in range(2)]
+    with started(root, python, "restarted", argvs) as agents:
         until(lambda: checkpoint.steps(folder) or any(a.poll() is not None for a in agents))
         assert [a.poll() for a in agents] == [None, None], said(root, "restarted", 0) + said(root, "restarted", 1)
-        (worker,), (other,) = (descendants(a.pid) for a in agents)
-        os.kill(agents[0].pid, signal.SIGSTOP)
+        ours, theirs = (program(python, a.pid) for a in agents)
+        (worker,), (other,) = (descendants(p) for p in (ours, theirs))
+        os.kill(ours, signal.SIGSTOP)
         os.kill(worker, signal.SIGKILL)
-        until(lambda: other not in descendants(agents[1].pid))
-        os.kill(agents[0].pid, signal.SIGCONT)
+        until(lambda: other not in descendants(theirs))
+        os.kill(ours, signal.SIGCONT)
         assert codes(root, "restarted", agents) == [0, 0], said(root, "restarted", 0) + said(root, "restarted", 1)
     assert "resumed from runs/restarted/checkpoints/step_" in log(root, "restarted")
     assert list(losses(root, "restarted")) == list(range(1, 101)), "each step once"
@@ -237,7 +240,7 @@ esac
 }
 
 
-def slurm(folder: Path, **standins: str) -> dict[str, str]:
+def slurm(folder: Path, python: str, **standins: str) -> dict[str, str]:
     """The environment of a batch script, with stand-ins for SLURM's commands."""
     folder.mkdir()
     for name, text in {**STANDINS, **standins}.items():
@@ -245,7 +248,7 @@ def slurm(folder: Path, **standins: str) -> dict[str, str]:
         (folder / name).chmod(0o755)
     return {
         "FAKE": str(folder),
-        "PYTHON": sys.executable,
+        "PYTHON": python,
         "PATH": f"{folder}:{os.environ['PATH']}",
         "PET_LOCAL_ADDR": "127.0.0.1",
         "SLURM_JOB_ID": str(free_port() - 20000),
@@ -256,13 +259,13 @@ def slurm(folder: Path, **standins: str) -> dict[str, str]:
     }
 
 
-def test_the_sbatch_file_saves_before_its_time_is_over_queues_itself_again_and_goes_on(root: Path):
+def test_the_sbatch_file_saves_before_its_time_is_over_queues_itself_again_and_goes_on(root: Path, python: Path):
     assert subprocess.run(["bash", "-n", str(SBATCH)]).returncode == 0
     fake, name = root / "standins", "job"
-    env, folder = slurm(fake), root / "runs" / name / "checkpoints"
+    env, folder = slurm(fake, str(python)), root / "runs" / name / "checkpoints"
     options = ("--train.steps", "100", "--train.checkpoint-every", "10", "--train.sample-prompt", "times is", *HALVES)
     argv = ["bash", str(SBATCH), "small.toml", name, *options]
-    with started(root, "job", [argv], env) as (job,):
+    with started(root, python, "job", [argv], env) as (job,):
         until(lambda: checkpoint.steps(folder) or job.poll() is not None)
         assert job.poll() is None, said(root, "job", 0) + (fake / "task.1").read_text()
         job.send_signal(signal.SIGUSR1)
@@ -275,7 +278,7 @@ def test_the_sbatch_file_saves_before_its_time_is_over_queues_itself_again_and_g
     assert asked[:4] == ["--ntasks-per-node=1", "--cpus-per-task=1", "--kill-on-bad-exit=1", "torchrun"]
     assert asked[-len(options) :] == list(options), "words stay whole"
 
-    with started(root, "job", [argv], env) as (job,):
+    with started(root, python, "job", [argv], env) as (job,):
         assert codes(root, "job", [job]) == [0], said(root, "job", 0) + (fake / "task.1").read_text()
     assert TWO in log(root, name)
     assert f"resumed from runs/{name}/checkpoints/step_{step:08d} at step {step}" in log(root, name)
@@ -284,7 +287,7 @@ def test_the_sbatch_file_saves_before_its_time_is_over_queues_itself_again_and_g
 
 
 def test_a_job_that_fails_by_itself_is_not_queued_again(tmp_path: Path):
-    env = slurm(tmp_path / "standins", srun="exit 7\n")
+    env = slurm(tmp_path / "standins", sys.executable, srun="exit 7\n")
     found = subprocess.run(["bash", SBATCH, "small.toml", "name"], env=os.environ | env, cwd=tmp_path, capture_output=True, text=True)
     assert (found.returncode, found.stderr) == (7, "")
     assert not (tmp_path / "standins/requeued").exists()

@@ -56,7 +56,7 @@ from tests.helpers import ROOT, ranks, run_ranks
 SAME = 1e-9  # of float64 weights, relative to their largest entry: only the order of sums differs; 2e-14 measured after 20 steps
 SAME_FLOAT32 = 1e-5  # after one step; Polar Express is steep where a singular value is near 0
 TOLERANCES = {torch.float64: SAME, torch.float32: SAME_FLOAT32, torch.bfloat16: 4 * torch.finfo(torch.bfloat16).eps}
-STEPS = 20
+STEPS = 10
 BATCH = 48  # sequences: divisible by every number of ranks times 4 parts
 MODES = [("replicas", 1), ("replicas", 2), ("replicas", 3), ("replicas", 4), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4)]
 Weights = dict[str, Tensor]

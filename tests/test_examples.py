@@ -22,35 +22,35 @@ def afresh() -> Iterator[None]:
 
 @pytest.mark.parametrize("argv", ["--model gpt2", "--model llama", "--model llama --accumulate 2", "--model llama --compile eager"])
 def test_the_plain_loop_learns(argv: str, capsys: pytest.CaptureFixture[str]):
-    before, after = hf_plain_loop.main([*argv.split(), "--steps", "20"])
+    before, after = hf_plain_loop.main([*argv.split(), "--steps", "14"])
     assert after < before - NATS
     out = capsys.readouterr().out
     assert "RMSToLinf" in out and f"test loss {before:.3f} → {after:.3f}" in out, "the receipt and the loss"
 
 
 def test_the_trainer_learns_and_resumes_from_its_checkpoint(tmp_path: Path):
-    argv = ["--steps", "20", "--out", str(tmp_path)]
+    argv = ["--steps", "14", "--out", str(tmp_path)]
     before, after = hf_trainer.main(argv)
     assert after < before - NATS
-    shutil.rmtree(tmp_path / "checkpoint-20")  # as if interrupted after step 10
+    shutil.rmtree(tmp_path / "checkpoint-14")  # as if interrupted after step 7
     assert hf_trainer.main([*argv, "--resume"]) == (before, after)
 
 
 @pytest.mark.parametrize("argv", ["", "--precision bf16 --accumulate 2"])
 def test_accelerate_learns(argv: str):
-    before, after = hf_accelerate.main([*argv.split(), "--steps", "20"])
+    before, after = hf_accelerate.main([*argv.split(), "--steps", "14"])
     assert after < before - NATS
 
 
 @pytest.mark.parametrize("argv", ["", "--amp"])
 def test_the_convolutions_learn(argv: str):
-    before, after = cnn.main([*argv.split(), "--steps", "30"])
+    before, after = cnn.main([*argv.split(), "--steps", "20"])
     assert after < before - 0.5
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks transformers for it
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
 def test_adapters_learn(model: str, capsys: pytest.CaptureFixture[str]):
-    before, after = peft_lora.main(["--model", model, "--base-steps", "30", "--steps", "20"])
+    before, after = peft_lora.main(["--model", model, "--base-steps", "20", "--steps", "12"])
     assert after < before - 0.1
     assert "frozen parameters left out" in capsys.readouterr().out

@@ -19,7 +19,7 @@ from runtime import hardware
 from studies import records, runs
 from studies.export import LINE, Run
 from studies.records import TRACKS, RecordError, Track, compare, main
-from tests.helpers import ROOT, run, small_dataset
+from tests.helpers import ROOT, SOAK, run, small_dataset
 
 QUIET = ("--train.keep-checkpoints", "0", "--train.sample-tokens", "0", "--train.steps", "4", "--train.eval-every", "2")
 SEEDS = 2
@@ -467,9 +467,10 @@ def test_other_data_and_other_folders_are_refused(book: Path, root: Path, capsys
     assert "the data of corpora/small" in refusal(capsys)
 
 
+@pytest.mark.soak
 def test_between_machines_means_are_compared_at_the_nominal_level():
-    """10,000 records of 4 seeds and checks of 4, the same mean: one in a hundred fails, within 4 binomial deviations; a shift of 5 σ is found."""
-    rng, n, fails = np.random.default_rng(0), 10_000, 0
+    """3,000 records (10,000 in `make soak`) of 4 seeds and checks of 4, the same mean: one in a hundred fails, within 4 binomial deviations; a shift of 5 σ is found."""
+    rng, n, fails = np.random.default_rng(0), 10_000 if SOAK else 3_000, 0
     for losses in rng.normal(size=(n, 8)):
         fine, _ = compare(told(losses[:4]), found(losses[4:]), same=False)
         fails += not fine

@@ -172,7 +172,22 @@ def call(root: Path, *argv: str) -> int:
 
 
 def test_the_command_measures_draws_and_compares(root: Path, capsys: pytest.CaptureFixture[str]):
-    argv = ("--widths", "16", "32", "--depths", "1", "2", "--methods", "dualized=1", "ntk=1", "--seeds", "2", "--name", "s")
+    argv = (
+        "--widths",
+        "8",
+        "16",
+        "--depths",
+        "1",
+        "2",
+        "--methods",
+        "dualized=1",
+        "ntk=1",
+        "--seeds",
+        "2",
+        "--name",
+        "s",
+        "--train.no-sharpness-modular",
+    )
     assert call(root, *argv) == 0
     folder, said = root / "runs/s", capsys.readouterr().out
     assert {p.name for p in folder.glob("*.png")} == {"sharpness-width.png", "sharpness-depth.png"}
@@ -185,7 +200,7 @@ def test_the_command_measures_draws_and_compares(root: Path, capsys: pytest.Capt
     records = {r["step"]: r["sharpness"] for r in runs.metrics(path) if "sharpness" in r}
     assert list(found.values) == [records[s]["lambda_max"] for s in (1, 2, 4)]
     both = [
-        [curve(folder / f"{m}.w{w}.d2.t16.b8.n5.lr{lr}.s{s}", "lambda_max") for w in (16, 32)]
+        [curve(folder / f"{m}.w{w}.d2.t16.b8.n5.lr{lr}.s{s}", "lambda_max") for w in (8, 16)]
         for m, lr in (("dualized", 1), ("ntk", 1))
         for s in (0, 1)
     ]
@@ -194,7 +209,7 @@ def test_the_command_measures_draws_and_compares(root: Path, capsys: pytest.Capt
     assert times == pytest.approx(math.sqrt(spreads[2] * spreads[3] / (spreads[0] * spreads[1])))
     assert "spread of ntk over that of dualized" in said and "spread of ntk" in (folder / "verdict.txt").read_text()
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("summary.json")}
-    assert call(root, *argv, "--quantity", "modular_sharpness") == 0
+    assert call(root, *argv, "--quantity", "gradient_norm") == 0
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("summary.json")} == before, "another quantity of the same runs"
 
 
@@ -251,6 +266,8 @@ def test_curvature_does_not_change_a_run(root: Path):
         assert code == 0, said
     losses = [[r["loss"] for r in runs.metrics(root / "runs" / name) if "loss" in r] for name in ("with", "without")]
     assert losses[0] == losses[1]
+    measured = [r["sharpness"] for r in runs.metrics(root / "runs/with") if "sharpness" in r]
+    assert len(measured) == 4 and all(m["modular_sharpness"] >= 0 for m in measured), "by default in the modular norm too"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +17,9 @@ from studies import runs, speedrun, statistics
 from studies.runs import StudyError
 from studies.speedrun import Entry, main, search, text
 from studies.statistics import Noise, Rule, mean_interval, paired, threshold
-from tests.helpers import run, small_dataset, start
+from tests.helpers import SOAK, run, small_dataset, start
 
-KILLS = int(os.environ.get("NANODUAL_KILLS", "2"))
+KILLS = 20 if SOAK else 2
 QUICK = ("--train.eval-tokens", "256", "--train.telemetry-every", "0", "--workers", "2")
 
 
@@ -436,8 +435,9 @@ def timeless(x: Any, key: str = "") -> Any:
     return [timeless(v) for v in x] if isinstance(x, list) else x
 
 
+@pytest.mark.soak
 def test_a_study_killed_at_random_moments_ends_with_the_same_results(root: Path):
-    """kill −9 of the study, whose runs end with it; a study that came to its end before it was killed is begun anew. NANODUAL_KILLS=20 for more."""
+    """kill −9 of the study, whose runs end with it; a study that came to its end before it was killed is begun anew."""
     script = str(command(root))
     short = "--name killed --seeds 1 --budget steps=12 --target 2.75 --sigma 0.02 --horizons 0.5 --tries 1 --tune ours:optim.lr={2,4}"
     args, folder = argv(root, ("ours", "adamw"), *short.split()), root / "runs/killed"

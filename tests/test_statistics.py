@@ -22,8 +22,10 @@ from studies.statistics import (
     share_of_seeds,
     threshold,
 )
+from tests.helpers import SOAK
 
-STUDIES = 10_000
+pytestmark = pytest.mark.soak
+STUDIES = 10_000 if SOAK else 2_000
 SIGMA, TARGET = 0.003, 1.5
 
 
@@ -214,10 +216,10 @@ def test_a_bracket_is_around_the_shortest_horizon_that_reached_it():
 def test_intervals_of_the_interpolated_horizon_cover_the_true_one(share: float, target_n: int | None, monkeypatch: pytest.MonkeyPatch):
     """Of 4 seeds, σ estimated from 3 entries' worth, seeds that share `share` of their variance between horizons, and a target that has noise of its own.
 
-    2,000 studies of 1,000 draws. The tolerance adds 1 % for what is approximate: percentiles of a curve's inverse, and draws.
+    2,000 studies (without SOAK 400) of 1,000 draws. The tolerance adds 1 % for what is approximate: percentiles of a curve's inverse, and draws.
     """
     monkeypatch.setattr(statistics, "DRAWS", 1000)
-    studies, n, df = 2000, 4, 9
+    studies, n, df = 2000 if SOAK else 400, 4, 9
     rng = np.random.default_rng(5)
     truth = 283.0
     limit = 0.004
