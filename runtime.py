@@ -4,6 +4,7 @@ A rank is one process of a run, started alone or by torchrun (RANK, WORLD_SIZE, 
 """
 
 import json
+import math
 import os
 import platform
 import re
@@ -345,7 +346,7 @@ PROBE_FLOPS = 4e9  # of bf16_gain's product at most: a tenth of a second in fp32
 def bf16_gain(device: torch.device, rows: int, inner: int, columns: int) -> float:
     """How many times as fast as in fp32 a linear map x (rows, inner) → (rows, columns) and its gradients are under bf16 autocast; 0 where it does not run.
 
-    rows: cut so that the products stay below PROBE_FLOPS. Best of three; a first bf16 time of ten times fp32's is believed at once, as emulation is slow.
+    rows: cut so that the products stay below PROBE_FLOPS. Alternately, best of three; ten times as slow is believed at once, as emulation is slow.
     """
     rows = max(1, min(rows, int(PROBE_FLOPS / (6 * inner * columns))))
     x = torch.ones(rows, inner, device=device, requires_grad=True)
@@ -358,13 +359,16 @@ def bf16_gain(device: torch.device, rows: int, inner: int, columns: int) -> floa
         sum(g.sum() for g in torch.autograd.grad(loss, (x, W))).item()  # type: ignore[union-attr]
         return time.perf_counter() - start
 
+    best = {torch.float32: math.inf, torch.bfloat16: math.inf}
     try:
-        seconds(torch.float32)
-        fp32 = min(seconds(torch.float32) for _ in range(3))
-        first = seconds(torch.bfloat16)
-        return fp32 / (first if first > 10 * fp32 else min(seconds(torch.bfloat16) for _ in range(3)))
+        seconds(torch.float32)  # the first one is slower
+        for _ in range(3):
+            best = {dtype: min(before, seconds(dtype)) for dtype, before in best.items()}
+            if best[torch.bfloat16] > 10 * best[torch.float32]:
+                break
     except RuntimeError:
         return 0.0
+    return best[torch.float32] / best[torch.bfloat16]
 
 
 def times(gain: float) -> str:
