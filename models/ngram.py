@@ -42,13 +42,15 @@ class NgramConfig(GPTConfig):
     """ngram: N > 1 adds a row for each of the last 2, … N tokens. ngram_rows: rows of their table.
 
     match: M > 0 adds rows for what followed the last time that the last 4, 8, … 4 · 2^(M − 1)
-    tokens stood in the window. key_shift: keys are made from the position before. mlp_shift: half
+    tokens stood in the window. match_dropout: in training, so many of the sequences find no
+    matches, that the model learns to do without them too, as `generate` does. key_shift: keys are made from the position before. mlp_shift: half
     of the MLP's input comes from the position before.
     """
 
     ngram: int = 1
     ngram_rows: int = 4096
     match: int = 0
+    match_dropout: float = 0.0
     key_shift: bool = False
     mlp_shift: bool = False
 
@@ -58,6 +60,7 @@ class NgramConfig(GPTConfig):
         self.require(
             ("ngram", self.ngram >= 1, "1 (off) or more"),
             ("match", 0 <= self.match <= 8, "0 (off) to 8"),
+            ("match_dropout", 0 <= self.match_dropout <= 1, "0 to 1"),
             ("ngram_rows", self.ngram_rows >= 1, "1 or more"),
         )
 
@@ -222,12 +225,15 @@ class NgramGPT(GPT):
             rows_BTN = ngram_rows(idx_BT, order=c.ngram, rows=c.ngram_rows, before=before_BS)
             x_BTD = x_BTD + self.ngram_embedding(rows_BTN).sum(dim=-2)
         if c.match:
-            V = self.embedding.num_embeddings
+            V, device = self.embedding.num_embeddings, idx_BT.device
+            never_M = torch.arange(c.match, device=device) * (V + 1)
             if cache is None or cache.matching:
                 rows_BTM = match_rows(idx_BT, matches=c.match, vocabulary=V, before=before_BS)
             else:
-                never_M = torch.arange(c.match, device=idx_BT.device) * (V + 1)
                 rows_BTM = never_M.expand(*idx_BT.shape, c.match)
+            if self.training and c.match_dropout:
+                dropped_B = torch.rand(len(idx_BT), device=device) < c.match_dropout
+                rows_BTM = torch.where(dropped_B[:, None, None], never_M, rows_BTM)
             x_BTD = x_BTD + self.match_embedding(rows_BTM).sum(dim=-2)
         return x_BTD
 

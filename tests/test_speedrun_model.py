@@ -114,6 +114,24 @@ def test_matches_reach_into_the_tokens_in_front():
     assert torch.equal(match_rows(idx[:, -1:], matches=3, vocabulary=11, before=idx[:, :-1]), whole[:, -1:])
 
 
+def test_in_training_some_sequences_find_no_matches():
+    model, idx = small(**INDUCTION, match_dropout=0.5), tokens(20, 40, vocabulary=2)
+    with torch.no_grad():
+        model.get_parameter("match_embedding.weight")[[*range(1, 12), *range(13, 24)]] += 1  # all rows but "never"
+    logits = {"found": model(idx)[0], "none": model(idx, cache=NgramCache(model.config, matching=False))[0]}
+    model.train()
+    torch.manual_seed(0)
+    mixed = model(idx)[0]
+    torch.manual_seed(0)
+    assert torch.equal(model(idx)[0], mixed)
+    same = {k: (v == mixed).flatten(1).all(1) for k, v in logits.items()}
+    assert torch.equal(same["none"], ~same["found"])
+    assert 4 <= same["none"].sum() <= 16
+    for p, kind in ((0.0, "found"), (1.0, "none")):
+        model.config.match_dropout = p
+        assert torch.equal(model(idx)[0], logits[kind])
+
+
 def test_without_matching_no_text_repeats_itself():
     model, idx = small(**INDUCTION), tokens(1, 40, vocabulary=2)
     with torch.no_grad():
