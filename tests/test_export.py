@@ -42,6 +42,8 @@ CASES = {
         "--model.mlp-shift",
         "--model.match",
         "2",
+        "--model.match-dropout",
+        "0.5",
         "--model.key-shift",
         "--optim.masses.ngram",
         "3.0",
