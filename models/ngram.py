@@ -1,7 +1,7 @@
 """The n-gram model: one layer that is given what a larger model has to learn.
 
 A plain GPT spends most of a short training on two simple things: which letters follow which, and
-how to find the last place in the text that looked like this one. This model starts with both.
+how to find the last place in the text that looked like this one. This model is given the means for both.
 
 N-grams. Beside the row of its own token, a position adds learned rows for its last 2, 3, … n
 tokens. There are too many n-grams for a row each, so a hash picks a row of one table, and some
@@ -22,8 +22,8 @@ without its learned mix).
 All of it is optional, and a table that is off is not there. configs/quickstart.toml uses all four,
 with bytes as tokens; configs/shakespeare_speedrun.toml uses n-grams and the shifted MLP.
 
-B batch, T positions, D n_embd, H n_head, K = D/H, V vocabulary, N order of the longest n-gram,
-M lengths of matches.
+B batch, T positions, S positions and the text in front of them, D n_embd, H n_head, K = D/H,
+V vocabulary, N rows of n-grams and M of matches that a position reads.
 """
 
 from dataclasses import dataclass
