@@ -1,4 +1,4 @@
-"""The GPT, and the modular structure of its weights. Models of models/ extend it by its methods make_embedding, embed, embedding_structure and halves.
+"""The GPT, and the modular structure of its weights. Models of models/ extend it by its methods make_embedding, embed, embedding_structure and mlp_class.
 
 B batch, T positions, D n_embd, H n_head, K = D/H width of a head, F = 4D hidden width of the MLP, V vocabulary, L n_layer.
 Linear maps are y = W x with W (out, in). Sources: [MN] arXiv 2405.14813; [MD] arXiv 2410.21265; docs/theory.md has the derivations.
@@ -195,17 +195,14 @@ class Attention(nn.Module):
         self.n_head, self.dropout = config.n_head, config.dropout
         self.scale = config.attention_scale * config.n_head / D  # c/K, since ⟨q, k⟩ = K cos(q, k)
 
-    def heads(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], past: "Past | None" = None) -> list[Tensor]:
+    def heads(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> list[Tensor]:
         """Queries and keys, at unit RMS and rotated, and values: (B, H, T, K) each."""
-        q, k, v = (self.split(w(x_BTD)) for w in (self.q, self.k, self.v))
+        q, k, v = (w(x_BTD).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for w in (self.q, self.k, self.v))
         return [rotate(rms_norm(q), rope), rotate(rms_norm(k), rope), v]
-
-    def split(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], past: "Past | None" = None) -> Tensor:
         B, T, D = x_BTD.shape
-        q, k, v = self.heads(x_BTD, rope, past)
+        q, k, v = self.heads(x_BTD, rope)
         if past is not None:
             k, v = past.extend(k, v)
             assert T == 1 or k.shape[2] == T, "the mask of several new positions behind old ones is not built"
@@ -241,9 +238,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """An attention half and an MLP half, each behind an RMSNorm."""
 
-    def __init__(self, config: GPTConfig, attention: type[Attention], mlp: type[MLP]) -> None:
+    def __init__(self, config: GPTConfig, mlp: type[MLP] = MLP) -> None:
         super().__init__()
-        self.attention_norm, self.attention = RMSNorm(config), attention(config)
+        self.attention_norm, self.attention = RMSNorm(config), Attention(config)
         self.mlp_norm, self.mlp = RMSNorm(config), mlp(config)
         self.dropout = config.dropout
         step = 1 / (2 * config.n_layer) if config.residual == "convex" else 1.0
@@ -301,7 +298,7 @@ class GPT(nn.Module):
         self.norms = norms or RoleNorms().build(Polar(), config.n_head)
         self.make_embedding(config.vocab_size)
         self.embedding_norm = RMSNorm(config) if config.embedding_norm else nn.Identity()
-        self.blocks = nn.ModuleList(Block(config, *self.halves()) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, self.mlp_class()) for _ in range(config.n_layer))
         self.head_norm = RMSNorm(config)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=config.bias)
         if not self.head.weight.is_meta:
@@ -317,9 +314,9 @@ class GPT(nn.Module):
     def embedding_structure(self, masses: RoleMasses) -> Module:
         return atom("embedding.weight", self.norms["embedding"], mass=masses.embedding, role="embedding")
 
-    def halves(self) -> tuple[type[Attention], type[MLP]]:
-        """What blocks are made of."""
-        return Attention, MLP
+    def mlp_class(self) -> type[MLP]:
+        """Of the blocks."""
+        return MLP
 
     @torch.no_grad()
     def _init_weights(self, generator: torch.Generator | None) -> None:
@@ -348,7 +345,7 @@ class GPT(nn.Module):
         gains, biases = 2 * c.n_layer + 1 + c.embedding_norm, 6 * c.n_layer + 1
         gain = m.gain / gains if c.norm_gains else None
         bias = (VectorRMS(), m.bias / biases) if c.bias else None
-        kinds = zip(self.halves(), ("attention", "mlp"), (m.attention / 4, m.mlp / 2), (ATTENTION_GAIN, MLP_GAIN), strict=True)
+        kinds = ((Attention, "attention", m.attention / 4, ATTENTION_GAIN), (self.mlp_class(), "mlp", m.mlp / 2, MLP_GAIN))
         halves = []
         for half, name, mass, branch in kinds:
             inside = half.structure(f"blocks.{{}}.{name}", norms, mass / c.n_layer, branch if c.branch_gains else 1.0, bias)

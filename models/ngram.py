@@ -1,7 +1,8 @@
 """The n-gram model: one layer that is given what a larger model has to learn.
 
 A plain GPT spends most of a short training on two simple things: which letters follow which, and
-how to find the last place in the text that looked like this one. This model is given the means for both.
+how to find the last place in the text that looked like this one. This model is given the means
+for both.
 
 N-grams. Beside the row of its own token, a position adds learned rows for its last 2, 3, … n
 tokens. There are too many n-grams for a row each, so a hash picks a row of one table, and some
@@ -12,18 +13,14 @@ Matches. A position looks for the last time that its last 4 tokens stood in the 
 learned row for the token that followed there; and so for its last 8, 16 and 32 tokens. It does
 not copy that token: it learns, for each length, what such a hint is worth.
 
-Keys of the position before. Attention finds a position by its key. Here the key is made from the
-position before, so that "look where the token before was mine" takes one layer, not two (an
-induction head, Olsson et al., arXiv 2209.11895).
-
 Shifted MLP. Half of the MLP's input comes from the position before (Peng et al., arXiv 2305.13048,
 without its learned mix).
 
-All of it is optional, and a table that is off is not there. configs/quickstart.toml uses all four,
+All of it is optional, and a table that is off is not there. configs/quickstart.toml uses all three,
 with bytes as tokens; configs/shakespeare_speedrun.toml uses n-grams and the shifted MLP.
 
-B batch, T positions, S positions and the text in front of them, D n_embd, H n_head, K = D/H,
-V vocabulary, N rows of n-grams and M of matches that a position reads.
+B batch, T positions, S positions and the text in front of them, D n_embd, V vocabulary,
+N rows of n-grams and M of matches that a position reads.
 """
 
 from dataclasses import dataclass
@@ -33,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import GPT, MLP, OUTPUTS, Attention, Cache, GPTConfig, Past, RoleMasses, rms_norm, rotate
+from model import GPT, MLP, OUTPUTS, Cache, GPTConfig, Past, RoleMasses
 from optim import Module, atom, bond
 
 
@@ -43,15 +40,14 @@ class NgramConfig(GPTConfig):
 
     match: M > 0 adds rows for what followed the last time that the last 4, 8, … 4 · 2^(M − 1)
     tokens stood in the window. match_dropout: in training, so many of the sequences find no
-    matches, that the model learns to do without them too, as `generate` does. key_shift: keys are made from the position before. mlp_shift: half
-    of the MLP's input comes from the position before.
+    matches, that the model learns to do without them too, as `generate` does. mlp_shift: half of
+    the MLP's input comes from the position before.
     """
 
     ngram: int = 1
     ngram_rows: int = 4096
     match: int = 0
     match_dropout: float = 0.0
-    key_shift: bool = False
     mlp_shift: bool = False
 
     def check(self) -> None:
@@ -127,11 +123,9 @@ def match_rows(
 
 
 class ShiftedPast(Past):
-    """A layer's past, and what its parts keep of the last position, (B, 1, any), by name."""
+    """A layer's past, and what its MLP has from the last position, (B, 1, D/2)."""
 
-    def __init__(self, window: int) -> None:
-        super().__init__(window)
-        self.last: dict[str, Tensor] = {}
+    last: Tensor | None = None
 
 
 class NgramCache(Cache):
@@ -154,37 +148,13 @@ class NgramCache(Cache):
         return before_BS
 
 
-def previous(x_BTD: Tensor, past: ShiftedPast | None, name: str) -> Tensor:
-    """Return x of the position before; 0 in front of the first one."""
-    last = torch.zeros_like(x_BTD[:, :1])
-    if past is not None:
-        last = past.last.get(name, last)
-        past.last[name] = x_BTD[:, -1:]
-    return torch.cat((last, x_BTD[:, :-1]), dim=1)
-
-
 def shift(x_BTD: Tensor, past: ShiftedPast | None) -> Tensor:
-    """Return x with the second half of its channels from the position before."""
+    """Return x with the second half of its channels from the position before, 0 at the first."""
     own, old = x_BTD.chunk(2, dim=-1)
-    return torch.cat((own, previous(old, past, "mlp")), dim=-1)
-
-
-class ShiftedAttention(Attention):
-    """Attention whose keys are made from the position before."""
-
-    def heads(
-        self,
-        x_BTD: Tensor,
-        rope: tuple[Tensor, Tensor],
-        past: ShiftedPast | None = None,
-    ) -> list[Tensor]:
-        before_BTD = previous(x_BTD, past, "keys")
-        q, k, v = (
-            self.split(self.q(x_BTD)),
-            self.split(self.k(before_BTD)),
-            self.split(self.v(x_BTD)),
-        )
-        return [rotate(rms_norm(q), rope), rotate(rms_norm(k), rope), v]
+    last = past.last if past is not None and past.last is not None else torch.zeros_like(old[:, :1])
+    if past is not None:
+        past.last = old[:, -1:]
+    return torch.cat((own, torch.cat((last, old[:, :-1]), dim=1)), dim=-1)
 
 
 class ShiftedMLP(MLP):
@@ -252,11 +222,8 @@ class NgramGPT(GPT):
             structure += c.match * matches
         return structure
 
-    def halves(self) -> tuple[type[Attention], type[MLP]]:
-        c = self.config
-        attention = ShiftedAttention if c.key_shift else Attention
-        mlp = ShiftedMLP if c.mlp_shift else MLP
-        return attention, mlp
+    def mlp_class(self) -> type[MLP]:
+        return ShiftedMLP if self.config.mlp_shift else MLP
 
     def generate(
         self,

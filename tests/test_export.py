@@ -44,7 +44,6 @@ CASES = {
         "2",
         "--model.match-dropout",
         "0.5",
-        "--model.key-shift",
         "--optim.masses.ngram",
         "3.0",
     ),
@@ -141,8 +140,8 @@ def test_the_script_gives_every_loss_of_its_run(case: str, root: Path, monkeypat
     assert len(file.read_text().splitlines()) < 1000
     names = {str(getattr(n, "id", getattr(n, "arg", getattr(n, "name", None)))) for n in ast.walk(tree)}
     assert not names & {"past", "cache", "before", "generate"}, "no text is generated"
-    assert {"NgramGPT", "ngram_rows", "match_rows", "ShiftedAttention", "ShiftedMLP"} & names == (
-        {"NgramGPT", "ngram_rows", "match_rows", "ShiftedAttention", "ShiftedMLP"} if case == "speedrun" else set()
+    assert {"NgramGPT", "ngram_rows", "match_rows", "ShiftedMLP"} & names == (
+        {"NgramGPT", "ngram_rows", "match_rows", "ShiftedMLP"} if case == "speedrun" else set()
     )
 
 

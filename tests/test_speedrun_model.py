@@ -28,10 +28,10 @@ def tokens(*shape: int, vocabulary: int = 11) -> torch.Tensor:
     return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(1))
 
 
-INDUCTION = {"match": 2, "key_shift": True}
+MATCHES = {"match": 2}
 
 
-@pytest.mark.parametrize("options", [{}, INDUCTION])
+@pytest.mark.parametrize("options", [{}, MATCHES])
 def test_positions_see_only_the_past(options: dict):
     model, idx = small(**options), tokens(2, 12, vocabulary=2)
     for t in (1, 7, 11):
@@ -43,7 +43,7 @@ def test_positions_see_only_the_past(options: dict):
 
 
 @pytest.mark.parametrize("prompt", [1, 2, 3, 30])
-@pytest.mark.parametrize("options", [{"ngram": 1}, {"mlp_shift": False}, {"ngram": 5}, INDUCTION])
+@pytest.mark.parametrize("options", [{"ngram": 1}, {"mlp_shift": False}, {"ngram": 5}, MATCHES])
 def test_cached_generation_is_what_the_whole_forward_would_say(options: dict, prompt: int):
     model, idx = small(block_size=64, **options), tokens(2, prompt, vocabulary=2)
     fast = model.generate(idx, 20, temperature=0, matching=True)
@@ -115,7 +115,7 @@ def test_matches_reach_into_the_tokens_in_front():
 
 
 def test_in_training_some_sequences_find_no_matches():
-    model, idx = small(**INDUCTION, match_dropout=0.5), tokens(20, 40, vocabulary=2)
+    model, idx = small(**MATCHES, match_dropout=0.5), tokens(20, 40, vocabulary=2)
     with torch.no_grad():
         model.get_parameter("match_embedding.weight")[[*range(1, 12), *range(13, 24)]] += 1  # all rows but "never"
     logits = {"found": model(idx)[0], "none": model(idx, cache=NgramCache(model.config, matching=False))[0]}
@@ -133,24 +133,14 @@ def test_in_training_some_sequences_find_no_matches():
 
 
 def test_without_matching_no_text_repeats_itself():
-    model, idx = small(**INDUCTION), tokens(1, 40, vocabulary=2)
+    model, idx = small(**MATCHES), tokens(1, 40, vocabulary=2)
     with torch.no_grad():
         model.get_parameter("match_embedding.weight")[[*range(1, 12), *range(13, 24)]] += 1  # all rows but "never"
-    never = small(**INDUCTION)
+    never = small(**MATCHES)
     assert not torch.equal(model(idx)[0], never(idx)[0])
     unmatched, never_matched = (m(idx, cache=NgramCache(m.config, matching=False))[0] for m in (model, never))
     assert torch.equal(unmatched, never_matched)
     assert torch.equal(model.generate(idx, 9, temperature=0), never.generate(idx, 9, temperature=0))
-
-
-def test_a_shifted_key_is_that_of_the_position_before():
-    x = torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(0))
-    none = torch.ones(12, 4), torch.zeros(12, 4)  # positions are not turned
-    (q, k, v), (same_q, own, same_v) = (small(n_layer=1, key_shift=s).blocks[0].attention.heads(x, none) for s in (True, False))  # type: ignore[union-attr]
-    assert torch.equal(q, same_q)
-    assert torch.equal(v, same_v)
-    assert torch.allclose(k[:, :, 1:], own[:, :, :-1], atol=1e-6)
-    assert not k[:, :, 0].any()
 
 
 @pytest.mark.parametrize("rows", [1000, 4096, 65536])
@@ -261,7 +251,7 @@ def test_impossible_tables_are_refused(changes: dict, text: str):
 
 @pytest.mark.parametrize(
     ("setting", "value", "default"),
-    [("ngram", 4, 1), ("ngram_rows", 8, 4096), ("match", 1, 0), ("key_shift", True, False), ("mlp_shift", True, False)],
+    [("ngram", 4, 1), ("ngram_rows", 8, 4096), ("match", 1, 0), ("mlp_shift", True, False)],
 )
 def test_a_plain_gpt_has_no_settings_of_ngrams(setting: str, value: object, default: object):
     text = f"model.{setting}\n  got: {value}\n  allowed: {default} with model.name = 'gpt'\n  fix: --model.name ngram"

@@ -613,7 +613,7 @@ def test_sample_continues_the_prompt(root: Path, whole: Path):
 
 
 def test_a_run_keeps_the_name_of_its_model_and_sample_rebuilds_it(root: Path, tmp_path: Path):
-    options = ("--model.name", "ngram", "--model.ngram", "3", "--model.match", "1", "--model.key-shift", "--model.mlp-shift")
+    options = ("--model.name", "ngram", "--model.ngram", "3", "--model.match", "1", "--model.mlp-shift")
     code, _, err = run(root, "small.toml", "--run.name", "ngrams", "--train.steps", "2", *options)
     assert code == 0, err
     folder = root / "runs/ngrams"
