@@ -93,7 +93,7 @@ def ends(processes: list[BaseProcess], deadline: float = 60) -> list[int | None]
 @pytest.fixture(scope="module")
 def alone(root: Path) -> dict[str, Tensor]:
     """Of one process, in float64 with dropout: what every other way of computing it is compared with."""
-    train(root, 1, "alone", *SHAPE, *EXACT, "--train.steps", "10", "--train.gradient-accumulation-steps", "4")
+    train(root, 1, "alone", *SHAPE, *EXACT, "--train.steps", "6", "--train.gradient-accumulation-steps", "4")
     return weights(root, "alone")
 
 
@@ -104,7 +104,7 @@ def alone(root: Path) -> dict[str, Tensor]:
 def test_ranks_change_who_computes_not_what(root: Path, alone: dict[str, Tensor], world: int, accumulation: int, mode: tuple[str, ...]):
     """Dropout included: masks depend on the step and on the part of the global batch, not on who has it."""
     name = f"{mode[0]}{world}"
-    steps = ("--train.steps", "10", "--train.gradient-accumulation-steps", str(accumulation))
+    steps = ("--train.steps", "6", "--train.gradient-accumulation-steps", str(accumulation))
     out = train(root, world, name, *SHAPE, *EXACT, *steps, "--run.parallel", *mode)
     assert f"chosen: backend = gloo for {world} ranks on 1 machine, run.parallel = {mode[0]}" in out
     assert deviation(weights(root, name), alone) < 1e-9
@@ -124,7 +124,7 @@ def test_three_ranks_take_thirds_of_the_same_batches(root: Path, accumulation: i
             *SHAPE,
             *EXACT,
             "--train.steps",
-            "10",
+            "6",
             "--train.gradient-accumulation-steps",
             str(parts),
             "--train.batch-size",
@@ -419,7 +419,7 @@ def test_killed_at_any_moment_on_any_rank_a_run_resumes_to_the_same_weights(root
         "--run.resume",
         "auto",
         "--train.steps",
-        "30" if SOAK else "16",
+        "30" if SOAK else "12",
         "--train.checkpoint-every",
         "1",
         *EXACT,
