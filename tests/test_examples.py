@@ -28,23 +28,23 @@ def example(name: str, *argv: str) -> tuple[float, float]:
 
 @pytest.mark.parametrize("argv", ["--model gpt2", "--model llama", "--model llama --accumulate 2", "--model llama --compile eager"])
 def test_the_plain_loop_learns(argv: str, capsys: pytest.CaptureFixture[str]):
-    before, after = example("hf_plain_loop", *argv.split(), "--steps", "14")
+    before, after = example("hf_plain_loop", *argv.split(), "--steps", "12")
     assert after < before - NATS
     out = capsys.readouterr().out
     assert "RMSToLinf" in out and f"test loss {before:.3f} → {after:.3f}" in out, "the receipt and the loss"
 
 
 def test_the_trainer_learns_and_resumes_from_its_checkpoint(tmp_path: Path):
-    argv = ["--steps", "14", "--out", str(tmp_path)]
+    argv = ["--steps", "12", "--out", str(tmp_path)]
     before, after = example("hf_trainer", *argv)
     assert after < before - NATS
-    shutil.rmtree(tmp_path / "checkpoint-14")  # as if interrupted after step 7
+    shutil.rmtree(tmp_path / "checkpoint-12")  # as if interrupted after step 6
     assert example("hf_trainer", *argv, "--resume") == (before, after)
 
 
 @pytest.mark.parametrize("argv", ["", "--precision bf16 --accumulate 2"])
 def test_accelerate_learns(argv: str):
-    before, after = example("hf_accelerate", *argv.split(), "--steps", "14")
+    before, after = example("hf_accelerate", *argv.split(), "--steps", "12")
     assert after < before - NATS
 
 
