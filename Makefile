@@ -12,6 +12,8 @@ endif
 PIP := .venv/bin/python -m pip --disable-pip-version-check install -qq --no-compile
 # make train TORCH_INDEX=https://download.pytorch.org/whl/cpu takes torch from there, and nothing else.
 TORCH_INDEX ?=
+# Looked up, not imported, which takes torch seconds.
+LACKING := import sys; from importlib.util import find_spec; sys.exit(', '.join(n for n in sys.argv[1:] if not find_spec(n)) or 0)
 
 .PHONY: train test race check bench browser soak wheel portable clean has-packages has-test-packages
 
@@ -56,10 +58,10 @@ wheel: $(DEV)
 	"$(PY)" -m pip wheel -q . --no-deps --no-build-isolation -w dist
 
 has-packages:
-	@"$(PY)" -c 'import torch, tyro, pydantic, safetensors, matplotlib' || { echo "PYTHON=$(PY) lacks packages: $(PY) -m pip install -r requirements.txt"; exit 1; }
+	@"$(PY)" -c "$(LACKING)" torch tyro pydantic safetensors matplotlib || { echo "PYTHON=$(PY) lacks packages: $(PY) -m pip install -r requirements.txt"; exit 1; }
 
 has-test-packages: has-packages
-	@"$(PY)" -c 'import pytest, xdist, hypothesis' || { echo "PYTHON=$(PY) lacks packages: $(PY) -m pip install -r requirements-dev.txt"; exit 1; }
+	@"$(PY)" -c "$(LACKING)" pytest xdist hypothesis || { echo "PYTHON=$(PY) lacks packages: $(PY) -m pip install -r requirements-dev.txt"; exit 1; }
 
 # Built anew when requirements.txt changes. torch first and alone, so that nothing else can choose its build.
 .venv/.ready: requirements.txt

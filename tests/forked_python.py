@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing import parent_process
+from multiprocessing import current_process, parent_process
 from pathlib import Path
 
 from tests.helpers import _context, descendants
@@ -136,6 +136,7 @@ def _become(argv: list[str], cwd: str, environ: dict[str, str], namespaces: list
         for fd in fds:
             os.close(fd)
         sys.stdin, sys.stdout, sys.stderr = (open(i, m, buffering=1, closefd=False) for i, m in enumerate("rww"))  # noqa: SIM115 - as long as it lives
+        current_process()._config["daemon"] = False  # type: ignore[attr-defined] - unlike the server, it may have children
         os.chdir(cwd)
         os.environ.clear()
         os.environ.update(environ)

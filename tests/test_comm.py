@@ -56,7 +56,8 @@ from tests.helpers import ROOT, ranks, run_ranks
 SAME = 1e-9  # of float64 weights, relative to their largest entry: only the order of sums differs; 2e-14 measured after 20 steps
 SAME_FLOAT32 = 1e-5  # after one step; Polar Express is steep where a singular value is near 0
 TOLERANCES = {torch.float64: SAME, torch.float32: SAME_FLOAT32, torch.bfloat16: 4 * torch.finfo(torch.bfloat16).eps}
-STEPS = 10
+STEPS = 6
+SAVED, RESUMED = range(4), range(4, 7)  # steps before and after a checkpoint
 BATCH = 48  # sequences: divisible by every number of ranks times 4 parts
 MODES = [("replicas", 1), ("replicas", 2), ("replicas", 3), ("replicas", 4), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4)]
 Weights = dict[str, Tensor]
@@ -218,7 +219,7 @@ def _in_another_setting(rank: int, world: int, what: str) -> Weights:
 
     if what == "a sharded layer, reduced":
         optimizer.register_step_pre_hook(average)
-    train(forward, optimizer, range(5), rank=rank, world=world)
+    train(forward, optimizer, range(4), rank=rank, world=world)
     return weights(model)
 
 
@@ -226,7 +227,7 @@ def _in_another_setting(rank: int, world: int, what: str) -> Weights:
 def test_reduced_gradients_part_of_the_weights_sharded_and_part_of_the_ranks_train_as_one_process(world: int, what: str):
     """Two pairs: each shards its own model over two of the four ranks, and has the whole batch."""
     for found in ranks(world, _in_another_setting, what):
-        assert difference(found, alone("auto", 5)) < SAME
+        assert difference(found, alone("auto", 4)) < SAME
 
 
 EXACT = Polar("exact")
@@ -384,20 +385,27 @@ def test_a_frozen_weight_in_a_group_stays():
         assert difference(found, expected) < SAME_FLOAT32
 
 
-def _clipped(rank: int, world: int, mode: str, dtype: torch.dtype, name: str) -> Weights:
-    model = sharded(Bag([name]).to(dtype), mode, world)
-    step_by_hand(model, model.dualized(max_grad_norm=1.0, grads="local"), range(3), rank, world)  # type: ignore[operator]
-    return weights(model)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def _clipped(rank: int, world: int, mode: str, name: str) -> list[Weights]:
+    found = []
+    for dtype in DTYPES:
+        model = sharded(Bag([name]).to(dtype), mode, world)
+        step_by_hand(model, model.dualized(max_grad_norm=1.0, grads="local"), range(3), rank, world)  # type: ignore[operator]
+        found.append(weights(model))
+    return found
+
+
 @pytest.mark.parametrize(("mode", "name"), [("replicas", "matrix"), ("fsdp", "row")])
-def test_ranks_that_step_nothing_of_a_group_take_part_in_its_clipping(mode: str, name: str, dtype: torch.dtype):
+def test_ranks_that_step_nothing_of_a_group_take_part_in_its_clipping(mode: str, name: str):
     """One weight with one owner; one row of which the other shard is empty."""
-    model = Bag([name]).to(dtype)
-    step_by_hand(model, model.dualized(max_grad_norm=1.0), range(3))
-    for found in ranks(2, _clipped, mode, dtype, name, deadline=20):
-        assert difference(found, weights(model)) <= TOLERANCES[dtype]
+    of_ranks = ranks(2, _clipped, mode, name, deadline=20)
+    for i, dtype in enumerate(DTYPES):
+        model = Bag([name]).to(dtype)
+        step_by_hand(model, model.dualized(max_grad_norm=1.0), range(3))
+        for found in of_ranks:
+            assert difference(found[i], weights(model)) <= TOLERANCES[dtype], dtype
 
 
 # ---- one step in float32, and gradients that leave early
@@ -611,8 +619,20 @@ def _step_not_taken(rank: int, world: int, goes_on: str) -> list[Weights]:
     return found
 
 
-@pytest.mark.parametrize("goes_on", ["with overlap", "in parts", "without overlap", "with one weight more"])
-def test_gradients_that_were_sent_for_a_step_never_taken_are_forgotten(goes_on: str):
+GOES_ON = ("with overlap", "in parts", "without overlap", "with one weight more")
+
+
+def _steps_not_taken(rank: int, world: int) -> dict[str, list[Weights]]:
+    return {goes_on: _step_not_taken(rank, world, goes_on) for goes_on in GOES_ON}
+
+
+@pytest.fixture(scope="module")
+def steps_not_taken() -> list[dict[str, list[Weights]]]:
+    return ranks(2, _steps_not_taken)
+
+
+@pytest.mark.parametrize("goes_on", GOES_ON)
+def test_gradients_that_were_sent_for_a_step_never_taken_are_forgotten(goes_on: str, steps_not_taken: list[dict[str, list[Weights]]]):
     """Also where the ranks had heard different ones."""
     model = Layers()
     optimizer = model.dualized()
@@ -622,8 +642,8 @@ def test_gradients_that_were_sent_for_a_step_never_taken_are_forgotten(goes_on: 
                 (model.loss(range(5), seed) / 2).backward()
         optimizer.step()
         optimizer.zero_grad()
-    for found in ranks(2, _step_not_taken, goes_on, deadline=20):
-        for after, used in zip(found, product(NOT_TAKEN, BUCKETS[1:]), strict=True):
+    for found in steps_not_taken:
+        for after, used in zip(found[goes_on], product(NOT_TAKEN, BUCKETS[1:]), strict=True):
             assert difference(after, weights(model)) < SAME_FLOAT32, used
 
 
@@ -662,31 +682,39 @@ def _not_finite(rank: int, world: int, mode: str, what: str) -> tuple[str, bool,
 TAKEN = "was not finite in call 2 of step(); that step was not taken, weights and momentum are as before"
 
 
-@pytest.mark.parametrize(
-    ("mode", "world", "what", "text"),
-    [
-        ("replicas", 2, "square", "the gradient of square on rank 1"),
-        ("replicas", 3, "rows", "the gradient of rows on rank 1"),
-        ("replicas", 3, "loss", "the loss on rank 1 was"),
-        ("replicas", 2, "square and rows and loss", "the loss on rank 1 and of 2 more was"),
-        ("replicas", 2, "rows overflows", "the average over ranks of the gradient of rows was"),
-        ("replicas", 3, "matrix overflows", "the average over ranks of the gradient of matrix was"),
-        ("fsdp", 2, "square", "the gradient of square on rank 1"),
-        ("fsdp", 2, "loss", "the loss on rank 1"),
-        ("hsdp", 4, "square", "the gradient of square on rank 1"),
-    ],
-)
-def test_a_number_that_is_not_finite_on_one_rank_stops_the_step_on_all(mode: str, world: int, what: str, text: str):
+NOT_FINITE = {  # what, and how the error's text begins
+    ("replicas", 2): {
+        "square": "the gradient of square on rank 1",
+        "square and rows and loss": "the loss on rank 1 and of 2 more was",
+        "rows overflows": "the average over ranks of the gradient of rows was",
+    },
+    ("replicas", 3): {
+        "rows": "the gradient of rows on rank 1",
+        "loss": "the loss on rank 1 was",
+        "matrix overflows": "the average over ranks of the gradient of matrix was",
+    },
+    ("fsdp", 2): {"square": "the gradient of square on rank 1", "loss": "the loss on rank 1"},
+    ("hsdp", 4): {"square": "the gradient of square on rank 1"},
+}
+
+
+def _all_not_finite(rank: int, world: int, mode: str) -> dict[str, tuple[str, bool, Weights]]:
+    return {what: _not_finite(rank, world, mode, what) for what in NOT_FINITE[mode, world]}
+
+
+@pytest.mark.parametrize(("mode", "world"), NOT_FINITE)
+def test_a_number_that_is_not_finite_on_one_rank_stops_the_step_on_all(mode: str, world: int):
     """Weights and state stay bit for bit, the next step says on every rank what it was and where, and the step after it goes on."""
-    found = ranks(world, _not_finite, mode, what)
+    found = ranks(world, _all_not_finite, mode)
     model = Bag(n for n in KINDS if n not in REPLICAS_ALONE)
     optimizer = model.dualized(direction="adam", weight_decay=0.1)
     step_by_hand(model, optimizer, [0, 1])
-    for message, same, after in found:
-        assert message == found[0][0], "the same on all ranks"
-        assert message.startswith(text) and message.endswith(TAKEN), message
-        assert same
-        assert equal(after, weights(model))
+    for what, text in NOT_FINITE[mode, world].items():
+        for message, same, after in (of_rank[what] for of_rank in found):
+            assert message == found[0][what][0], "the same on all ranks"
+            assert message.startswith(text) and message.endswith(TAKEN), message
+            assert same, what
+            assert equal(after, weights(model)), what
 
 
 # ---- who holds which state
@@ -737,7 +765,7 @@ def test_ranks_hold_the_state_of_their_pieces_alone_and_together_all_of_it(mode:
 def _saved(rank: int, world: int, mode: str, case: str) -> tuple[Weights, dict[str, Any]]:
     model = sharded(Net().double(), mode, world)
     optimizer = dualized(model, case, grads="local")  # type: ignore[arg-type]
-    train(model, optimizer, range(10), rank=rank, world=world)
+    train(model, optimizer, SAVED, rank=rank, world=world)
     saved = optimizer.state_dict()
     whole = {i: {k: full(b) for k, b in state.items()} for i, state in saved["state"].items()}
     return weights(model), saved | {"state": whole}
@@ -754,23 +782,35 @@ def loaded(mode: str, world: int, case: str, saved: tuple[Weights, dict[str, Any
 
 def _resumed(rank: int, world: int, mode: str, case: str, path: str) -> Weights:
     model, optimizer = loaded(mode, world, case, torch.load(path), grads="local")
-    train(model, optimizer, range(10, 15), rank=rank, world=world)
+    train(model, optimizer, RESUMED, rank=rank, world=world)
     return weights(model)
 
 
-@pytest.mark.parametrize("case", CASES)
+def _saved_and_resumed(rank: int, world: int, mode: str, folder: str) -> dict[str, tuple[tuple[Weights, dict[str, Any]], Weights]]:
+    return {case: (_saved(rank, world, mode, case), _resumed(rank, world, mode, case, f"{folder}/{case}")) for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def saved_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with weights and state of one process, by case."""
+    folder = tmp_path_factory.mktemp("saved")
+    for case in CASES:
+        model = Net().double()
+        optimizer = dualized(model, case)
+        train(model, optimizer, SAVED)
+        torch.save((weights(model), optimizer.state_dict()), folder / case)
+    return folder
+
+
 @pytest.mark.parametrize(("mode", "world"), [("replicas", 2), ("replicas", 3), ("fsdp", 2)])
-def test_a_run_goes_on_from_one_process_to_ranks_and_back(mode: str, world: int, case: str, tmp_path: Path):
-    for state in ranks(world, _saved, mode, case):
-        model, optimizer = loaded("replicas", 1, case, state)
-        train(model, optimizer, range(10, 15))
-        assert difference(weights(model), alone(case, 15)) < SAME, "from ranks to one process; every rank has the whole state"
-    model = Net().double()
-    optimizer = dualized(model, case)
-    train(model, optimizer, range(10))
-    torch.save((weights(model), optimizer.state_dict()), tmp_path / "saved")
-    for found in ranks(world, _resumed, mode, case, str(tmp_path / "saved")):
-        assert difference(found, alone(case, 15)) < SAME, "from one process to ranks"
+def test_a_run_goes_on_from_one_process_to_ranks_and_back(mode: str, world: int, saved_alone: Path):
+    for by_case in ranks(world, _saved_and_resumed, mode, str(saved_alone)):
+        for case, (state, resumed) in by_case.items():
+            model, optimizer = loaded("replicas", 1, case, state)
+            train(model, optimizer, RESUMED)
+            whole = alone(case, RESUMED.stop)
+            assert difference(weights(model), whole) < SAME, (case, "from ranks to one process; every rank has the whole state")
+            assert difference(resumed, whole) < SAME, (case, "from one process to ranks")
 
 
 # ---- what is sent

@@ -24,7 +24,7 @@ from optim.comm import Piece
 from tests.forked_python import forked_python, program
 from tests.helpers import ROOT, SOAK, descendants, ranks, run, run_ranks, small_dataset, start_ranks
 
-KILLS = 100 if SOAK else 3
+KILLS = 100 if SOAK else 2
 EXACT = ("--optim.param-dtype", "float64", "--optim.polar.schedule", "exact", "--optim.lr", "1", "--optim.cooldown", "0")
 # 36 wide: at 4 ranks, the head's 18 rows are shards of 5, 5, 5 and 3.
 SHAPE = ("--model.n-embd", "36", "--train.batch-size", "24", "--train.sample-tokens", "0", "--train.checkpoint-every", "0")
@@ -93,7 +93,7 @@ def ends(processes: list[BaseProcess], deadline: float = 60) -> list[int | None]
 @pytest.fixture(scope="module")
 def alone(root: Path) -> dict[str, Tensor]:
     """Of one process, in float64 with dropout: what every other way of computing it is compared with."""
-    train(root, 1, "alone", *SHAPE, *EXACT, "--train.steps", "10", "--train.gradient-accumulation-steps", "4")
+    train(root, 1, "alone", *SHAPE, *EXACT, "--train.steps", "6", "--train.gradient-accumulation-steps", "4")
     return weights(root, "alone")
 
 
@@ -104,7 +104,7 @@ def alone(root: Path) -> dict[str, Tensor]:
 def test_ranks_change_who_computes_not_what(root: Path, alone: dict[str, Tensor], world: int, accumulation: int, mode: tuple[str, ...]):
     """Dropout included: masks depend on the step and on the part of the global batch, not on who has it."""
     name = f"{mode[0]}{world}"
-    steps = ("--train.steps", "10", "--train.gradient-accumulation-steps", str(accumulation))
+    steps = ("--train.steps", "6", "--train.gradient-accumulation-steps", str(accumulation))
     out = train(root, world, name, *SHAPE, *EXACT, *steps, "--run.parallel", *mode)
     assert f"chosen: backend = gloo for {world} ranks on 1 machine, run.parallel = {mode[0]}" in out
     assert deviation(weights(root, name), alone) < 1e-9
@@ -124,7 +124,7 @@ def test_three_ranks_take_thirds_of_the_same_batches(root: Path, accumulation: i
             *SHAPE,
             *EXACT,
             "--train.steps",
-            "10",
+            "6",
             "--train.gradient-accumulation-steps",
             str(parts),
             "--train.batch-size",
@@ -149,13 +149,13 @@ def test_a_whole_run_of_two_ranks_in_float32_ends_as_one_process_does(root: Path
 
 def test_in_bf16_two_ranks_end_within_the_spread_of_seeds(root: Path):
     ends_at = []
-    fixed = ("--run.precision", "bf16", "--train.steps", "40", "--train.batch-size", "16", "--train.checkpoint-every", "0")
+    fixed = ("--run.precision", "bf16", "--train.steps", "24", "--train.batch-size", "16", "--train.checkpoint-every", "0")
     for seed in range(4):
         train(root, 1, f"bf16-{seed}", *fixed, "--run.seed", str(seed))
-        ends_at.append(losses(root, f"bf16-{seed}", "val_loss")[40])
+        ends_at.append(losses(root, f"bf16-{seed}", "val_loss")[24])
     for mode in ("ddp", "fsdp"):
         train(root, 2, f"bf16x2-{mode}", *fixed, "--train.gradient-accumulation-steps", "1", "--run.parallel", mode)
-        assert abs(losses(root, f"bf16x2-{mode}", "val_loss")[40] - ends_at[0]) <= max(ends_at) - min(ends_at)
+        assert abs(losses(root, f"bf16x2-{mode}", "val_loss")[24] - ends_at[0]) <= max(ends_at) - min(ends_at)
 
 
 # ---- checkpoints
@@ -419,7 +419,7 @@ def test_killed_at_any_moment_on_any_rank_a_run_resumes_to_the_same_weights(root
         "--run.resume",
         "auto",
         "--train.steps",
-        "30" if SOAK else "16",
+        "30" if SOAK else "12",
         "--train.checkpoint-every",
         "1",
         *EXACT,
@@ -447,7 +447,7 @@ def test_killed_at_any_moment_on_any_rank_a_run_resumes_to_the_same_weights(root
         at.add(out.splitlines()[0])
         assert deviation(weights(root, "killed"), whole) < 1e-9, f"kill {kill}, {world} ranks: {out.splitlines()[0]}"
         assert losses(root, "killed") == pytest.approx(losses(root, "unharmed"), abs=1e-9)
-    assert len(at) >= min(KILLS // 3, 15), f"the moments differ: {at}"  # of as many as there are steps
+    assert len(at) >= (15 if SOAK else 1), f"the moments differ: {at}"  # of as many as there are steps
 
 
 @pytest.fixture

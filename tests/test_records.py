@@ -441,20 +441,17 @@ def test_a_record_is_reproduced_exactly_here(book: Path, root: Path, capsys: pyt
     shutil.rmtree(out)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
+def test_a_check_that_cannot_be_is_refused(book: Path, root: Path, capsys: pytest.CaptureFixture[str]):
+    assert add("runs/study") == 0
+    for options, said in (
         (["--entry", "sgd"], "--entry\n  got: sgd\n  allowed: dualized, adamw\n"),
         (["--seeds", "0"], "--seeds\n  got: 0\n  allowed: 1 or more\n"),
         (["--seeds", "-1"], "--seeds\n  got: -1\n"),
         (["--workers", "0"], "--workers\n  got: 0\n  allowed: 1 or more\n"),
         (["--workers", "-1"], "--workers\n  got: -1\n"),
-    ],
-)
-def test_a_check_that_cannot_be_is_refused(options: list[str], said: str, book: Path, root: Path, capsys: pytest.CaptureFixture[str]):
-    assert add("runs/study") == 0
-    assert main(["check", str(book / "small/2026-01-02_first"), *options]) == 2
-    assert said in refusal(capsys)
+    ):
+        assert main(["check", str(book / "small/2026-01-02_first"), *options]) == 2
+        assert said in refusal(capsys), options
 
 
 def test_other_data_and_other_folders_are_refused(book: Path, root: Path, capsys: pytest.CaptureFixture[str]):

@@ -20,7 +20,7 @@ import torch
 from tests.helpers import ROOT
 
 TRAIN = """
-import importlib.util, pathlib, sys
+import importlib.util, pathlib, runpy, sys
 import torch
 from torch import nn
 
@@ -49,6 +49,9 @@ for step in range(30):
     optimizer.step()
     losses.append(loss.item())
 assert losses[-1] < 0.5 * losses[0], losses
+
+sys.argv = ["convert", "--help"]
+runpy.run_module("nanodual.convert", run_name="__main__", alter_sys=True)
 """
 
 
@@ -101,5 +104,4 @@ def test_installed_alone_it_trains_a_foreign_model_and_converts_settings(wheel: 
     (packages,) = (tmp_path / "env/lib").glob("python*/site-packages")
     (packages / "borrowed.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
     (tmp_path / "train.py").write_text(TRAIN)
-    shell(python, "-W", "error", "train.py", cwd=tmp_path)
-    assert shell(python, "-m", "nanodual.convert", "--help", cwd=tmp_path).startswith("usage: python -m nanodual.convert")
+    assert shell(python, "-W", "error", "train.py", cwd=tmp_path).startswith("usage: python -m nanodual.convert")
