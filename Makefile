@@ -9,7 +9,7 @@ else
   READY := .venv/.ready
   DEV := .venv/.ready-for-tests
 endif
-PIP := .venv/bin/python -m pip --disable-pip-version-check install -qq --no-compile
+PIP := .venv/bin/python -m pip --disable-pip-version-check install -qq
 # make train TORCH_INDEX=https://download.pytorch.org/whl/cpu takes torch from there, and nothing else.
 TORCH_INDEX ?=
 # Looked up, not imported, which takes torch seconds.
