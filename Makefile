@@ -10,7 +10,7 @@ else
   DEV := .venv/.ready-for-tests
 endif
 PIP := .venv/bin/python -m pip --disable-pip-version-check install -qq
-# make train TORCH_INDEX=https://download.pytorch.org/whl/cpu takes torch from there, and nothing else.
+# make train TORCH_INDEX=https://download.pytorch.org/whl/cpu takes torch, with what torch itself needs, from there.
 TORCH_INDEX ?=
 # Looked up, not imported, which takes torch seconds.
 LACKING := import sys; from importlib.util import find_spec; sys.exit(', '.join(n for n in sys.argv[1:] if not find_spec(n)) or 0)
@@ -53,7 +53,7 @@ portable: $(DEV)
 	"$(PY)" -m tests.portable $(PYTHONS)
 
 # optim/ as the package `nanodual`, in dist/. build/ goes first: setuptools would pack what an older build has left there. No network.
-wheel: $(DEV)
+wheel: $(READY)
 	rm -rf build
 	"$(PY)" -m pip wheel -q . --no-deps --no-build-isolation -w dist
 

@@ -231,6 +231,8 @@ def _signature(path: Path) -> dict[str, Any]:
 
 
 def _fsync(path: Path) -> None:
+    if os.name == "nt":  # Windows opens no folders, and syncs no files that are open for reading
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

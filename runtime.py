@@ -84,7 +84,7 @@ class Runtime:
     """What a run computes on: ranks, torch device, precision, autocast, generators. `choices` says what was chosen for the user."""
 
     def __init__(self, config: RunConfig, product: tuple[int, int, int] | None = None) -> None:
-        """product: (rows, inner, columns) of the model's largest matrix product, the rows of all ranks together, by which precision = "auto" chooses on devices other than CUDA; without it fp32 is taken."""
+        """product: (rows, inner, columns) of the model's MLP, the rows of all ranks together, by which precision = "auto" chooses on devices other than CUDA; without it fp32 is taken."""
         self.choices: list[str] = []
         self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self.local_rank, self.local_size = (
@@ -304,7 +304,7 @@ class Runtime:
         else:
             rows, inner, columns = product
             gain = bf16_gain(self.device, rows // self.size, inner, columns)
-            fine, why = gain > 1.2, f"in bf16 the model's largest product, casts and backward pass included, was {times(gain)} here"
+            fine, why = gain > 1.2, f"in bf16 the MLP's product, casts and backward pass included, was {times(gain)} here"
         precision = "bf16" if fine else "fp32"
         self.choices.append(f"run.precision = {precision} ({why})")
         return precision
@@ -346,7 +346,7 @@ PROBE_FLOPS = 4e9  # of bf16_gain's product at most: a tenth of a second in fp32
 def bf16_gain(device: torch.device, rows: int, inner: int, columns: int) -> float:
     """How many times as fast as in fp32 a linear map x (rows, inner) → (rows, columns) and its gradients are under bf16 autocast; 0 where it does not run.
 
-    rows: cut so that the products stay below PROBE_FLOPS. Alternately, best of three; ten times as slow is believed at once, as emulation is slow.
+    rows: cut so that the products stay below PROBE_FLOPS. Alternately, best of three, or of two where bf16 is ten times as slow: emulation is.
     """
     rows = max(1, min(rows, int(PROBE_FLOPS / (6 * inner * columns))))
     x = torch.ones(rows, inner, device=device, requires_grad=True)
@@ -361,21 +361,41 @@ def bf16_gain(device: torch.device, rows: int, inner: int, columns: int) -> floa
 
     best = {torch.float32: math.inf, torch.bfloat16: math.inf}
     try:
-        seconds(torch.float32)  # the first one is slower
-        for _ in range(3):
+        for dtype in best:
+            seconds(dtype)  # the first ones are slower
+        for turn in range(3):
             best = {dtype: min(before, seconds(dtype)) for dtype, before in best.items()}
-            if best[torch.bfloat16] > 10 * best[torch.float32]:
+            if turn and best[torch.bfloat16] > 10 * best[torch.float32]:
                 break
     except RuntimeError:
         return 0.0
     return best[torch.float32] / best[torch.bfloat16]
 
 
+def bfloat16_is_emulated(device: str) -> bool:
+    """Whether a device ("cpu", "cuda", "mps") has no bfloat16 products of its own. Other than on CUDA that is found by timing one of 256³, which emulation on AVX2 makes 20
+    to 40 times slower than float32's, and hardware (AVX512-BF16) no slower: 4 times are taken for emulation."""
+    if device == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+
+    def best(dtype: torch.dtype) -> float:
+        X = torch.ones(256, 256, dtype=dtype, device=device)
+        found = []
+        for _ in range(6):
+            start = time.perf_counter()
+            (X @ X).sum().item()
+            found.append(time.perf_counter() - start)
+        return min(found)
+
+    return best(torch.bfloat16) > 4 * best(torch.float32)
+
+
 def times(gain: float) -> str:
     """A ratio of speeds in words."""
     if gain <= 0:
         return "not possible"
-    return f"{gain:.1f} × faster" if gain >= 1 else f"{1 / gain:.2g} × slower"
+    ratio = max(gain, 1 / gain)
+    return f"{ratio:.{0 if ratio >= 10 else 1}f} × {'faster' if gain >= 1 else 'slower'}"
 
 
 class Watchdog(threading.Thread):

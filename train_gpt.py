@@ -27,14 +27,13 @@ import checkpoint
 import config as configuration
 from config import Config, ConfigError
 from data.loader import Dataset, TrainBatches, check_validation, validation_batches
-from data.shards import DataError, Split
+from data.shards import DataError
 from model import GPT
 from models import build
 from optim import RIVALS, CommError, CoverageError, Dualized, EscapeVelocity, NonFiniteError, Polar, Rival, metrize
-from optim.polar import bfloat16_is_emulated
 from optim.rivals import UNNORMED, set_beta
 from optim.step_size import SCHEDULES, momentum_at
-from runtime import Clock, RankError, RunError, RunFolder, Runtime, Stopwatch, git_state, hardware, telling
+from runtime import Clock, RankError, RunError, RunFolder, Runtime, Stopwatch, bfloat16_is_emulated, git_state, hardware, telling
 from telemetry import Geometry, Sharpness, plot_geometry
 
 
@@ -383,8 +382,11 @@ def train(config: Config, runtime: Runtime) -> None:
         "dirty": dirty,
     }
     folder.write_json("summary.json", summary)
+    # Compressors were given the whole split: they are beside a score of all of it, or not at all.
+    split = dataset.manifest.splits["val"]
+    packed = split.compressors() if c.eval_tokens is None or c.eval_tokens >= split.tokens - 1 else {}
     if runtime.main and c.pictures:
-        plot_losses(folder, dataset.manifest.splits["val"])
+        plot_losses(folder, packed, bytes_per_token=(split.bytes or 0) / split.tokens)
         plot_geometry(folder.metrics(), folder.path / "geometry.png")
     if c.sample_tokens and (runtime.main or runtime.parallel != "ddp"):
         model.eval()
@@ -392,7 +394,7 @@ def train(config: Config, runtime: Runtime) -> None:
         idx_BT = torch.tensor([prompt], device=runtime.device)
         out_BT = model.generate(idx_BT, c.sample_tokens, temperature=0.8, vocab_size=tokenizer.vocab_size, generator=generator)
         say(f"sample:\n{tokenizer.decode(out_BT[0].tolist())}\n")
-    others = ", ".join(f"{name} {bits:.4f}" for name, bits in dataset.manifest.splits["val"].compressors().items())
+    others = ", ".join(f"{name} {bits:.4f}" for name, bits in packed.items())
     say(f"validation: {progress.val_bpb:.4f} bits per byte" + f" ({others} of the same bytes)" * bool(others))
     if optimizer.step_size is not None:
         say(f"lr found: {optimizer.step_size:.4g} (started at {o.auto_initial:g}), times the schedule")
@@ -464,8 +466,8 @@ def compile_ahead(model: GPT, runtime: Runtime, batch: int) -> tuple[Any, float]
     return forward, time.perf_counter() - start
 
 
-def plot_losses(folder: RunFolder, split: Split) -> None:
-    """loss.png: training and validation loss against tokens, and what compressors make of the validation split."""
+def plot_losses(folder: RunFolder, compressors: dict[str, float], *, bytes_per_token: float) -> None:
+    """loss.png: training and validation loss against tokens, and what compressors make of the validation split, in bits per byte."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -482,8 +484,8 @@ def plot_losses(folder: RunFolder, split: Split) -> None:
         axes.plot(*zip(*means, strict=True), color="tab:blue", linewidth=2, label=f"mean of the last {span} logged")
     if validated:
         axes.plot(*zip(*validated, strict=True), "o", color="tab:red", label=f"validation: {validated[-1][1]:.3f}")
-    nats = math.log(2) * (split.bytes or 0) / split.tokens
-    for (name, bits), shade in zip(split.compressors().items(), ("0.7", "0.5", "0.3"), strict=False):
+    nats = math.log(2) * bytes_per_token
+    for (name, bits), shade in zip(compressors.items(), ("0.7", "0.5", "0.3"), strict=False):
         axes.axhline(bits * nats, color=shade, linestyle="--", linewidth=1, label=f"{name}: {bits * nats:.3f}")
     axes.set(xlabel="tokens trained on", ylabel="loss, nats per token", title=folder.path.name)
     axes.grid(alpha=0.3)

@@ -14,6 +14,7 @@ import re
 import sys
 import urllib.request
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -44,7 +45,8 @@ PACKAGES = ("mpmath", "networkx", "sympy")  # pure Python, pinned in requirement
 VALIDATION = 50  # one file in so many, by the hash of its name
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-COMPRESSED_LIMIT = 16 * 2**20  # validation texts up to this size are compressed for comparison; xz takes a second for a megabyte
+# Validation texts up to these sizes are compressed for comparison. xz takes a second for a megabyte.
+COMPRESSED_LIMIT, XZ_LIMIT = 64 * 2**20, 8 * 2**20
 
 ADOPTED = {"kind": "adopted"}
 
@@ -80,27 +82,31 @@ def build(args: argparse.Namespace, out: Path, source: dict[str, Any], tokenizer
             raise DataError(
                 f"{name} split is empty\n  got: no text\n  allowed: at least one character\n  fix: more documents, or --val FILE"
             )
-    if is_there(out, source, tokenizer.name, replace=args.replace):
-        return
+    there = is_there(out, source, tokenizer.name, replace=args.replace)
     separator = tokenizer.decode([tokenizer.separator]) if tokenizer.byte_lengths()[tokenizer.separator] else ""
+    if there:
+        manifest, joint = read_manifest(out), separator.join(splits["val"]).encode()
+        if manifest.splits["val"].bzip2_bytes is None and (sizes := compressed(joint)):  # prepared before these were measured
+            manifest.splits["val"] = replace(manifest.splits["val"], **sizes)
+            write_manifest(out, manifest)
+        return
     with building(out) as folder:
         made = {}
         for name, documents in splits.items():
             joint = separator.join(documents).encode()
             shards = write_split(folder, name, encode(tokenizer, documents, name))
-            sizes = compressed(joint) if name == "val" and len(joint) <= COMPRESSED_LIMIT else {}
+            sizes = compressed(joint) if name == "val" else {}
             made[name] = Split(sum(s.tokens for s in shards), len(joint), shards, **sizes)
         write_manifest(folder, Manifest(tokenizer.name, tokenizer.vocab_size, made, source, tokenizer.characters))
     report(out, "written")
 
 
 def compressed(text: bytes) -> dict[str, int]:
-    """The sizes of a text under gzip -9, bzip2 -9 and xz -9e, by their names in Split."""
-    return {
-        "gzip9_bytes": len(gzip.compress(text, 9)),
-        "bzip2_bytes": len(bz2.compress(text, 9)),
-        "xz_bytes": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),
-    }
+    """The sizes of a text under gzip -9, bzip2 -9 and xz -9e, by their names in Split; of a long one fewer, or none."""
+    if len(text) > COMPRESSED_LIMIT:
+        return {}
+    sizes = {"gzip9_bytes": len(gzip.compress(text, 9)), "bzip2_bytes": len(bz2.compress(text, 9))}
+    return sizes | ({"xz_bytes": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))} if len(text) <= XZ_LIMIT else {})
 
 
 def encode(tokenizer: Tokenizer, documents: list[str], name: str) -> Iterator[np.ndarray]:
@@ -229,10 +235,10 @@ def hub(args: argparse.Namespace) -> None:
     """A dataset that the `datasets` library can load: a name on the Hugging Face hub, or json, text, parquet with --files. Streams, so it may be larger than memory."""
     try:
         from datasets import load_dataset
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise DataError(
-            "hub\n  got: no package datasets, which a training run does not need\n  allowed: an environment that has it\n  fix: pip install -r requirements-dev.txt, or datasets of the"
-            " version there"
+            "hub\n  got: no package datasets, which training does not need\n  allowed: an environment that has it\n"
+            "  fix: pip install datasets, in the version of requirements-dev.txt"
         ) from error
 
     out = args.out or CORPORA / named(args.name.split("/")[-1].lower(), args.tokenizer, "")

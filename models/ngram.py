@@ -39,8 +39,8 @@ class NgramConfig(GPTConfig):
     """ngram: N > 1 adds a row for each of the last 2, … N tokens. ngram_rows: rows of their table.
 
     match: M > 0 adds rows for what followed the last time that the last 4, 8, … 4 · 2^(M − 1)
-    tokens stood in the window. match_dropout: in training, so many of the sequences find no
-    matches, that the model learns to do without them too, as `generate` does. mlp_shift: half of
+    tokens stood in the window. match_dropout: in training this share of the sequences finds no
+    matches, so that the model learns to do without them, as `generate` does. mlp_shift: half of
     the MLP's input comes from the position before.
     """
 

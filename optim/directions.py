@@ -96,11 +96,13 @@ class SOAP(Direction):
     A weight of more than 2 dimensions is taken as a matrix (O, rest), a vector as by Adam. A side longer than `limit` keeps its own axes.
     nesterov: of the average one step ahead, (1 − β) G + β M.
 
-    Eigenvectors of equal eigenvalues, of zero above all, and quotients of entries that should be zero are rounding, different on every machine. So here:
-    - The basis starts at the weight's own axes and takes one step of orthogonal iteration on every refresh, Q ← qr((F + ε^SHIFT f I) Q), f being the factor F's
-      largest diagonal entry and ε the spacing of floats at 1. What F has not seen, or sees alike, keeps its axes.
-    - Entries whose running RMS in that basis is at most ε^FLOOR of the largest one are not divided, but 0.
-    A change of G by ε then changes the step by about ε^(1 − SHIFT), and by nothing where G lacks rank (docs/theory.md §3).
+    Eigenvectors of equal eigenvalues, of zero above all, and quotients of entries that should be zero are rounding, different on every machine. So here, with ε the
+    spacing of floats at 1:
+    - The basis starts at the weight's own axes and takes one step of orthogonal iteration on every refresh, Q ← qr((F + √ε f I) Q), f being the factor F's largest
+      diagonal entry. What F has not seen, or sees alike, keeps its axes.
+    - An entry that is at most √ε of the largest RMS, as its own RMS is, is 0, and only from twice that on the full quotient. A quotient is at most 1/√(1 − β₂): more
+      than that comes of axes that have just turned towards gradients, whose RMS is not theirs yet.
+    docs/theory.md §3 says what a change of G by ε then does.
     """
 
     gated = True
@@ -132,8 +134,10 @@ class SOAP(Direction):
         seen = live.reshape(live.shape[0], -1).amax(-1)[:, None, None] if live.ndim else live
         left, right = (self._basis(state, side, P / scale, seen, beta2, refresh) for side, P in (("left", G), ("right", G.mT)))
         R = _rms_(state["rms"].view_as(G), _turn(G, left, right), seen, beta2)
-        floor = torch.finfo(R.dtype).eps ** FLOOR * R.amax((-2, -1), keepdim=True)
-        D = torch.where(floor < R, _turn(M, left, right) / R, 0)
+        T = _turn(M, left, right)
+        floor, limit = _root_eps(R) * R.amax((-2, -1), keepdim=True), (1 - beta2) ** -0.5
+        known = (R.maximum(T.abs()) / floor - 1).clamp_(0, 1)
+        D = torch.where(known > 0, (T / R).clamp_(-limit, limit) * known, 0)
         return _turn(D, *(None if Q is None else Q.mT for Q in (left, right))).reshape(shape)
 
     @staticmethod
@@ -142,20 +146,23 @@ class SOAP(Direction):
         if side not in state:
             return None
         F, Q = state[side], state[f"{side}_basis"]
+        axes = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+        Q.copy_(torch.where(Q.flatten(1).any(-1)[:, None, None], Q, axes))  # a checkpoint of before may have it 0 until the first refresh
         _average_(F, P @ P.mT, live, beta2)
         if refresh:
-            eps, top = torch.finfo(F.dtype).eps ** SHIFT, F.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None]
+            shift, top = _root_eps(F), F.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None]
             moved = F @ Q
             # Columns are made orthogonal in the order of their eigenvalues, largest first. Within an octave they keep their own order, which no last digit may decide.
-            octave = (torch.where(top > 0, (Q * moved).sum(-2, keepdim=True) / top, 0) + eps).log2().add(0.25).floor()
+            octave = (torch.where(top > 0, (Q * moved).sum(-2, keepdim=True) / top, 0) + shift).log2().add(0.25).floor()
             order = octave.argsort(dim=-1, descending=True, stable=True).expand_as(Q)
-            turned = torch.linalg.qr((moved + eps * top * Q).gather(-1, order))[0]
+            turned = torch.linalg.qr((moved + shift * top * Q).gather(-1, order))[0]
             Q.copy_(torch.where((live > 0) & (top > 0), torch.empty_like(Q).scatter_(-1, order, turned), Q))
         return Q
 
 
-# Exponents of ε. Rounding turns the basis by ε^(1 − SHIFT), and the shift itself by ε^SHIFT at first: the floor is above what the latter leaves of a zero.
-FLOOR, SHIFT = 1 / 2, 2 / 3
+def _root_eps(X: Tensor) -> float:
+    """√ε of a dtype: 1.5e-8 in float64, 3.5e-4 in float32."""
+    return torch.finfo(X.dtype).eps ** 0.5
 
 
 def _turn(X: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:

@@ -4,10 +4,8 @@ m, n: rows and columns of one matrix. Everything takes stacks (..., m, n).
 Sources: [MU] kellerjordan.github.io/posts/muon; [PE] arXiv 2505.16932; [GN] Zhang, Amsel, Chen, Dao, Gram Newton-Schulz, 2026.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -109,20 +107,14 @@ def gram(X: Tensor, coefficients: Coefficients, *, inplace: bool = False) -> Ten
     return X
 
 
-# By how many roundings of ‖G‖_F the entries of G may be wrong: a gradient's sums are taken in another order elsewhere, five roundings or so, and an
-# average of gradients that cancel to a tenth is wrong by ten times as many of its own (measured: tests/test_directions.py).
-ENTRY_ROUNDINGS = 64
-
-
 def exact(G: Tensor) -> Tensor:
-    """U Vᵀ over the singular values above rounding, so that a rank-deficient G gives the partial isometry that the schedules tend to.
+    """U Vᵀ over the singular values above √ε of the largest, so that a rank-deficient G gives the partial isometry that the schedules tend to.
 
-    An error E of the entries moves a singular value by ‖E‖₂ <= ‖E‖_F at most (Weyl), here ENTRY_ROUNDINGS · ε ‖G‖_F; the SVD's own is within
-    max(m, n) · ε σ_max (LAPACK's and every matrix_rank's measure). What is 0 but for both stays below their sum, so that no full step comes of it.
+    Less than that may be rounding: of sums in another order, of averages that cancel, of quotients as a direction makes them (SOAP's entries are known to √ε). The schedules bring
+    nothing below 1e-3 ‖G‖_F to full size either; float32's √ε is 3.5e-4, float64's 1.5e-8.
     """
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
-    rounding = max(G.shape[-2:]) * S[..., :1] + ENTRY_ROUNDINGS * torch.linalg.vector_norm(S, dim=-1, keepdim=True)
-    return (U * (torch.finfo(G.dtype).eps * rounding < S).to(U.dtype).unsqueeze(-2)) @ Vh
+    return (U * (torch.finfo(G.dtype).eps ** 0.5 * S[..., :1] < S).to(U.dtype).unsqueeze(-2)) @ Vh
 
 
 @dataclass(frozen=True)
@@ -197,22 +189,3 @@ class Polar:
         if self.dtype == "auto":
             return torch.float32 if G.device.type == "cpu" else torch.bfloat16
         return getattr(torch, self.dtype)
-
-
-@lru_cache
-def bfloat16_is_emulated(device: str) -> bool:
-    """Whether a device ("cpu", "cuda", "mps") has no bfloat16 products of its own. Other than on CUDA that is found by timing one of 256³, which emulation makes 7 to 25 times
-    slower than float32's, and hardware no slower: 4 times are taken for emulation."""
-    if device == "cuda":
-        return not torch.cuda.is_bf16_supported(including_emulation=False)
-
-    def seconds(dtype: torch.dtype) -> float:
-        X = torch.ones(256, 256, dtype=dtype, device=device)
-        found = []
-        for _ in range(6):
-            start = time.perf_counter()
-            (X @ X).sum().item()
-            found.append(time.perf_counter() - start)
-        return min(found)
-
-    return seconds(torch.bfloat16) > 4 * seconds(torch.float32)

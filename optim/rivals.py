@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -65,7 +66,8 @@ class Float32Muon(torch.optim.Muon):
         theirs = _muon._zeropower_via_newtonschulz
         try:
             _muon._zeropower_via_newtonschulz = _newton_schulz
-            return super().step(closure)
+            with torch.no_grad():
+                return inspect.unwrap(torch.optim.Muon.step)(self, closure)  # without the hooks, which this class's own step has
         finally:
             _muon._zeropower_via_newtonschulz = theirs
 

@@ -39,7 +39,19 @@ from optim.rivals import UNNORMED
 from runtime import RunConfig
 
 ROOT = Path(__file__).parent.parent
-PRELOADED = ["torch", "tqdm", "config", "checkpoint", "telemetry", "runtime", "model", "data.loader", "optim", "matplotlib.pyplot"]
+PRELOADED = [
+    "torch",
+    "tqdm",
+    "config",
+    "checkpoint",
+    "telemetry",
+    "runtime",
+    "model",
+    "models",
+    "data.loader",
+    "optim",
+    "matplotlib.pyplot",
+]
 FILLED_IN = {"run.device": "auto", "run.precision": "auto", "model.vocab_size": None, "optim.polar.dtype": "auto"}  # by train_gpt.py
 # What does not change the numbers that a study reads. run.threads does: sums in another order make another run (LOG.md).
 NEUTRAL = (

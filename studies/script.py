@@ -386,7 +386,7 @@ def train(seed: int) -> None:
             break
         loss = torch.zeros((), device=device)
         for slot in range(RANK, SLOTS, WORLD):
-            if config.model.dropout:
+            if config.model.dropout or config.model.match_dropout:
                 low, high = seed_words((seed, step, slot), 2)
                 torch.manual_seed((high << 32 | low) >> 1)
             x_BT, y_BT = batches.batch(step, slot, SLOTS)

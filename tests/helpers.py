@@ -139,14 +139,20 @@ def ranks(world: int, function: Callable[..., Any], *args: Any, deadline: float 
 # ---- scripts
 
 
-def share_server() -> None:
-    """In a child: its own children are forked from the server that it was forked from. Python 3.11 would start, and load, another one."""
+def share_server(key: object) -> None:
+    """In a child: its own children are forked from the server that it was forked from. Python 3.11 would start, and load, another one. key: which 3.14 asks for."""
+    forkserver._forkserver._forkserver_authkey = key  # type: ignore[attr-defined]
     forkserver._forkserver.ensure_running = lambda: None
 
 
-def _run(script: str, argv: list[str], cwd: str, env: dict[str, str], suffix: str) -> None:
+def server_key() -> object:
+    forkserver.ensure_running()
+    return getattr(forkserver._forkserver, "_forkserver_authkey", None)
+
+
+def _run(script: str, argv: list[str], cwd: str, env: dict[str, str], suffix: str, key: object) -> None:
     """In a child: the script as __main__, its output in <cwd>/stdout<suffix> and <cwd>/stderr<suffix>."""
-    share_server()
+    share_server(key)
     os.chdir(cwd)
     os.environ.update(env)
     for stream in ("stdout", "stderr"):
@@ -157,7 +163,7 @@ def _run(script: str, argv: list[str], cwd: str, env: dict[str, str], suffix: st
 
 
 def _start(cwd: Path, argv: Sequence[str], script: str, env: dict[str, str] | None, suffix: str = "") -> BaseProcess:
-    process = _context.Process(target=_run, args=(str(ROOT / script), list(argv), str(cwd), env or {}, suffix))
+    process = _context.Process(target=_run, args=(str(ROOT / script), list(argv), str(cwd), env or {}, suffix, server_key()))
     process.start()
     return process
 

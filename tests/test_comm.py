@@ -51,12 +51,12 @@ from optim import (
 )
 from optim.comm import CommError, Job, Piece, Ranks, assign, run
 from optim.polar import SCHEDULES
-from tests.helpers import ROOT, ranks, run_ranks
+from tests.helpers import ROOT, SOAK, ranks, run_ranks
 
 SAME = 1e-9  # of float64 weights, relative to their largest entry: only the order of sums differs; 2e-14 measured after 20 steps
 SAME_FLOAT32 = 1e-5  # after one step; Polar Express is steep where a singular value is near 0
 TOLERANCES = {torch.float64: SAME, torch.float32: SAME_FLOAT32, torch.bfloat16: 4 * torch.finfo(torch.bfloat16).eps}
-STEPS = 6
+STEPS = 20 if SOAK else 6
 SAVED, RESUMED = range(4), range(4, 7)  # steps before and after a checkpoint
 BATCH = 48  # sequences: divisible by every number of ranks times 4 parts
 MODES = [("replicas", 1), ("replicas", 2), ("replicas", 3), ("replicas", 4), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4)]
@@ -187,6 +187,7 @@ def _all_trained(rank: int, world: int, mode: str) -> dict[tuple[str, int], Weig
     return {(case, parts): _trained(rank, world, mode, case, parts) for case, parts in runs}
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(("mode", "world"), MODES)
 def test_any_number_of_ranks_and_parts_trains_as_one_process(mode: str, world: int):
     found = ranks(world, _all_trained, mode)

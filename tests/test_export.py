@@ -44,6 +44,8 @@ CASES = {
         "2",
         "--model.match-dropout",
         "0.5",
+        "--model.dropout",
+        "0.0",
         "--optim.masses.ngram",
         "3.0",
     ),

@@ -25,6 +25,7 @@ from tests.forked_python import forked_python, program
 from tests.helpers import ROOT, SOAK, descendants, ranks, run, run_ranks, small_dataset, start_ranks
 
 KILLS = 100 if SOAK else 2
+STEPS = "20" if SOAK else "6"  # of runs that are compared
 EXACT = ("--optim.param-dtype", "float64", "--optim.polar.schedule", "exact", "--optim.lr", "1", "--optim.cooldown", "0")
 # 36 wide: at 4 ranks, the head's 18 rows are shards of 5, 5, 5 and 3.
 SHAPE = ("--model.n-embd", "36", "--train.batch-size", "24", "--train.sample-tokens", "0", "--train.checkpoint-every", "0")
@@ -93,10 +94,11 @@ def ends(processes: list[BaseProcess], deadline: float = 60) -> list[int | None]
 @pytest.fixture(scope="module")
 def alone(root: Path) -> dict[str, Tensor]:
     """Of one process, in float64 with dropout: what every other way of computing it is compared with."""
-    train(root, 1, "alone", *SHAPE, *EXACT, "--train.steps", "6", "--train.gradient-accumulation-steps", "4")
+    train(root, 1, "alone", *SHAPE, *EXACT, "--train.steps", STEPS, "--train.gradient-accumulation-steps", "4")
     return weights(root, "alone")
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("world", "accumulation", "mode"),
     [(2, 2, ("ddp",)), (4, 1, ("ddp",)), (2, 2, ("fsdp",)), (4, 1, ("fsdp",)), (4, 1, ("hsdp", "--run.shard-size", "2"))],
@@ -104,7 +106,7 @@ def alone(root: Path) -> dict[str, Tensor]:
 def test_ranks_change_who_computes_not_what(root: Path, alone: dict[str, Tensor], world: int, accumulation: int, mode: tuple[str, ...]):
     """Dropout included: masks depend on the step and on the part of the global batch, not on who has it."""
     name = f"{mode[0]}{world}"
-    steps = ("--train.steps", "6", "--train.gradient-accumulation-steps", str(accumulation))
+    steps = ("--train.steps", STEPS, "--train.gradient-accumulation-steps", str(accumulation))
     out = train(root, world, name, *SHAPE, *EXACT, *steps, "--run.parallel", *mode)
     assert f"chosen: backend = gloo for {world} ranks on 1 machine, run.parallel = {mode[0]}" in out
     assert deviation(weights(root, name), alone) < 1e-9
@@ -112,6 +114,7 @@ def test_ranks_change_who_computes_not_what(root: Path, alone: dict[str, Tensor]
     assert losses(root, name, "val_loss") == pytest.approx(losses(root, "alone", "val_loss"), abs=1e-9), "evaluation is shared out"
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_three_ranks_take_thirds_of_the_same_batches(root: Path, accumulation: int):
     found = []
@@ -124,7 +127,7 @@ def test_three_ranks_take_thirds_of_the_same_batches(root: Path, accumulation: i
             *SHAPE,
             *EXACT,
             "--train.steps",
-            "6",
+            STEPS,
             "--train.gradient-accumulation-steps",
             str(parts),
             "--train.batch-size",
@@ -147,15 +150,16 @@ def test_a_whole_run_of_two_ranks_in_float32_ends_as_one_process_does(root: Path
     assert [r for r in map(json.loads, (root / "runs/fp32x2/metrics.jsonl").read_text().splitlines()) if "geometry" in r]
 
 
+@pytest.mark.soak
 def test_in_bf16_two_ranks_end_within_the_spread_of_seeds(root: Path):
-    ends_at = []
-    fixed = ("--run.precision", "bf16", "--train.steps", "24", "--train.batch-size", "16", "--train.checkpoint-every", "0")
+    ends_at, steps = [], 60 if SOAK else 24
+    fixed = ("--run.precision", "bf16", "--train.steps", str(steps), "--train.batch-size", "16", "--train.checkpoint-every", "0")
     for seed in range(4):
         train(root, 1, f"bf16-{seed}", *fixed, "--run.seed", str(seed))
-        ends_at.append(losses(root, f"bf16-{seed}", "val_loss")[24])
+        ends_at.append(losses(root, f"bf16-{seed}", "val_loss")[steps])
     for mode in ("ddp", "fsdp"):
         train(root, 2, f"bf16x2-{mode}", *fixed, "--train.gradient-accumulation-steps", "1", "--run.parallel", mode)
-        assert abs(losses(root, f"bf16x2-{mode}", "val_loss")[24] - ends_at[0]) <= max(ends_at) - min(ends_at)
+        assert abs(losses(root, f"bf16x2-{mode}", "val_loss")[steps] - ends_at[0]) <= max(ends_at) - min(ends_at)
 
 
 # ---- checkpoints

@@ -18,7 +18,7 @@ from data.loader import Dataset
 from model import GPT
 from studies import runs
 from studies.runs import Job, StudyError, cost, done, duration, execute, job, metrics, summary
-from tests.helpers import _context, share_server, small_dataset
+from tests.helpers import _context, server_key, share_server, small_dataset
 
 QUICK = {"train.steps": 3, "train.keep_checkpoints": 0, "train.sample_tokens": 0, "train.eval_tokens": 64, "train.log_every": 1}
 
@@ -40,10 +40,10 @@ def study(jobs: list[Job], folder: Path, workers: int = 2) -> list[str]:
     return said
 
 
-def killed_later(jobs: list[Job], folder: Path, shares: bool) -> None:
+def killed_later(jobs: list[Job], folder: Path, key: object, shares: bool) -> None:
     """In a process of its own, and without `shares` with a server of its own that forks its runs, as a user's."""
     if shares:
-        share_server()
+        share_server(key)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
     study(jobs, folder)
 
@@ -162,7 +162,7 @@ def test_a_study_killed_in_the_middle_goes_on_and_leaves_no_process_behind(base:
     lines = tmp_path / "l/metrics.jsonl"
     there: dict[str, int] = {}
     for number in (signal.SIGKILL, signal.SIGINT):
-        process = _context.Process(target=killed_later, args=(jobs, tmp_path, number == signal.SIGINT))
+        process = _context.Process(target=killed_later, args=(jobs, tmp_path, server_key(), number == signal.SIGINT))
         process.start()
         until(lambda: written(tmp_path).keys() == {"a", "b"} and all((tmp_path / n / "metrics.jsonl").is_file() for n in "lm"))
         until(lambda: lines.read_text().count("\n") > 3)

@@ -45,9 +45,7 @@ def test_precision_follows_the_models_own_product_and_is_told(monkeypatch: pytes
     monkeypatch.setattr(runtime, "bf16_gain", lambda device, *product: timed.append(product) or gain)
     found = Runtime(RunConfig(device="cpu"), product=(512, 64, 256))
     assert (found.precision, timed) == (chosen, [(512, 64, 256)])
-    assert found.choices == [
-        f"run.precision = {chosen} (in bf16 the model's largest product, casts and backward pass included, was {told} here)"
-    ]
+    assert found.choices == [f"run.precision = {chosen} (in bf16 the MLP's product, casts and backward pass included, was {told} here)"]
     with found.autocast():
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert product.dtype == (torch.bfloat16 if chosen == "bf16" else torch.float32)

@@ -251,7 +251,7 @@ def test_impossible_tables_are_refused(changes: dict, text: str):
 
 @pytest.mark.parametrize(
     ("setting", "value", "default"),
-    [("ngram", 4, 1), ("ngram_rows", 8, 4096), ("match", 1, 0), ("mlp_shift", True, False)],
+    [("ngram", 4, 1), ("ngram_rows", 8, 4096), ("match", 1, 0), ("match_dropout", 0.5, 0.0), ("mlp_shift", True, False)],
 )
 def test_a_plain_gpt_has_no_settings_of_ngrams(setting: str, value: object, default: object):
     text = f"model.{setting}\n  got: {value}\n  allowed: {default} with model.name = 'gpt'\n  fix: --model.name ngram"
