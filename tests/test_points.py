@@ -430,7 +430,7 @@ class RenewsFirst(pytorch_optimizer.SOAP):
     def project(self, grad: Tensor, state: dict, *args: object, project_type: str = "forward", **kwargs: object) -> Tensor:
         if project_type == "backward":  # the quotients' way back
             rms, limit = state["exp_avg_sq"] ** 0.5, (1 - self.param_groups[0]["betas"][1]) ** -0.5
-            share = (rms.maximum((grad * rms).abs()) / (ROOT * rms.amax()) - 1).clamp(0, 1)
+            share = (rms.maximum((grad * rms).abs()) / (ROOT_EPS * rms.amax()) - 1).clamp(0, 1)
             grad = torch.where(share > 0, grad.clamp(-limit, limit) * share, 0)
         return super().project(grad, state, *args, project_type=project_type, **kwargs)  # type: ignore[arg-type]
 
@@ -442,7 +442,7 @@ class RenewsFirst(pytorch_optimizer.SOAP):
             super().update_pre_conditioner(p.grad, self.state[p], step=step)
 
     def get_orthogonal_matrix_qr(self, state: dict, *args: object, **kwargs: object) -> list[Tensor]:
-        shifted = [F + ROOT * F.diagonal().amax() * torch.eye(len(F), dtype=F.dtype) for F in state["GG"]]
+        shifted = [F + ROOT_EPS * F.diagonal().amax() * torch.eye(len(F), dtype=F.dtype) for F in state["GG"]]
         local, orders = {**state, "GG": shifted}, []
 
         def by_octave(values: Tensor, descending: bool) -> Tensor:
@@ -459,7 +459,7 @@ class RenewsFirst(pytorch_optimizer.SOAP):
         return [Q[:, i] for Q, i in zip(sorted_bases, back, strict=True)]
 
 
-ROOT = torch.finfo(torch.float64).eps ** 0.5
+ROOT_EPS = torch.finfo(torch.float64).eps ** 0.5
 
 
 def cosines(o: OptimConfig, theirs: torch.optim.Optimizer, twin: Net, before_step: Callable[[int], object]) -> Tensor:

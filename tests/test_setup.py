@@ -14,14 +14,14 @@ def pinned(file: str) -> set[str]:
 
 def imported(paths: list[Path]) -> set[str]:
     """The distributions of the modules that files import, anywhere in them."""
-    modules: set[str] = set()
+    modules, distributions = set[str](), packages_distributions()
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 modules |= {a.name.split(".")[0] for a in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 modules.add(node.module.split(".")[0])
-    return {d.lower().replace("_", "-") for m in modules for d in packages_distributions().get(m, [])}
+    return {d.lower().replace("_", "-") for m in modules for d in distributions.get(m, [])}
 
 
 def test_requirements_are_what_runs_and_studies_import_and_the_corpus():

@@ -102,7 +102,15 @@ def test_a_run_leaves_its_folder(whole: Path):
     steps = [r["step"] for r in records(whole) if "loss" in r]
     assert steps == list(range(1, 13))
     assert "sample:\n" in (whole / "log.txt").read_text()
-    assert re.search(r"bits per byte \(gzip -9 [\d.]+, bzip2 -9 [\d.]+, xz -9e [\d.]+ of the same bytes\)", (whole / "log.txt").read_text())
+    assert re.search(r"^validation: [\d.]+ bits per byte$", (whole / "log.txt").read_text(), re.MULTILINE), "of 512 targets alone"
+
+
+def test_compressors_stand_beside_a_score_of_the_whole_split(root: Path):
+    code, out, err = run(
+        root, "small.toml", "--run.name", "packed", "--train.steps", "1", "--train.eval-tokens", "None", "--train.pictures"
+    )
+    assert code == 0, err
+    assert re.search(r"bits per byte \(gzip -9 [\d.]+, bzip2 -9 [\d.]+, xz -9e [\d.]+ of the same bytes\)", out)
 
 
 def test_without_a_terminal_loss_rate_and_time_left_are_told_every_log_every_steps(whole: Path):
