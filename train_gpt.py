@@ -478,7 +478,7 @@ def plot_losses(folder: RunFolder, compressors: dict[str, float], *, bytes_per_t
     trained = [(r["tokens"], r["loss"]) for r in records if "loss" in r]
     validated = [(r["tokens"], r["val_loss"]) for r in records if "val_loss" in r]
     axes.plot(*zip(*trained, strict=True), color="tab:blue", alpha=0.35, linewidth=1, label="training batch")
-    span = max(1, len(trained) // 20)  # of a running mean
+    span = max(1, len(trained) // 10)  # of a running mean
     if span > 1:
         means = [(n, sum(x for _, x in trained[i + 1 - span : i + 1]) / span) for i, (n, _) in enumerate(trained) if i + 1 >= span]
         axes.plot(*zip(*means, strict=True), color="tab:blue", linewidth=2, label=f"mean of the last {span} logged")
@@ -488,7 +488,10 @@ def plot_losses(folder: RunFolder, compressors: dict[str, float], *, bytes_per_t
     for (name, bits), shade in zip(compressors.items(), ("0.7", "0.5", "0.3"), strict=False):
         axes.axhline(bits * nats, color=shade, linestyle="--", linewidth=1, label=f"{name}: {bits * nats:.3f}")
     axes.set(xlabel="tokens trained on", ylabel="loss, nats per token", title=folder.path.name)
-    axes.grid(alpha=0.3)
+    axes.set_yscale("log")
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis("{x:.2g}")
+    axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(folder.path / "loss.png", dpi=120)
     plt.close(figure)

@@ -438,6 +438,8 @@ def _entry(
     n = len(study.seeds)
     diverged = sum(r["loss"] is None for r in told)
     notes = [*entry.notes, *([f"{diverged} of {len(told)} runs diverged: infinite losses"] if diverged else [])]
+    if resolved["optim.name"] == "muon_adamw" and resolved["optim.polar.dtype"] == "float32":
+        notes.append("Muon's iteration in float32, torch's is in bfloat16")
     steps, found = reached
     to_target = None
     if rule and steps:

@@ -286,6 +286,16 @@ def test_results_are_those_of_the_runs(root: Path, study: dict[str, Any]):
         assert e["params"] == json.loads((folder / f"{e['name']}.s{STEPS}.seed0/summary.json").read_text())["params"]
 
 
+def test_a_race_says_that_muon_iterates_in_float32(root: Path, capsys: pytest.CaptureFixture[str]):
+    text = (root / "ours.toml").read_text().replace("lr = 3.0", 'lr = 0.02\nname = "muon_adamw"')
+    for dtype in ("float32", "bfloat16"):
+        (root / f"{dtype}.toml").write_text(f'{text}\n[optim.polar]\ndtype = "{dtype}"\n')
+    assert call(root, ("float32", "bfloat16"), "--name", "muons", "--seeds", "1", "--budget", "steps=1") == 0
+    notes = [e["note"] for e in json.loads((root / "runs/muons/results.json").read_text())["entries"]]
+    assert ["Muon's iteration in float32" in note for note in notes] == [True, False]
+    assert "note: float32: Muon's iteration in float32, torch's is in bfloat16" in capsys.readouterr().out.replace("note: float32: not tuned\n", "")
+
+
 def test_the_target_is_the_entrys_mean_and_the_rule_knows_that_it_has_noise(study: dict[str, Any]):
     ours, adamw, sgd = study["entries"]
     assert study["target"] == adamw["at_budget"]["loss"]["mean"] and study["target_from"] == "adamw"
