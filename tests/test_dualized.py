@@ -330,6 +330,15 @@ def test_clipping_scales_the_raw_gradients_and_never_the_step():
     assert total.item() == pytest.approx((1 - 0.95) * 1e-3, rel=1e-6)
 
 
+def test_clipping_never_makes_a_gradient_larger():
+    """Seen in the momentum: the step forgets scale."""
+    w = nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
+    optimizer = Dualized([("w", w)], 0.1, norm=ModularNorm({"w": Frobenius()}, {"w": 1.0}), beta=0.5, max_grad_norm=10.0)
+    w.grad = torch.eye(2, dtype=torch.float64)
+    optimizer.step()
+    assert torch.equal(optimizer.state[w]["momentum"], 0.5 * w.grad)
+
+
 def test_clipping_survives_huge_gradients_and_belongs_to_its_group():
     a, b = (nn.Parameter(torch.zeros(2, 2)) for _ in range(2))
     norm = ModularNorm({"a": Frobenius(), "b": Frobenius()}, {"a": 1.0, "b": 1.0})
