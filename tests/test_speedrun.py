@@ -293,7 +293,9 @@ def test_a_race_says_that_muon_iterates_in_float32(root: Path, capsys: pytest.Ca
     assert call(root, ("float32", "bfloat16"), "--name", "muons", "--seeds", "1", "--budget", "steps=1") == 0
     notes = [e["note"] for e in json.loads((root / "runs/muons/results.json").read_text())["entries"]]
     assert ["Muon's iteration in float32" in note for note in notes] == [True, False]
-    assert "note: float32: Muon's iteration in float32, torch's is in bfloat16" in capsys.readouterr().out.replace("note: float32: not tuned\n", "")
+    assert "note: float32: Muon's iteration in float32, torch's is in bfloat16" in capsys.readouterr().out.replace(
+        "note: float32: not tuned\n", ""
+    )
 
 
 def test_the_target_is_the_entrys_mean_and_the_rule_knows_that_it_has_noise(study: dict[str, Any]):
