@@ -66,7 +66,7 @@ has-test-packages: has-packages
 # Built anew when requirements.txt changes. torch first and alone, so that nothing else can choose its build.
 .venv/.ready: requirements.txt
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 is %d.%d; nanodual needs 3.11 or newer" % sys.version_info[:2])'
-	@echo "Setting up .venv, once: torch and the packages of requirements.txt. They are about 320 MB to download and 1.1 GB on disk where torch"
+	@echo "Setting up .venv, once: torch and the packages of requirements.txt. They are 270 MB to download and 1.2 GB on disk where torch"
 	@echo "is a build for CPUs. On Linux PyPI has torch for CUDA, some 3 GB: TORCH_INDEX=https://download.pytorch.org/whl/cpu avoids it."
 	@python3 -m venv --clear .venv
 	@$(PIP) $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$$(grep '^torch==' requirements.txt)"
@@ -75,7 +75,7 @@ has-test-packages: has-packages
 	@echo ".venv is ready: $$(du -sh .venv | cut -f1)"
 
 .venv/.ready-for-tests: .venv/.ready requirements-dev.txt
-	@echo "Adding what tests and checks need, the packages of requirements-dev.txt: about 300 MB to download."
+	@echo "Adding what tests and checks need, the packages of requirements-dev.txt: 170 MB to download."
 	@$(PIP) -r requirements-dev.txt
 	@touch $@
 	@echo ".venv is ready for tests: $$(du -sh .venv | cut -f1)"
