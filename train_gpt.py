@@ -140,7 +140,7 @@ def train(config: Config, runtime: Runtime) -> None:
     if o.polar.dtype == "auto":
         low, why = runtime.precision == "bf16", "follows run.precision"
         if o.name == "muon_adamw":
-            low = not runtime.on_main(lambda: bfloat16_is_emulated(runtime.device.type))
+            low = not runtime.on_main(lambda: bfloat16_is_emulated(runtime.device))
             why = "Muon's iteration, as torch has it" if low else "Muon's iteration; in bfloat16, which torch takes, it is emulated here"
         o.polar = Polar(o.polar.schedule, o.polar.form, "bfloat16" if low else "float32")
         runtime.choices.append(f"optim.polar.dtype = {o.polar.dtype} ({why})")
