@@ -22,9 +22,22 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
@@ -36,7 +49,9 @@ from optim.metrize import canonical
 SCHEMA = 2  # of state.json
 
 # That one process saves alone, or that a rank reads its own rows, is meant.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+warnings.filterwarnings(
+    "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
+)
 
 
 class CheckpointError(ValueError):
@@ -59,8 +74,16 @@ class _SavePlanner(DefaultSavePlanner):
         items = []
         for name, piece in self.pieces.items():
             for chunk in _chunks(piece):
-                data = TensorWriteData(chunk, TensorProperties.create_from_tensor(piece.tensor), torch.Size(piece.shape))
-                items.append(WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data))
+                data = TensorWriteData(
+                    chunk,
+                    TensorProperties.create_from_tensor(piece.tensor),
+                    torch.Size(piece.shape),
+                )
+                items.append(
+                    WriteItem(
+                        MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data
+                    )
+                )
         self.plan = SavePlan(items)
         return self.plan
 
@@ -77,7 +100,11 @@ class _LoadPlanner(DefaultLoadPlanner):
         assert self.metadata is not None
         saved: dict[str, Any] = self.metadata.state_dict_metadata
         return LoadPlan(
-            [item for name, x in self.pieces.items() for item in create_read_items_for_chunk_list(name, saved[name], _chunks(x))]
+            [
+                item
+                for name, x in self.pieces.items()
+                for item in create_read_items_for_chunk_list(name, saved[name], _chunks(x))
+            ]
         )
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
@@ -103,29 +130,64 @@ class Saver:
     keep: the newest so many stay, and the one of lowest validation loss. group: of this saver alone, None for one process.
     """
 
-    def __init__(self, folder: Path, *, keep: int, group: Any = None, waiting: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        group: Any = None,
+        waiting: Callable[[], None] = lambda: None,
+    ) -> None:
         """waiting: called every second while wait() does."""
         self.folder, self.keep, self.group, self.waiting = folder, keep, group, waiting
-        self.rank, self.size = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
+        self.rank, self.size = (
+            (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
+        )
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         if torch.cuda.is_available():  # a new thread's device would be the first one
             self.thread.submit(torch.cuda.set_device, torch.cuda.current_device())
         self.writing: Future[None] | None = None
 
-    def save(self, step: int, model: nn.Module, optimizer: Dualized | Rival, state: dict[str, Any], texts: dict[str, str]) -> None:
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: Dualized | Rival,
+        state: dict[str, Any],
+        texts: dict[str, str],
+    ) -> None:
         """Copy what is to be written, and begin to write checkpoints/step_<step>. state: JSON. texts: further files by name.
 
         Waits for the one before; its SaveError is raised, and nothing begun.
         """
         self.wait()
-        groups = [{k: v.tolist() if isinstance(v, Tensor) else v for k, v in g.items()} for g in optimizer.settings()]
+        groups = [
+            {k: v.tolist() if isinstance(v, Tensor) else v for k, v in g.items()}
+            for g in optimizer.settings()
+        ]
         content = {"schema": SCHEMA, "step": step, "param_groups": groups, **state}
         # A weight that all ranks have is written by one of them.
-        elsewhere = {canonical(n) for i, (n, p) in enumerate(model.named_parameters()) if not sharded(p) and i % self.size != self.rank}
-        held = {} if self.rank and isinstance(optimizer, Rival) else optimizer.held()  # all ranks have a rival's state
-        parts = {"model": {k: x for k, x in model_pieces(model).items() if k not in elsewhere}, "optimizer": held}
+        elsewhere = {
+            canonical(n)
+            for i, (n, p) in enumerate(model.named_parameters())
+            if not sharded(p) and i % self.size != self.rank
+        }
+        held = (
+            {} if self.rank and isinstance(optimizer, Rival) else optimizer.held()
+        )  # all ranks have a rival's state
+        parts = {
+            "model": {k: x for k, x in model_pieces(model).items() if k not in elsewhere},
+            "optimizer": held,
+        }
         copies = {
-            kind: {k: Piece(x.tensor.to("cpu", copy=True, memory_format=torch.contiguous_format), x.row, x.shape) for k, x in found.items()}
+            kind: {
+                k: Piece(
+                    x.tensor.to("cpu", copy=True, memory_format=torch.contiguous_format),
+                    x.row,
+                    x.shape,
+                )
+                for k, x in found.items()
+            }
             for kind, found in parts.items()
         }
         self.writing = self.thread.submit(self._write, step, copies, content, texts)
@@ -140,7 +202,13 @@ class Saver:
             except TimeoutError:
                 continue
 
-    def _write(self, step: int, parts: dict[str, dict[str, Piece]], content: dict[str, Any], texts: dict[str, str]) -> None:
+    def _write(
+        self,
+        step: int,
+        parts: dict[str, dict[str, Piece]],
+        content: dict[str, Any],
+        texts: dict[str, str],
+    ) -> None:
         final = self.folder / f"step_{step:08d}"
         partial = self.folder / f".{final.name}.partial"
         try:
@@ -148,30 +216,51 @@ class Saver:
             for kind, pieces in parts.items():
                 save_state(
                     {},
-                    storage_writer=HuggingFaceStorageWriter(str(partial / kind), save_distributed=True),
+                    storage_writer=HuggingFaceStorageWriter(
+                        str(partial / kind), save_distributed=True
+                    ),
                     planner=_SavePlanner(pieces),
                     process_group=self.group,
                     no_dist=self.group is None,
                 )
-            mine = [p for p in sorted(partial.glob("*/*")) if p.name.startswith(f"shard-{self.rank + 1:05d}-")]
-            files = self._together(lambda: {str(p.relative_to(partial)): _signature(p) for p in mine})
+            mine = [
+                p
+                for p in sorted(partial.glob("*/*"))
+                if p.name.startswith(f"shard-{self.rank + 1:05d}-")
+            ]
+            files = self._together(
+                lambda: {str(p.relative_to(partial)): _signature(p) for p in mine}
+            )
             signatures = {k: v for found in files for k, v in found.items()}
-            self._together(lambda: self.rank or self._settle(partial, final, {**content, "files": signatures}, texts))
+            self._together(
+                lambda: (
+                    self.rank
+                    or self._settle(partial, final, {**content, "files": signatures}, texts)
+                )
+            )
         except (OSError, CheckpointException, RuntimeError, SafetensorError) as error:
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) and error.failures else error
+            first = (
+                next(iter(error.failures.values()))[0]
+                if isinstance(error, CheckpointException) and error.failures
+                else error
+            )
             raise SaveError(
                 f"the checkpoint of step {step} could not be saved\n  got: {first}\n  allowed: a folder that can be written, with room\n  fix: see to {self.folder};"
                 " older checkpoints are as they were"
             ) from error
 
-    def _settle(self, partial: Path, final: Path, content: dict[str, Any], texts: dict[str, str]) -> None:
+    def _settle(
+        self, partial: Path, final: Path, content: dict[str, Any], texts: dict[str, str]
+    ) -> None:
         """The last steps, on rank 0: a whole folder takes its name."""
         for name, signature in content["files"].items():
             path = partial / name
             if not path.is_file() or path.stat().st_size != signature["bytes"]:
-                raise OSError(f"{path} was written by another rank and is not here: all ranks must see one folder")
+                raise OSError(
+                    f"{path} was written by another rank and is not here: all ranks must see one folder"
+                )
         for name, text in {**texts, "state.json": json.dumps(signed(content), indent=1)}.items():
             (partial / name).write_text(text, encoding="utf-8")
             _fsync(partial / name)
@@ -180,10 +269,18 @@ class Saver:
         _remove(final)
         partial.rename(final)
         _fsync(self.folder)
-        best, kept = best_of(self.folder), [p for p in steps(self.folder) if p <= final][-self.keep :]
-        with suppress(OSError):  # the new one is there; what could not be removed is tried again with the next
+        best, kept = (
+            best_of(self.folder),
+            [p for p in steps(self.folder) if p <= final][-self.keep :],
+        )
+        with suppress(
+            OSError
+        ):  # the new one is there; what could not be removed is tried again with the next
             for old in steps(self.folder):
-                if old not in (best, *kept):  # older ones, and later ones that were damaged, or this run would not be here
+                if old not in (
+                    best,
+                    *kept,
+                ):  # older ones, and later ones that were damaged, or this run would not be here
                     _remove(old)
 
     def _together(self, f: Callable[[], Any]) -> list[Any]:
@@ -196,7 +293,9 @@ class Saver:
             found = [(value, None if error is None else str(error))]
         else:
             found = [None] * self.size
-            dist.all_gather_object(found, (value, None if error is None else str(error)), group=self.group)
+            dist.all_gather_object(
+                found, (value, None if error is None else str(error)), group=self.group
+            )
         for rank, (_, text) in enumerate(found):  # type: ignore[misc]
             if text is not None:
                 raise error or OSError(f"rank {rank}: {text}")
@@ -206,7 +305,9 @@ class Saver:
 def signed(content: dict[str, Any]) -> dict[str, Any]:
     """state.json with a digest of all that is in it."""
     content = {k: v for k, v in content.items() if k != "digest"}
-    return content | {"digest": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
+    return content | {
+        "digest": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    }
 
 
 def _clear(partial: Path) -> None:
@@ -227,7 +328,10 @@ def _remove(checkpoint: Path) -> None:
 
 def _signature(path: Path) -> dict[str, Any]:
     with path.open("rb") as f:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(f, "sha256").hexdigest(),
+        }
 
 
 def _fsync(path: Path) -> None:
@@ -282,7 +386,11 @@ def check_files(checkpoint: Path) -> None:
         path = checkpoint / name
         found = _signature(path) if path.is_file() else "no such file"
         if found != signature:
-            got = found if isinstance(found, str) else ", ".join(f"{k} {v}" for k, v in found.items() if v != signature[k])
+            got = (
+                found
+                if isinstance(found, str)
+                else ", ".join(f"{k} {v}" for k, v in found.items() if v != signature[k])
+            )
             raise CheckpointError(
                 f"{path}: damaged checkpoint\n  got: {got}\n  allowed: the file as it was written ({signature['bytes']} bytes)\n  fix: delete this checkpoint;"
                 " the one before is used"
@@ -299,7 +407,17 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{checkpoint}\n  got: schema {state['schema']}\n  allowed: {SCHEMA}\n  fix: use the version that saved it"
             )
-        missing = {"schema", "step", "config", "progress", "shards", "tokenizer", "param_groups", "files", "digest"} - state.keys()
+        missing = {
+            "schema",
+            "step",
+            "config",
+            "progress",
+            "shards",
+            "tokenizer",
+            "param_groups",
+            "files",
+            "digest",
+        } - state.keys()
         if missing:
             raise ValueError(f"no {', '.join(sorted(missing))}")
         if signed(state) != state or checkpoint.name != f"step_{state['step']:08d}":
@@ -350,7 +468,12 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     if not any(folder.glob("*.safetensors")):
         return {}
     try:
-        return {k: tuple(x.size) for k, x in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
+        return {
+            k: tuple(x.size)
+            for k, x in HuggingFaceStorageReader(str(folder))
+            .read_metadata()
+            .state_dict_metadata.items()
+        }  # type: ignore[union-attr]
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder}: damaged checkpoint\n  got: {error}\n  allowed: whole safetensors files\n  fix: delete this checkpoint, and the one before is used"
@@ -359,4 +482,9 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def _load(folder: Path, pieces: dict[str, Piece]) -> None:
     if pieces:
-        load_state({}, storage_reader=HuggingFaceStorageReader(str(folder)), planner=_LoadPlanner(pieces), no_dist=True)
+        load_state(
+            {},
+            storage_reader=HuggingFaceStorageReader(str(folder)),
+            planner=_LoadPlanner(pieces),
+            no_dist=True,
+        )

@@ -91,7 +91,12 @@ class OptimConfig:
         """Raise ConfigError for impossible values."""
         require(
             "optim",
-            ("name", self.name, self.name in ("dualized", *RIVALS), ", ".join(("dualized", *RIVALS))),
+            (
+                "name",
+                self.name,
+                self.name in ("dualized", *RIVALS),
+                ", ".join(("dualized", *RIVALS)),
+            ),
             *(
                 (
                     k,
@@ -105,16 +110,34 @@ class OptimConfig:
                     *(("auxiliary_lr",) if self.name != "muon_adamw" else ()),
                 )
             ),
-            ("lr", self.lr, isinstance(self.lr, str) <= (self.name == "dualized"), f"a number for {self.name}"),
+            (
+                "lr",
+                self.lr,
+                isinstance(self.lr, str) <= (self.name == "dualized"),
+                f"a number for {self.name}",
+            ),
             ("lr", self.lr, isinstance(self.lr, str) or self.lr >= 0, '0 or more, or "auto"'),
             ("auto_initial", self.auto_initial, 0 < self.auto_initial < math.inf, "more than 0"),
             ("auto_factor", self.auto_factor, 0 < self.auto_factor < math.inf, "more than 0"),
-            ("scale", self.scale, self.scale == "unit" or self.lr != "auto", '"unit" where lr is "auto"'),
+            (
+                "scale",
+                self.scale,
+                self.scale == "unit" or self.lr != "auto",
+                '"unit" where lr is "auto"',
+            ),
             ("schedule", self.schedule, self.schedule in SCHEDULES, ", ".join(SCHEDULES)),
-            ("warmup", self.warmup, self.warmup >= 0, "0 or more steps, or a fraction of all below 1"),
+            (
+                "warmup",
+                self.warmup,
+                self.warmup >= 0,
+                "0 or more steps, or a fraction of all below 1",
+            ),
             ("cooldown", self.cooldown, 0 <= self.cooldown <= 1, "a fraction from 0 to 1"),
             ("cooldown_power", self.cooldown_power, self.cooldown_power > 0, "more than 0"),
-            *((k, getattr(self, k), 0 <= getattr(self, k) <= 1, "a fraction from 0 to 1") for k in ("beta_warmup", "beta_cooldown")),
+            *(
+                (k, getattr(self, k), 0 <= getattr(self, k) <= 1, "a fraction from 0 to 1")
+                for k in ("beta_warmup", "beta_cooldown")
+            ),
             ("beta_low", self.beta_low, 0 <= self.beta_low < 1, "0 <= beta_low < 1"),
             ("auxiliary_lr", self.auxiliary_lr, self.auxiliary_lr > 0, "more than 0"),
             ("direction", self.direction, self.direction in DIRECTIONS, ", ".join(DIRECTIONS)),
@@ -122,7 +145,12 @@ class OptimConfig:
             ("beta2", self.beta2, 0 <= self.beta2 < 1, "0 <= beta2 < 1"),
             ("refresh_every", self.refresh_every, self.refresh_every >= 1, "1 or more steps"),
             ("weight_decay", self.weight_decay, self.weight_decay >= 0, "0 or more"),
-            ("max_grad_norm", self.max_grad_norm, self.max_grad_norm is None or self.max_grad_norm > 0, "more than 0, or left out"),
+            (
+                "max_grad_norm",
+                self.max_grad_norm,
+                self.max_grad_norm is None or self.max_grad_norm > 0,
+                "more than 0, or left out",
+            ),
         )
         self.norms.check()
         self.masses.check()
@@ -168,19 +196,47 @@ class TrainConfig:
             (
                 "gradient_accumulation_steps",
                 self.gradient_accumulation_steps,
-                self.gradient_accumulation_steps >= 1 and self.batch_size % self.gradient_accumulation_steps == 0,
+                self.gradient_accumulation_steps >= 1
+                and self.batch_size % self.gradient_accumulation_steps == 0,
                 f"a divisor of train.batch_size = {self.batch_size}",
             ),
-            ("eval_tokens", self.eval_tokens, self.eval_tokens is None or self.eval_tokens >= 1, "1 or more, or left out"),
+            (
+                "eval_tokens",
+                self.eval_tokens,
+                self.eval_tokens is None or self.eval_tokens >= 1,
+                "1 or more, or left out",
+            ),
             ("eval_batch_size", self.eval_batch_size, self.eval_batch_size >= 1, "1 or more"),
             *(
                 (k, getattr(self, k), getattr(self, k) >= 0, "0 or more")
-                for k in ("eval_every", "log_every", "telemetry_every", "sharpness_every", "checkpoint_every", "sample_tokens")
+                for k in (
+                    "eval_every",
+                    "log_every",
+                    "telemetry_every",
+                    "sharpness_every",
+                    "checkpoint_every",
+                    "sample_tokens",
+                )
             ),
-            ("sharpness_sequences", self.sharpness_sequences, self.sharpness_sequences >= 1, "1 or more"),
-            ("max_nonfinite", self.max_nonfinite, self.max_nonfinite >= 1, "1 (the first one ends the run) or more"),
+            (
+                "sharpness_sequences",
+                self.sharpness_sequences,
+                self.sharpness_sequences >= 1,
+                "1 or more",
+            ),
+            (
+                "max_nonfinite",
+                self.max_nonfinite,
+                self.max_nonfinite >= 1,
+                "1 (the first one ends the run) or more",
+            ),
             ("keep_checkpoints", self.keep_checkpoints, self.keep_checkpoints >= 0, "0 or more"),
-            ("sample_prompt", self.sample_prompt, bool(self.sample_prompt), "at least one character"),
+            (
+                "sample_prompt",
+                self.sample_prompt,
+                bool(self.sample_prompt),
+                "at least one character",
+            ),
         )
 
 
@@ -198,7 +254,15 @@ class Config:
         """Raise ConfigError for impossible values, in any section."""
         for key, value in flat(self).items():
             section, _, name = key.rpartition(".")
-            require(section, (name, value, not isinstance(value, float) or math.isfinite(value), "a finite number"))
+            require(
+                section,
+                (
+                    name,
+                    value,
+                    not isinstance(value, float) or math.isfinite(value),
+                    "a finite number",
+                ),
+            )
         name = self.run.name
         require(
             "run",
@@ -241,7 +305,9 @@ def require(section: str, *checks: tuple[str, object, bool, str]) -> None:
     for key, value, fine, allowed in checks:
         if not fine:
             flag = f"--{section}.{key}".replace("_", "-")
-            raise ConfigError(f"{section}.{key}\n  got: {value!r}\n  allowed: {allowed}\n  fix: set it in the file, or {flag}")
+            raise ConfigError(
+                f"{section}.{key}\n  got: {value!r}\n  allowed: {allowed}\n  fix: set it in the file, or {flag}"
+            )
 
 
 def from_dict(cls: type, raw: dict[str, Any], path: str = "") -> Any:
@@ -254,10 +320,14 @@ def from_dict(cls: type, raw: dict[str, Any], path: str = "") -> Any:
         if key not in hints:
             close = difflib.get_close_matches(key, hints, n=1)
             fix = f"nearest valid name: {path}{close[0]}" if close else "leave it out"
-            raise ConfigError(f"unknown key {dotted}\n  got: {key}\n  allowed: {', '.join(hints)}\n  fix: {fix}")
+            raise ConfigError(
+                f"unknown key {dotted}\n  got: {key}\n  allowed: {', '.join(hints)}\n  fix: {fix}"
+            )
         if is_dataclass(hints[key]):
             if not isinstance(value, dict):
-                raise ConfigError(f"{dotted}\n  got: {value!r}\n  allowed: a section\n  fix: [{dotted}], with its keys below")
+                raise ConfigError(
+                    f"{dotted}\n  got: {value!r}\n  allowed: a section\n  fix: [{dotted}], with its keys below"
+                )
             values[key] = from_dict(hints[key], value, f"{dotted}.")  # type: ignore[arg-type]
             continue
         try:
@@ -269,7 +339,9 @@ def from_dict(cls: type, raw: dict[str, Any], path: str = "") -> Any:
     try:
         return cls(**values)
     except ValueError as error:  # of a section that checks itself, as Polar does
-        raise ConfigError(f"{path.rstrip('.')}\n  got: {raw}\n  allowed: {error}\n  fix: set it in the file, or --{path}KEY") from error
+        raise ConfigError(
+            f"{path.rstrip('.')}\n  got: {raw}\n  allowed: {error}\n  fix: set it in the file, or --{path}KEY"
+        ) from error
 
 
 def named(raw: dict[str, Any]) -> dict[str, Any]:
@@ -285,7 +357,13 @@ def spell(hint: Any) -> str:
     """A type as a user writes it."""
     if getattr(hint, "__origin__", None) is Literal:
         return ", ".join(map(repr, hint.__args__))
-    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "left out"}
+    names = {
+        int: "an integer",
+        float: "a number",
+        str: "a string",
+        bool: "true or false",
+        type(None): "left out",
+    }
     return names[hint] if hint in names else " or ".join(map(spell, get_args(hint)))
 
 
@@ -304,11 +382,19 @@ def load(argv: list[str]) -> Config:
                 f"configuration file\n  got: {path} ({error.strerror})\n  allowed: a TOML file\n  fix: one of those in {shipped.name}/: {there}"
             ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}\n  got: {error}\n  allowed: TOML\n  fix: see https://toml.io") from error
+            raise ConfigError(
+                f"{path}\n  got: {error}\n  allowed: TOML\n  fix: see https://toml.io"
+            ) from error
     # The file's own mistakes first; and its model, which options do not imply.
     raw.setdefault("model", {})["name"] = from_dict(Config, raw).model.name
     if "--help" in options or "-h" in options:
-        tyro.cli(Config, default=from_dict(Config, raw), args=["--help"], prog="train_gpt.py [CONFIG.toml]", description=load.__doc__)
+        tyro.cli(
+            Config,
+            default=from_dict(Config, raw),
+            args=["--help"],
+            prog="train_gpt.py [CONFIG.toml]",
+            description=load.__doc__,
+        )
     for key, value in read_options(options).items():
         put(raw, key, value)
     config = from_dict(Config, raw)
@@ -338,16 +424,28 @@ def read_options(options: list[str]) -> dict[str, Any]:
         flag, equals, value = rest.pop(0).partition("=")
         name = flag.removeprefix("--").replace("-", "_")
         section, _, key = name.rpartition(".")
-        if hints.get(f"{section}.{key.removeprefix('no_')}") is bool and key.startswith("no_") and not equals:
+        if (
+            hints.get(f"{section}.{key.removeprefix('no_')}") is bool
+            and key.startswith("no_")
+            and not equals
+        ):
             found[f"{section}.{key.removeprefix('no_')}"] = False
             continue
         if not flag.startswith("--") or name not in hints:
             close = difflib.get_close_matches(name, hints, n=1)
-            fix = f"nearest valid name: --{close[0].replace('_', '-')}" if close else "--help lists them"
+            fix = (
+                f"nearest valid name: --{close[0].replace('_', '-')}"
+                if close
+                else "--help lists them"
+            )
             raise ConfigError(
                 f"unknown option {flag}\n  got: {flag}\n  allowed: --section.key, with the keys of the configuration file\n  fix: {fix}"
             )
-        if not equals and bool in (hints[name], *get_args(hints[name])) and (not rest or rest[0].startswith("--")):
+        if (
+            not equals
+            and bool in (hints[name], *get_args(hints[name]))
+            and (not rest or rest[0].startswith("--"))
+        ):
             found[name] = True
             continue
         if not equals:
@@ -358,7 +456,9 @@ def read_options(options: list[str]) -> dict[str, Any]:
         try:
             found[name] = TypeAdapter(hints[name]).validate_strings(value)
         except ValidationError as error:
-            raise ConfigError(f"{flag}\n  got: {value!r}\n  allowed: {spell(hints[name])}\n  fix: {flag} VALUE") from error
+            raise ConfigError(
+                f"{flag}\n  got: {value!r}\n  allowed: {spell(hints[name])}\n  fix: {flag} VALUE"
+            ) from error
     return found
 
 
@@ -366,7 +466,9 @@ def flat_hints(cls: type, prefix: str = "") -> dict[str, Any]:
     """{"section.key": type}."""
     out: dict[str, Any] = {}
     for key, hint in get_type_hints(cls).items():
-        out |= flat_hints(hint, f"{prefix}{key}.") if is_dataclass(hint) else {f"{prefix}{key}": hint}  # type: ignore[arg-type]
+        out |= (
+            flat_hints(hint, f"{prefix}{key}.") if is_dataclass(hint) else {f"{prefix}{key}": hint}
+        )  # type: ignore[arg-type]
     return out
 
 
@@ -375,7 +477,11 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for f in fields(config):
         value = getattr(config, f.name)
-        out |= flat(value, f"{prefix}{f.name}.") if is_dataclass(value) else {f"{prefix}{f.name}": value}
+        out |= (
+            flat(value, f"{prefix}{f.name}.")
+            if is_dataclass(value)
+            else {f"{prefix}{f.name}": value}
+        )
     return out
 
 

@@ -13,7 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optim import NORMS, Blocks, MaxEntry, Module, Norm, Polar, Spectral, VectorRMS, atom, bond, concat, residual
+from optim import (
+    NORMS,
+    Blocks,
+    MaxEntry,
+    Module,
+    Norm,
+    Polar,
+    Spectral,
+    VectorRMS,
+    atom,
+    bond,
+    concat,
+    residual,
+)
 
 
 @dataclass
@@ -57,13 +70,33 @@ class GPTConfig:
         self.require(
             ("n_layer", self.n_layer >= 1, "1 or more"),
             ("n_head", self.n_head >= 1 and D % H == 0, f"a divisor of n_embd = {D}"),
-            ("n_embd", D >= 1 and D % (2 * H) == 0, f"a multiple of 2 · n_head = {2 * H} (rotary positions turn pairs)"),
-            ("rotary", self.rotary == "full" or D // H % 4 == 0, '"full", or heads of a width that 4 divides'),
-            ("branch_gains", self.branch_gains or self.residual == "plain", 'true, or false with residual = "plain"'),
+            (
+                "n_embd",
+                D >= 1 and D % (2 * H) == 0,
+                f"a multiple of 2 · n_head = {2 * H} (rotary positions turn pairs)",
+            ),
+            (
+                "rotary",
+                self.rotary == "full" or D // H % 4 == 0,
+                '"full", or heads of a width that 4 divides',
+            ),
+            (
+                "branch_gains",
+                self.branch_gains or self.residual == "plain",
+                'true, or false with residual = "plain"',
+            ),
             ("block_size", self.block_size >= 1, "1 or more"),
-            ("vocab_size", self.vocab_size is None or self.vocab_size >= 2, "2 or more, or left out"),
+            (
+                "vocab_size",
+                self.vocab_size is None or self.vocab_size >= 2,
+                "2 or more, or left out",
+            ),
             ("dropout", 0 <= self.dropout < 1, "0 <= dropout < 1"),
-            ("logit_softcap", self.logit_softcap is None or self.logit_softcap > 0, "more than 0, or left out"),
+            (
+                "logit_softcap",
+                self.logit_softcap is None or self.logit_softcap > 0,
+                "more than 0, or left out",
+            ),
             ("logit_scale", self.logit_scale > 0, "more than 0"),
             ("attention_scale", self.attention_scale > 0, "more than 0"),
         )
@@ -102,8 +135,13 @@ class RoleNorms:
     def build(self, polar: Polar, n_head: int) -> dict[str, Norm]:
         """The norm of each role, and of queries, keys and values ("qkv")."""
         made = {role: NORMS[name]() for role, name in self.roles().items()}
-        norms: dict[str, Norm] = {role: replace(norm, polar=polar) if isinstance(norm, Spectral) else norm for role, norm in made.items()}
-        return norms | {"qkv": Blocks(norms["attention"], n_head) if self.per_head else norms["attention"]}
+        norms: dict[str, Norm] = {
+            role: replace(norm, polar=polar) if isinstance(norm, Spectral) else norm
+            for role, norm in made.items()
+        }
+        return norms | {
+            "qkv": Blocks(norms["attention"], n_head) if self.per_head else norms["attention"]
+        }
 
 
 @dataclass
@@ -130,7 +168,9 @@ class RoleMasses:
                     f"optim.masses.{role}\n  got: {mass:g}\n  allowed: 0 (never updated) or more\n  fix: set it in the file, or --optim.masses.{role}"
                 )
         if not any(vars(self).values()):
-            raise ValueError("optim.masses\n  got: 0 for every role\n  allowed: at least one above 0\n  fix: leave one of them out")
+            raise ValueError(
+                "optim.masses\n  got: 0 for every role\n  allowed: at least one above 0\n  fix: leave one of them out"
+            )
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -143,10 +183,14 @@ def rotary(position: Tensor, width: int, *, half: bool = False) -> tuple[Tensor,
     half: the optimization track's (modded-nanogpt, records/track_3_optimization): frequencies 1 … 1/1024 for half of the pairs, 0 for the others, turning the other way.
     """
     if half:
-        turned = -(1024 ** -torch.linspace(0, 1, width // 4, device=position.device, dtype=torch.float32))
+        turned = -(
+            1024 ** -torch.linspace(0, 1, width // 4, device=position.device, dtype=torch.float32)
+        )
         frequency = torch.cat((turned, torch.zeros_like(turned)))
     else:
-        frequency = 10_000 ** (-torch.arange(0, width, 2, device=position.device, dtype=torch.float32) / width)
+        frequency = 10_000 ** (
+            -torch.arange(0, width, 2, device=position.device, dtype=torch.float32) / width
+        )
     angle_TK = position.float()[:, None] * frequency
     return angle_TK.cos(), angle_TK.sin()
 
@@ -160,7 +204,9 @@ def rotate(x_BHTK: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 # Constant gains inside a block keep it well-normed; they are folded into the residual weight, as linear maps let them pass.
 ATTENTION_GAIN = 1 / 3  # concat(q, k, v) has sensitivity 3 in the sum norm [MN]
 MLP_GAIN = math.sqrt(2 / 3)  # rms(relu(x)²) = √(3/2) for x ~ N(0, 1)
-RELU2_SENSITIVITY = math.sqrt(2)  # rms of relu²'(x) = 2 relu(x) for x ~ N(0, 1): typical, relu² is not Lipschitz
+RELU2_SENSITIVITY = math.sqrt(
+    2
+)  # rms of relu²'(x) = 2 relu(x) for x ~ N(0, 1): typical, relu² is not Lipschitz
 
 
 class RMSNorm(nn.RMSNorm):
@@ -168,21 +214,31 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(config.n_embd, elementwise_affine=config.norm_gains)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), None if self.weight is None else self.weight.to(x.dtype))
+        return F.rms_norm(
+            x, (x.shape[-1],), None if self.weight is None else self.weight.to(x.dtype)
+        )
 
     @staticmethod
     def structure(name: str, mass: float | None) -> Module:
         """mass: of its gains, None without."""
         norm = bond("rms_norm", typical=True)
-        return norm if mass is None else atom(f"{name}.weight", MaxEntry(), role="gain", mass=mass) @ norm
+        return (
+            norm
+            if mass is None
+            else atom(f"{name}.weight", MaxEntry(), role="gain", mass=mass) @ norm
+        )
 
 
-def linear(name: str, norm: Norm, role: str, mass: float, bias: tuple[Norm, float] | None) -> Module:
+def linear(
+    name: str, norm: Norm, role: str, mass: float, bias: tuple[Norm, float] | None
+) -> Module:
     """A weight's atom; with a bias, (its norm, its mass), the sum of both."""
     weight = atom(f"{name}.weight", norm, role=role, mass=mass)
     if bias is None:
         return weight
-    return bond("add", sharpness=0) @ concat(weight, atom(f"{name}.bias", bias[0], role="bias", mass=bias[1], sensitivity=0))
+    return bond("add", sharpness=0) @ concat(
+        weight, atom(f"{name}.bias", bias[0], role="bias", mass=bias[1], sensitivity=0)
+    )
 
 
 class Attention(nn.Module):
@@ -197,21 +253,36 @@ class Attention(nn.Module):
 
     def heads(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> list[Tensor]:
         """Queries and keys, at unit RMS and rotated, and values: (B, H, T, K) each."""
-        q, k, v = (w(x_BTD).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for w in (self.q, self.k, self.v))
+        q, k, v = (
+            w(x_BTD).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+            for w in (self.q, self.k, self.v)
+        )
         return [rotate(rms_norm(q), rope), rotate(rms_norm(k), rope), v]
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], past: "Past | None" = None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], past: "Past | None" = None
+    ) -> Tensor:
         B, T, D = x_BTD.shape
         q, k, v = self.heads(x_BTD, rope)
         if past is not None:
             k, v = past.extend(k, v)
-            assert T == 1 or k.shape[2] == T, "the mask of several new positions behind old ones is not built"
+            assert T == 1 or k.shape[2] == T, (
+                "the mask of several new positions behind old ones is not built"
+            )
         dropout = self.dropout if self.training else 0.0
-        y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout, scale=self.scale)
+        y_BHTK = F.scaled_dot_product_attention(
+            q, k, v, is_causal=T > 1, dropout_p=dropout, scale=self.scale
+        )
         return self.out(y_BHTK.transpose(1, 2).reshape(B, T, D))
 
     @staticmethod
-    def structure(prefix: str, norms: dict[str, Norm], mass: float, gain: float, bias: tuple[Norm, float] | None) -> Module:
+    def structure(
+        prefix: str,
+        norms: dict[str, Norm],
+        mass: float,
+        gain: float,
+        bias: tuple[Norm, float] | None,
+    ) -> Module:
         q, k, v = (linear(f"{prefix}.{n}", norms["qkv"], "attention", mass, bias) for n in "qkv")
         out = linear(f"{prefix}.out", norms["attention"], "attention", mass, bias)
         # Sensitivity 1 in each of q, k, v [MN] at scale 1/K; with QK-norm and scale c/K it is the typical value.
@@ -230,8 +301,16 @@ class MLP(nn.Module):
         return self.down(self.up(x_BTD).relu().square())
 
     @staticmethod
-    def structure(prefix: str, norms: dict[str, Norm], mass: float, gain: float, bias: tuple[Norm, float] | None) -> Module:
-        up, down = (linear(f"{prefix}.{n}", norms["mlp"], "mlp", mass, bias) for n in ("up", "down"))
+    def structure(
+        prefix: str,
+        norms: dict[str, Norm],
+        mass: float,
+        gain: float,
+        bias: tuple[Norm, float] | None,
+    ) -> Module:
+        up, down = (
+            linear(f"{prefix}.{n}", norms["mlp"], "mlp", mass, bias) for n in ("up", "down")
+        )
         return down @ (gain * bond("relu²", sensitivity=RELU2_SENSITIVITY, typical=True)) @ up
 
 
@@ -245,10 +324,16 @@ class Block(nn.Module):
         self.dropout = config.dropout
         step = 1 / (2 * config.n_layer) if config.residual == "convex" else 1.0
         self.keep = 1 - step if config.residual == "convex" else 1.0
-        self.attention_step, self.mlp_step = (step * (gain if config.branch_gains else 1.0) for gain in (ATTENTION_GAIN, MLP_GAIN))
+        self.attention_step, self.mlp_step = (
+            step * (gain if config.branch_gains else 1.0) for gain in (ATTENTION_GAIN, MLP_GAIN)
+        )
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], past: "Past | None" = None) -> Tensor:
-        x_BTD = self._add(x_BTD, self.attention(self.attention_norm(x_BTD), rope, past), self.attention_step)
+    def forward(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], past: "Past | None" = None
+    ) -> Tensor:
+        x_BTD = self._add(
+            x_BTD, self.attention(self.attention_norm(x_BTD), rope, past), self.attention_step
+        )
         return self._add(x_BTD, self.mlp(self.mlp_norm(x_BTD), past), self.mlp_step)
 
     def _add(self, x_BTD: Tensor, f_BTD: Tensor, step: float) -> Tensor:
@@ -288,12 +373,19 @@ class GPT(nn.Module):
 
     zeros: tuple[str, ...] = OUTPUTS  # ends of the names of weights that start at 0, with zero_init
 
-    def __init__(self, config: GPTConfig, norms: dict[str, Norm] | None = None, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        config: GPTConfig,
+        norms: dict[str, Norm] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
         """norms: by role, as RoleNorms.build makes them. generator: of the initial weights. vocab_size must be set."""
         super().__init__()
         config.check()
         if config.vocab_size is None:
-            raise ValueError("model.vocab_size: got none; allowed: the tokenizer's vocabulary or more")
+            raise ValueError(
+                "model.vocab_size: got none; allowed: the tokenizer's vocabulary or more"
+            )
         self.config = config
         self.norms = norms or RoleNorms().build(Polar(), config.n_head)
         self.make_embedding(config.vocab_size)
@@ -312,7 +404,9 @@ class GPT(nn.Module):
         return self.embedding(idx_BT)
 
     def embedding_structure(self, masses: RoleMasses) -> Module:
-        return atom("embedding.weight", self.norms["embedding"], mass=masses.embedding, role="embedding")
+        return atom(
+            "embedding.weight", self.norms["embedding"], mass=masses.embedding, role="embedding"
+        )
 
     def mlp_class(self) -> type[MLP]:
         """Of the blocks."""
@@ -336,7 +430,13 @@ class GPT(nn.Module):
         if self.config.init == "gpt2":
             return 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith(OUTPUTS[:2]) else 0.02
         if self.config.init == "track":
-            return 1.0 if name.endswith("embedding.weight") else 0.0 if name.endswith(OUTPUTS) else (0.33 / p.shape[1]) ** 0.5
+            return (
+                1.0
+                if name.endswith("embedding.weight")
+                else 0.0
+                if name.endswith(OUTPUTS)
+                else (0.33 / p.shape[1]) ** 0.5
+            )
         return 1.0 if name.endswith("embedding.weight") else p.shape[1] ** -0.5
 
     def structure(self, masses: RoleMasses | None = None) -> Module:
@@ -345,10 +445,19 @@ class GPT(nn.Module):
         gains, biases = 2 * c.n_layer + 1 + c.embedding_norm, 6 * c.n_layer + 1
         gain = m.gain / gains if c.norm_gains else None
         bias = (VectorRMS(), m.bias / biases) if c.bias else None
-        kinds = ((Attention, "attention", m.attention / 4, ATTENTION_GAIN), (self.mlp_class(), "mlp", m.mlp / 2, MLP_GAIN))
+        kinds = (
+            (Attention, "attention", m.attention / 4, ATTENTION_GAIN),
+            (self.mlp_class(), "mlp", m.mlp / 2, MLP_GAIN),
+        )
         halves = []
         for half, name, mass, branch in kinds:
-            inside = half.structure(f"blocks.{{}}.{name}", norms, mass / c.n_layer, branch if c.branch_gains else 1.0, bias)
+            inside = half.structure(
+                f"blocks.{{}}.{name}",
+                norms,
+                mass / c.n_layer,
+                branch if c.branch_gains else 1.0,
+                bias,
+            )
             halves.append(inside @ RMSNorm.structure(f"blocks.{{}}.{name}_norm", gain))
         if c.residual == "convex":
             attention, mlp = (residual(half, 2 * c.n_layer) for half in halves)
@@ -359,8 +468,12 @@ class GPT(nn.Module):
         if c.embedding_norm:
             embedding = RMSNorm.structure("embedding_norm", gain) @ embedding
         # The norm of logits is their largest: so is that of the head's bias.
-        head = c.logit_scale * linear("head", norms["head"], "head", m.head, (MaxEntry(), bias[1]) if bias else None)
-        return head @ RMSNorm.structure("head_norm", gain) @ (mlp @ attention) ** c.n_layer @ embedding
+        head = c.logit_scale * linear(
+            "head", norms["head"], "head", m.head, (MaxEntry(), bias[1]) if bias else None
+        )
+        return (
+            head @ RMSNorm.structure("head_norm", gain) @ (mlp @ attention) ** c.n_layer @ embedding
+        )
 
     def forward(
         self,
@@ -373,20 +486,32 @@ class GPT(nn.Module):
         """(logits (B, T, V), loss in nats per token or None). Targets of −1 do not count. cache: of the text in front, which these tokens continue."""
         c = self.config
         start = 0 if cache is None else cache.length
-        rope = rotary(torch.arange(start, start + idx_BT.shape[1], device=idx_BT.device), c.n_embd // c.n_head, half=c.rotary == "half")
+        rope = rotary(
+            torch.arange(start, start + idx_BT.shape[1], device=idx_BT.device),
+            c.n_embd // c.n_head,
+            half=c.rotary == "half",
+        )
         x_BTD = self.embedding_norm(self.embed(idx_BT, cache))
         for i, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, rope, cache.layers[i] if cache else None)
         if cache is not None:
             cache.length += idx_BT.shape[1]
         logits_BTV = self.head(self.head_norm(x_BTD))
-        logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32)) * c.logit_scale
+        logits_BTV = (
+            logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32)) * c.logit_scale
+        )
         if c.logit_softcap is not None:
             u_BTV = logits_BTV / c.logit_softcap
-            logits_BTV = c.logit_softcap * torch.tanh(u_BTV) if c.softcap == "tanh" else logits_BTV * (1 + u_BTV.square()).rsqrt()
+            logits_BTV = (
+                c.logit_softcap * torch.tanh(u_BTV)
+                if c.softcap == "tanh"
+                else logits_BTV * (1 + u_BTV.square()).rsqrt()
+            )
         if target_BT is None:
             return logits_BTV, None
-        return logits_BTV, F.cross_entropy(logits_BTV.flatten(0, 1), target_BT.flatten(), ignore_index=-1, reduction=reduction)
+        return logits_BTV, F.cross_entropy(
+            logits_BTV.flatten(0, 1), target_BT.flatten(), ignore_index=-1, reduction=reduction
+        )
 
     def num_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -395,7 +520,12 @@ class GPT(nn.Module):
         """Of one training step: 6 per weight of a matrix product and 12 L D T for attention, causality not discounted (Chowdhery et al., arXiv 2204.02311, App. B)."""
         c = self.config
         return (
-            6 * sum(p.numel() for n, p in self.named_parameters() if p.ndim == 2 and not n.endswith("embedding.weight"))
+            6
+            * sum(
+                p.numel()
+                for n, p in self.named_parameters()
+                if p.ndim == 2 and not n.endswith("embedding.weight")
+            )
             + 12 * c.n_layer * c.n_embd * c.block_size
         )
 
@@ -425,11 +555,15 @@ class GPT(nn.Module):
             if temperature == 0:
                 fresh_BT = logits_BV.argmax(-1, keepdim=True)
             else:
-                logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature  # no overflow, however small the temperature
+                logits_BV = (
+                    logits_BV - logits_BV.amax(-1, keepdim=True)
+                ) / temperature  # no overflow, however small the temperature
                 fresh_BT = torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)
             idx_BT = torch.cat((idx_BT, fresh_BT), dim=1)
         return idx_BT
 
 
 def _plain(half: Module) -> Module:
-    return bond("x + f(x)", sensitivity=1 / (1 + half.sensitivity), typical=True) @ concat(bond("identity"), half)
+    return bond("x + f(x)", sensitivity=1 / (1 + half.sensitivity), typical=True) @ concat(
+        bond("identity"), half
+    )

@@ -86,9 +86,13 @@ class Runtime:
     def __init__(self, config: RunConfig, product: tuple[int, int, int] | None = None) -> None:
         """product: (rows, inner, columns) of the model's MLP, the rows of all ranks together, by which precision = "auto" chooses on devices other than CUDA; without it fp32 is taken."""
         self.choices: list[str] = []
-        self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.size = (
+            int(os.environ.get("RANK", "0")),
+            int(os.environ.get("WORLD_SIZE", "1")),
+        )
         self.local_rank, self.local_size = (
-            int(os.environ.get(k, d)) for k, d in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", str(self.size)))
+            int(os.environ.get(k, d))
+            for k, d in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", str(self.size)))
         )
         self.main = self.rank == 0
         missing = [k for k in ("RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
@@ -99,10 +103,14 @@ class Runtime:
             )
         self.parallel = config.parallel if self.size > 1 else "ddp"
         if self.parallel != config.parallel:
-            self.choices.append(f"run.parallel = ddp (one process: there is nothing to shard, {config.parallel} would change nothing)")
+            self.choices.append(
+                f"run.parallel = ddp (one process: there is nothing to shard, {config.parallel} would change nothing)"
+            )
         if config.threads is not None:
             if config.threads < 1:
-                raise RunError(f"run.threads\n  got: {config.threads}\n  allowed: 1 or more\n  fix: leave it out")
+                raise RunError(
+                    f"run.threads\n  got: {config.threads}\n  allowed: 1 or more\n  fix: leave it out"
+                )
             torch.set_num_threads(config.threads)
         if not config.timeout > 0:
             raise RunError(
@@ -113,10 +121,14 @@ class Runtime:
         self.control: Any = None  # small things between hosts
         self.watchdog: Watchdog | None = None
         self.signal = 0
-        self._stopping: tuple[Any, torch.Tensor] | None = None  # the agreement on signals that is under way
+        self._stopping: tuple[Any, torch.Tensor] | None = (
+            None  # the agreement on signals that is under way
+        )
         if self.size > 1:
             self._connect(config)
-        self.precision: Literal["fp32", "bf16"] = self.on_main(lambda: self._precision(config, product))  # type: ignore[assignment]
+        self.precision: Literal["fp32", "bf16"] = self.on_main(
+            lambda: self._precision(config, product)
+        )  # type: ignore[assignment]
         torch.manual_seed(config.seed)
 
     # ---- ranks
@@ -130,10 +142,17 @@ class Runtime:
         patience = timedelta(seconds=config.timeout + 60)
         kwargs: dict[str, Any] = {"device_id": self.device} if self.device.type == "cuda" else {}
         dist.init_process_group(
-            backend, store=PrefixStore("group", store), rank=self.rank, world_size=self.size, timeout=patience, **kwargs
+            backend,
+            store=PrefixStore("group", store),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=patience,
+            **kwargs,
         )
         self.control = dist.new_group(backend="gloo", timeout=patience)
-        self.watchdog = Watchdog(PrefixStore("watchdog", store), self.rank, self.size, config.timeout)
+        self.watchdog = Watchdog(
+            PrefixStore("watchdog", store), self.rank, self.size, config.timeout
+        )
         self.beat(0, "start")
         kinds = self.gather((self.device.type, self.parallel, self.shards, self.local_size))
         if len(set(kinds)) > 1:
@@ -145,7 +164,8 @@ class Runtime:
         machines = self.size // self.local_size
         self.choices.append(
             f"backend = {'nccl' if self.device.type == 'cuda' else 'gloo'} for {self.size} ranks on {machines} machine{'s' * (machines > 1)},"
-            f" run.parallel = {self.parallel}" + (f" with {self.shards} shards" if self.parallel != "ddp" else "")
+            f" run.parallel = {self.parallel}"
+            + (f" with {self.shards} shards" if self.parallel != "ddp" else "")
         )
 
     def _shards(self, config: RunConfig) -> int:
@@ -199,7 +219,9 @@ class Runtime:
         if self.parallel == "ddp":
             return
         shape, names = (
-            ((self.size,), ("shard",)) if self.parallel == "fsdp" else ((self.size // self.shards, self.shards), ("replicate", "shard"))
+            ((self.size,), ("shard",))
+            if self.parallel == "fsdp"
+            else ((self.size // self.shards, self.shards), ("replicate", "shard"))
         )
         mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
         for unit in (*units, model):
@@ -229,7 +251,10 @@ class Runtime:
             work.wait()
             wanted = int(seen.item())
         seen = torch.tensor([self.signal])
-        self._stopping = dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.control, async_op=True), seen
+        self._stopping = (
+            dist.all_reduce(seen, dist.ReduceOp.MAX, group=self.control, async_op=True),
+            seen,
+        )
         return wanted
 
     @contextmanager
@@ -271,7 +296,13 @@ class Runtime:
 
     def _device(self, config: RunConfig) -> str:
         there = [
-            d for d, found in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()), ("cpu", True)) if found
+            d
+            for d, found in (
+                ("cuda", torch.cuda.is_available()),
+                ("mps", torch.backends.mps.is_available()),
+                ("cpu", True),
+            )
+            if found
         ]
         device = config.device
         if device == "auto":
@@ -282,7 +313,9 @@ class Runtime:
                 f"run.device\n  got: {device}\n  allowed: {', '.join(there)}, found here\n  fix: --run.device auto"
             )
         if device == "mps" and self.size > 1:
-            raise RunError(f"run.device\n  got: mps and {self.size} ranks\n  allowed: cuda, cpu\n  fix: --run.device cpu, or one process")
+            raise RunError(
+                f"run.device\n  got: mps and {self.size} ranks\n  allowed: cuda, cpu\n  fix: --run.device cpu, or one process"
+            )
         if device == "cuda" and self.size > 1:
             if self.local_rank >= torch.cuda.device_count():
                 raise RankError(
@@ -293,7 +326,9 @@ class Runtime:
             return f"cuda:{self.local_rank}"
         return device
 
-    def _precision(self, config: RunConfig, product: tuple[int, int, int] | None) -> Literal["fp32", "bf16"]:
+    def _precision(
+        self, config: RunConfig, product: tuple[int, int, int] | None
+    ) -> Literal["fp32", "bf16"]:
         if config.precision != "auto":
             return config.precision
         if self.device.type == "cuda":
@@ -304,13 +339,20 @@ class Runtime:
         else:
             rows, inner, columns = product
             gain = bf16_gain(self.device, rows // self.size, inner, columns)
-            fine, why = gain > 1.2, f"in bf16 the MLP's product, casts and backward pass included, was {times(gain)} here"
+            fine, why = (
+                gain > 1.2,
+                f"in bf16 the MLP's product, casts and backward pass included, was {times(gain)} here",
+            )
         precision = "bf16" if fine else "fp32"
         self.choices.append(f"run.precision = {precision} ({why})")
         return precision
 
     def autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+        return (
+            torch.autocast(self.device.type, torch.bfloat16)
+            if self.precision == "bf16"
+            else nullcontext()
+        )
 
     def to_device(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         if self.device.type == "cuda":
@@ -354,7 +396,9 @@ def bf16_gain(device: torch.device, rows: int, inner: int, columns: int) -> floa
 
     def seconds(dtype: torch.dtype) -> float:
         start = time.perf_counter()
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
+        with torch.autocast(
+            device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
+        ):
             loss = nn.functional.linear(x, W).sum()
         sum(g.sum() for g in torch.autograd.grad(loss, (x, W))).item()  # type: ignore[union-attr]
         return time.perf_counter() - start
@@ -408,7 +452,9 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         while not self.ended.wait(min(1.0, self.timeout / 10)):
             idle = time.monotonic() - self.since
-            with suppress(RuntimeError):  # the store went with its rank: that is an error of the main thread's
+            with suppress(
+                RuntimeError
+            ):  # the store went with its rank: that is an error of the main thread's
                 self.store.set(str(self.rank), json.dumps([*self.latest, where(), idle]))
             if idle > self.timeout:
                 print(self.report(), file=sys.stderr, flush=True)
@@ -433,7 +479,9 @@ class Watchdog(threading.Thread):
         points = {r: (n, idle > self.timeout / 2) for r, (n, *_, idle) in found.items()}
         behind = min(points.values(), default=None)
         late = silent or [
-            f"rank {r} ({what} at step {at}, in {place})" for r, (_, at, what, place, _) in sorted(found.items()) if points[r] == behind
+            f"rank {r} ({what} at step {at}, in {place})"
+            for r, (_, at, what, place, _) in sorted(found.items())
+            if points[r] == behind
         ]
         self.leave_store(len(late))
         return (
@@ -446,14 +494,21 @@ class Watchdog(threading.Thread):
         end = time.monotonic() + 10
         with suppress(RuntimeError):
             self.store.add("readers", 1)
-            while self.store.add("readers", 0) < (self.size - late or self.size) and time.monotonic() < end:
+            while (
+                self.store.add("readers", 0) < (self.size - late or self.size)
+                and time.monotonic() < end
+            ):
                 time.sleep(0.05)
 
 
 def where() -> str:
     """Where the main thread is: file, line and function of its innermost Python frame."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    return "the end" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"
+    return (
+        "the end"
+        if frame is None
+        else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"
+    )
 
 
 class Clock:
@@ -493,7 +548,9 @@ class Stopwatch:
 
     def __enter__(self) -> None:
         if self.cuda:
-            self.pending.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self.pending.append(
+                (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            )
             self.pending[-1][0].record()
         else:
             self.start = time.perf_counter()
@@ -521,12 +578,24 @@ class Stopwatch:
 
 
 def telling(
-    stream: Iterable[tuple[torch.Tensor, torch.Tensor]], *, total: int, say: Callable[[str], None], every: float = 10.0
+    stream: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    *,
+    total: int,
+    say: Callable[[str], None],
+    every: float = 10.0,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The batches of an evaluation, and how far it is: a bar on a terminal, else a line every so many seconds. total: targets of all batches."""
     start = told = time.perf_counter()
     count = 0
-    with tqdm(total=total, desc="validation", unit="tok", unit_scale=True, leave=False, disable=None, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=total,
+        desc="validation",
+        unit="tok",
+        unit_scale=True,
+        leave=False,
+        disable=None,
+        dynamic_ncols=True,
+    ) as bar:
         for x_BT, y_BT in stream:
             yield x_BT, y_BT
             targets = int((y_BT >= 0).sum())
@@ -535,7 +604,9 @@ def telling(
             now = time.perf_counter()
             if bar.disable and now - told >= every and count < total:
                 told = now
-                say(f"validation: {count:,} of {total:,} tokens, {(now - start) * (total / count - 1):.0f} s left")
+                say(
+                    f"validation: {count:,} of {total:,} tokens, {(now - start) * (total / count - 1):.0f} s left"
+                )
 
 
 class RunFolder:
@@ -611,7 +682,9 @@ class RunFolder:
         """For a resumed run: drop the other records, and the summary of an earlier end."""
         if not self.main:
             return
-        self.write("metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.metrics() if wanted(r)))
+        self.write(
+            "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.metrics() if wanted(r))
+        )
         (self.path / "summary.json").unlink(missing_ok=True)
 
 
@@ -624,7 +697,9 @@ def git_state() -> tuple[str | None, bool | None]:
     """(commit, uncommitted changes) of this source tree, or (None, None) outside git."""
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
@@ -635,7 +710,11 @@ def git_state() -> tuple[str | None, bool | None]:
 def hardware(device: str) -> str:
     """The processor, the cores that this process may use, the vector instructions that torch takes there, and the device where it is another."""
     info = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    named = (
+        re.search(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE)
+        if info.is_file()
+        else None
+    )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cpu = f"{named[1] if named else platform.processor() or platform.machine()}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
     return cpu if device.startswith("cpu") else f"{device} ({cpu})"

@@ -37,10 +37,18 @@ class Options:
 
 
 def main(options: Options) -> None:
-    for name, least in (("tokens", 1), ("samples", 1), ("temperature", 0), ("top_k", 1), ("seed", 0)):
+    for name, least in (
+        ("tokens", 1),
+        ("samples", 1),
+        ("temperature", 0),
+        ("top_k", 1),
+        ("seed", 0),
+    ):
         value = getattr(options, name)
         if value is not None and not least <= value < math.inf:
-            raise ConfigError(f"--{name.replace('_', '-')}\n  got: {value}\n  allowed: {least} or more\n  fix: another number")
+            raise ConfigError(
+                f"--{name.replace('_', '-')}\n  got: {value}\n  allowed: {least} or more\n  fix: another number"
+            )
     if not options.run.is_dir():
         raise RunError(
             f"no run at {options.run}\n  got: no such folder\n  allowed: {listing(options.run.parent)}\n  fix: python sample.py runs/NAME"

@@ -58,7 +58,9 @@ def size(norm: Norm, W: Tensor) -> Tensor:
     """(n, *shape) → (n,): ‖W‖, within 1e-3."""
     if not by_eigenvalues(norm, W):
         return norm.size(W)
-    return torch.stack([singular_values(X).amax((1, 2)) / unit for X, unit in blocks(norm, W)]).amax(0)
+    return torch.stack(
+        [singular_values(X).amax((1, 2)) / unit for X, unit in blocks(norm, W)]
+    ).amax(0)
 
 
 def dual_norm(norm: Norm, G: Tensor) -> Tensor:
@@ -67,7 +69,9 @@ def dual_norm(norm: Norm, G: Tensor) -> Tensor:
     That one is too small, by a part of what singular values under 1e-4 ‖G‖_F add up to: 1 in 100 where they are spread evenly over six decades.
     """
     if by_eigenvalues(norm, G):
-        return torch.stack([singular_values(X.double()).sum((1, 2)) * unit for X, unit in blocks(norm, G)]).sum(0)
+        return torch.stack(
+            [singular_values(X.double()).sum((1, 2)) * unit for X, unit in blocks(norm, G)]
+        ).sum(0)
     return (G * norm.stiefel(G)).flatten(1).sum(-1) if spectral(norm) else norm.dual_norm(G)
 
 
@@ -136,7 +140,9 @@ class Geometry:
     and as one at width 512 (one core, 1,024 tokens a step).
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | Rival, norm: ModularNorm) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | Rival, norm: ModularNorm
+    ) -> None:
         self.model, self.norm = model, norm
         self.optimizer = optimizer.optimizer if isinstance(optimizer, Rival) else optimizer
         self.weights = {canonical(n): p for n, p in model.named_parameters() if p.requires_grad}
@@ -153,7 +159,9 @@ class Geometry:
     @torch.no_grad()
     def before(self) -> None:
         """After the backward pass: copies the weights, and measures their gradients."""
-        self.old = {n: p.detach().clone() for n, p in self.weights.items()}  # shards of sharded ones
+        self.old = {
+            n: p.detach().clone() for n, p in self.weights.items()
+        }  # shards of sharded ones
         self.dual = [finite(dual_norm, norm, self._gradients(names)) for norm, names in self.stacks]
 
     @torch.no_grad()
@@ -174,7 +182,10 @@ class Geometry:
         """
         asked, parts = self._requests(), []
         for (norm, names), dual in zip(self.stacks, self.dual, strict=True):
-            old, requests = _precise(torch.stack([whole(self.old[n]) for n in names])), [asked.get(n, Request()) for n in names]
+            old, requests = (
+                _precise(torch.stack([whole(self.old[n]) for n in names])),
+                [asked.get(n, Request()) for n in names],
+            )
             new = self._weights(names)
             step = moved = new - old
             parts += [
@@ -184,7 +195,10 @@ class Geometry:
             ]
             if asked:
                 sizes, decay = (
-                    torch.tensor([getattr(r, k) for r in requests]).to(old).view(-1, *(1,) * norm.ndim) for k in ("size", "decay")
+                    torch.tensor([getattr(r, k) for r in requests])
+                    .to(old)
+                    .view(-1, *(1,) * norm.ndim)
+                    for k in ("size", "decay")
                 )
                 if any(r.decay for r in requests):
                     step = beside_decay(norm, moved, old, decay)
@@ -194,7 +208,9 @@ class Geometry:
                     parts.append(("orthogonality", names, residual(norm, step / sizes)))
         self.old, self.dual = {}, []
         logits = attention_logits(self.model, idx_BT) if idx_BT is not None else {}
-        parts += [("max_attention_logit", [name], logit.reshape(1)) for name, logit in logits.items()]
+        parts += [
+            ("max_attention_logit", [name], logit.reshape(1)) for name, logit in logits.items()
+        ]
         return self._tables(self._read(parts), asked)
 
     def _weights(self, names: Sequence[str]) -> Tensor:
@@ -202,7 +218,9 @@ class Geometry:
 
     def _gradients(self, names: Sequence[str]) -> Tensor:
         ps = [self.weights[n] for n in names]
-        return _precise(torch.stack([whole(torch.zeros_like(p) if p.grad is None else p.grad) for p in ps]))
+        return _precise(
+            torch.stack([whole(torch.zeros_like(p) if p.grad is None else p.grad) for p in ps])
+        )
 
     def _requests(self) -> dict[str, Request]:
         o, found = self.optimizer, {}
@@ -214,7 +232,9 @@ class Geometry:
                     continue  # which entries decayed is not known here
                 for name in group["param_names"]:
                     asked = float(group["lr"]) * unit * self.norm.radii[name]
-                    found[name] = Request(asked, asked * decay, isinstance(o, Dualized) and group["scale"] == "unit")
+                    found[name] = Request(
+                        asked, asked * decay, isinstance(o, Dualized) and group["scale"] == "unit"
+                    )
         return found
 
     @staticmethod
@@ -225,13 +245,24 @@ class Geometry:
             tables.setdefault(quantity, {}).update((n, next(values)) for n in names)
         return tables
 
-    def _tables(self, found: dict[str, dict[str, float]], asked: Mapping[str, Request]) -> dict[str, Any]:
+    def _tables(
+        self, found: dict[str, dict[str, float]], asked: Mapping[str, Request]
+    ) -> dict[str, Any]:
         """From what was read, in the order of the network."""
-        weights, dual, moved, radii = found["weight_norm"], found["grad_dual_norm"], found.pop("moved"), self.norm.radii
+        weights, dual, moved, radii = (
+            found["weight_norm"],
+            found["grad_dual_norm"],
+            found.pop("moved"),
+            self.norm.radii,
+        )
         found["relative_step"] = {n: moved[n] / x if x else nan for n, x in weights.items()}
         for name, x in found.get("step", {}).items():
             # What is left of a weight that only decayed is rounding, some 1e-7 of it.
-            rounding = 4 * torch.finfo(torch.promote_types(self.weights[name].dtype, torch.float32)).eps * weights[name]
+            rounding = (
+                4
+                * torch.finfo(torch.promote_types(self.weights[name].dtype, torch.float32)).eps
+                * weights[name]
+            )
             still = name not in asked or not asked[name].size or x <= rounding
             found["step"][name] = 0.0 if still else x / asked[name].size
         for name in found.get("orthogonality", {}):
@@ -242,8 +273,19 @@ class Geometry:
             "modular_weight_norm": nan if any(map(isnan, sizes)) else max(sizes, default=0.0),
             "modular_grad_dual_norm": sum(radii[n] * x for n, x in dual.items()),
         }
-        order = ("step", "relative_step", "weight_norm", "grad_dual_norm", "orthogonality", "max_attention_logit")
-        tables = {q: {n: _number(found[q][n]) for n in (*self.weights, *found[q]) if n in found[q]} for q in order if q in found}
+        order = (
+            "step",
+            "relative_step",
+            "weight_norm",
+            "grad_dual_norm",
+            "orthogonality",
+            "max_attention_logit",
+        )
+        tables = {
+            q: {n: _number(found[q][n]) for n in (*self.weights, *found[q]) if n in found[q]}
+            for q in order
+            if q in found
+        }
         return tables | {k: _number(v) for k, v in totals.items()}
 
 
@@ -266,12 +308,22 @@ class Sharpness:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Dualized | Rival, norm: ModularNorm, batch: Sequence[Tensor], *, modular: bool = True
+        self,
+        model: nn.Module,
+        optimizer: Dualized | Rival,
+        norm: ModularNorm,
+        batch: Sequence[Tensor],
+        *,
+        modular: bool = True,
     ) -> None:
         self.model, self.norm, self.batch, self.modular = model, norm, batch, modular
         self.weights = {canonical(n): p for n, p in model.named_parameters() if p.requires_grad}
         self.own = optimizer.optimizer if isinstance(optimizer, Rival) else optimizer
-        self.scaling: Scaling = "standard" if isinstance(self.own, torch.optim.Adam) else getattr(optimizer, "scaling", "modular")
+        self.scaling: Scaling = (
+            "standard"
+            if isinstance(self.own, torch.optim.Adam)
+            else getattr(optimizer, "scaling", "modular")
+        )
         self.scales = coordinates(model, norm, self.scaling)
 
     def measure(self) -> dict[str, Any]:
@@ -301,7 +353,11 @@ class Sharpness:
         H = hessian(self.scales)
         ends = eigenvalues(H, generator=generator)
         gradient = torch.stack([g.norm() for g in H.gradient.values()]).norm().item()
-        found: dict[str, Any] = {"loss": H.value, "coordinates": self.scaling, "gradient_norm": gradient}
+        found: dict[str, Any] = {
+            "loss": H.value,
+            "coordinates": self.scaling,
+            "gradient_norm": gradient,
+        }
         found |= {
             "lambda_max": ends.largest,
             "lambda_min": ends.smallest,
@@ -316,14 +372,26 @@ class Sharpness:
                 for n, p in zip(group["param_names"], group["params"], strict=True)
             }
             preconditioned = eigenvalues(hessian(roots), generator=generator)
-            found |= {"preconditioned": preconditioned.largest, "preconditioned_converged": preconditioned.converged}
+            found |= {
+                "preconditioned": preconditioned.largest,
+                "preconditioned_converged": preconditioned.converged,
+            }
         plain = hessian({})
         if self.modular:
             top = replace(ends, vector={k: self.scales[k] * v for k, v in ends.vector.items()})
-            climbed = modular_sharpness(plain, self.norm, generator=generator, restarts=0, steps=10, top=top)
-            found |= {"modular_sharpness": climbed.value, "modular_sharpness_converged": climbed.converged}
+            climbed = modular_sharpness(
+                plain, self.norm, generator=generator, restarts=0, steps=10, top=top
+            )
+            found |= {
+                "modular_sharpness": climbed.value,
+                "modular_sharpness_converged": climbed.converged,
+            }
         ahead = along(plain, self.norm)
-        found |= {"curvature_along": ahead.curvature, "dual_norm": ahead.dual_norm, "stable_lr": ahead.stable_lr}
+        found |= {
+            "curvature_along": ahead.curvature,
+            "dual_norm": ahead.dual_norm,
+            "stable_lr": ahead.stable_lr,
+        }
         found |= {"smoothness_bound": loss_smoothness(self.norm), "threshold": stable(self.own)}
         return found
 
@@ -369,9 +437,13 @@ def kind(name: str) -> str:
     return re.sub(r"\b\d+\b", "*", name.removesuffix(".weight")).split("*.")[-1]
 
 
-def grid(records: Sequence[Mapping[str, Any]], quantity: str) -> tuple[list[str], list[int], list[list[float]]]:
+def grid(
+    records: Sequence[Mapping[str, Any]], quantity: str
+) -> tuple[list[str], list[int], list[list[float]]]:
     """(tensors, steps, values [tensor][step]): in the order of the network, those of one kind together; NaN is what there is no number for."""
-    measured = {r["step"]: r["geometry"][quantity] for r in records if quantity in r.get("geometry", {})}
+    measured = {
+        r["step"]: r["geometry"][quantity] for r in records if quantity in r.get("geometry", {})
+    }
     names = list(dict.fromkeys(n for table in measured.values() for n in table))
     kinds = list(dict.fromkeys(kind(n) for n in names))
     names.sort(key=lambda n: kinds.index(kind(n)))
@@ -387,7 +459,13 @@ def plot_geometry(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     panels = [(grid(records, quantity), title, spread) for quantity, title, spread in PANELS]
     # 0 is a step that was not taken, or a gradient that was not there: grey, as what has no number.
     shown = [
-        (names, steps, [[x if spread == "linear" or x > 0 else nan for x in row] for row in values], title, spread)
+        (
+            names,
+            steps,
+            [[x if spread == "linear" or x > 0 else nan for x in row] for row in values],
+            title,
+            spread,
+        )
         for (names, steps, values), title, spread in panels
     ]
     shown = [panel for panel in shown if any(isfinite(x) for row in panel[2] for x in row)]
@@ -405,9 +483,14 @@ def plot_geometry(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         if spread == "ratio":
             colours, palette = CenteredNorm(1, max(0.25, *(abs(x - 1) for x in numbers))), "RdBu_r"
         else:
-            colours, palette = (LogNorm if spread == "log" else Normalize)(min(numbers), max(numbers)), "viridis"
+            colours, palette = (
+                (LogNorm if spread == "log" else Normalize)(min(numbers), max(numbers)),
+                "viridis",
+            )
         axes.set_facecolor("0.8")
-        image = axes.imshow(values, aspect="auto", interpolation="nearest", norm=colours, cmap=palette)
+        image = axes.imshow(
+            values, aspect="auto", interpolation="nearest", norm=colours, cmap=palette
+        )
         figure.colorbar(image, ax=axes, pad=0.01).ax.tick_params(labelsize=7)
         rows: dict[str, list[int]] = {}
         for i, name in enumerate(names):

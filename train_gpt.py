@@ -30,10 +30,31 @@ from data.loader import Dataset, TrainBatches, check_validation, validation_batc
 from data.shards import DataError
 from model import GPT
 from models import build
-from optim import RIVALS, CommError, CoverageError, Dualized, EscapeVelocity, NonFiniteError, Polar, Rival, metrize
+from optim import (
+    RIVALS,
+    CommError,
+    CoverageError,
+    Dualized,
+    EscapeVelocity,
+    NonFiniteError,
+    Polar,
+    Rival,
+    metrize,
+)
 from optim.rivals import UNNORMED, set_beta
 from optim.step_size import SCHEDULES, momentum_at
-from runtime import Clock, RankError, RunError, RunFolder, Runtime, Stopwatch, bfloat16_is_emulated, git_state, hardware, telling
+from runtime import (
+    Clock,
+    RankError,
+    RunError,
+    RunFolder,
+    Runtime,
+    Stopwatch,
+    bfloat16_is_emulated,
+    git_state,
+    hardware,
+    telling,
+)
 from telemetry import Geometry, Sharpness, plot_geometry
 
 
@@ -42,7 +63,9 @@ class Stopped(Exception):
 
     def __init__(self, number: int, step: int, folder: Path, *, saved: bool) -> None:
         end = (
-            f"saved step {step} in {folder}; --run.name {folder.name} --run.resume goes on" if saved else f"ended at step {step}, not saved"
+            f"saved step {step} in {folder}; --run.name {folder.name} --run.resume goes on"
+            if saved
+            else f"ended at step {step}, not saved"
         )
         super().__init__(f"{signal.Signals(number).name}: {end}")
         self.code = 128 + number
@@ -72,7 +95,12 @@ def main(argv: list[str]) -> None:
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
         config.run.resume = config.run.resume or "auto"
     remember(config)
-    tokens, D = config.train.batch_size // config.train.gradient_accumulation_steps * config.model.block_size, config.model.n_embd
+    tokens, D = (
+        config.train.batch_size
+        // config.train.gradient_accumulation_steps
+        * config.model.block_size,
+        config.model.n_embd,
+    )
     runtime = Runtime(config.run, product=(tokens, D, 4 * D))
     try:
         train(config, runtime)
@@ -85,12 +113,19 @@ def main(argv: list[str]) -> None:
 def train(config: Config, runtime: Runtime) -> None:
     # ---- configuration and run folder; nothing is written before everything is known to fit
     # torchrun does not count a restart on every machine: one rank that was restarted speaks for all.
-    resume, config.run.resume = max(runtime.gather(config.run.resume), key=bool), False  # the written configuration starts a run
+    resume, config.run.resume = (
+        max(runtime.gather(config.run.resume), key=bool),
+        False,
+    )  # the written configuration starts a run
     config.run.name = runtime.on_main(lambda: config.run.name)  # which has the time in it
     path = Path(config.run.dir) / str(config.run.name)
     resume = runtime.on_main(path.is_dir) if resume == "auto" else bool(resume)
     folder = runtime.together(lambda: RunFolder(path, resume=resume, main=runtime.main))
-    newest, damage = runtime.on_main(lambda: checkpoint.newest_whole(folder.checkpoints)) if resume else (None, [])
+    newest, damage = (
+        runtime.on_main(lambda: checkpoint.newest_whole(folder.checkpoints))
+        if resume
+        else (None, [])
+    )
     saved = runtime.together(lambda: checkpoint.read_state(newest) if newest else None)
     first = saved["step"] if saved else 0
     changes = runtime.together(lambda: keep_choices(config, folder, saved)) if resume else []
@@ -106,7 +141,9 @@ def train(config: Config, runtime: Runtime) -> None:
             f"train.batch_size\n  got: {c.batch_size}\n  allowed: a multiple of {parts * runtime.size}, {runtime.size} ranks times"
             f" train.gradient_accumulation_steps = {parts}\n  fix: --train.batch-size, --train.gradient-accumulation-steps, or other ranks"
         )
-    if c.sharpness_every and (runtime.size > 1 or o.param_dtype == "bfloat16" or runtime.device.type == "mps"):
+    if c.sharpness_every and (
+        runtime.size > 1 or o.param_dtype == "bfloat16" or runtime.device.type == "mps"
+    ):
         raise ConfigError(
             f"train.sharpness_every\n  got: {c.sharpness_every} with {runtime.size} ranks on {runtime.device.type}, optim.param_dtype = {o.param_dtype!r}\n"
             "  allowed: one process on cpu or cuda, float32 or float64 weights\n  fix: 0, or one process with --optim.param-dtype float32"
@@ -132,7 +169,9 @@ def train(config: Config, runtime: Runtime) -> None:
             f"{config.data.dataset} of a resumed run\n  got: other training shards than the run was started with\n  allowed: the same text\n"
             "  fix: prepare it again as it was, or start a new run"
         )
-    batches = TrainBatches(training, block_size=config.model.block_size, batch_size=c.batch_size, seed=config.run.seed)
+    batches = TrainBatches(
+        training, block_size=config.model.block_size, batch_size=c.batch_size, seed=config.run.seed
+    )
     check_validation(val)
     prompt = tokenizer.encode_prompt(c.sample_prompt, option="train.sample_prompt")
 
@@ -141,10 +180,18 @@ def train(config: Config, runtime: Runtime) -> None:
         low, why = runtime.precision == "bf16", "follows run.precision"
         if o.name == "muon_adamw":
             low = not runtime.on_main(lambda: bfloat16_is_emulated(runtime.device))
-            why = "Muon's iteration, as torch has it" if low else "Muon's iteration; in bfloat16, which torch takes, it is emulated here"
+            why = (
+                "Muon's iteration, as torch has it"
+                if low
+                else "Muon's iteration; in bfloat16, which torch takes, it is emulated here"
+            )
         o.polar = Polar(o.polar.schedule, o.polar.form, "bfloat16" if low else "float32")
         runtime.choices.append(f"optim.polar.dtype = {o.polar.dtype} ({why})")
-    model = build(config.model, o.norms.build(o.polar, config.model.n_head), torch.Generator().manual_seed(config.run.seed))
+    model = build(
+        config.model,
+        o.norms.build(o.polar, config.model.n_head),
+        torch.Generator().manual_seed(config.run.seed),
+    )
     norm = metrize(model, model.structure(o.masses))
     if o.composition == "max":
         norm = norm.unweighted()
@@ -178,11 +225,15 @@ def train(config: Config, runtime: Runtime) -> None:
         runtime.together(lambda: checkpoint.load_model(newest, model))
         runtime.together(lambda: checkpoint.load_optimizer(newest, saved, optimizer))
         if isinstance(optimizer, Dualized):
-            optimizer.param_groups[0].update(settings)  # the configuration's, which may have changed
+            optimizer.param_groups[0].update(
+                settings
+            )  # the configuration's, which may have changed
     progress = Progress(**saved["progress"]) if saved else Progress()
     forward = model
     if config.run.compile:
-        forward, compile_seconds = runtime.together(lambda: compile_ahead(model, runtime, c.batch_size // parts // runtime.size))
+        forward, compile_seconds = runtime.together(
+            lambda: compile_ahead(model, runtime, c.batch_size // parts // runtime.size)
+        )
         progress.compile_seconds += compile_seconds
 
     # ---- the run folder
@@ -191,27 +242,45 @@ def train(config: Config, runtime: Runtime) -> None:
     normed = o.name not in UNNORMED
     texts = {
         "config.toml": configuration.to_toml(config),
-        "receipt.txt": optimizer.receipt() if isinstance(optimizer, Rival) and not normed else norm.receipt(),
+        "receipt.txt": optimizer.receipt()
+        if isinstance(optimizer, Rival) and not normed
+        else norm.receipt(),
     }
     if normed and norm.tree:  # the plain maximum over tensors has none
-        texts |= {"receipt.txt": f"{norm.receipt()}\n{norm.tree}\n", "modular_norm.svg": norm.tree.svg()}
+        texts |= {
+            "receipt.txt": f"{norm.receipt()}\n{norm.tree}\n",
+            "modular_norm.svg": norm.tree.svg(),
+        }
     for name, text in texts.items():
         folder.write(f"resumed_{first:08d}_{name}" if newest else name, text)
     for line in damage:
         say(f"left out: {line}")
     if resume:
         # Metrics that the checkpoint does not know are dropped: the run makes them again.
-        folder.keep_metrics(lambda r: saved is not None and r["step"] <= (progress.val_step if "val_loss" in r else first))
-        say(f"resumed from {newest} at step {first}" if newest else "no checkpoint yet: from the start")
+        folder.keep_metrics(
+            lambda r: (
+                saved is not None and r["step"] <= (progress.val_step if "val_loss" in r else first)
+            )
+        )
+        say(
+            f"resumed from {newest} at step {first}"
+            if newest
+            else "no checkpoint yet: from the start"
+        )
     for line in (*changes, *(f"chosen: {choice}" for choice in runtime.choices)):
         say(line)
-    tokens_per_step, train_tokens = c.batch_size * config.model.block_size, dataset.manifest.splits["train"].tokens
+    tokens_per_step, train_tokens = (
+        c.batch_size * config.model.block_size,
+        dataset.manifest.splits["train"].tokens,
+    )
     epochs = c.steps * tokens_per_step / train_tokens
     say(
         f"{folder.path}: {model.num_params():,} parameters, {len(norm.norms)} {'dualized tensors' if o.name == 'dualized' else f'tensors, {o.name}'} (receipt.txt)"
     )
     say(f"{runtime.device_name()}, {runtime.precision}, torch {torch.__version__}")
-    say(f"{config.data.dataset}: {train_tokens:,} tokens; {c.steps} steps of {tokens_per_step:,}, {epochs:.2f} epochs")
+    say(
+        f"{config.data.dataset}: {train_tokens:,} tokens; {c.steps} steps of {tokens_per_step:,}, {epochs:.2f} epochs"
+    )
 
     def evaluate(done: int) -> None:
         loss, bpb = validation(model, runtime, dataset, config, done, say)
@@ -222,11 +291,19 @@ def train(config: Config, runtime: Runtime) -> None:
         if progress.target is None and c.target_loss is not None and loss <= c.target_loss:
             progress.target = {"loss": loss, **point}
         folder.log_metrics({**point, "val_loss": loss, "val_bpb": bpb})
-        say(f"step {done:6d}  validation {loss:.4f} nats per token, {bpb:.4f} bits per byte  {clock.seconds():.1f} s")
+        say(
+            f"step {done:6d}  validation {loss:.4f} nats per token, {bpb:.4f} bits per byte  {clock.seconds():.1f} s"
+        )
 
     def save(done: int) -> None:
-        progress.train_seconds, progress.optimizer_seconds = clock.seconds(), optimizer_watch.seconds()
-        progress.wall_seconds, progress.telemetry_seconds = time.perf_counter() - wall_start, telemetry_watch.seconds()
+        progress.train_seconds, progress.optimizer_seconds = (
+            clock.seconds(),
+            optimizer_watch.seconds(),
+        )
+        progress.wall_seconds, progress.telemetry_seconds = (
+            time.perf_counter() - wall_start,
+            telemetry_watch.seconds(),
+        )
         if not c.keep_checkpoints:
             return
         state = {
@@ -253,27 +330,51 @@ def train(config: Config, runtime: Runtime) -> None:
         except NonFiniteError as error:
             bad = [*bad, step] if bad[-1:] == [step - 1] else [step]
             count = f"{len(bad)} in a row" if len(bad) > 1 else "the first"
-            say(f"step {step} was left out, {count} of train.max_nonfinite = {c.max_nonfinite}: {error}")
+            say(
+                f"step {step} was left out, {count} of train.max_nonfinite = {c.max_nonfinite}: {error}"
+            )
             if len(bad) >= c.max_nonfinite:
                 settle()
                 raise NonFiniteError(f"step {step}: {error}") from error
 
     # ---- the loop
     wall_start = time.perf_counter() - progress.wall_seconds
-    clock, optimizer_watch = Clock(runtime, progress.train_seconds), Stopwatch(runtime, progress.optimizer_seconds)
-    geometry, telemetry_watch = Geometry(model, optimizer, norm), Stopwatch(runtime, progress.telemetry_seconds)
+    clock, optimizer_watch = (
+        Clock(runtime, progress.train_seconds),
+        Stopwatch(runtime, progress.optimizer_seconds),
+    )
+    geometry, telemetry_watch = (
+        Geometry(model, optimizer, norm),
+        Stopwatch(runtime, progress.telemetry_seconds),
+    )
     sharpness: Sharpness | None = None
     if c.sharpness_every:
         # One batch for all runs of a study, whatever their seeds, in an order that no run has.
-        fixed = TrainBatches(training, block_size=config.model.block_size, batch_size=c.sharpness_sequences, seed=2**63).batch(0)
-        sharpness = Sharpness(model, optimizer, norm, runtime.to_device(*fixed), modular=c.sharpness_modular)
+        fixed = TrainBatches(
+            training,
+            block_size=config.model.block_size,
+            batch_size=c.sharpness_sequences,
+            seed=2**63,
+        ).batch(0)
+        sharpness = Sharpness(
+            model, optimizer, norm, runtime.to_device(*fixed), modular=c.sharpness_modular
+        )
     saver = checkpoint.Saver(
-        folder.checkpoints, keep=c.keep_checkpoints, group=runtime.group(), waiting=lambda: runtime.beat(c.steps, "checkpoint")
+        folder.checkpoints,
+        keep=c.keep_checkpoints,
+        group=runtime.group(),
+        waiting=lambda: runtime.beat(c.steps, "checkpoint"),
     )
     bad: list[int] = []
     if c.eval_every and first == 0 and progress.val_step < 0:
         evaluate(0)
-    bar = tqdm(total=c.steps, initial=first, disable=None if runtime.main else True, unit="step", dynamic_ncols=True)
+    bar = tqdm(
+        total=c.steps,
+        initial=first,
+        disable=None if runtime.main else True,
+        unit="step",
+        dynamic_ncols=True,
+    )
     with runtime.catching_signals():
         clock.start()
         started = time.perf_counter()
@@ -282,17 +383,30 @@ def train(config: Config, runtime: Runtime) -> None:
             last = done == c.steps
             measured = bool(c.telemetry_every) and (done % c.telemetry_every == 0 or done == 1)
             curved = sharpness is not None and (done % c.sharpness_every == 0 or done == 1)
-            lr = optimizer.defaults["lr"] * lr_at(step, c.steps, warmup=o.warmup, cooldown=o.cooldown, power=o.cooldown_power)
-            beta = momentum_at(step, c.steps, beta=o.beta, low=o.beta_low, warmup=o.beta_warmup, cooldown=o.beta_cooldown)
+            lr = optimizer.defaults["lr"] * lr_at(
+                step, c.steps, warmup=o.warmup, cooldown=o.cooldown, power=o.cooldown_power
+            )
+            beta = momentum_at(
+                step,
+                c.steps,
+                beta=o.beta,
+                low=o.beta_low,
+                warmup=o.beta_warmup,
+                cooldown=o.beta_cooldown,
+            )
             for group in optimizer.param_groups:
                 group["lr"] = lr
                 set_beta(group, beta)
             losses: list[Tensor] = []
             for part in range(parts):
                 runtime.beat(done, "forward and backward")
-                slot = part * runtime.size + runtime.rank  # of the global batch, which does not depend on ranks
+                slot = (
+                    part * runtime.size + runtime.rank
+                )  # of the global batch, which does not depend on ranks
                 runtime.seed(config.run.seed, step, slot)
-                x_BT, y_BT = runtime.to_device(*batches.batch(step, part=slot, parts=parts * runtime.size))
+                x_BT, y_BT = runtime.to_device(
+                    *batches.batch(step, part=slot, parts=parts * runtime.size)
+                )
                 with runtime.autocast():
                     part_loss = forward(x_BT, y_BT)[1] / parts
                 with optimizer.last_backward() if part == parts - 1 else nullcontext():
@@ -313,8 +427,15 @@ def train(config: Config, runtime: Runtime) -> None:
             signal = runtime.stop_wanted()
             if last or measured or curved or (c.log_every and done % c.log_every == 0):
                 with clock.paused():
-                    record: dict[str, Any] = {"step": done, "tokens": done * tokens_per_step, "train_seconds": clock.seconds()}
-                    record |= {"loss": runtime.total(loss.item())[0] / runtime.size, "lr": lr * (optimizer.step_size or 1.0)}
+                    record: dict[str, Any] = {
+                        "step": done,
+                        "tokens": done * tokens_per_step,
+                        "train_seconds": clock.seconds(),
+                    }
+                    record |= {
+                        "loss": runtime.total(loss.item())[0] / runtime.size,
+                        "lr": lr * (optimizer.step_size or 1.0),
+                    }
                     record["optimizer_ms"] = 1e3 * optimizer_watch.latest()
                     if looks:
                         with telemetry_watch:
@@ -356,7 +477,10 @@ def train(config: Config, runtime: Runtime) -> None:
     speed = c.steps * tokens_per_step / seconds
     commit, dirty = git_state()
     held = sum(piece.tensor.nbytes for piece in optimizer.held().values())
-    most = [max(column) for column in zip(*runtime.gather((runtime.peak_memory_bytes() or 0, held)), strict=True)]
+    most = [
+        max(column)
+        for column in zip(*runtime.gather((runtime.peak_memory_bytes() or 0, held)), strict=True)
+    ]
     summary = {
         "params": model.num_params(),
         "tokens": c.steps * tokens_per_step,
@@ -384,7 +508,9 @@ def train(config: Config, runtime: Runtime) -> None:
     folder.write_json("summary.json", summary)
     # Compressors were given the whole split: they are beside a score of all of it, or not at all.
     split = dataset.manifest.splits["val"]
-    packed = split.compressors() if c.eval_tokens is None or c.eval_tokens >= split.tokens - 1 else {}
+    packed = (
+        split.compressors() if c.eval_tokens is None or c.eval_tokens >= split.tokens - 1 else {}
+    )
     if runtime.main and c.pictures:
         plot_losses(folder, packed, bytes_per_token=(split.bytes or 0) / split.tokens)
         plot_geometry(folder.metrics(), folder.path / "geometry.png")
@@ -392,21 +518,43 @@ def train(config: Config, runtime: Runtime) -> None:
         model.eval()
         generator = torch.Generator(runtime.device).manual_seed(config.run.seed)
         idx_BT = torch.tensor([prompt], device=runtime.device)
-        out_BT = model.generate(idx_BT, c.sample_tokens, temperature=0.8, vocab_size=tokenizer.vocab_size, generator=generator)
+        out_BT = model.generate(
+            idx_BT,
+            c.sample_tokens,
+            temperature=0.8,
+            vocab_size=tokenizer.vocab_size,
+            generator=generator,
+        )
         say(f"sample:\n{tokenizer.decode(out_BT[0].tolist())}\n")
     others = ", ".join(f"{name} {bits:.4f}" for name, bits in packed.items())
-    say(f"validation: {progress.val_bpb:.4f} bits per byte" + f" ({others} of the same bytes)" * bool(others))
+    say(
+        f"validation: {progress.val_bpb:.4f} bits per byte"
+        + f" ({others} of the same bytes)" * bool(others)
+    )
     if optimizer.step_size is not None:
-        say(f"lr found: {optimizer.step_size:.4g} (started at {o.auto_initial:g}), times the schedule")
-    say(f"{summary['tokens']:,} tokens in {seconds:.1f} s of training ({speed:,.0f} tokens/s), {summary['wall_seconds']:.1f} s in all")
-    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
+        say(
+            f"lr found: {optimizer.step_size:.4g} (started at {o.auto_initial:g}), times the schedule"
+        )
+    say(
+        f"{summary['tokens']:,} tokens in {seconds:.1f} s of training ({speed:,.0f} tokens/s), {summary['wall_seconds']:.1f} s in all"
+    )
+    python = (
+        os.path.relpath(sys.executable)
+        if Path(sys.executable).is_relative_to(Path.cwd())
+        else "python"
+    )
     picture = f"picture: {folder.path / 'loss.png'}   " if c.pictures else ""
     say(f"{picture}more text: {python} sample.py {folder.path} --prompt …")
 
 
 @torch.no_grad()
 def validation(
-    model: GPT, runtime: Runtime, dataset: Dataset, config: Config, step: int, say: Callable[[str], None]
+    model: GPT,
+    runtime: Runtime,
+    dataset: Dataset,
+    config: Config,
+    step: int,
+    say: Callable[[str], None],
 ) -> tuple[float, float]:
     """(nats per token, bits per byte) over the whole validation split, or its first train.eval_tokens targets. Each rank has its share of the batches."""
     model.eval()
@@ -414,7 +562,10 @@ def validation(
     nats, tokens, size = 0.0, 0, 0
     c = config.train
     stream = validation_batches(
-        dataset.split("val"), block_size=config.model.block_size, batch_size=c.eval_batch_size, tokens=c.eval_tokens
+        dataset.split("val"),
+        block_size=config.model.block_size,
+        batch_size=c.eval_batch_size,
+        tokens=c.eval_tokens,
     )
     if runtime.main:
         whole = sum(map(len, dataset.split("val"))) - 1
@@ -432,7 +583,9 @@ def validation(
     return nats / tokens, nats / math.log(2) / max(1, size)
 
 
-def shares(stream: Iterable[tuple[Tensor, Tensor]], rank: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def shares(
+    stream: Iterable[tuple[Tensor, Tensor]], rank: int, size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Every size-th batch. All ranks get as many, as sharded models need: at the end, some get one whose targets do not count."""
     for i, (x_BT, y_BT) in enumerate(stream):
         if i % size == rank:
@@ -454,7 +607,9 @@ def compile_ahead(model: GPT, runtime: Runtime, batch: int) -> tuple[Any, float]
     zeros_BT = torch.zeros(batch, model.config.block_size, dtype=torch.int64, device=runtime.device)
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())), runtime.autocast():
-            forward(zeros_BT, zeros_BT.clone())[1].backward()  # one tensor twice would be compiled for, and again in step 1
+            forward(zeros_BT, zeros_BT.clone())[
+                1
+            ].backward()  # one tensor twice would be compiled for, and again in step 1
     except BackendCompilerFailed as error:
         cause = error.inner_exception
         raise RunError(
@@ -466,7 +621,9 @@ def compile_ahead(model: GPT, runtime: Runtime, batch: int) -> tuple[Any, float]
     return forward, time.perf_counter() - start
 
 
-def plot_losses(folder: RunFolder, compressors: dict[str, float], *, bytes_per_token: float) -> None:
+def plot_losses(
+    folder: RunFolder, compressors: dict[str, float], *, bytes_per_token: float
+) -> None:
     """loss.png: training and validation loss against tokens, and what compressors make of the validation split, in bits per byte."""
     import matplotlib
 
@@ -477,16 +634,42 @@ def plot_losses(folder: RunFolder, compressors: dict[str, float], *, bytes_per_t
     records = folder.metrics()
     trained = [(r["tokens"], r["loss"]) for r in records if "loss" in r]
     validated = [(r["tokens"], r["val_loss"]) for r in records if "val_loss" in r]
-    axes.plot(*zip(*trained, strict=True), color="tab:blue", alpha=0.35, linewidth=1, label="training batch")
+    axes.plot(
+        *zip(*trained, strict=True),
+        color="tab:blue",
+        alpha=0.35,
+        linewidth=1,
+        label="training batch",
+    )
     span = max(1, len(trained) // 10)  # of a running mean
     if span > 1:
-        means = [(n, sum(x for _, x in trained[i + 1 - span : i + 1]) / span) for i, (n, _) in enumerate(trained) if i + 1 >= span]
-        axes.plot(*zip(*means, strict=True), color="tab:blue", linewidth=2, label=f"mean of the last {span} logged")
+        means = [
+            (n, sum(x for _, x in trained[i + 1 - span : i + 1]) / span)
+            for i, (n, _) in enumerate(trained)
+            if i + 1 >= span
+        ]
+        axes.plot(
+            *zip(*means, strict=True),
+            color="tab:blue",
+            linewidth=2,
+            label=f"mean of the last {span} logged",
+        )
     if validated:
-        axes.plot(*zip(*validated, strict=True), "o", color="tab:red", label=f"validation: {validated[-1][1]:.3f}")
+        axes.plot(
+            *zip(*validated, strict=True),
+            "o",
+            color="tab:red",
+            label=f"validation: {validated[-1][1]:.3f}",
+        )
     nats = math.log(2) * bytes_per_token
     for (name, bits), shade in zip(compressors.items(), ("0.7", "0.5", "0.3"), strict=False):
-        axes.axhline(bits * nats, color=shade, linestyle="--", linewidth=1, label=f"{name}: {bits * nats:.3f}")
+        axes.axhline(
+            bits * nats,
+            color=shade,
+            linestyle="--",
+            linewidth=1,
+            label=f"{name}: {bits * nats:.3f}",
+        )
     axes.set(xlabel="tokens trained on", ylabel="loss, nats per token", title=folder.path.name)
     axes.set_yscale("log")
     for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
@@ -518,16 +701,27 @@ def keep_choices(config: Config, folder: RunFolder, saved: dict[str, Any] | None
         return []
     config.model.vocab_size = config.model.vocab_size or before.model.vocab_size
     if config.optim.polar.dtype == "auto":
-        config.optim.polar = Polar(config.optim.polar.schedule, config.optim.polar.form, before.optim.polar.dtype)
+        config.optim.polar = Polar(
+            config.optim.polar.schedule, config.optim.polar.form, before.optim.polar.dtype
+        )
     old, changes = configuration.flat(before), []
     for key, value in configuration.flat(config).items():
         if value == old[key]:
             continue
-        buffers = key in ("optim.name", "optim.param_dtype", "optim.master_weights", "optim.momentum_dtype") or (
+        buffers = key in (
+            "optim.name",
+            "optim.param_dtype",
+            "optim.master_weights",
+            "optim.momentum_dtype",
+        ) or (
             (key == "optim.direction" and {value, old[key]} != {"momentum", "nesterov"})
             or (key == "optim.lr" and "auto" in (value, old[key]))
         )  # a checkpoint has the tensors of its own choice only
-        if buffers or key.startswith("model.") or key in ("run.seed", "train.batch_size", "data.holdout"):
+        if (
+            buffers
+            or key.startswith("model.")
+            or key in ("run.seed", "train.batch_size", "data.holdout")
+        ):
             raise ConfigError(
                 f"{key} of a resumed run\n  got: {value!r}\n  allowed: {old[key]!r}, as {folder.path} has it\n"
                 f"  fix: resume with {folder.path / 'config.toml'}, or start a new run"

@@ -54,7 +54,9 @@ def nanogpt(checkout: Path) -> dict[str, float]:
     middle = statistics.median(times)
     seconds = sum(middle if i % 250 == 0 else t for i, t in enumerate(times)) / 1e3
     score = SCORE.format(nanogpt=str(checkout), root=str(ROOT))
-    out = subprocess.run([sys.executable, "-c", score], cwd=checkout, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", score], cwd=checkout, capture_output=True, text=True, check=True
+    ).stdout
     _, iteration, loss = out.splitlines()[-1].split()
     assert iteration == "2000", f"the last checkpoint is of iteration {iteration}"
     return {"seconds": seconds, "loss": float(loss)}
@@ -62,12 +64,30 @@ def nanogpt(checkout: Path) -> dict[str, float]:
 
 def ours(config: Path, folder: Path, seed: int, steps: int | None) -> dict[str, float]:
     name = f"seed{seed}"
-    options = ["--run.dir", str(folder), "--run.name", name, "--run.seed", str(seed), "--train.sample-tokens", "0"]
+    options = [
+        "--run.dir",
+        str(folder),
+        "--run.name",
+        name,
+        "--run.seed",
+        str(seed),
+        "--train.sample-tokens",
+        "0",
+    ]
     if steps:
         options += ["--train.steps", str(steps)]
-    subprocess.run([sys.executable, "train_gpt.py", str(config), *options], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "train_gpt.py", str(config), *options],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     summary = json.loads((folder / name / "summary.json").read_text())
-    return {"seconds": summary["train_seconds"], "wall": summary["wall_seconds"], "loss": summary["val_loss"]}
+    return {
+        "seconds": summary["train_seconds"],
+        "wall": summary["wall_seconds"],
+        "loss": summary["val_loss"],
+    }
 
 
 def judged(theirs: list[float], mine: list[float]) -> str:
@@ -84,24 +104,43 @@ def judged(theirs: list[float], mine: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of karpathy/nanoGPT")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--nanogpt", type=Path, required=True, help="a checkout of karpathy/nanoGPT"
+    )
     parser.add_argument("--text", type=Path, required=True, help="tinyshakespeare's input.txt")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "shakespeare_char.toml")
     parser.add_argument("--steps", type=int, help="of ours; the configuration's if left out")
     parser.add_argument("--first-seed", type=int, default=0)
     args = parser.parse_args()
-    prepare = [sys.executable, "-m", "data.prepare", "shakespeare", "--file", str(args.text.resolve())]
+    prepare = [
+        sys.executable,
+        "-m",
+        "data.prepare",
+        "shakespeare",
+        "--file",
+        str(args.text.resolve()),
+    ]
     subprocess.run(prepare, cwd=ROOT, check=True)
     pairs = []
     with tempfile.TemporaryDirectory() as scratch:
         checkout = Path(scratch) / "nanoGPT"
         shutil.copytree(args.nanogpt, checkout, ignore=shutil.ignore_patterns(".git"))
         shutil.copy(args.text, checkout / "data/shakespeare_char/input.txt")
-        subprocess.run([sys.executable, "data/shakespeare_char/prepare.py"], cwd=checkout, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "data/shakespeare_char/prepare.py"],
+            cwd=checkout,
+            check=True,
+            capture_output=True,
+        )
         for pair in range(args.pairs):
-            theirs, mine = nanogpt(checkout), ours(args.config.resolve(), Path(scratch), args.first_seed + pair, args.steps)
+            theirs, mine = (
+                nanogpt(checkout),
+                ours(args.config.resolve(), Path(scratch), args.first_seed + pair, args.steps),
+            )
             pairs.append((theirs, mine))
             print(
                 f"pair {pair}: nanoGPT {theirs['loss']:.4f} in {theirs['seconds']:.1f} s | ours {mine['loss']:.4f} in {mine['seconds']:.2f} s"

@@ -23,7 +23,9 @@ MUON = (3.4445, -4.7750, 2.0315)
 
 def candidates() -> dict[str, Callable[[Tensor], Tensor]]:
     muon = getattr(_muon, "_zeropower_via_newtonschulz")  # noqa: B009 - private, and the peer to compare with
-    found: dict[str, Callable[[Tensor], Tensor]] = {"torch.optim.Muon": lambda G: torch.stack([muon(g, MUON, 5, 1e-7) for g in G])}
+    found: dict[str, Callable[[Tensor], Tensor]] = {
+        "torch.optim.Muon": lambda G: torch.stack([muon(g, MUON, 5, 1e-7) for g in G])
+    }
     for form in ("plain", "gram"):
         for dtype in ("bfloat16", "float32"):
             found[f"jordan {form} {dtype}"] = Polar("jordan", form, dtype)  # type: ignore[arg-type]
@@ -31,13 +33,17 @@ def candidates() -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="+", default=["768x768", "768x3072"])
     parser.add_argument("--stack", type=int, default=12, help="equal matrices in one call")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, stacks of {args.stack}, n = {args.repeats}")
+    print(
+        f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, stacks of {args.stack}, n = {args.repeats}"
+    )
     for shape in args.shapes:
         G = torch.randn(args.stack, *map(int, shape.split("x")), device=args.device)
         seconds: dict[str, list[float]] = {name: [] for name in candidates()}

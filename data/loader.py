@@ -43,7 +43,9 @@ class Dataset:
             for shard in split.shards:
                 path = self.folder / shard.file
                 array = read_shard(path)
-                if len(array) != shard.tokens or (config.verify and sha256_of(path) != shard.sha256):
+                if len(array) != shard.tokens or (
+                    config.verify and sha256_of(path) != shard.sha256
+                ):
                     raise DataError(
                         f"{path}: corrupted shard\n  got: a file that differs from the sha256 or token count in {META}\n  allowed: the file as it was prepared\n  fix: prepare the dataset again (python -m data.prepare)"
                     )
@@ -71,18 +73,25 @@ class Dataset:
             held += [array[left:]] if left < len(array) else []
             left = max(0, left - len(array))
         self.shards |= {"train": train, "val": held}
-        self.manifest.splits |= {"train": Split(kept, None, shards), "val": Split(whole.tokens - kept, None, shards)}
+        self.manifest.splits |= {
+            "train": Split(kept, None, shards),
+            "val": Split(whole.tokens - kept, None, shards),
+        }
 
     def split(self, name: str) -> list[np.ndarray]:
         if name not in self.shards:
-            raise DataError(f"{self.folder}: got no split {name!r}; allowed: {', '.join(self.shards)}")
+            raise DataError(
+                f"{self.folder}: got no split {name!r}; allowed: {', '.join(self.shards)}"
+            )
         return self.shards[name]
 
 
 class TrainBatches:
     """The training stream: every epoch visits every window once, at an offset and in an order of its own, both drawn from (seed, epoch)."""
 
-    def __init__(self, shards: list[np.ndarray], *, block_size: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, shards: list[np.ndarray], *, block_size: int, batch_size: int, seed: int
+    ) -> None:
         self.shards, self.T, self.B, self.seed = shards, block_size, batch_size, seed
         # T tokens are kept for the epoch's offset, so that every epoch has the same number of windows.
         self.windows = [max(0, (len(s) - 1) // block_size - 1) for s in shards]
@@ -132,11 +141,16 @@ def validation_batches(
         inputs = np.zeros(rows * block_size, dtype=np.int64)
         wanted = np.full(rows * block_size, -1, dtype=np.int64)
         inputs[: len(chunk) - 1], wanted[: len(chunk) - 1] = chunk[:-1], chunk[1:]
-        yield torch.from_numpy(inputs).view(rows, block_size), torch.from_numpy(wanted).view(rows, block_size)
+        yield (
+            torch.from_numpy(inputs).view(rows, block_size),
+            torch.from_numpy(wanted).view(rows, block_size),
+        )
 
 
 def check_validation(shards: list[np.ndarray]) -> None:
     """Raise DataError for a split that has nothing to score."""
     tokens = sum(map(len, shards))
     if tokens < 2:
-        raise DataError(f"validation split too short\n  got: {tokens} tokens\n  allowed: 2 or more\n  fix: more text")
+        raise DataError(
+            f"validation split too short\n  got: {tokens} tokens\n  allowed: 2 or more\n  fix: more text"
+        )

@@ -41,9 +41,15 @@ from .shards import (
 from .tokenizer import NAMES, Characters, Tokenizer, get_tokenizer
 
 CORPORA = Path("corpora")
-PACKAGES = ("mpmath", "networkx", "sympy")  # pure Python, pinned in requirements.txt, needed by torch itself
+PACKAGES = (
+    "mpmath",
+    "networkx",
+    "sympy",
+)  # pure Python, pinned in requirements.txt, needed by torch itself
 VALIDATION = 50  # one file in so many, by the hash of its name
-SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 # Validation texts up to these sizes are compressed for comparison. xz takes a second for a megabyte.
 COMPRESSED_LIMIT, XZ_LIMIT = 64 * 2**20, 8 * 2**20
@@ -75,7 +81,13 @@ def is_there(out: Path, source: dict[str, Any], tokenizer: str, *, replace: bool
     return False
 
 
-def build(args: argparse.Namespace, out: Path, source: dict[str, Any], tokenizer: Tokenizer, splits: Splits) -> None:
+def build(
+    args: argparse.Namespace,
+    out: Path,
+    source: dict[str, Any],
+    tokenizer: Tokenizer,
+    splits: Splits,
+) -> None:
     """Documents → a dataset at `out`, unless it is there."""
     for name, documents in splits.items():
         if not any(documents):
@@ -83,10 +95,16 @@ def build(args: argparse.Namespace, out: Path, source: dict[str, Any], tokenizer
                 f"{name} split is empty\n  got: no text\n  allowed: at least one character\n  fix: more documents, or --val FILE"
             )
     there = is_there(out, source, tokenizer.name, replace=args.replace)
-    separator = tokenizer.decode([tokenizer.separator]) if tokenizer.byte_lengths()[tokenizer.separator] else ""
+    separator = (
+        tokenizer.decode([tokenizer.separator])
+        if tokenizer.byte_lengths()[tokenizer.separator]
+        else ""
+    )
     if there:
         manifest, joint = read_manifest(out), separator.join(splits["val"]).encode()
-        if manifest.splits["val"].bzip2_bytes is None and (sizes := compressed(joint)):  # prepared before these were measured
+        if manifest.splits["val"].bzip2_bytes is None and (
+            sizes := compressed(joint)
+        ):  # prepared before these were measured
             manifest.splits["val"] = replace(manifest.splits["val"], **sizes)
             write_manifest(out, manifest)
         return
@@ -97,7 +115,10 @@ def build(args: argparse.Namespace, out: Path, source: dict[str, Any], tokenizer
             shards = write_split(folder, name, encode(tokenizer, documents, name))
             sizes = compressed(joint) if name == "val" else {}
             made[name] = Split(sum(s.tokens for s in shards), len(joint), shards, **sizes)
-        write_manifest(folder, Manifest(tokenizer.name, tokenizer.vocab_size, made, source, tokenizer.characters))
+        write_manifest(
+            folder,
+            Manifest(tokenizer.name, tokenizer.vocab_size, made, source, tokenizer.characters),
+        )
     report(out, "written")
 
 
@@ -106,13 +127,19 @@ def compressed(text: bytes) -> dict[str, int]:
     if len(text) > COMPRESSED_LIMIT:
         return {}
     sizes = {"gzip9_bytes": len(gzip.compress(text, 9)), "bzip2_bytes": len(bz2.compress(text, 9))}
-    return sizes | ({"xz_bytes": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))} if len(text) <= XZ_LIMIT else {})
+    return sizes | (
+        {"xz_bytes": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))}
+        if len(text) <= XZ_LIMIT
+        else {}
+    )
 
 
 def encode(tokenizer: Tokenizer, documents: list[str], name: str) -> Iterator[np.ndarray]:
     """Documents with the separator between them; before each of them for GPT-2, as llm.c and modded-nanogpt have it."""
     separator = np.array([tokenizer.separator], dtype=np.uint16)
-    for i, document in enumerate(tqdm(documents, desc=f"tokenize {name}", unit="doc", disable=None)):
+    for i, document in enumerate(
+        tqdm(documents, desc=f"tokenize {name}", unit="doc", disable=None)
+    ):
         if i or tokenizer.name == "gpt2":
             yield separator
         yield tokenizer.encode(document)
@@ -156,7 +183,10 @@ def package_sources(package: str) -> Iterator[tuple[str, str]]:
             f"pysource: got no list of files for {package!r}\n  allowed: a package that pip installed\n  fix: pip install --force-reinstall {package}"
         )
     for file in sorted((f for f in files if f.suffix == ".py"), key=str):
-        yield file.as_posix(), Path(str(file.locate())).read_text(encoding="utf-8", errors="replace")
+        yield (
+            file.as_posix(),
+            Path(str(file.locate())).read_text(encoding="utf-8", errors="replace"),
+        )
 
 
 def pysource(args: argparse.Namespace) -> None:
@@ -165,7 +195,13 @@ def pysource(args: argparse.Namespace) -> None:
     versions = {p: importlib.metadata.version(p) for p in PACKAGES}
     source = {"kind": "pysource", "packages": versions, "corpus_sha256": corpus_hash(splits)}
     tokenizer = make_tokenizer(args.tokenizer, splits)
-    build(args, args.out or CORPORA / named("pysource", args.tokenizer, "bytes"), source, tokenizer, splits)
+    build(
+        args,
+        args.out or CORPORA / named("pysource", args.tokenizer, "bytes"),
+        source,
+        tokenizer,
+        splits,
+    )
 
 
 def shakespeare(args: argparse.Namespace) -> None:
@@ -202,12 +238,22 @@ def text(args: argparse.Namespace) -> None:
     files = [(str(f), read_text(f)) for f in args.files]
     cut = partial(documents, separator=unescape(args.separator) if args.separator else None)
     if args.val:
-        splits = {"train": [d for _, t in files for d in cut(t)], "val": [d for f in args.val for d in cut(read_text(f))]}
+        splits = {
+            "train": [d for _, t in files for d in cut(t)],
+            "val": [d for f in args.val for d in cut(read_text(f))],
+        }
     elif args.separator:
         splits = hash_split((f"{name}:{i}", d) for name, t in files for i, d in enumerate(cut(t)))
     else:
-        splits = {"train": [t[: int(0.9 * len(t))] for _, t in files], "val": [t[int(0.9 * len(t)) :] for _, t in files]}
-    source = {"kind": "text", "files": [f.name for f in [*args.files, *args.val]], "corpus_sha256": corpus_hash(splits)}
+        splits = {
+            "train": [t[: int(0.9 * len(t))] for _, t in files],
+            "val": [t[int(0.9 * len(t)) :] for _, t in files],
+        }
+    source = {
+        "kind": "text",
+        "files": [f.name for f in [*args.files, *args.val]],
+        "corpus_sha256": corpus_hash(splits),
+    }
     build(
         args,
         args.out or CORPORA / named(args.files[0].name.split(".")[0], args.tokenizer, ""),
@@ -242,7 +288,10 @@ def hub(args: argparse.Namespace) -> None:
         ) from error
 
     out = args.out or CORPORA / named(args.name.split("/")[-1].lower(), args.tokenizer, "")
-    options = {k: getattr(args, k) for k in ("name", "config", "split", "column", "revision", "tokens", "val_tokens")}
+    options = {
+        k: getattr(args, k)
+        for k in ("name", "config", "split", "column", "revision", "tokens", "val_tokens")
+    }
     files = {str(f): sha256_of(Path(f)) if Path(f).is_file() else None for f in args.files}
     source = {"kind": "hub", **options, "files": files}
     if is_there(out, source, args.tokenizer, replace=args.replace):
@@ -250,7 +299,14 @@ def hub(args: argparse.Namespace) -> None:
     tokenizer = get_tokenizer(args.tokenizer)
     try:
         rows = iter(
-            load_dataset(args.name, args.config, split=args.split, data_files=args.files or None, revision=args.revision, streaming=True)
+            load_dataset(
+                args.name,
+                args.config,
+                split=args.split,
+                data_files=args.files or None,
+                revision=args.revision,
+                streaming=True,
+            )
         )
     except (OSError, ValueError) as error:
         raise DataError(
@@ -260,7 +316,9 @@ def hub(args: argparse.Namespace) -> None:
     with building(out) as folder:
         made = {}
         for name, wanted in (("val", args.val_tokens), ("train", args.tokens)):
-            shards = write_split(folder, name, take(rows, tokenizer, args.column, wanted, name, sizes))
+            shards = write_split(
+                folder, name, take(rows, tokenizer, args.column, wanted, name, sizes)
+            )
             made[name] = Split(sum(s.tokens for s in shards), sizes[name], shards)
             if not made[name].tokens:
                 raise DataError(
@@ -271,25 +329,38 @@ def hub(args: argparse.Namespace) -> None:
 
 
 def take(
-    rows: Iterator[dict[str, Any]], tokenizer: Tokenizer, column: str, wanted: int | None, name: str, sizes: dict[str, int]
+    rows: Iterator[dict[str, Any]],
+    tokenizer: Tokenizer,
+    column: str,
+    wanted: int | None,
+    name: str,
+    sizes: dict[str, int],
 ) -> Iterator[np.ndarray]:
     """Whole documents until `wanted` tokens are reached; counts their bytes in sizes[name]."""
     count = 0
     separator = np.array([tokenizer.separator], dtype=np.uint16)
-    with tqdm(total=wanted, desc=f"tokenize {name}", unit="tok", unit_scale=True, disable=None) as bar:
+    with tqdm(
+        total=wanted, desc=f"tokenize {name}", unit="tok", unit_scale=True, disable=None
+    ) as bar:
         while wanted is None or count < wanted:
             try:
                 row = next(rows, None)
             except (OSError, ValueError) as error:
-                raise DataError(f"hub\n  got: {error}\n  allowed: rows that the datasets library reads\n  fix: the data") from error
+                raise DataError(
+                    f"hub\n  got: {error}\n  allowed: rows that the datasets library reads\n  fix: the data"
+                ) from error
             if row is None:
                 return
             if column not in row:
-                raise DataError(f"hub: got no column {column!r}; allowed: {', '.join(row)}\n  fix: --column NAME")
+                raise DataError(
+                    f"hub: got no column {column!r}; allowed: {', '.join(row)}\n  fix: --column NAME"
+                )
             if not row[column]:
                 continue
             if not isinstance(row[column], str):
-                raise DataError(f"hub: column {column!r}\n  got: {type(row[column]).__name__}\n  allowed: text\n  fix: --column NAME")
+                raise DataError(
+                    f"hub: column {column!r}\n  got: {type(row[column]).__name__}\n  allowed: text\n  fix: --column NAME"
+                )
             tokens = np.concatenate([separator, tokenizer.encode(row[column])])
             sizes[name] += len(row[column].encode()) + (tokenizer.name == "bytes")
             count += len(tokens)
@@ -336,7 +407,13 @@ def named(corpus: str, tokenizer: str, default: str) -> str:
 
 def make_tokenizer(name: str, splits: Splits) -> Tokenizer:
     if name == "chars":
-        return Characters("".join(sorted(set().union("\n", *(set(d) for documents in splits.values() for d in documents)))))
+        return Characters(
+            "".join(
+                sorted(
+                    set().union("\n", *(set(d) for documents in splits.values() for d in documents))
+                )
+            )
+        )
     return get_tokenizer(name)
 
 
@@ -355,35 +432,57 @@ def read_text(path: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m data.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="CORPUS")
 
-    def command(run: Any, default_tokenizer: str, tokenizers: Iterable[str] = NAMES) -> argparse.ArgumentParser:
+    def command(
+        run: Any, default_tokenizer: str, tokenizers: Iterable[str] = NAMES
+    ) -> argparse.ArgumentParser:
         about = run.__doc__.replace("%", "%%")  # argparse formats it
         sub = commands.add_parser(run.__name__, help=about, description=about)
         sub.set_defaults(run=run)
         sub.add_argument("--tokenizer", choices=tuple(tokenizers), default=default_tokenizer)
         if run is not adopt:
-            sub.add_argument("--out", type=Path, help="the dataset's folder (default: under corpora/)")
-            sub.add_argument("--replace", action="store_true", help="replace a dataset of another source there")
+            sub.add_argument(
+                "--out", type=Path, help="the dataset's folder (default: under corpora/)"
+            )
+            sub.add_argument(
+                "--replace", action="store_true", help="replace a dataset of another source there"
+            )
         return sub
 
     command(pysource, "bytes")
     sub = command(text, "bytes")
     sub.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    sub.add_argument("--val", nargs="+", type=Path, default=[], metavar="FILE", help="validation files")
+    sub.add_argument(
+        "--val", nargs="+", type=Path, default=[], metavar="FILE", help="validation files"
+    )
     sub.add_argument("--separator", help=r"text between documents, for instance '\n\x1e\n'")
-    command(shakespeare, "chars").add_argument("--file", type=Path, help="a local copy, instead of the download")
+    command(shakespeare, "chars").add_argument(
+        "--file", type=Path, help="a local copy, instead of the download"
+    )
     sub = command(hub, "gpt2", ("bytes", "gpt2"))
     sub.add_argument("name", help="for instance HuggingFaceFW/fineweb, or json")
     sub.add_argument("--config", help="for instance sample-10BT")
     sub.add_argument("--split", default="train")
-    sub.add_argument("--files", nargs="+", default=[], help="data files, where NAME is json, text, csv or parquet")
+    sub.add_argument(
+        "--files",
+        nargs="+",
+        default=[],
+        help="data files, where NAME is json, text, csv or parquet",
+    )
     sub.add_argument("--column", default="text")
     sub.add_argument("--revision")
     sub.add_argument("--tokens", type=int, help="stop after so many training tokens")
-    sub.add_argument("--val-tokens", type=int, default=10_485_760, help="the first documents, up to so many tokens, validate")
+    sub.add_argument(
+        "--val-tokens",
+        type=int,
+        default=10_485_760,
+        help="the first documents, up to so many tokens, validate",
+    )
     sub = command(adopt, "gpt2", ("bytes", "gpt2"))
     sub.add_argument("folder", type=Path)
     args = parser.parse_args(argv)

@@ -52,7 +52,11 @@ class Split:
     def compressors(self) -> dict[str, float]:
         """Bits per byte of the compressors that were measured, the weakest first."""
         sizes = {"gzip -9": self.gzip9_bytes, "bzip2 -9": self.bzip2_bytes, "xz -9e": self.xz_bytes}
-        return {name: 8 * size / self.bytes for name, size in sizes.items() if size is not None and self.bytes}
+        return {
+            name: 8 * size / self.bytes
+            for name, size in sizes.items()
+            if size is not None and self.bytes
+        }
 
 
 @dataclass
@@ -76,7 +80,9 @@ class Manifest:
 def write_shard(path: Path, tokens: np.ndarray) -> Shard:
     """Tokens (n,), each below 65,536, as one shard."""
     if len(tokens) and not (int(tokens.min()) >= 0 and int(tokens.max()) < 2**16):
-        raise DataError(f"{path}: got tokens {tokens.min()} … {tokens.max()}; allowed: 0 … 65535, the format's uint16")
+        raise DataError(
+            f"{path}: got tokens {tokens.min()} … {tokens.max()}; allowed: 0 … 65535, the format's uint16"
+        )
     header = np.zeros(HEADER, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
     content = header.tobytes() + tokens.astype("<u2").tobytes()
@@ -107,7 +113,9 @@ def read_shard(path: Path) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER * 4, shape=(int(header[2]),))
 
 
-def write_split(folder: Path, name: str, chunks: Iterable[np.ndarray], *, shard_tokens: int = SHARD_TOKENS) -> list[Shard]:
+def write_split(
+    folder: Path, name: str, chunks: Iterable[np.ndarray], *, shard_tokens: int = SHARD_TOKENS
+) -> list[Shard]:
     """A stream of token arrays as shards of at most shard_tokens."""
     shards: list[Shard] = []
     pending: list[np.ndarray] = []
@@ -155,8 +163,13 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw["schema"] != SCHEMA:
-            raise DataError(f"{path}: got schema {raw['schema']}; allowed: {SCHEMA}\n  fix: prepare the dataset again")
-        raw["splits"] = {k: Split(**{**s, "shards": [Shard(**x) for x in s["shards"]]}) for k, s in raw["splits"].items()}
+            raise DataError(
+                f"{path}: got schema {raw['schema']}; allowed: {SCHEMA}\n  fix: prepare the dataset again"
+            )
+        raw["splits"] = {
+            k: Split(**{**s, "shards": [Shard(**x) for x in s["shards"]]})
+            for k, s in raw["splits"].items()
+        }
         return Manifest(**raw)
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(
@@ -172,7 +185,9 @@ def sha256_of(path: Path) -> str:
 def is_whole(folder: Path, manifest: Manifest) -> bool:
     """Whether every shard is there and has its hash."""
     return all(
-        (folder / s.file).is_file() and sha256_of(folder / s.file) == s.sha256 for split in manifest.splits.values() for s in split.shards
+        (folder / s.file).is_file() and sha256_of(folder / s.file) == s.sha256
+        for split in manifest.splits.values()
+        for s in split.shards
     )
 
 
@@ -195,7 +210,11 @@ def building(folder: Path) -> Iterator[Path]:
     folder = folder.resolve()
     settle(folder)
     foreign = (
-        [p.name for p in folder.iterdir() if p.name != META and not re.fullmatch(r"(train|val)_\d{6}\.bin", p.name)]
+        [
+            p.name
+            for p in folder.iterdir()
+            if p.name != META and not re.fullmatch(r"(train|val)_\d{6}\.bin", p.name)
+        ]
         if folder.is_dir()
         else []
     )

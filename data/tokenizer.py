@@ -28,9 +28,13 @@ class Tokenizer:
         try:
             tokens = self.encode(text).tolist()
         except DataError as error:
-            raise DataError(f"{option}\n  got: {text!r}\n  allowed: text of this vocabulary: {error}\n  fix: another prompt") from error
+            raise DataError(
+                f"{option}\n  got: {text!r}\n  allowed: text of this vocabulary: {error}\n  fix: another prompt"
+            ) from error
         if not tokens:
-            raise DataError(f"{option}\n  got: no tokens\n  allowed: at least one character\n  fix: another prompt")
+            raise DataError(
+                f"{option}\n  got: no tokens\n  allowed: at least one character\n  fix: another prompt"
+            )
         return tokens
 
     def byte_lengths(self) -> np.ndarray:
@@ -60,7 +64,9 @@ class Characters(Tokenizer):
 
     def __init__(self, characters: str) -> None:
         if not characters or "".join(sorted(set(characters))) != characters:
-            raise DataError(f"characters: got {characters!r}; allowed: distinct, in code point order, at least one")
+            raise DataError(
+                f"characters: got {characters!r}; allowed: distinct, in code point order, at least one"
+            )
         self.characters, self.vocab_size = characters, len(characters)
         self.separator = max(0, characters.find("\n"))
         self._codes = np.array([ord(c) for c in characters], dtype="<u4")
@@ -70,7 +76,9 @@ class Characters(Tokenizer):
         tokens = np.searchsorted(self._codes, codes).clip(max=self.vocab_size - 1)
         unknown = self._codes[tokens] != codes
         if unknown.any():
-            raise DataError(f"character {chr(codes[unknown][0])!r} is not in the vocabulary; allowed: {self.characters!r}")
+            raise DataError(
+                f"character {chr(codes[unknown][0])!r} is not in the vocabulary; allowed: {self.characters!r}"
+            )
         return tokens.astype(np.uint16)
 
     def decode(self, tokens: list[int]) -> str:
@@ -105,7 +113,11 @@ class GPT2(Tokenizer):
     def byte_lengths(self) -> np.ndarray:
         """The separator stands for no text: 0."""
         return np.array(
-            [len(self._encoding.decode_single_token_bytes(t)) if t != self.separator else 0 for t in range(self.vocab_size)], dtype=np.int64
+            [
+                len(self._encoding.decode_single_token_bytes(t)) if t != self.separator else 0
+                for t in range(self.vocab_size)
+            ],
+            dtype=np.int64,
         )
 
 

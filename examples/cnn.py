@@ -25,7 +25,9 @@ class Block(nn.Module):
         self.conv1 = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
         self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
         self.norm1, self.norm2 = nn.BatchNorm2d(after), nn.BatchNorm2d(after)
-        self.skip = nn.Identity() if stride == 1 else nn.Conv2d(before, after, 1, stride, bias=False)
+        self.skip = (
+            nn.Identity() if stride == 1 else nn.Conv2d(before, after, 1, stride, bias=False)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
@@ -36,7 +38,9 @@ class ResNet(nn.Module):
     def __init__(self, width: int = 16) -> None:
         super().__init__()
         self.stem, self.norm = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
-        self.blocks = nn.Sequential(Block(width, width), Block(width, 2 * width), Block(2 * width, 4 * width))
+        self.blocks = nn.Sequential(
+            Block(width, width), Block(width, 2 * width), Block(2 * width, 4 * width)
+        )
         self.head = nn.Linear(4 * width, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,20 +61,30 @@ def textures(count: int, *, seed: int) -> tuple[Tensor, Tensor]:
 
 def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
     """The test loss before and after training."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--lr", type=float, default=2.0, help="modular norm of one step")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--amp", action="store_true", help="16-bit forward pass and scaled loss: float16 on a GPU, bfloat16 on a CPU")
+    parser.add_argument(
+        "--amp",
+        action="store_true",
+        help="16-bit forward pass and scaled loss: float16 on a GPU, bfloat16 on a CPU",
+    )
     args = parser.parse_args(argv)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     model = ResNet().to(device)
-    norm = metrize(model, rules=[Rule("head.weight", role="head")])  # its outputs are logits; every other norm is its module type's
+    norm = metrize(
+        model, rules=[Rule("head.weight", role="head")]
+    )  # its outputs are logits; every other norm is its module type's
     optimizer = Dualized(model, lr=args.lr, norm=norm, beta=0.8)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
     scaler = torch.amp.GradScaler(device, enabled=args.amp)
-    autocast = torch.autocast(device, torch.float16 if device == "cuda" else torch.bfloat16, enabled=args.amp)
+    autocast = torch.autocast(
+        device, torch.float16 if device == "cuda" else torch.bfloat16, enabled=args.amp
+    )
     print(norm.receipt())
 
     def evaluate() -> tuple[float, float]:

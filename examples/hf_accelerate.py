@@ -19,11 +19,15 @@ def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
     args = parser.parse_args(argv)
 
-    accelerator = Accelerator(mixed_precision=args.precision, gradient_accumulation_steps=args.accumulate)
+    accelerator = Accelerator(
+        mixed_precision=args.precision, gradient_accumulation_steps=args.accumulate
+    )
     train, test = train_and_test()
     model = language_model(args.model)
     optimizer = Dualized(model, lr=args.lr, beta=0.8)
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=args.steps)
+    scheduler = torch.optim.lr_scheduler.LinearLR(
+        optimizer, start_factor=1.0, end_factor=0.0, total_iters=args.steps
+    )
     data = windows(train, args.steps * args.accumulate * BATCH)
     loader = torch.utils.data.DataLoader(data, batch_size=BATCH)  # type: ignore[arg-type] - a tensor is a dataset
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)

@@ -15,13 +15,17 @@ def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
     """The test loss before and after training."""
     parser = options(__doc__, model="gpt2", lr=2.0, steps=150)
     parser.add_argument("--accumulate", type=int, default=1, help="batches to a step")
-    parser.add_argument("--compile", nargs="?", const="inductor", help="torch.compile the model, by this backend")
+    parser.add_argument(
+        "--compile", nargs="?", const="inductor", help="torch.compile the model, by this backend"
+    )
     args = parser.parse_args(argv)
 
     train, test = train_and_test()
     model = language_model(args.model)
     optimizer = Dualized(model, lr=args.lr, beta=0.8)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 10, 1 - step / args.steps))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 10, 1 - step / args.steps)
+    )
     print(optimizer.norm.receipt())
     forward = torch.compile(model, backend=args.compile) if args.compile else model
 

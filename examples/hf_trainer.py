@@ -14,7 +14,11 @@ from optim import Dualized
 def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
     """The test loss before and after training."""
     parser = options(__doc__, model="llama", lr=2.0, steps=100)
-    parser.add_argument("--out", default="runs/hf_trainer", help="folder of the checkpoints, at half time and at the end")
+    parser.add_argument(
+        "--out",
+        default="runs/hf_trainer",
+        help="folder of the checkpoints, at half time and at the end",
+    )
     parser.add_argument("--resume", action="store_true", help="from the folder's last checkpoint")
     args = parser.parse_args(argv)
 

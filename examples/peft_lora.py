@@ -13,12 +13,17 @@ from torch import Tensor, nn
 from examples.tiny import BATCH, language_model, loss_of, train_and_test, windows
 from optim import Dualized
 
-TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
+TARGETS = {
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
 
 
 def train(model: nn.Module, tokens: Tensor, *, lr: float, steps: int) -> Dualized:
     optimizer = Dualized(model, lr=lr, beta=0.8)
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps)
+    scheduler = torch.optim.lr_scheduler.LinearLR(
+        optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps
+    )
     for step in range(steps):
         x = windows(tokens, BATCH, seed=step)
         model(input_ids=x, labels=x).loss.backward()
@@ -30,9 +35,13 @@ def train(model: nn.Module, tokens: Tensor, *, lr: float, steps: int) -> Dualize
 
 def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
     """The test loss before and after training the adapters."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=tuple(TARGETS), default="gpt2")
-    parser.add_argument("--lr", type=float, default=2.0, help="modular norm of one step of the adapters")
+    parser.add_argument(
+        "--lr", type=float, default=2.0, help="modular norm of one step of the adapters"
+    )
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--base-steps", type=int, default=100, help="of the whole model, before")
     args = parser.parse_args(argv)
@@ -40,7 +49,15 @@ def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
     model = language_model(args.model)
     train(model, train_and_test("optim/*.py")[0], lr=2.0, steps=args.base_steps)
     english, test = train_and_test("*.md")
-    adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=8, target_modules=TARGETS[args.model], fan_in_fan_out=args.model == "gpt2"))
+    adapted = get_peft_model(
+        model,
+        LoraConfig(
+            r=8,
+            lora_alpha=8,
+            target_modules=TARGETS[args.model],
+            fan_in_fan_out=args.model == "gpt2",
+        ),
+    )
     before = loss_of(adapted, test)
     optimizer = train(adapted, english, lr=args.lr, steps=args.steps)
     print(optimizer.norm.receipt())

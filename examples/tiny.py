@@ -13,7 +13,9 @@ LENGTH, BATCH = 64, 16
 
 def options(doc: str | None, *, model: str, lr: float, steps: int) -> argparse.ArgumentParser:
     """What every language example lets its caller choose, with its defaults."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=("gpt2", "llama"), default=model)
     parser.add_argument("--lr", type=float, default=lr, help="modular norm of one step")
     parser.add_argument("--steps", type=int, default=steps)
@@ -23,12 +25,16 @@ def options(doc: str | None, *, model: str, lr: float, steps: int) -> argparse.A
 def text(pattern: str = "optim/*.py") -> Tensor:
     """The files' bytes, a token each (tokens,)."""
     files = sorted(Path(__file__).parent.parent.glob(pattern))
-    return torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in files)), dtype=torch.uint8).long()
+    return torch.frombuffer(
+        bytearray(b"".join(f.read_bytes() for f in files)), dtype=torch.uint8
+    ).long()
 
 
 def windows(tokens: Tensor, count: int, *, seed: int = 0) -> Tensor:
     """Random windows (count, LENGTH)."""
-    starts = torch.randint(len(tokens) - LENGTH, (count, 1), generator=torch.Generator().manual_seed(seed))
+    starts = torch.randint(
+        len(tokens) - LENGTH, (count, 1), generator=torch.Generator().manual_seed(seed)
+    )
     return tokens[starts + torch.arange(LENGTH)]
 
 
@@ -44,11 +50,21 @@ def language_model(name: str, *, seed: int = 0) -> nn.Module:
     """With random weights; name: "gpt2" or "llama"."""
     torch.manual_seed(seed)
     # A tied head is refused: one tensor cannot have two roles.
-    common: dict[str, Any] = dict(vocab_size=256, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False)
+    common: dict[str, Any] = dict(
+        vocab_size=256, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False
+    )
     if name == "gpt2":
         no_dropout: dict[str, Any] = dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-        return GPT2LMHeadModel(GPT2Config(**common, **no_dropout, n_positions=LENGTH, n_embd=128, n_layer=2, n_head=4))
-    sizes: dict[str, Any] = dict(hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+        return GPT2LMHeadModel(
+            GPT2Config(**common, **no_dropout, n_positions=LENGTH, n_embd=128, n_layer=2, n_head=4)
+        )
+    sizes: dict[str, Any] = dict(
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     return LlamaForCausalLM(LlamaConfig(**common, **sizes, max_position_embeddings=LENGTH))
 
 

@@ -44,7 +44,9 @@ def settings_of_others(name: str) -> list[Field[Any]]:
 
 
 def models_with(setting: str) -> list[str]:
-    return [name for name, (_, config) in MODELS.items() if setting in {f.name for f in fields(config)}]
+    return [
+        name for name, (_, config) in MODELS.items() if setting in {f.name for f in fields(config)}
+    ]
 
 
 def build(

@@ -5,7 +5,18 @@ from .curvature import Hessian, along, eigenvalues, loss_smoothness, modular_sha
 from .directions import DIRECTIONS, Direction, register_direction
 from .dualized import Dualized, Normalized
 from .metrize import CoverageError, Rule, metrize
-from .modular import Atom, Bond, ModularNorm, Module, NonFiniteError, atom, attention, bond, concat, residual
+from .modular import (
+    Atom,
+    Bond,
+    ModularNorm,
+    Module,
+    NonFiniteError,
+    atom,
+    attention,
+    bond,
+    concat,
+    residual,
+)
 from .norms import (
     NORMS,
     Blocks,

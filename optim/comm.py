@@ -111,7 +111,9 @@ class Ranks:
         counts = [sum(x.numel() for x in to) for to in sent]
         work = None
         if self.size > 1:
-            work = dist.all_to_all_single(target, source, sizes, counts, group=self.group, async_op=True)
+            work = dist.all_to_all_single(
+                target, source, sizes, counts, group=self.group, async_op=True
+            )
         else:
             target.copy_(source)
         return Pending(work, source, target, sizes)
@@ -181,7 +183,9 @@ class Alone:
         """A kept buffer, and its place in the whole."""
         return Piece(buffer, 0, tuple(buffer.shape))
 
-    def whole(self, f: Callable[[Tensor], Tensor], X: Tensor, params: list[Tensor], *, by_rows: bool) -> Generator[None, None, Tensor]:
+    def whole(
+        self, f: Callable[[Tensor], Tensor], X: Tensor, params: list[Tensor], *, by_rows: bool
+    ) -> Generator[None, None, Tensor]:
         """The pieces of f(whole weights) from the pieces X (n, rows, …) of n weights. f may overwrite its argument. by_rows: it acts on each row alone."""
         return f(X) if X.numel() else X
         yield
@@ -216,7 +220,9 @@ class Replicas(Alone):
     def __init__(self, ranks: Ranks) -> None:
         self.ranks, self.copies = ranks, 1
         self.loads = [0.0] * ranks.size  # FLOPs of a step
-        self.rows: dict[Tensor, list[tuple[int, int]]] = {}  # of each rank, in the order in which weights came
+        self.rows: dict[
+            Tensor, list[tuple[int, int]]
+        ] = {}  # of each rank, in the order in which weights came
         self.buckets: list[list[Tensor]] = []
         self.bucket_of: dict[Tensor, int] = {}
         self.heard: list[set[Tensor]] = []  # of each bucket, the weights whose gradient is there
@@ -236,10 +242,15 @@ class Replicas(Alone):
             else:
                 owner = next(owners)
                 self.rows[p] = [(0, rows if r == owner else 0) for r in range(w)]
-            self.loads = [load + cost * (b - a) / rows for load, (a, b) in zip(self.loads, self.rows[p], strict=True)]
+            self.loads = [
+                load + cost * (b - a) / rows
+                for load, (a, b) in zip(self.loads, self.rows[p], strict=True)
+            ]
             if p.requires_grad:
                 hear = weakref.WeakMethod(self._hear)
-                p.register_post_accumulate_grad_hook(lambda p, hear=hear: (listener := hear()) and listener(p))
+                p.register_post_accumulate_grad_hook(
+                    lambda p, hear=hear: (listener := hear()) and listener(p)
+                )
         self.buckets = bucketed(reversed(self.rows))
         self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
         self.forget()
@@ -264,7 +275,11 @@ class Replicas(Alone):
 
     def held(self, p: Tensor, buffer: Tensor) -> Piece:
         first, end = self.rows[p][self.ranks.rank]
-        return Piece(buffer, first, tuple(buffer.shape) if end - first == _length(p) else (p.shape[0], *buffer.shape[1:]))
+        return Piece(
+            buffer,
+            first,
+            tuple(buffer.shape) if end - first == _length(p) else (p.shape[0], *buffer.shape[1:]),
+        )
 
     def publish(self, params: list[Tensor]) -> Job:
         me, w = self.ranks.rank, self.ranks.size
@@ -277,10 +292,19 @@ class Replicas(Alone):
                     piece.copy_(new.view_as(piece))
 
         for bucket in bucketed(params):
-            theirs = [[] if r == me else [_rows(p, *self.rows[p][r]) for p in bucket] for r in range(w)]
+            theirs = [
+                [] if r == me else [_rows(p, *self.rows[p][r]) for p in bucket] for r in range(w)
+            ]
             mine = [piece for p in bucket if (piece := self.piece(p)).numel()]
             sizes = [_numel(x) for x in theirs]
-            under_way.append((theirs, self.ranks.exchange([[] if r == me else mine for r in range(w)], sizes, bucket[0])))
+            under_way.append(
+                (
+                    theirs,
+                    self.ranks.exchange(
+                        [[] if r == me else mine for r in range(w)], sizes, bucket[0]
+                    ),
+                )
+            )
             if len(under_way) > IN_FLIGHT:
                 receive()
         yield
@@ -289,7 +313,11 @@ class Replicas(Alone):
 
     def collect(self, p: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
         described: list[Any] = [None] * self.ranks.size
-        dist.all_gather_object(described, {k: (tuple(b.shape), b.dtype) for k, b in state.items()}, group=self.ranks.group)
+        dist.all_gather_object(
+            described,
+            {k: (tuple(b.shape), b.dtype) for k, b in state.items()},
+            group=self.ranks.group,
+        )
         whole: dict[str, list[Tensor]] = {}
         for r, buffers in enumerate(described):
             for k, (shape, dtype) in buffers.items():
@@ -323,7 +351,9 @@ class Replicas(Alone):
             )
         heard.add(p)
         # In the order of buckets, whatever the order of gradients: every rank must take the same.
-        while self.sent < len(self.buckets) and len(self.heard[self.sent]) == len(self.buckets[self.sent]):
+        while self.sent < len(self.buckets) and len(self.heard[self.sent]) == len(
+            self.buckets[self.sent]
+        ):
             self._send()
             # Without waiting: another rank may wait for this one somewhere else in its backward pass.
             while len(self.under_way) > IN_FLIGHT and self.under_way[0][1].work.is_completed():
@@ -333,7 +363,12 @@ class Replicas(Alone):
         """The next bucket."""
         bucket, me, w = self.buckets[self.sent], self.ranks.rank, self.ranks.size
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-        sent = [[_rows(g, *self.rows[p][r]) for p, g in zip(bucket, grads, strict=True)] if r != me else [] for r in range(w)]
+        sent = [
+            [_rows(g, *self.rows[p][r]) for p, g in zip(bucket, grads, strict=True)]
+            if r != me
+            else []
+            for r in range(w)
+        ]
         mine = {p: _rows(g, *self.rows[p][me]).clone() for p, g in zip(bucket, grads, strict=True)}
         sizes = [0 if r == me else _numel(mine.values()) for r in range(w)]
         self.under_way.append((mine, self.ranks.exchange(sent, sizes, grads[0])))
@@ -348,10 +383,16 @@ class Replicas(Alone):
     def _receive(self) -> None:
         """The oldest bucket under way, averaged in the order of ranks."""
         mine, pending = self.under_way.pop(0)
-        parts = [came.split([x.numel() for x in mine.values()] if came.numel() else [0] * len(mine)) for came in pending.wait()]
+        parts = [
+            came.split([x.numel() for x in mine.values()] if came.numel() else [0] * len(mine))
+            for came in pending.wait()
+        ]
         for i, (p, own) in enumerate(mine.items()):
             if own.numel():
-                of_ranks = [own if r == self.ranks.rank else part[i].view_as(own) for r, part in enumerate(parts)]
+                of_ranks = [
+                    own if r == self.ranks.rank else part[i].view_as(own)
+                    for r, part in enumerate(parts)
+                ]
                 total = of_ranks[0].to(torch.promote_types(own.dtype, torch.float32), copy=True)
                 for part in of_ranks[1:]:
                     total += part
@@ -370,7 +411,12 @@ class Replicas(Alone):
         self.reduced = {}
 
     def _begin_anew(self) -> None:
-        self.under_way, self.sent, self.heard, self.opened = [], 0, [set() for _ in self.buckets], False
+        self.under_way, self.sent, self.heard, self.opened = (
+            [],
+            0,
+            [set() for _ in self.buckets],
+            False,
+        )
 
 
 class Shards(Alone):
@@ -400,7 +446,9 @@ class Shards(Alone):
 
     def place(self, entries: list[tuple[Tensor, float, bool]]) -> None:
         whole = [(p, cost) for p, cost, by_rows in entries if not by_rows]
-        for (p, cost), owner in zip(whole, assign([cost for _, cost in whole], self.loads), strict=True):
+        for (p, cost), owner in zip(
+            whole, assign([cost for _, cost in whole], self.loads), strict=True
+        ):
             self.owner[p] = owner
             self.loads[owner] += cost
         for i, (p, *_) in enumerate(x for x in entries if x[2]):
@@ -414,7 +462,9 @@ class Shards(Alone):
 
     def keep(self, p: Tensor, buffer: Tensor) -> Tensor:
         assert isinstance(p, DTensor)
-        return DTensor.from_local(buffer, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+        return DTensor.from_local(
+            buffer, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+        )
 
     def local(self, buffer: Tensor) -> Tensor:
         return buffer.to_local()  # type: ignore[attr-defined]
@@ -431,7 +481,9 @@ class Shards(Alone):
     def _span(self, p: Tensor, rank: int) -> tuple[int, int]:
         return _chunk(p.shape[0], self.shards, rank % self.shards)
 
-    def whole(self, f: Callable[[Tensor], Tensor], X: Tensor, params: list[Tensor], *, by_rows: bool) -> Generator[None, None, Tensor]:
+    def whole(
+        self, f: Callable[[Tensor], Tensor], X: Tensor, params: list[Tensor], *, by_rows: bool
+    ) -> Generator[None, None, Tensor]:
         if by_rows:
             return f(X) if X.numel() else X
         me, w, p = self.ranks.rank, self.ranks.size, params[0]
@@ -442,17 +494,25 @@ class Shards(Alone):
         n, inner = len(owned[me]), p.numel() // p.shape[0]
 
         def rows(counts: list[int]) -> list[tuple[int, ...]]:
-            return [(count, b - a, *p.shape[1:]) for count, (a, b) in zip(counts, spans, strict=True)]
+            return [
+                (count, b - a, *p.shape[1:]) for count, (a, b) in zip(counts, spans, strict=True)
+            ]
 
         came = [n * near[r] * (spans[r][1] - spans[r][0]) * inner for r in range(w)]
         pending = self.ranks.exchange([[X[owned[r]]] if near[r] else [] for r in range(w)], came, X)
         yield
-        parts = [x.view(shape) for x, shape, close in zip(pending.wait(), rows([n] * w), near, strict=True) if close]
+        parts = [
+            x.view(shape)
+            for x, shape, close in zip(pending.wait(), rows([n] * w), near, strict=True)
+            if close
+        ]
         Y = f(torch.cat(parts, dim=1)) if n else X.new_empty(0, *p.shape)
         del pending, parts
         counts = [len(o) for o in owned]
         height = X.shape[1]
-        pending = self.ranks.exchange([[Y[:, a:b]] for a, b in spans], [c * height * inner for c in counts], X)
+        pending = self.ranks.exchange(
+            [[Y[:, a:b]] for a, b in spans], [c * height * inner for c in counts], X
+        )
         del Y
         yield
         out = torch.empty_like(X)
@@ -517,7 +577,9 @@ def piece_of(x: Tensor) -> Piece:
     if not isinstance(x, DTensor):
         return Piece(x, 0, tuple(x.shape))
     dimension = x.device_mesh.ndim - 1
-    first, _ = _chunk(x.shape[0], x.device_mesh.size(dimension), x.device_mesh.get_local_rank(dimension))
+    first, _ = _chunk(
+        x.shape[0], x.device_mesh.size(dimension), x.device_mesh.get_local_rank(dimension)
+    )
     return Piece(x.to_local(), first, tuple(x.shape))
 
 

@@ -62,14 +62,33 @@ class Conversion:
 
     def __str__(self) -> str:
         rival = NAMES[self.rival]
-        cells = [("parameter", "shape", "role", f"update RMS {rival}", "Dualized", "ratio", "matched")]
+        cells = [
+            ("parameter", "shape", "role", f"update RMS {rival}", "Dualized", "ratio", "matched")
+        ]
         for r in self.rows:
             ratio = r.ours / r.rival if r.ours is not None and r.rival else None
-            theirs, ours, ratio = ("?" if x is None else f"{x:.3g}" for x in (r.rival, r.ours, ratio))
-            cells.append((r.name, "×".join(map(str, r.shape)) or "scalar", r.role, theirs, ours, ratio, "yes" if r.matched else ""))
+            theirs, ours, ratio = (
+                "?" if x is None else f"{x:.3g}" for x in (r.rival, r.ours, ratio)
+            )
+            cells.append(
+                (
+                    r.name,
+                    "×".join(map(str, r.shape)) or "scalar",
+                    r.role,
+                    theirs,
+                    ours,
+                    ratio,
+                    "yes" if r.matched else "",
+                )
+            )
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
-        settings = ", ".join(f"{k}={v!r}" if isinstance(v, str) else f"{k}={v:.4g}" for k, v in self.settings.items())
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+            for row in cells
+        ]
+        settings = ", ".join(
+            f"{k}={v!r}" if isinstance(v, str) else f"{k}={v:.4g}" for k, v in self.settings.items()
+        )
         return "\n".join([f"Dualized(…, {settings})", "", *lines, "", FOOTER])
 
 
@@ -91,7 +110,13 @@ def convert(
     as in torch.optim.Muon; adamw_lr: of the AdamW that steps what Muon does not take (embedding, head, vectors, convolutions), only for the table.
     Raises ValueError for an impossible setting, one of the other rival, and a network without a hidden weight to match.
     """
-    settings = dict(betas=betas, momentum=momentum, nesterov=nesterov, adjust_lr_fn=adjust_lr_fn, adamw_lr=adamw_lr)
+    settings = dict(
+        betas=betas,
+        momentum=momentum,
+        nesterov=nesterov,
+        adjust_lr_fn=adjust_lr_fn,
+        adamw_lr=adamw_lr,
+    )
     _validate(rival, lr=lr, weight_decay=weight_decay, **settings)
     beta1 = betas[0] if betas else 0.9
     unit: dict[str, float | None] = {}  # our update RMS at lr = 1
@@ -107,7 +132,9 @@ def convert(
             unit[name] = norm.radii[name] * own.update_rms(shape)
         except NotImplementedError:  # a user's norm
             unit[name] = None
-        taken = _hidden(norm.roles.get(name, ""), own) and (rival == "adamw" or len(shape) == 2)  # torch.optim.Muon takes matrices alone
+        taken = _hidden(norm.roles.get(name, ""), own) and (
+            rival == "adamw" or len(shape) == 2
+        )  # torch.optim.Muon takes matrices alone
         if rival == "adamw":
             theirs[name] = lr * _adamw_rms(beta1)
         elif taken:
@@ -125,14 +152,25 @@ def convert(
     sizes = [math.prod(norm.shapes[n]) for n in matched]
     ours = _ratio(sizes, [theirs[n] for n in matched], [unit[n] for n in matched])
     # The decay of a step is lr · weight_decay · W for both rivals (torch's Muon does not adjust it), and ours lr · radius · weight_decay · W.
-    decay = weight_decay and _ratio(sizes, [lr * weight_decay for _ in matched], [ours * norm.radii[n] for n in matched])
+    decay = weight_decay and _ratio(
+        sizes, [lr * weight_decay for _ in matched], [ours * norm.radii[n] for n in matched]
+    )
     if rival == "adamw":
-        beta, direction = beta1, "momentum"  # what β₂ was for, the sizes of entries, is the duality map's
+        beta, direction = (
+            beta1,
+            "momentum",
+        )  # what β₂ was for, the sizes of entries, is the duality map's
     else:
         # torch.optim.Muon averages as we do, M ← β M + (1 − β) G, and looks ahead as our "nesterov". A sum instead of an average has the same polar factor.
-        beta, direction = 0.95 if momentum is None else momentum, "momentum" if nesterov is False else "nesterov"
+        beta, direction = (
+            0.95 if momentum is None else momentum,
+            "momentum" if nesterov is False else "nesterov",
+        )
     steps = {n: None if u is None else ours * u for n, u in unit.items()}
-    rows = tuple(Row(n, norm.shapes[n], norm.roles.get(n, ""), theirs[n], step, n in matched) for n, step in steps.items())
+    rows = tuple(
+        Row(n, norm.shapes[n], norm.roles.get(n, ""), theirs[n], step, n in matched)
+        for n, step in steps.items()
+    )
     return Conversion(rival, ours, beta, decay, direction, rows)
 
 
@@ -155,7 +193,9 @@ def _hidden(role: str, norm: Norm) -> bool:
 
 def _ratio(sizes: list[int], above: list[Any], below: list[Any]) -> float:
     """The geometric mean of above / below, weighted by sizes."""
-    return math.exp(sum(n * math.log(a / b) for n, a, b in zip(sizes, above, below, strict=True)) / sum(sizes))
+    return math.exp(
+        sum(n * math.log(a / b) for n, a, b in zip(sizes, above, below, strict=True)) / sum(sizes)
+    )
 
 
 def _validate(rival: str, **given: Any) -> None:
@@ -163,12 +203,22 @@ def _validate(rival: str, **given: Any) -> None:
         return isinstance(x, int | float) and low <= x < high
 
     if rival not in NAMES:
-        raise ValueError(f"convert: rival\n  got: {rival!r}\n  allowed: {', '.join(NAMES)}\n  fix: one of those")
-    foreign = ("betas",) if rival == "muon" else ("momentum", "nesterov", "adjust_lr_fn", "adamw_lr")
+        raise ValueError(
+            f"convert: rival\n  got: {rival!r}\n  allowed: {', '.join(NAMES)}\n  fix: one of those"
+        )
+    foreign = (
+        ("betas",) if rival == "muon" else ("momentum", "nesterov", "adjust_lr_fn", "adamw_lr")
+    )
     for what, allowed, fine in (
         ("lr", "a finite number > 0", lambda x: number(x, 0) and x > 0),
         ("weight_decay", "a finite number >= 0", lambda x: number(x, 0)),
-        ("betas", "two numbers, 0 <= beta < 1", lambda x: isinstance(x, tuple | list) and len(x) == 2 and all(number(b, 0, 1) for b in x)),
+        (
+            "betas",
+            "two numbers, 0 <= beta < 1",
+            lambda x: (
+                isinstance(x, tuple | list) and len(x) == 2 and all(number(b, 0, 1) for b in x)
+            ),
+        ),
         ("momentum", "0 <= momentum < 1", lambda x: number(x, 0, 1)),
         ("nesterov", "True, False", lambda x: isinstance(x, bool)),
         ("adjust_lr_fn", ", ".join(ADJUST), lambda x: x in ADJUST),
@@ -180,7 +230,9 @@ def _validate(rival: str, **given: Any) -> None:
                 f"convert: {what}\n  got: {value!r}, with {NAMES[rival]}\n  allowed: only with the other rival\n  fix: leave it out"
             )
         if not (value is None and what not in ("lr", "weight_decay")) and not fine(value):
-            raise ValueError(f"convert: {what}\n  got: {value!r}\n  allowed: {allowed}\n  fix: {what}=… as the rival's run had it")
+            raise ValueError(
+                f"convert: {what}\n  got: {value!r}\n  allowed: {allowed}\n  fix: {what}=… as the rival's run had it"
+            )
 
 
 def build(spec: str) -> nn.Module:
@@ -199,7 +251,9 @@ def build(spec: str) -> nn.Module:
     try:
         with torch.device("meta"):
             model = make()
-    except Exception as error:  # a model that reads its weights while it is built, or a mistake, which comes again
+    except (
+        Exception
+    ) as error:  # a model that reads its weights while it is built, or a mistake, which comes again
         note = f"note: built on the CPU; on the meta device: {type(error).__name__}: {error}"
         try:
             model = make()
@@ -208,7 +262,9 @@ def build(spec: str) -> nn.Module:
                 f"--model {spec}\n  got: {type(again).__name__}: {again}\n  allowed: a callable that works\n  fix: {fix}"
             ) from again
     if not isinstance(model, nn.Module):
-        raise ValueError(f"--model {spec}\n  got: a {type(model).__name__}\n  allowed: an nn.Module\n  fix: {fix}")
+        raise ValueError(
+            f"--model {spec}\n  got: a {type(model).__name__}\n  allowed: an nn.Module\n  fix: {fix}"
+        )
     if note:
         print(note, file=sys.stderr)
     return model
@@ -223,7 +279,9 @@ def sketch(specs: list[str]) -> tuple[nn.Module, list[Rule]]:
             raise ValueError(
                 f"--shapes\n  got: {spec!r}\n  allowed: name=OxI:role, each name once, role one of {', '.join(MASSES)}\n  fix: for instance h.0.up=3072x768:hidden"
             )
-        model._parameters[found[1]] = nn.Parameter(torch.empty(*map(int, found[2].split("x")), device="meta"))  # its name may have dots
+        model._parameters[found[1]] = nn.Parameter(
+            torch.empty(*map(int, found[2].split("x")), device="meta")
+        )  # its name may have dots
         rules.append(Rule(found[1], role=found[3]))
     return model, rules
 
@@ -236,7 +294,12 @@ def parsed(text: str) -> Rule:
         mass = float(pairs["mass"]) if "mass" in pairs else None
     except ValueError:
         mass = math.nan
-    if not rest or len(pairs) < len(rest) or pairs.keys() - {"role", "mass", "norm"} or mass != mass:
+    if (
+        not rest
+        or len(pairs) < len(rest)
+        or pairs.keys() - {"role", "mass", "norm"}
+        or mass != mass
+    ):
         raise ValueError(
             f"--rule\n  got: {text!r}\n  allowed: pattern,key=value,… with the keys role, mass (a number), norm ({', '.join(NORMS)})\n"
             "  fix: for instance 'lm_head.weight,role=head'"
@@ -245,33 +308,59 @@ def parsed(text: str) -> Rule:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.convert", description="Settings of AdamW or Muon → those of Dualized.")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__package__}.convert",
+        description="Settings of AdamW or Muon → those of Dualized.",
+    )
     rivals = parser.add_subparsers(dest="rival", required=True)
     for rival, name in NAMES.items():
         own = rivals.add_parser(
-            rival, help=f"from {name}'s settings", description=f"{name}'s settings → Dualized's; the predicted step of every layer."
+            rival,
+            help=f"from {name}'s settings",
+            description=f"{name}'s settings → Dualized's; the predicted step of every layer.",
         )
         network = own.add_mutually_exclusive_group(required=True)
         network.add_argument(
-            "--model", metavar="MODULE:CALLABLE", help="called without arguments, on the meta device if that works; returns an nn.Module"
+            "--model",
+            metavar="MODULE:CALLABLE",
+            help="called without arguments, on the meta device if that works; returns an nn.Module",
         )
         network.add_argument(
-            "--shapes", nargs="+", metavar="NAME=OxI:ROLE", help=f"the weights of a network without code; roles: {', '.join(MASSES)}"
+            "--shapes",
+            nargs="+",
+            metavar="NAME=OxI:ROLE",
+            help=f"the weights of a network without code; roles: {', '.join(MASSES)}",
         )
         own.add_argument(
-            "--rule", action="append", default=[], metavar="PATTERN,role=ROLE", help="as metrize's rules: role, mass, norm; may be repeated"
+            "--rule",
+            action="append",
+            default=[],
+            metavar="PATTERN,role=ROLE",
+            help="as metrize's rules: role, mass, norm; may be repeated",
         )
         own.add_argument("--lr", type=float, required=True)
         own.add_argument("--weight-decay", type=float, required=True)
         if rival == "adamw":
             own.add_argument(
-                "--betas", type=float, nargs=2, default=(0.9, 0.999), metavar=("BETA1", "BETA2"), help="by default %(default)s"
+                "--betas",
+                type=float,
+                nargs=2,
+                default=(0.9, 0.999),
+                metavar=("BETA1", "BETA2"),
+                help="by default %(default)s",
             )
         else:
             own.add_argument("--momentum", type=float, default=0.95, help="by default %(default)s")
             own.add_argument("--nesterov", action=argparse.BooleanOptionalAction, default=True)
-            own.add_argument("--adjust-lr-fn", choices=list(ADJUST), default="original", help="of torch.optim.Muon, by default %(default)s")
-            own.add_argument("--adamw-lr", type=float, help="of the AdamW for what Muon does not take")
+            own.add_argument(
+                "--adjust-lr-fn",
+                choices=list(ADJUST),
+                default="original",
+                help="of torch.optim.Muon, by default %(default)s",
+            )
+            own.add_argument(
+                "--adamw-lr", type=float, help="of the AdamW for what Muon does not take"
+            )
     return parser
 
 
@@ -280,7 +369,9 @@ def main(argv: list[str] | None = None) -> int:
     spec, shapes, rules = args.pop("model"), args.pop("shapes"), args.pop("rule")
     try:
         if shapes and rules:
-            raise ValueError("--rule\n  got: --shapes as well\n  allowed: with --model\n  fix: leave it out; --shapes names the roles")
+            raise ValueError(
+                "--rule\n  got: --shapes as well\n  allowed: with --model\n  fix: leave it out; --shapes names the roles"
+            )
         model, rules = sketch(shapes) if shapes else (build(spec), [parsed(r) for r in rules])
         norm = metrize(model, rules=rules)
         print(convert(norm, args.pop("rival"), **args))

@@ -34,7 +34,10 @@ class Hessian:
     """
 
     def __init__(
-        self, loss: Callable[[], Tensor], weights: Mapping[str, Tensor], scales: Mapping[str, float | Tensor] | None = None
+        self,
+        loss: Callable[[], Tensor],
+        weights: Mapping[str, Tensor],
+        scales: Mapping[str, float | Tensor] | None = None,
     ) -> None:
         self.weights, self.scales = dict(weights), {k: (scales or {}).get(k, 1.0) for k in weights}
         self._check(scales or {})
@@ -48,13 +51,19 @@ class Hessian:
         # Sums in another order change far less than √ε.
         change = {k: self.scales[k] * g - self.gradient[k] for k, g in grads.items()}
         rounding, far = torch.finfo(value.dtype).eps ** 0.5, _dot(change, change) ** 0.5
-        drawn = any(not torch.equal(a, b) for a, b in zip(before, self._random_state(), strict=True))
+        drawn = any(
+            not torch.equal(a, b) for a, b in zip(before, self._random_state(), strict=True)
+        )
         if (
             drawn
             or abs(float(again) - self.value) > rounding * abs(self.value)
             or far > rounding * _dot(self.gradient, self.gradient) ** 0.5
         ):
-            got = "one that draws random numbers" if drawn else f"{self.value!r}, then {float(again)!r} with a gradient {far:.3g} away"
+            got = (
+                "one that draws random numbers"
+                if drawn
+                else f"{self.value!r}, then {float(again)!r} with a gradient {far:.3g} away"
+            )
             raise ValueError(
                 f"Hessian of a loss\n  got: {got}\n  allowed: a loss that gives the same twice\n"
                 "  fix: model.eval(), so that dropout is off, and one fixed batch"
@@ -62,15 +71,29 @@ class Hessian:
 
     def _random_state(self) -> list[Tensor]:
         device = next(iter(self.weights.values())).device
-        return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+        return [torch.get_rng_state()] + (
+            [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+        )
 
     def _check(self, scales: Mapping[str, float | Tensor]) -> None:
         kinds = {(w.dtype, w.device) for w in self.weights.values()}
         dtypes = {dtype for dtype, _ in kinds}
         constant = [k for k, w in self.weights.items() if not w.requires_grad]
         unknown = sorted(scales.keys() - self.weights.keys())
-        odd = [k for k, s in scales.items() if isinstance(s, Tensor) and k in self.weights and s.shape not in ((), self.weights[k].shape)]
-        got = "no weights" if not kinds else f"{constant[0]!r}, which requires no gradient" if constant else None
+        odd = [
+            k
+            for k, s in scales.items()
+            if isinstance(s, Tensor)
+            and k in self.weights
+            and s.shape not in ((), self.weights[k].shape)
+        ]
+        got = (
+            "no weights"
+            if not kinds
+            else f"{constant[0]!r}, which requires no gradient"
+            if constant
+            else None
+        )
         got = got or (f"a scale for {unknown[0]!r}, which is no weight" if unknown else None)
         got = got or (f"a scale of another shape than {odd[0]!r}" if odd else None)
         got = got or (
@@ -84,16 +107,25 @@ class Hessian:
                 "\n  fix: dict(model.float().named_parameters())"
             )
 
-    def _evaluate(self, loss: Callable[[], Tensor], *, create_graph: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+    def _evaluate(
+        self, loss: Callable[[], Tensor], *, create_graph: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        with (
+            torch.enable_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+        ):  # fused attention has no second derivative
             value = loss()
             if value.numel() != 1:
-                raise ValueError(f"Hessian of a loss\n  got: shape {tuple(value.shape)}\n  allowed: a scalar\n  fix: its mean")
+                raise ValueError(
+                    f"Hessian of a loss\n  got: shape {tuple(value.shape)}\n  allowed: a scalar\n  fix: its mean"
+                )
             if not torch.isfinite(value).all():
                 raise NonFiniteError(f"the loss is {value.item()}; allowed: finite numbers")
             weights = list(self.weights.values())
             grads = (
-                torch.autograd.grad(value, weights, create_graph=create_graph, materialize_grads=True)
+                torch.autograd.grad(
+                    value, weights, create_graph=create_graph, materialize_grads=True
+                )
                 if value.requires_grad
                 else [torch.zeros_like(w) for w in weights]
             )
@@ -103,7 +135,9 @@ class Hessian:
         """H d."""
         for k, d in direction.items():
             if k not in self.weights or d.shape != self.weights[k].shape:
-                allowed = tuple(self.weights[k].shape) if k in self.weights else ", ".join(self.weights)
+                allowed = (
+                    tuple(self.weights[k].shape) if k in self.weights else ", ".join(self.weights)
+                )
                 raise ValueError(
                     f"direction {k!r}\n  got: shape {tuple(d.shape)}\n  allowed: {allowed}\n  fix: the names and shapes of the weights"
                 )
@@ -118,7 +152,10 @@ class Hessian:
                 retain_graph=True,
                 materialize_grads=True,
             )
-        return _finite("the Hessian's product", {k: self.scales[k] * h for k, h in zip(self.weights, out, strict=True)})
+        return _finite(
+            "the Hessian's product",
+            {k: self.scales[k] * h for k, h in zip(self.weights, out, strict=True)},
+        )
 
     def quadratic(self, direction: Direction) -> float:
         """dᵀ H d."""
@@ -131,18 +168,26 @@ class Hessian:
     def unflat(self, vector: Tensor) -> dict[str, Tensor]:
         """(n,) → by name: views."""
         parts = vector.split([w.numel() for w in self.weights.values()])
-        return {k: part.view_as(w) for (k, w), part in zip(self.weights.items(), parts, strict=True)}
+        return {
+            k: part.view_as(w) for (k, w), part in zip(self.weights.items(), parts, strict=True)
+        }
 
     def random(self, generator: torch.Generator) -> dict[str, Tensor]:
         """A Gaussian direction, drawn on the generator's device."""
-        vector = torch.randn(sum(w.numel() for w in self.weights.values()), generator=generator, device=generator.device)
+        vector = torch.randn(
+            sum(w.numel() for w in self.weights.values()),
+            generator=generator,
+            device=generator.device,
+        )
         return self.unflat(vector.to(next(iter(self.weights.values()))))
 
 
 def _finite(what: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise NonFiniteError(f"{what} of {name} has entries that are not finite; allowed: finite numbers")
+            raise NonFiniteError(
+                f"{what} of {name} has entries that are not finite; allowed: finite numbers"
+            )
     return tensors
 
 
@@ -175,7 +220,9 @@ class Eigenvalues:
     converged: bool
 
 
-def eigenvalues(hessian: Hessian, *, generator: torch.Generator, steps: int = 100, tolerance: float = 1e-3) -> Eigenvalues:
+def eigenvalues(
+    hessian: Hessian, *, generator: torch.Generator, steps: int = 100, tolerance: float = 1e-3
+) -> Eigenvalues:
     """By Lanczos with full reorthogonalisation [GL, §10.3]. steps: at most so many products, each of which keeps a vector of n entries.
 
     converged, and stopped: largest_residual <= tolerance · |largest|, or the subspace is invariant. The error of `largest` is then far smaller: its
@@ -198,13 +245,23 @@ def eigenvalues(hessian: Hessian, *, generator: torch.Generator, steps: int = 10
         beta = _length(q)
         found, vectors = torch.linalg.eigh(T)
         values, residuals = found.tolist(), (beta * vectors[-1].abs()).tolist()
-        invariant = beta <= ROUNDINGS * torch.finfo(q.dtype).eps * max(values[-1], -values[0]) or len(basis) == len(q)
+        invariant = beta <= ROUNDINGS * torch.finfo(q.dtype).eps * max(
+            values[-1], -values[0]
+        ) or len(basis) == len(q)
         converged = invariant or residuals[-1] <= tolerance * abs(values[-1])
         if converged or len(basis) >= steps:
             top = torch.zeros_like(q)
             for share, p in zip(vectors[:, -1].tolist(), basis, strict=True):
                 top.add_(p, alpha=share)
-            return Eigenvalues(values[-1], values[0], residuals[-1], residuals[0], hessian.unflat(top), len(basis), converged)
+            return Eigenvalues(
+                values[-1],
+                values[0],
+                residuals[-1],
+                residuals[0],
+                hessian.unflat(top),
+                len(basis),
+                converged,
+            )
 
 
 @dataclass(frozen=True)
@@ -260,7 +317,9 @@ def modular_sharpness(
     if value <= 0:
         value, direction = 0.0, {k: torch.zeros_like(d) for k, d in direction.items()}
     values = tuple(max(0.0, climb.value) for climb in climbs)
-    return ModularSharpness(value, direction, values, 1 + sum(climb.steps for climb in climbs), best.converged)
+    return ModularSharpness(
+        value, direction, values, 1 + sum(climb.steps for climb in climbs), best.converged
+    )
 
 
 @dataclass(frozen=True)
@@ -271,7 +330,9 @@ class _Climb:
     converged: bool
 
 
-def _climb(hessian: Hessian, norm: ModularNorm, d: dict[str, Tensor], *, steps: int, tolerance: float) -> _Climb:
+def _climb(
+    hessian: Hessian, norm: ModularNorm, d: dict[str, Tensor], *, steps: int, tolerance: float
+) -> _Climb:
     Hd = hessian(d)
     value, converged, used = _dot(d, Hd), False, 1
     while used < steps and not converged:
@@ -279,7 +340,9 @@ def _climb(hessian: Hessian, norm: ModularNorm, d: dict[str, Tensor], *, steps: 
         Hv = hessian(v)
         used += 1
         rise = _dot(v, Hd) - value
-        bend = _dot(v, Hv) - value - 2 * rise  # the value at d + t (v − d) is value + 2 t rise + t² bend
+        bend = (
+            _dot(v, Hv) - value - 2 * rise
+        )  # the value at d + t (v − d) is value + 2 t rise + t² bend
         t = 1.0 if bend >= 0 else min(1.0, max(0.0, rise / -bend))
         gain = t * (2 * rise + t * bend)
         converged = max(2 * rise, gain) <= tolerance * abs(value)
@@ -291,7 +354,9 @@ def _climb(hessian: Hessian, norm: ModularNorm, d: dict[str, Tensor], *, steps: 
 
 def _extreme(norm: ModularNorm, G: Direction) -> dict[str, Tensor]:
     """The d of modular norm 1 with the largest ⟨G, d⟩."""
-    return {k: norm.radii[k] * norm.norms[k].stiefel(d) for k, d in norm.unweighted().dualize(G).items()}
+    return {
+        k: norm.radii[k] * norm.norms[k].stiefel(d) for k, d in norm.unweighted().dualize(G).items()
+    }
 
 
 @dataclass(frozen=True)

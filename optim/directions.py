@@ -27,7 +27,9 @@ class Direction:
         """Of one weight (*shape), in its dtype, before the first step."""
         return {"momentum": torch.zeros_like(W)}
 
-    def __call__(self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool) -> Tensor:
+    def __call__(
+        self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool
+    ) -> Tensor:
         """What is dualized (n, *shape), not an alias of a buffer.
 
         G is 0 where live is, and may be overwritten. state: the buffers, stacked (n, …), updated in place.
@@ -49,7 +51,9 @@ class Momentum(Direction):
     def __init__(self, *, nesterov: bool = False) -> None:
         self.nesterov = nesterov
 
-    def __call__(self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool) -> Tensor:
+    def __call__(
+        self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool
+    ) -> Tensor:
         M = _average_(state["momentum"], G, live, beta)
         return G.lerp_(M, beta) if self.nesterov else G.copy_(M)
 
@@ -59,7 +63,9 @@ class SignMomentum(Direction):
 
     gated = entrywise = True
 
-    def __call__(self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool) -> Tensor:
+    def __call__(
+        self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool
+    ) -> Tensor:
         D = torch.lerp(state["momentum"], G, 1 - beta).sign_()
         _average_(state["momentum"], G, live, beta2)
         return D
@@ -84,7 +90,9 @@ class Adam(Direction):
     def buffers(self, W: Tensor) -> Buffers:
         return {"momentum": torch.zeros_like(W), "rms": torch.zeros_like(W)}
 
-    def __call__(self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool) -> Tensor:
+    def __call__(
+        self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool
+    ) -> Tensor:
         M, R = _average_(state["momentum"], G, live, beta), _rms_(state["rms"], G, live, beta2)
         return _ratio(M, R)
 
@@ -110,15 +118,23 @@ class SOAP(Direction):
     nesterov: bool = False
 
     def buffers(self, W: Tensor) -> Buffers:
-        made = {k: torch.zeros_like(W, memory_format=torch.contiguous_format) for k in ("momentum", "rms")}
+        made = {
+            k: torch.zeros_like(W, memory_format=torch.contiguous_format)
+            for k in ("momentum", "rms")
+        }
         made["unit"] = W.new_zeros(())
         if W.ndim >= 2:
             for side, size in (("left", W.shape[0]), ("right", W[0].numel())):
                 if size <= self.limit:
-                    made |= {side: W.new_zeros(size, size), f"{side}_basis": torch.eye(size, dtype=W.dtype, device=W.device)}
+                    made |= {
+                        side: W.new_zeros(size, size),
+                        f"{side}_basis": torch.eye(size, dtype=W.dtype, device=W.device),
+                    }
         return made
 
-    def __call__(self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool) -> Tensor:
+    def __call__(
+        self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool
+    ) -> Tensor:
         shape = G.shape
         M = _average_(state["momentum"], G, live, beta)
         if self.nesterov:
@@ -129,10 +145,19 @@ class SOAP(Direction):
         G, M = G.flatten(2), M.flatten(2)
         # Factors are kept in units of the first gradient's largest entry, a power of two: squares neither under- nor overflow, and digits stay.
         largest, unit = torch.frexp(G.abs().amax((-2, -1))), state["unit"]
-        unit.copy_(torch.where((unit > 0) | (largest.mantissa == 0), unit, torch.ldexp(torch.ones_like(unit), largest.exponent)))
+        unit.copy_(
+            torch.where(
+                (unit > 0) | (largest.mantissa == 0),
+                unit,
+                torch.ldexp(torch.ones_like(unit), largest.exponent),
+            )
+        )
         scale = torch.where(unit > 0, unit, 1)[:, None, None]
         seen = live.reshape(live.shape[0], -1).amax(-1)[:, None, None] if live.ndim else live
-        left, right = (self._basis(state, side, P / scale, seen, beta2, refresh) for side, P in (("left", G), ("right", G.mT)))
+        left, right = (
+            self._basis(state, side, P / scale, seen, beta2, refresh)
+            for side, P in (("left", G), ("right", G.mT))
+        )
         R = _rms_(state["rms"].view_as(G), _turn(G, left, right), seen, beta2)
         T = _turn(M, left, right)
         floor, limit = _root_eps(R) * R.amax((-2, -1), keepdim=True), (1 - beta2) ** -0.5
@@ -141,22 +166,35 @@ class SOAP(Direction):
         return _turn(D, *(None if Q is None else Q.mT for Q in (left, right))).reshape(shape)
 
     @staticmethod
-    def _basis(state: Buffers, side: str, P: Tensor, live: Tensor, beta2: float, refresh: bool) -> Tensor | None:
+    def _basis(
+        state: Buffers, side: str, P: Tensor, live: Tensor, beta2: float, refresh: bool
+    ) -> Tensor | None:
         """The side's basis as columns, after P (n, size, other) was seen."""
         if side not in state:
             return None
         F, Q = state[side], state[f"{side}_basis"]
         axes = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-        Q.copy_(torch.where(Q.flatten(1).any(-1)[:, None, None], Q, axes))  # a checkpoint of before may have it 0 until the first refresh
+        Q.copy_(
+            torch.where(Q.flatten(1).any(-1)[:, None, None], Q, axes)
+        )  # a checkpoint of before may have it 0 until the first refresh
         _average_(F, P @ P.mT, live, beta2)
         if refresh:
             shift, top = _root_eps(F), F.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None]
             moved = F @ Q
             # Columns are made orthogonal in the order of their eigenvalues, largest first. Within an octave they keep their own order, which no last digit may decide.
-            octave = (torch.where(top > 0, (Q * moved).sum(-2, keepdim=True) / top, 0) + shift).log2().add(0.25).floor()
+            octave = (
+                (torch.where(top > 0, (Q * moved).sum(-2, keepdim=True) / top, 0) + shift)
+                .log2()
+                .add(0.25)
+                .floor()
+            )
             order = octave.argsort(dim=-1, descending=True, stable=True).expand_as(Q)
             turned = torch.linalg.qr((moved + shift * top * Q).gather(-1, order))[0]
-            Q.copy_(torch.where((live > 0) & (top > 0), torch.empty_like(Q).scatter_(-1, order, turned), Q))
+            Q.copy_(
+                torch.where(
+                    (live > 0) & (top > 0), torch.empty_like(Q).scatter_(-1, order, turned), Q
+                )
+            )
         return Q
 
 

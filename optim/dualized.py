@@ -26,7 +26,9 @@ from .step_size import EscapeVelocity
 F = TypeVar("F", bound=Callable[..., Any])
 SCHEMA = 2  # of state_dict()
 LOW = (torch.bfloat16, torch.float16)
-LONG = 2**18  # entries of a table from which on only the rows that have a gradient are read and written
+LONG = (
+    2**18
+)  # entries of a table from which on only the rows that have a gradient are read and written
 DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 Constraint = Literal["ball", "sphere", "stiefel"]
 RETRACTIONS: dict[str, Callable[[Norm, Tensor], Tensor]] = {
@@ -56,12 +58,16 @@ def _finite(grads: list[Tensor]) -> list[Tensor]:
     return [torch.isfinite(x) for x in torch._foreach_norm(grads, torch.inf)]  # pyright: ignore[reportPrivateImportUsage]
 
 
-def escape_terms(G: Tensor, dual: Tensor, start: list[Tensor], weights: list[Tensor], radii: Tensor) -> Tensor:
+def escape_terms(
+    G: Tensor, dual: Tensor, start: list[Tensor], weights: list[Tensor], radii: Tensor
+) -> Tensor:
     """(⟨G, W₀ − W⟩, Σ radius · ‖G‖†) of a stack (2,): what its gradients say that the way from W₀ was worth, and their share of the dual norm.
 
     G: (n, *shape), 0 where nothing is live. dual: dualize(G), which attains the dual norm. Nothing is written.
     """
-    worth = torch.stack([(g * (w0 - w)).sum() for g, w0, w in zip(G, start, weights, strict=True)]).sum()
+    worth = torch.stack(
+        [(g * (w0 - w)).sum() for g, w0, w in zip(G, start, weights, strict=True)]
+    ).sum()
     return torch.stack([worth, (G * dual * radii).sum()])
 
 
@@ -88,7 +94,12 @@ class _Stack:
     def gradients(self) -> tuple[Tensor, Tensor]:
         """(G (n, *shape), a copy, clipped and 0 where nothing is live; live, a mask broadcastable to it)."""
         grads = [self.at.gradient(p) for p in self.params]
-        G = torch.stack([torch.zeros_like(w) if g is None else g for g, w in zip(grads, self.weights, strict=True)]).to(self.radii.dtype)
+        G = torch.stack(
+            [
+                torch.zeros_like(w) if g is None else g
+                for g, w in zip(grads, self.weights, strict=True)
+            ]
+        ).to(self.radii.dtype)
         ok = self.ok.to(G.device)
         if isinstance(self.group["lr"], Tensor):
             ok = ok & (self.group["lr"] != 0).to(G.device)
@@ -138,7 +149,11 @@ def _validate(settings: dict[str, Any], *, auto: bool = False) -> None:
         ("weight_decay", "a finite number >= 0", number(0, inf)),
         ("cautious", "true or false", lambda x: isinstance(x, bool)),
         ("direction", ", ".join(DIRECTIONS), lambda x: x in DIRECTIONS),
-        ("scale", '"unit" with lr="auto"' if auto else "unit, dual", lambda x: x == "unit" or (x == "dual" and not auto)),
+        (
+            "scale",
+            '"unit" with lr="auto"' if auto else "unit, dual",
+            lambda x: x == "unit" or (x == "dual" and not auto),
+        ),
         ("constraint", f"None, {', '.join(RETRACTIONS)}", lambda x: x is None or x in RETRACTIONS),
         ("momentum_dtype", 'None (the weight\'s), "float32", "bfloat16"', lambda x: x in DTYPES),
         ("max_grad_norm", "None or a number > 0", lambda x: x is None or x > 0),
@@ -201,33 +216,61 @@ class Dualized(torch.optim.Optimizer):
         momentum_dtype: Literal["float32", "bfloat16"] | torch.dtype | None = None,
         master_weights: bool = False,
     ) -> None:
-        momentum_dtype = str(momentum_dtype).removeprefix("torch.") if isinstance(momentum_dtype, torch.dtype) else momentum_dtype  # type: ignore[assignment]
+        momentum_dtype = (
+            str(momentum_dtype).removeprefix("torch.")
+            if isinstance(momentum_dtype, torch.dtype)
+            else momentum_dtype
+        )  # type: ignore[assignment]
         named: list[Any]
         if isinstance(model_or_named_parameters, nn.Module):
             norm = norm or metrize(model_or_named_parameters)
-            named = [(n, p) for n, p in model_or_named_parameters.named_parameters() if p.requires_grad]
+            named = [
+                (n, p) for n, p in model_or_named_parameters.named_parameters() if p.requires_grad
+            ]
         else:
             named = list(model_or_named_parameters)
             if not all(isinstance(x, dict) for x in named):
                 named = [(n, p) for n, p in _pairs(named) if p.requires_grad]
             if norm is None:
-                raise CoverageError("Dualized of named parameters: got no norm\n  fix: pass norm=ModularNorm(...), or the model itself")
+                raise CoverageError(
+                    "Dualized of named parameters: got no norm\n  fix: pass norm=ModularNorm(...), or the model itself"
+                )
         # Copied: groups added later bring norms and radii of their own.
-        self.norm = replace(norm, **{k: dict(getattr(norm, k)) for k in ("norms", "radii", "roles", "masses", "shapes")})
-        self.escape = EscapeVelocity() if isinstance(lr, str) and lr == "auto" else lr if isinstance(lr, EscapeVelocity) else None
+        self.norm = replace(
+            norm,
+            **{k: dict(getattr(norm, k)) for k in ("norms", "radii", "roles", "masses", "shapes")},
+        )
+        self.escape = (
+            EscapeVelocity()
+            if isinstance(lr, str) and lr == "auto"
+            else lr
+            if isinstance(lr, EscapeVelocity)
+            else None
+        )
         self._watch: _Watch | None = None
         self._radii: dict[tuple[Any, ...], Tensor] = {}
-        self._here: dict[tuple[bool, ...], Tensor] = {}  # on the device: which weights have a gradient on this rank
+        self._here: dict[
+            tuple[bool, ...], Tensor
+        ] = {}  # on the device: which weights have a gradient on this rank
         if grads not in ("reduced", "local"):
-            raise ValueError(f"Dualized: grads\n  got: {grads!r}\n  allowed: reduced, local\n  fix: Dualized(…, grads=…)")
-        if grads == "local" and type(model_or_named_parameters).__name__ == "DistributedDataParallel":
+            raise ValueError(
+                f"Dualized: grads\n  got: {grads!r}\n  allowed: reduced, local\n  fix: Dualized(…, grads=…)"
+            )
+        if (
+            grads == "local"
+            and type(model_or_named_parameters).__name__ == "DistributedDataParallel"
+        ):
             raise CommError(
                 'Dualized(DistributedDataParallel(…), grads="local")\n  got: gradients that DDP has reduced already\n  allowed: the bare module, or'
                 ' grads="reduced"\n  fix: one of them'
             )
-        tensors = [p for x in named for _, p in (_pairs(x["params"]) if isinstance(x, dict) else [x])]
+        tensors = [
+            p for x in named for _, p in (_pairs(x["params"]) if isinstance(x, dict) else [x])
+        ]
         self._ranks = ranks_of(tensors, local=grads == "local")
-        self._plain = (Replicas if grads == "local" and self._ranks.size > 1 else Alone)(self._ranks)
+        self._plain = (Replicas if grads == "local" and self._ranks.size > 1 else Alone)(
+            self._ranks
+        )
         self._shards: dict[Any, Shards] = {}
         # Makes GradScaler call step() on every rank, where it can be refused on every rank; by itself it would skip some and leave others waiting.
         self._step_supports_amp_scaling = self._plain.owned
@@ -256,7 +299,9 @@ class Dualized(torch.optim.Optimizer):
         pairs = [(canonical(n), p) for n, p in _pairs(group["params"])]
         group["params"] = pairs
         _validate(self.defaults | group, auto=self.escape is not None)
-        check_distinct([*(n for g in self.param_groups for n in g["param_names"]), *(n for n, _ in pairs)])
+        check_distinct(
+            [*(n for g in self.param_groups for n in g["param_names"]), *(n for n, _ in pairs)]
+        )
         for name, p in pairs:
             known = self.norm.norms.get(name)
             if known is not None and (norm is not None or radius is not None):
@@ -264,7 +309,9 @@ class Dualized(torch.optim.Optimizer):
                     f"{name} has the norm {known} and radius {self.norm.radii[name]:g} already; fix: leave norm and radius out of its group"
                 )
             if known is None and (norm is None or radius is None):
-                raise CoverageError(f'{name} has no norm; fix: give its group "norm" and "radius" (got {norm!r} and {radius!r})')
+                raise CoverageError(
+                    f'{name} has no norm; fix: give its group "norm" and "radius" (got {norm!r} and {radius!r})'
+                )
             placed = known or norm
             if not isinstance(placed, Norm) or (radius is not None and not 0 <= radius < inf):
                 raise CoverageError(
@@ -272,19 +319,31 @@ class Dualized(torch.optim.Optimizer):
                 )
             wrong = placed.check(p.shape)
             if wrong or p.is_complex():
-                raise CoverageError(f"{name}: got shape {tuple(p.shape)}, {p.dtype}; allowed by {placed}: {wrong or 'real numbers'}")
+                raise CoverageError(
+                    f"{name}: got shape {tuple(p.shape)}, {p.dtype}; allowed by {placed}: {wrong or 'real numbers'}"
+                )
         if self.escape:
             # One tensor for all groups: it travels in the groups because checkpoint libraries keep nothing else.
-            group["step_size"] = self.param_groups[0]["step_size"] if self.param_groups else self._new_step_size([p for _, p in pairs])
+            group["step_size"] = (
+                self.param_groups[0]["step_size"]
+                if self.param_groups
+                else self._new_step_size([p for _, p in pairs])
+            )
         self._refuse_unsupported(self.defaults | group, pairs)
         super().add_param_group(group)
         for name, p in pairs:
             if norm is not None and radius is not None:
-                self.norm.norms[name], self.norm.radii[name], self.norm.shapes[name] = norm, float(radius), tuple(p.shape)
+                self.norm.norms[name], self.norm.radii[name], self.norm.shapes[name] = (
+                    norm,
+                    float(radius),
+                    tuple(p.shape),
+                )
         entries: dict[Alone, list[tuple[Tensor, float, bool]]] = {}
         for name, p in pairs:
             norm = self.norm.norms[name]
-            entries.setdefault(self._at(p), []).append((p, float(norm.flops(p.shape)), _by_rows(norm, self.param_groups[-1])))
+            entries.setdefault(self._at(p), []).append(
+                (p, float(norm.flops(p.shape)), _by_rows(norm, self.param_groups[-1]))
+            )
         for at, placed in entries.items():
             at.place(placed)
 
@@ -315,11 +374,15 @@ class Dualized(torch.optim.Optimizer):
     def _new_step_size(self, params: list[Tensor], value: float | Tensor | None = None) -> Tensor:
         assert self.escape and params
         dtype = torch.promote_types(params[0].dtype, torch.float32)
-        return torch.as_tensor(self.escape.initial if value is None else value, dtype=dtype, device=params[0].device).clone()
+        return torch.as_tensor(
+            self.escape.initial if value is None else value, dtype=dtype, device=params[0].device
+        ).clone()
 
     def __getstate__(self) -> dict[str, Any]:
         if self._ranks.size > 1:
-            raise TypeError("Dualized of several processes: got a copy or pickle of it; allowed: state_dict() of one, loaded into another")
+            raise TypeError(
+                "Dualized of several processes: got a copy or pickle of it; allowed: state_dict() of one, loaded into another"
+            )
         kept = {k: getattr(self, k) for k in ("norm", "escape", "_ranks", "_plain", "_shards")}
         return super().__getstate__() | kept | {"_watch": None, "_radii": {}, "_here": {}}
 
@@ -350,10 +413,14 @@ class Dualized(torch.optim.Optimizer):
         entries: list[tuple[dict[str, Any], str, Tensor]] = []
         for group in self.param_groups:
             lr = group["lr"]
-            moves = (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0  # without waiting for a device
+            moves = (
+                isinstance(lr, Tensor) and lr.device.type != "cpu"
+            ) or lr != 0  # without waiting for a device
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if p.grad is not None and p.grad.is_sparse:
-                    raise ValueError(f"{name}\n  got: a sparse gradient\n  allowed: dense ones\n  fix: sparse=False in its module")
+                    raise ValueError(
+                        f"{name}\n  got: a sparse gradient\n  allowed: dense ones\n  fix: sparse=False in its module"
+                    )
                 # What other ranks have is not known here: with several, every weight takes part, and those without any gradient are masked.
                 if p.grad is not None or self._ranks.size > 1:
                     self._make_state(group, p)  # at lr 0 too: checkpoint libraries have it made so
@@ -377,18 +444,37 @@ class Dualized(torch.optim.Optimizer):
             clip = self._clip([p for *_, p in mine], group["max_grad_norm"])
             equal: dict[tuple[Any, ...], list[tuple[int, str, Tensor]]] = {}
             for i, name, p in mine:
-                equal.setdefault((self._at(p), self.norm.norms[name], p.shape, p.dtype, p.device), []).append((i, name, p))
+                equal.setdefault(
+                    (self._at(p), self.norm.norms[name], p.shape, p.dtype, p.device), []
+                ).append((i, name, p))
             for key, members in equal.items():
                 at, norm, *_ = key
                 held = [(i, n, p) for i, n, p in members if not at.owned or at.piece(p).numel()]
                 pieces = [at.piece(p) for *_, p in held]
-                weights = [self._precise(group, p, piece) for (*_, p), piece in zip(held, pieces, strict=True)]
+                weights = [
+                    self._precise(group, p, piece)
+                    for (*_, p), piece in zip(held, pieces, strict=True)
+                ]
                 live = ok
                 if present is not None and held:
-                    live = ok & torch.stack([present[i] for i, *_ in held]).reshape(-1, *(1,) * norm.ndim)
+                    live = ok & torch.stack([present[i] for i, *_ in held]).reshape(
+                        -1, *(1,) * norm.ndim
+                    )
                 radii = self._radii_of(norm, [(n, p) for _, n, p in held])
                 stacks.append(
-                    _Stack(group, norm, at, [p for *_, p in members], [p for *_, p in held], pieces, weights, radii, live, clip, anew)
+                    _Stack(
+                        group,
+                        norm,
+                        at,
+                        [p for *_, p in members],
+                        [p for *_, p in held],
+                        pieces,
+                        weights,
+                        radii,
+                        live,
+                        clip,
+                        anew,
+                    )
                 )
         # What is stepped by rows is cheap to step and large to send: first, so that the rest hides its way.
         stacks.sort(key=lambda s: not _by_rows(s.norm, s.group))
@@ -421,9 +507,13 @@ class Dualized(torch.optim.Optimizer):
             if not s.params:
                 return
             G, _ = s.gradients()
-            dual = yield from s.at.whole(s.norm.dualize, G, s.params, by_rows=s.norm.dualizes_by_rows)
+            dual = yield from s.at.whole(
+                s.norm.dualize, G, s.params, by_rows=s.norm.dualizes_by_rows
+            )
             start = [s.at.local(self.state[p]["start"]) for p in s.params]
-            parts.append(escape_terms(G, dual, start, s.weights, s.radii).to(step_size) / s.at.copies)
+            parts.append(
+                escape_terms(G, dual, start, s.weights, s.radii).to(step_size) / s.at.copies
+            )
 
         run((terms(s) for s in stacks), ahead=ahead)
         total = torch.stack(parts).sum(0) if parts else step_size.new_zeros(2)
@@ -433,7 +523,9 @@ class Dualized(torch.optim.Optimizer):
         """The factor, at most 1, that brings the gradients' 2-norm to the limit; scaled by the largest entry first, so that no square overflows."""
         if limit is None:
             return None
-        dtype = reduce(torch.promote_types, (p.dtype for p in params), torch.float32)  # the same on all ranks
+        dtype = reduce(
+            torch.promote_types, (p.dtype for p in params), torch.float32
+        )  # the same on all ranks
         by_copies: dict[int, list[Tensor]] = {}
         for p in params:
             g = self._at(p).gradient(p)
@@ -443,7 +535,11 @@ class Dualized(torch.optim.Optimizer):
         for copies, grads in by_copies.items():
             largest = torch.nn.utils.get_total_norm(grads, torch.inf)
             scale = torch.where(largest > 0, largest, 1)
-            parts.append(scale.to(dtype) * torch.nn.utils.get_total_norm([g / scale.to(g) for g in grads]).to(dtype) / copies**0.5)
+            parts.append(
+                scale.to(dtype)
+                * torch.nn.utils.get_total_norm([g / scale.to(g) for g in grads]).to(dtype)
+                / copies**0.5
+            )
         total = _length(self._ranks.gather(_length(torch.stack(parts))))
         return (limit / total).clamp(max=1)
 
@@ -455,7 +551,9 @@ class Dualized(torch.optim.Optimizer):
         p = pairs[0][1]
         key = (torch.promote_types(p.dtype, torch.float32), p.device, norm.ndim, values)
         if key not in self._radii:
-            self._radii[key] = torch.tensor(values, dtype=key[0], device=p.device).reshape(-1, *(1,) * norm.ndim)
+            self._radii[key] = torch.tensor(values, dtype=key[0], device=p.device).reshape(
+                -1, *(1,) * norm.ndim
+            )
         return self._radii[key]
 
     def _make_state(self, group: dict[str, Any], p: Tensor) -> None:
@@ -474,7 +572,9 @@ class Dualized(torch.optim.Optimizer):
         assert not clash, clash
         dtype = DTYPES[group["momentum_dtype"]]
         kept = (torch.float64, *(b.dtype for b in made.values() if not b.is_floating_point()))
-        state |= {k: b if dtype is None or b.dtype in kept else b.to(dtype) for k, b in made.items()}
+        state |= {
+            k: b if dtype is None or b.dtype in kept else b.to(dtype) for k, b in made.items()
+        }
         self.state[p].update({k: at.keep(p, b) for k, b in state.items()})
 
     def _precise(self, group: dict[str, Any], p: Tensor, piece: Tensor) -> Tensor:
@@ -499,22 +599,42 @@ class Dualized(torch.optim.Optimizer):
         if (rows := self._live_rows(s)) is not None:
             return self._step_rows(s, rows)
         G, live = s.gradients()
-        held = {k: [at.local(self.state[p][k]) for p in s.params] for k in self.state[s.params[0]] if k not in ("master", "start")}
-        state = {k: _stack(buffers).to(torch.promote_types(buffers[0].dtype, torch.float32)) for k, buffers in held.items()}
+        held = {
+            k: [at.local(self.state[p][k]) for p in s.params]
+            for k in self.state[s.params[0]]
+            if k not in ("master", "start")
+        }
+        state = {
+            k: _stack(buffers).to(torch.promote_types(buffers[0].dtype, torch.float32))
+            for k, buffers in held.items()
+        }
         direct = DIRECTIONS[group["direction"]]
         if not direct.gated:
             state = {k: v.clone() for k, v in state.items()}
-        D = direct(G, state, live=live.to(G.dtype), beta=group["beta"], beta2=group["beta2"], refresh=s.refresh)
+        D = direct(
+            G,
+            state,
+            live=live.to(G.dtype),
+            beta=group["beta"],
+            beta2=group["beta2"],
+            refresh=s.refresh,
+        )
         for k, buffers in held.items():
             if not direct.gated:
                 ok = s.ok if s.ok.ndim == 0 else s.ok.reshape(-1, *(1,) * (state[k].ndim - 1))
-                state[k] = torch.where(live if state[k].shape == D.shape else ok, state[k], torch.stack(buffers))
-            if len(buffers) > 1 or not direct.gated or state[k].dtype != buffers[0].dtype:  # else the buffer itself was updated
+                state[k] = torch.where(
+                    live if state[k].shape == D.shape else ok, state[k], torch.stack(buffers)
+                )
+            if (
+                len(buffers) > 1 or not direct.gated or state[k].dtype != buffers[0].dtype
+            ):  # else the buffer itself was updated
                 torch._foreach_copy_(buffers, state[k].unbind())  # pyright: ignore[reportPrivateImportUsage]
         del G, state
         dualize = s.norm.sharp if group["scale"] == "dual" else s.norm.dualize_
         if at.ahead:
-            D = yield from at.whole(dualize, D, s.params, by_rows=s.norm.dualizes_by_rows and group["scale"] == "unit")
+            D = yield from at.whole(
+                dualize, D, s.params, by_rows=s.norm.dualizes_by_rows and group["scale"] == "unit"
+            )
         else:  # what torch.compile can follow
             D = dualize(D)
         U = D.mul_(s.radii).masked_fill_(~live, 0)
@@ -539,7 +659,11 @@ class Dualized(torch.optim.Optimizer):
         if group["constraint"] is not None:
             W = _stack(s.weights)
             onto = partial(retract, norm=s.norm, constraint=group["constraint"])
-            R = (yield from at.whole(onto, W, s.params, by_rows=s.norm.retracts_by_rows)) if at.ahead else onto(W)
+            R = (
+                (yield from at.whole(onto, W, s.params, by_rows=s.norm.retracts_by_rows))
+                if at.ahead
+                else onto(W)
+            )
             R = torch.where(live & (s.radii > 0), R, W)
             if start:
                 torch._foreach_add_(start, (R - W).unbind())  # pyright: ignore[reportPrivateImportUsage]
@@ -553,17 +677,45 @@ class Dualized(torch.optim.Optimizer):
         For one weight that no other process steps, on the CPU, where the host need not wait to know them.
         """
         group = s.group
-        whole = self.escape or group["weight_decay"] or group["constraint"] or s.clip is not None or isinstance(group["lr"], Tensor)
-        alone = len(s.params) == 1 and self._ranks.size == 1 and not sharded(s.params[0]) and s.weights[0] is s.pieces[0]
-        if whole or not alone or s.weights[0].device.type != "cpu" or s.weights[0].numel() < LONG or torch.compiler.is_compiling():
+        whole = (
+            self.escape
+            or group["weight_decay"]
+            or group["constraint"]
+            or s.clip is not None
+            or isinstance(group["lr"], Tensor)
+        )
+        alone = (
+            len(s.params) == 1
+            and self._ranks.size == 1
+            and not sharded(s.params[0])
+            and s.weights[0] is s.pieces[0]
+        )
+        if (
+            whole
+            or not alone
+            or s.weights[0].device.type != "cpu"
+            or s.weights[0].numel() < LONG
+            or torch.compiler.is_compiling()
+        ):
             return None
         direction, buffers = DIRECTIONS[group["direction"]], self.state[s.params[0]].values()
-        if not _by_rows(s.norm, group) or not direction.gated or any(b.shape != s.weights[0].shape for b in buffers):
+        if (
+            not _by_rows(s.norm, group)
+            or not direction.gated
+            or any(b.shape != s.weights[0].shape for b in buffers)
+        ):
             return None
         g = s.at.gradient(s.params[0])
-        if g is None or g.ndim != 2 or any(x.dtype != torch.float32 for x in (s.weights[0], g, *buffers)) or not s.ok:
+        if (
+            g is None
+            or g.ndim != 2
+            or any(x.dtype != torch.float32 for x in (s.weights[0], g, *buffers))
+            or not s.ok
+        ):
             return None
-        return ((g.amax(-1) != 0) | (g.amin(-1) != 0)).nonzero().squeeze(-1)  # 7 times as fast as (g != 0).any(-1)
+        return (
+            ((g.amax(-1) != 0) | (g.amin(-1) != 0)).nonzero().squeeze(-1)
+        )  # 7 times as fast as (g != 0).any(-1)
 
     def _step_rows(self, s: _Stack, rows: Tensor) -> None:
         """What _step_pieces does, of these rows of one weight alone: the same numbers, bit for bit."""
@@ -571,7 +723,12 @@ class Dualized(torch.optim.Optimizer):
         G = s.at.gradient(p).index_select(0, rows)[None]  # type: ignore[union-attr]
         state = {k: b.index_select(0, rows)[None] for k, b in self.state[p].items()}
         D = DIRECTIONS[group["direction"]](
-            G, state, live=torch.ones_like(s.radii), beta=group["beta"], beta2=group["beta2"], refresh=s.refresh
+            G,
+            state,
+            live=torch.ones_like(s.radii),
+            beta=group["beta"],
+            beta2=group["beta2"],
+            refresh=s.refresh,
         )
         for k, b in self.state[p].items():
             b.index_copy_(0, rows, state[k][0])
@@ -579,7 +736,9 @@ class Dualized(torch.optim.Optimizer):
         W.index_copy_(0, rows, W.index_select(0, rows).add_(U, alpha=-group["lr"]))
 
     @_eager
-    def _all_finite(self, entries: list[tuple[dict[str, Any], str, Tensor]], loss: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _all_finite(
+        self, entries: list[tuple[dict[str, Any], str, Tensor]], loss: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """(0-dim bool, the same on all ranks: every number is finite; (n,) bool: the weight has a gradient on some rank, None for one rank).
 
         What was not finite, and where, goes to the host without waiting for it.
@@ -589,22 +748,35 @@ class Dualized(torch.optim.Optimizer):
         nothing = torch.zeros(1, device=device)
         numbers = [self._at(p).own(p) for *_, p in entries] + [loss]
         if w > 1:  # and the averages, which may overflow
-            numbers += [self._at(p).gradient(p) if self._at(p).owned else None for *_, p in entries] + [None]
+            numbers += [
+                self._at(p).gradient(p) if self._at(p).owned else None for *_, p in entries
+            ] + [None]
         finite = _finite([nothing if x is None or not x.numel() else x.detach() for x in numbers])
-        bad = torch.where(torch.stack([x.to(device) for x in finite]), 0, w - self._ranks.rank).to(torch.int32).view(-1, n + 1)
+        bad = (
+            torch.where(torch.stack([x.to(device) for x in finite]), 0, w - self._ranks.rank)
+            .to(torch.int32)
+            .view(-1, n + 1)
+        )
         ok, present, told = (bad == 0).all(), None, bad
         if w > 1:
             here = tuple(x is not None for x in numbers[: n + 1])
             if here not in self._here:
                 known = torch.tensor(here, dtype=torch.int32)
-                self._here = {here: known.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else known.to(device)}
+                self._here = {
+                    here: known.pin_memory().to(device, non_blocking=True)
+                    if device.type == "cuda"
+                    else known.to(device)
+                }
             told = self._ranks.maximum(torch.cat((bad, self._here[here][None])))
             ok, present = (told[:-1] == 0).all(), told[-1, :n] > 0
         host, event = told.to("cpu", non_blocking=told.is_cuda), None
         if told.is_cuda:
             event = torch.Event(told.device)
             event.record()
-        names, groups = [f"the gradient of {name}" for _, name, _ in entries] + ["the loss"], [group for group, *_ in entries]
+        names, groups = (
+            [f"the gradient of {name}" for _, name, _ in entries] + ["the loss"],
+            [group for group, *_ in entries],
+        )
         self._watch = _Watch(host, event, names, groups, 1 + max(g["calls"] for g in groups))
         if w == 1:
             self._count()
@@ -617,7 +789,9 @@ class Dualized(torch.optim.Optimizer):
         if watch is not None and not watch.counted:
             watch.counted = True
             here = watch.wait()[-1].tolist() if self._ranks.size > 1 else [1] * len(watch.groups)
-            for group in {id(g): g for g, there in zip(watch.groups, here, strict=False) if there}.values():
+            for group in {
+                id(g): g for g, there in zip(watch.groups, here, strict=False) if there
+            }.values():
                 group["calls"] += 1
 
     @_eager
@@ -632,11 +806,19 @@ class Dualized(torch.optim.Optimizer):
         if not bad.any():
             return
         local, *average = bad.tolist()
-        found = [f"{name} on rank {w - code}" if w > 1 else name for name, code in zip(watch.names, local, strict=True) if code]
+        found = [
+            f"{name} on rank {w - code}" if w > 1 else name
+            for name, code in zip(watch.names, local, strict=True)
+            if code
+        ]
         if local[-1]:  # the loss comes first: gradients follow it
             found.insert(0, found.pop())
         for codes in average:
-            found += [f"the average over ranks of {n}" for n, code, own in zip(watch.names, codes, local, strict=True) if code and not own]
+            found += [
+                f"the average over ranks of {n}"
+                for n, code, own in zip(watch.names, codes, local, strict=True)
+                if code and not own
+            ]
         more = f" and of {len(found) - 1} more" if len(found) > 1 else ""
         raise NonFiniteError(
             f"{found[0]}{more} was not finite in call {watch.call} of step(); that step was not taken, weights and momentum are as before"
@@ -649,7 +831,9 @@ class Dualized(torch.optim.Optimizer):
         if self._plain.owned:
             for group, saved in zip(self.param_groups, found["param_groups"], strict=True):
                 for p, i in zip(group["params"], saved["params"], strict=True):
-                    if self._plain is self._at(p) and (whole := self._plain.collect(p, self.state.get(p, {}))):
+                    if self._plain is self._at(p) and (
+                        whole := self._plain.collect(p, self.state.get(p, {}))
+                    ):
                         found["state"][i] = whole
         return found | {"schema": SCHEMA}
 
@@ -660,8 +844,16 @@ class Dualized(torch.optim.Optimizer):
 
     def held(self) -> dict[str, Piece]:
         """This rank's part of the state: {"<parameter>.<buffer>": piece}. For checkpoints of pieces, as checkpoint.py writes them."""
-        named = [(n, p) for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)]
-        return {f"{n}.{k}": self._at(p).held(p, b) for n, p in named for k, b in self.state.get(p, {}).items()}
+        named = [
+            (n, p)
+            for g in self.param_groups
+            for n, p in zip(g["param_names"], g["params"], strict=True)
+        ]
+        return {
+            f"{n}.{k}": self._at(p).held(p, b)
+            for n, p in named
+            for k, b in self.state.get(p, {}).items()
+        }
 
     @torch.no_grad()
     def make_state(self, wanted: Callable[[str], bool]) -> None:
@@ -685,7 +877,9 @@ class Dualized(torch.optim.Optimizer):
                 raise ValueError(
                     'optimizer state\n  got: one saved with lr="auto"\n  allowed: one saved with a fixed lr\n  fix: Dualized(model, lr="auto")'
                 )
-            group.update({k: v for k, v in own.items() if k not in group})  # saved by a version that had fewer settings
+            group.update(
+                {k: v for k, v in own.items() if k not in group}
+            )  # saved by a version that had fewer settings
         super().load_state_dict({"state": {}, "param_groups": groups})
         for group in self.param_groups:
             if self.escape:
@@ -693,7 +887,11 @@ class Dualized(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, groups, strict=True):
             for p, i in zip(group["params"], saved["params"], strict=True):
                 # Not by torch, which casts buffers to the weight's dtype: masters, and momentum of another one, would lose their digits.
-                taken = {k: self._at(p).take(p, v.to(p.device)) for k, v in state.get(i, {}).items() if isinstance(v, Tensor)}
+                taken = {
+                    k: self._at(p).take(p, v.to(p.device))
+                    for k, v in state.get(i, {}).items()
+                    if isinstance(v, Tensor)
+                }
                 if any(v is not None for v in taken.values()):
                     self.state[p].update({k: v for k, v in taken.items() if v is not None})
 
@@ -720,7 +918,12 @@ class Normalized(torch.optim.Optimizer):
         by_block: bool = False,
         from_zero: bool = True,
     ) -> None:
-        self.base, self.weight_decay, self.by_block, self.from_zero = base_optimizer, weight_decay, by_block, from_zero
+        self.base, self.weight_decay, self.by_block, self.from_zero = (
+            base_optimizer,
+            weight_decay,
+            by_block,
+            from_zero,
+        )
         self.norm = metrize(norm) if isinstance(norm, nn.Module) else norm
         kind, groups = type(base_optimizer).__name__, base_optimizer.param_groups
 
@@ -730,11 +933,21 @@ class Normalized(torch.optim.Optimizer):
         if isinstance(lr, str) or (not isinstance(lr, Tensor) and not 0 <= lr < inf):
             refuse(f"lr {lr!r}", "a finite number >= 0", "Normalized(base, norm, lr=0.1)")
         if kind in ("LBFGS", "ASGD"):
-            refuse(f"{kind}, which keeps weights or closures of its own", "bases that turn gradients into an update", "another base")
+            refuse(
+                f"{kind}, which keeps weights or closures of its own",
+                "bases that turn gradients into an update",
+                "another base",
+            )
         if from_zero and kind in ("Adafactor", "Lamb", "LAMB"):
-            refuse(f"{kind}, whose update depends on the weights", "with from_zero=False", "pass it")
+            refuse(
+                f"{kind}, whose update depends on the weights", "with from_zero=False", "pass it"
+            )
         if len({float(g["lr"]) for g in groups}) > 1:
-            refuse("a base whose groups have different lr", "one lr", "give all its groups one lr: radii are what differs by weight")
+            refuse(
+                "a base whose groups have different lr",
+                "one lr",
+                "give all its groups one lr: radii are what differs by weight",
+            )
         for group in groups:
             if group.get("weight_decay"):
                 refuse(
@@ -743,8 +956,17 @@ class Normalized(torch.optim.Optimizer):
                     "weight_decay=0 in the base, and Normalized(…, weight_decay=…)",
                 )
             if "param_names" not in group:
-                refuse(f"{kind} of parameters without names", "named ones", f"{kind}(model.named_parameters(), …)")
-        found = {canonical(n): p for g in groups for n, p in zip(g["param_names"], g["params"], strict=True) if p.requires_grad}
+                refuse(
+                    f"{kind} of parameters without names",
+                    "named ones",
+                    f"{kind}(model.named_parameters(), …)",
+                )
+        found = {
+            canonical(n): p
+            for g in groups
+            for n, p in zip(g["param_names"], g["params"], strict=True)
+            if p.requires_grad
+        }
         if found.keys() != self.norm.norms.keys():
             odd = sorted(found.keys() ^ self.norm.norms.keys())[0]
             refuse(
@@ -754,9 +976,17 @@ class Normalized(torch.optim.Optimizer):
             )
         for name, p in found.items():
             if sharded(p):
-                refuse(f"{name}, a sharded weight (DTensor)", "whole ones", "Dualized, whose owners have whole weights")
+                refuse(
+                    f"{name}, a sharded weight (DTensor)",
+                    "whole ones",
+                    "Dualized, whose owners have whole weights",
+                )
             if wrong := self.norm.norms[name].check(p.shape):
-                refuse(f"{name} of shape {tuple(p.shape)}", wrong, "metrize the model that the base was built for")
+                refuse(
+                    f"{name} of shape {tuple(p.shape)}",
+                    wrong,
+                    "metrize the model that the base was built for",
+                )
         for group in groups:
             group["param_names"], group["lr"] = [canonical(n) for n in group["param_names"]], lr
         super().__init__(base_optimizer.param_groups, {"lr": lr})
@@ -770,10 +1000,17 @@ class Normalized(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         groups = [g for g in self.param_groups if float(g["lr"]) != 0]
-        moving = [(g, n, p) for g in groups for n, p in zip(g["param_names"], g["params"], strict=True) if p.grad is not None]
+        moving = [
+            (g, n, p)
+            for g in groups
+            for n, p in zip(g["param_names"], g["params"], strict=True)
+            if p.grad is not None
+        ]
         if not moving:
             return loss
-        finite = torch.stack(_finite([p.grad for *_, p in moving])).tolist()  # one wait for the device, not one a weight
+        finite = torch.stack(
+            _finite([p.grad for *_, p in moving])
+        ).tolist()  # one wait for the device, not one a weight
         if not all(finite):
             name = moving[finite.index(False)][1]
             raise NonFiniteError(
@@ -785,9 +1022,13 @@ class Normalized(torch.optim.Optimizer):
         lrs = [g["lr"] for g in self.param_groups]
         try:
             for group in self.param_groups:
-                group["lr"] = torch.ones_like(group["lr"]) if isinstance(group["lr"], Tensor) else 1.0
+                group["lr"] = (
+                    torch.ones_like(group["lr"]) if isinstance(group["lr"], Tensor) else 1.0
+                )
             self.base.step()
-            updates = {n: -p if self.from_zero else w - p for (_, n, p), w in zip(moving, old, strict=True)}
+            updates = {
+                n: -p if self.from_zero else w - p for (_, n, p), w in zip(moving, old, strict=True)
+            }
         finally:
             for group, own in zip(self.param_groups, lrs, strict=True):
                 group["lr"] = own
@@ -822,7 +1063,9 @@ class Normalized(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The base's, matched by parameter name."""
-        groups, state = by_name(state_dict, [list(g["param_names"]) for g in self.param_groups], schema=None)
+        groups, state = by_name(
+            state_dict, [list(g["param_names"]) for g in self.param_groups], schema=None
+        )
         self.base.load_state_dict({"state": state, "param_groups": groups})
         self.param_groups, self.state = self.base.param_groups, self.base.state
 
@@ -839,7 +1082,11 @@ def by_name(
         raise ValueError(
             f"optimizer state\n  got: schema {state_dict['schema']}\n  allowed: 1 to {schema}\n  fix: use the version that saved it"
         )
-    saved = {canonical(n): (g, i) for g in state_dict["param_groups"] for n, i in zip(g["param_names"], g["params"], strict=True)}
+    saved = {
+        canonical(n): (g, i)
+        for g in state_dict["param_groups"]
+        for n, i in zip(g["param_names"], g["params"], strict=True)
+    }
     ours = [n for group in names for n in group]
     if saved.keys() != set(ours):
         odd = sorted(saved.keys() ^ set(ours))
@@ -853,9 +1100,15 @@ def by_name(
                 f"optimizer state\n  got: parameters of one group here in several there, {group[0]!r} among them\n  allowed: the same groups\n"
                 "  fix: build the optimizer with the groups that it was saved with"
             )
-    groups = [{**saved[group[0]][0], "params": [saved[n][1] for n in group], "param_names": group} for group in names]
+    groups = [
+        {**saved[group[0]][0], "params": [saved[n][1] for n in group], "param_names": group}
+        for group in names
+    ]
     # Cloned: torch keeps the loaded tensors themselves, and two optimizers would then share one momentum.
-    state = {i: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()} for i, s in state_dict["state"].items()}
+    state = {
+        i: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()}
+        for i, s in state_dict["state"].items()
+    }
     return groups, state
 
 
@@ -879,7 +1132,11 @@ def _length(x: Tensor) -> Tensor:
 
 def _by_rows(norm: Norm, group: dict[str, Any]) -> bool:
     """Whether a weight steps row by row: then ranks may have some rows each."""
-    dualizes = DIRECTIONS[group["direction"]].entrywise and norm.dualizes_by_rows and group["scale"] == "unit"
+    dualizes = (
+        DIRECTIONS[group["direction"]].entrywise
+        and norm.dualizes_by_rows
+        and group["scale"] == "unit"
+    )
     return dualizes and (group["constraint"] is None or norm.retracts_by_rows)
 
 

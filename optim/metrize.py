@@ -14,9 +14,26 @@ from typing import Any
 from torch import Tensor, nn
 
 from .modular import Atom, ModularNorm, Module, atom, bond, concat
-from .norms import NORMS, Blocks, ConvRMSToRMS, Flattened, L1ToRMS, MaxEntry, Norm, RMSToLinf, RMSToRMS, Transposed, VectorRMS
+from .norms import (
+    NORMS,
+    Blocks,
+    ConvRMSToRMS,
+    Flattened,
+    L1ToRMS,
+    MaxEntry,
+    Norm,
+    RMSToLinf,
+    RMSToRMS,
+    Transposed,
+    VectorRMS,
+)
 
-WRAPPERS = ("_orig_mod.", "module.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")  # torch.compile, DDP, checkpointing, FSDP
+WRAPPERS = (
+    "_orig_mod.",
+    "module.",
+    "_checkpoint_wrapped_module.",
+    "_fsdp_wrapped_module.",
+)  # torch.compile, DDP, checkpointing, FSDP
 
 # Masses of a model that declares no structure: each role's total, shared equally by its maps (fused queries, keys and values are three). As in
 # model.py, what is between embedding and head has six times the mass of either.
@@ -26,7 +43,10 @@ FUSED = ("c_attn", "qkv", "qkv_proj", "Wqkv", "gate_up_proj")
 INTERLEAVED = (
     "query_key_value",
 )  # GPT-NeoX, Bloom: queries, keys and values of each head in turn, in sizes that only the configuration tells
-GAINS, BIASES = ("weight", "gamma", "gain", "scale", "g"), ("bias", "beta", "b")  # 1-D weights of modules of unknown type, by name
+GAINS, BIASES = (
+    ("weight", "gamma", "gain", "scale", "g"),
+    ("bias", "beta", "b"),
+)  # 1-D weights of modules of unknown type, by name
 
 
 class CoverageError(ValueError):
@@ -65,7 +85,9 @@ class Rule:
             )
 
         if self.maps is not None and not (isinstance(self.maps, int) and self.maps >= 1):
-            raise CoverageError(f"rule {self.pattern!r}\n  got: maps {self.maps}\n  allowed: 1 or more\n  fix: Rule(…, maps=3)")
+            raise CoverageError(
+                f"rule {self.pattern!r}\n  got: maps {self.maps}\n  allowed: 1 or more\n  fix: Rule(…, maps=3)"
+            )
 
     def matches(self, name: str) -> bool:
         return fnmatchcase(name, self.pattern)
@@ -107,7 +129,11 @@ def check_distinct(names: Iterable[str]) -> None:
         )
 
 
-def metrize(model: nn.Module, structure: Module | None = None, rules: Iterable[Rule | Mapping[str, Any]] = ()) -> ModularNorm:
+def metrize(
+    model: nn.Module,
+    structure: Module | None = None,
+    rules: Iterable[Rule | Mapping[str, Any]] = (),
+) -> ModularNorm:
     """The modular norm of a model, by canonical parameter names.
 
     structure: the tree; by default what model.structure() returns. A model without one is placed by the types of its modules, its weights side by side with the
@@ -145,7 +171,11 @@ def metrize(model: nn.Module, structure: Module | None = None, rules: Iterable[R
     if structure is None:
         tree = _by_type(plain, trainable, rules, alias, notes)
     else:
-        tree = structure.unrolled().mapped(lambda leaf: _ruled(leaf, rules, alias)) if rules else structure
+        tree = (
+            structure.unrolled().mapped(lambda leaf: _ruled(leaf, rules, alias))
+            if rules
+            else structure
+        )
     found = ModularNorm.of(tree)
     for name, p in trainable.items():
         norm = found.norms.get(name)
@@ -168,15 +198,22 @@ def metrize(model: nn.Module, structure: Module | None = None, rules: Iterable[R
     frozen = len(unique) - len(trainable)
     if frozen:
         notes.append(f"{frozen} frozen parameter{'s' * (frozen > 1)} left out")
-    kept = {f: {k: v for k, v in getattr(found, f).items() if k in trainable} for f in ("norms", "radii", "roles", "masses")}
-    return replace(found, shapes={n: tuple(p.shape) for n, p in trainable.items()}, notes=tuple(notes), **kept)
+    kept = {
+        f: {k: v for k, v in getattr(found, f).items() if k in trainable}
+        for f in ("norms", "radii", "roles", "masses")
+    }
+    return replace(
+        found, shapes={n: tuple(p.shape) for n, p in trainable.items()}, notes=tuple(notes), **kept
+    )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     while (
         not model._parameters
         and len(list(model.children())) == 1
-        and isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module)
+        and isinstance(
+            inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module
+        )
     ):
         model = inner
     return model
@@ -184,22 +221,42 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 def _ruled(leaf: Atom, rules: list[Rule], alias: dict[str, set[str]]) -> Module:
     """An atom of a declared structure, as the first rule that matches it wants it."""
-    rule = next((r for r in rules if any(map(r.matches, {leaf.name} | alias.get(leaf.name, set())))), None)
+    rule = next(
+        (r for r in rules if any(map(r.matches, {leaf.name} | alias.get(leaf.name, set())))), None
+    )
     if rule is None:
         return leaf
     assert not isinstance(rule.norm, str)
-    return replace(leaf, norm=rule.norm or leaf.norm, mass=leaf.mass if rule.mass is None else rule.mass, role=rule.role or leaf.role)
+    return replace(
+        leaf,
+        norm=rule.norm or leaf.norm,
+        mass=leaf.mass if rule.mass is None else rule.mass,
+        role=rule.role or leaf.role,
+    )
 
 
-def _by_type(model: nn.Module, trainable: Mapping[str, Tensor], rules: list[Rule], alias: dict[str, set[str]], notes: list[str]) -> Module:
+def _by_type(
+    model: nn.Module,
+    trainable: Mapping[str, Tensor],
+    rules: list[Rule],
+    alias: dict[str, set[str]],
+    notes: list[str],
+) -> Module:
     """The tree of a model that declares none: its weights side by side."""
-    owners = {canonical(f"{path}.{own}" if path else own): (m, own, path) for path, m in model.named_modules() for own in m._parameters}
+    owners = {
+        canonical(f"{path}.{own}" if path else own): (m, own, path)
+        for path, m in model.named_modules()
+        for own in m._parameters
+    }
     heads = _declared_heads(model)
     places: dict[str, Place] = {}
     masses: dict[str, float] = {}
     for name, p in trainable.items():
         module, own, path = owners[name]
-        rule = next((r for r in rules for n in sorted({name} | alias.get(name, set())) if r.matches(n)), Rule(name))
+        rule = next(
+            (r for r in rules for n in sorted({name} | alias.get(name, set())) if r.matches(n)),
+            Rule(name),
+        )
         place = _place(module, own, path, p)
         role = rule.role or ("head" if id(p) in heads else place.role if place else None)
         if role is not None and role not in MASSES and _nearest(role, MASSES):
@@ -213,7 +270,9 @@ def _by_type(model: nn.Module, trainable: Mapping[str, Tensor], rules: list[Rule
             norm = place.norm
         if norm is None or isinstance(norm, str):
             raise CoverageError(_unplaced(name, module, p))
-        as_placed = place is not None and (norm is place.norm or (rule.norm is not None and rule.role is None))
+        as_placed = place is not None and (
+            norm is place.norm or (rule.norm is not None and rule.role is None)
+        )
         maps = rule.maps or (place.maps if place and as_placed else 1)
         role = role or ("hidden" if p.ndim >= 2 else "bias")
         places[name] = Place(role, norm, maps)
@@ -229,7 +288,9 @@ def _by_type(model: nn.Module, trainable: Mapping[str, Tensor], rules: list[Rule
     atoms = []
     for name, place in places.items():
         n = place.maps
-        mass = masses.get(name, n * MASSES.get(place.role, MASSES["hidden"]) / max(1, counts[place.role]))
+        mass = masses.get(
+            name, n * MASSES.get(place.role, MASSES["hidden"]) / max(1, counts[place.role])
+        )
         leaf = atom(name, place.norm, mass=mass, role=place.role)
         atoms.append(leaf if n == 1 else bond(f"{n} maps", sensitivity=n, sharpness=0) @ leaf)
     return bond("any network", typical=True) @ concat(*atoms)
@@ -241,12 +302,18 @@ def _place(module: nn.Module, own: str, path: str, p: Tensor) -> Place | None:
     bias = Place("bias", VectorRMS())
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return Place("embedding", L1ToRMS())
-    if isinstance(module, nn.Linear) or (kind == "Conv1D" and getattr(module.weight, "ndim", 0) == 2):
-        wrap: Callable[[Norm], Norm] = Transposed if kind == "Conv1D" else lambda norm: norm  # transformers' GPT-2 stores (I, O)
+    if isinstance(module, nn.Linear) or (
+        kind == "Conv1D" and getattr(module.weight, "ndim", 0) == 2
+    ):
+        wrap: Callable[[Norm], Norm] = (
+            Transposed if kind == "Conv1D" else lambda norm: norm
+        )  # transformers' GPT-2 stores (I, O)
         rows, columns = reversed(module.weight.shape) if kind == "Conv1D" else module.weight.shape  # type: ignore[misc, union-attr]
         maps, norm, vector, note = 1, wrap(RMSToRMS()), VectorRMS(), ""
         fused = "qkv" in label or label in ("kv", "to_kv", "kv_proj")
-        if label in INTERLEAVED or (fused and label not in FUSED and rows in (2 * columns, 3 * columns)):
+        if label in INTERLEAVED or (
+            fused and label not in FUSED and rows in (2 * columns, 3 * columns)
+        ):
             return None  # several maps in an order that the name does not tell
         if label == "gate_up_proj" or (label in FUSED and rows != columns):
             maps = 2 if label == "gate_up_proj" else 3
@@ -258,20 +325,48 @@ def _place(module: nn.Module, own: str, path: str, p: Tensor) -> Place | None:
                 f"{maps} maps fused in one weight, by its name ({label})",
             )
         if own in ("weight", "bias"):
-            return Place("hidden", norm, maps, wrap, note) if own == "weight" else Place("bias", vector, maps)
+            return (
+                Place("hidden", norm, maps, wrap, note)
+                if own == "weight"
+                else Place("bias", vector, maps)
+            )
     if isinstance(module, nn.modules.conv._ConvNd):
         dims, transposed = len(module.kernel_size), module.transposed
-        return Place("hidden", ConvRMSToRMS(dims=dims, groups=module.groups, transposed=transposed)) if own == "weight" else bias
+        return (
+            Place("hidden", ConvRMSToRMS(dims=dims, groups=module.groups, transposed=transposed))
+            if own == "weight"
+            else bias
+        )
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        gates = 4 if isinstance(module, nn.LSTM | nn.LSTMCell) else 3 if isinstance(module, nn.GRU | nn.GRUCell) else 1
+        gates = (
+            4
+            if isinstance(module, nn.LSTM | nn.LSTMCell)
+            else 3
+            if isinstance(module, nn.GRU | nn.GRUCell)
+            else 1
+        )
         if own.startswith("bias"):
             return Place("bias", Blocks(VectorRMS(), gates), gates)
-        return Place("hidden", Blocks(RMSToRMS(), gates), gates) if "_hr" not in own else Place("hidden", RMSToRMS())
+        return (
+            Place("hidden", Blocks(RMSToRMS(), gates), gates)
+            if "_hr" not in own
+            else Place("hidden", RMSToRMS())
+        )
     if isinstance(module, nn.MultiheadAttention):
         if own in ("in_proj_weight", "in_proj_bias"):
-            return Place("hidden", Blocks(RMSToRMS(), 3), 3) if own.endswith("weight") else Place("bias", Blocks(VectorRMS(), 3), 3)
-        return Place("hidden", RMSToRMS()) if p.ndim == 2 else Place("bias", Flattened(VectorRMS(), p.ndim))
-    known = isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.modules.batchnorm._NormBase)
+            return (
+                Place("hidden", Blocks(RMSToRMS(), 3), 3)
+                if own.endswith("weight")
+                else Place("bias", Blocks(VectorRMS(), 3), 3)
+            )
+        return (
+            Place("hidden", RMSToRMS())
+            if p.ndim == 2
+            else Place("bias", Flattened(VectorRMS(), p.ndim))
+        )
+    known = isinstance(
+        module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.modules.batchnorm._NormBase
+    )
     if p.ndim == 0:
         return Place("scalar", MaxEntry(0), note="a scalar")
     if known or p.ndim == 1:
@@ -279,7 +374,11 @@ def _place(module: nn.Module, own: str, path: str, p: Tensor) -> Place | None:
         if own in GAINS:
             return Place("gain", MaxEntry(p.ndim), note=guess and f"{guess} gain")
         if own in BIASES:
-            return Place("bias", VectorRMS() if p.ndim == 1 else Flattened(VectorRMS(), p.ndim), note=guess and f"{guess} bias")
+            return Place(
+                "bias",
+                VectorRMS() if p.ndim == 1 else Flattened(VectorRMS(), p.ndim),
+                note=guess and f"{guess} bias",
+            )
     return None
 
 
@@ -313,7 +412,13 @@ def _declared_heads(model: nn.Module) -> set[int]:
     return {id(weight)} if isinstance(weight, Tensor) else set()
 
 
-def _check_head(model: nn.Module, trainable: Mapping[str, Tensor], places: dict[str, Place], rules: list[Rule], notes: list[str]) -> None:
+def _check_head(
+    model: nn.Module,
+    trainable: Mapping[str, Tensor],
+    places: dict[str, Place],
+    rules: list[Rule],
+    notes: list[str],
+) -> None:
     """A map to a vocabulary that nobody called the head is not taken for a hidden one."""
     if any(place.role == "head" for place in places.values()):
         return
@@ -323,7 +428,9 @@ def _check_head(model: nn.Module, trainable: Mapping[str, Tensor], places: dict[
         if (
             place.role == "hidden"
             and place.maps == 1
-            and not any(part.isdigit() for part in name.split(".")[:-2])  # a layer's own maps are not heads
+            and not any(
+                part.isdigit() for part in name.split(".")[:-2]
+            )  # a layer's own maps are not heads
             and len(shape) == 2
             and shape[0] in vocabularies
             and shape[0] != shape[1]
@@ -333,7 +440,9 @@ def _check_head(model: nn.Module, trainable: Mapping[str, Tensor], places: dict[
                 f"{name} {tuple(shape)} looks like the head\n  got: a map to as many outputs as an embedding has rows, and no head\n  allowed: a head by rule\n"
                 f"  fix: metrize(model, rules=[Rule({name!r}, role='head')]), or role='hidden' if it is not"
             )
-    notes.append("no head: every linear map is a hidden one; Rule(pattern, role='head') names one that ends in logits")
+    notes.append(
+        "no head: every linear map is a hidden one; Rule(pattern, role='head') names one that ends in logits"
+    )
 
 
 def _check_rules(rules: list[Rule], names: list[str]) -> None:
@@ -352,7 +461,9 @@ def _check_rules(rules: list[Rule], names: list[str]) -> None:
         left = [n for n in left if not rule.matches(n)]
 
 
-def _check_ties(every: Sequence[tuple[str, Tensor]], rules: list[Rule], embeddings: set[str]) -> dict[str, set[str]]:
+def _check_ties(
+    every: Sequence[tuple[str, Tensor]], rules: list[Rule], embeddings: set[str]
+) -> dict[str, set[str]]:
     """{first name: further names} of weights that share memory; an error unless all are embeddings, or a rule gives them one norm."""
     alias: dict[str, set[str]] = {}
     spans: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
@@ -362,7 +473,11 @@ def _check_ties(every: Sequence[tuple[str, Tensor]], rules: list[Rule], embeddin
         other = owner.setdefault(id(p), name)
         if other == name and p.numel() and p.device.type != "meta" and p.data_ptr():
             begin = p.data_ptr()
-            end = begin + (1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))) * p.element_size()
+            end = (
+                begin
+                + (1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)))
+                * p.element_size()
+            )
             memory = spans[p.untyped_storage().data_ptr()]
             other = next((n for a, b, n in memory if a < end and begin < b), name)
             memory.append((begin, end, name))

@@ -18,8 +18,12 @@ from torch import Tensor
 
 from .norms import Norm
 
-Sharpness = tuple[float, float, float]  # (α, β, γ): bounds on second derivatives in (w, w), (w, x), (x, x) [MN, §3.3]
-Rows = list[tuple[int, str, tuple[float, ...]]]  # of a drawing: indentation, text, and the radius of every copy
+Sharpness = tuple[
+    float, float, float
+]  # (α, β, γ): bounds on second derivatives in (w, w), (w, x), (x, x) [MN, §3.3]
+Rows = list[
+    tuple[int, str, tuple[float, ...]]
+]  # of a drawing: indentation, text, and the radius of every copy
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,9 @@ class Module:
     def __mul__(self, scalar: float) -> Module:
         """The output times a scalar."""
         if scalar == 0:
-            raise ValueError("a module times 0\n  got: scalar 0\n  allowed: any other number\n  fix: leave the module out instead")
+            raise ValueError(
+                "a module times 0\n  got: scalar 0\n  allowed: any other number\n  fix: leave the module out instead"
+            )
         return bond(f"× {scalar:.4g}", sensitivity=abs(scalar), sharpness=0) @ self
 
     __rmul__ = __mul__
@@ -91,7 +97,10 @@ class Module:
     def __str__(self) -> str:
         rows = self.rows()
         width = max(2 * depth + len(text) for depth, text, _ in rows)
-        lines = [("  " * depth + text).ljust(width) + (f"  radius {_range(radii)}" if radii else "") for depth, text, radii in rows]
+        lines = [
+            ("  " * depth + text).ljust(width) + (f"  radius {_range(radii)}" if radii else "")
+            for depth, text, radii in rows
+        ]
         return "\n".join(line.rstrip() for line in lines)
 
     def svg(self) -> str:
@@ -110,8 +119,12 @@ class Module:
             out.append(f'<text x="{10 + 2 * depth * em:.0f}" y="{y + 14}">{escape(text)}</text>')
             if radii:
                 length = 220 * max(radii) / top
-                out.append(f'<rect x="{width:.0f}" y="{y + 4}" width="{length:.1f}" height="12" fill="#4477aa"/>')
-                out.append(f'<text x="{width + length + 6:.0f}" y="{y + 14}">{_range(radii)}</text>')
+                out.append(
+                    f'<rect x="{width:.0f}" y="{y + 4}" width="{length:.1f}" height="12" fill="#4477aa"/>'
+                )
+                out.append(
+                    f'<text x="{width + length + 6:.0f}" y="{y + 14}">{_range(radii)}</text>'
+                )
         return "\n".join([*out, "</svg>\n"])
 
 
@@ -143,7 +156,9 @@ class Atom(Module):
         return [(0, f"{self.name}: {self.norm}{role}, mass {self.mass:.4g}{_gain(self)}", targets)]
 
 
-def atom(name: str, norm: Norm, *, mass: float = 1.0, sensitivity: float = 1.0, role: str = "") -> Atom:
+def atom(
+    name: str, norm: Norm, *, mass: float = 1.0, sensitivity: float = 1.0, role: str = ""
+) -> Atom:
     """A weight: parameter name ("{}" is a layer number, filled by **), norm, mass, sensitivity on the unit ball.
 
     It acts linearly in the weight: (α, β, γ) = (0, 1, 0). A bias, which does not see the input, has sensitivity 0 and (0, 0, 0).
@@ -153,7 +168,14 @@ def atom(name: str, norm: Norm, *, mass: float = 1.0, sensitivity: float = 1.0, 
         raise ValueError(
             f"{what} of {name}\n  got: {got:g}\n  allowed: 0 or more (a weight of mass 0 is never updated)\n  fix: atom({name!r}, …, {what}=…)"
         )
-    return Atom(mass, sensitivity, sharpness=(0.0, 1.0 if sensitivity else 0.0, 0.0), name=name, norm=norm, role=role or name)
+    return Atom(
+        mass,
+        sensitivity,
+        sharpness=(0.0, 1.0 if sensitivity else 0.0, 0.0),
+        name=name,
+        norm=norm,
+        role=role or name,
+    )
 
 
 @dataclass(frozen=True)
@@ -166,7 +188,9 @@ class Bond(Module):
         return [(0, self.label + ("" if self.label.startswith("× ") else _gain(self)), ())]
 
 
-def bond(label: str, *, sensitivity: float = 1.0, typical: bool = False, sharpness: float | None = None) -> Bond:
+def bond(
+    label: str, *, sensitivity: float = 1.0, typical: bool = False, sharpness: float | None = None
+) -> Bond:
     """A map without weights.
 
     sensitivity: its Lipschitz constant on the unit ball or, marked typical, its gain at unit-RMS Gaussian input.
@@ -191,7 +215,11 @@ def attention() -> Bond:
 
 
 def _gain(node: Module) -> str:
-    return "" if node.sensitivity == 1 else f", sensitivity {'≈ ' * node.typical}{node.sensitivity:.4g}"
+    return (
+        ""
+        if node.sensitivity == 1
+        else f", sensitivity {'≈ ' * node.typical}{node.sensitivity:.4g}"
+    )
 
 
 def _unite(*nodes: Module) -> tuple[str, ...]:
@@ -205,7 +233,9 @@ def _after(outer: Module, inner: Module) -> Sharpness | None:
     (a1, b1, c1), (a2, b2, c2) = inner.sharpness, outer.sharpness
     mass = inner.mass + outer.mass
     p1, p2 = (inner.mass / mass, outer.mass / mass) if mass else (0.0, 0.0)
-    q = p1 / outer.sensitivity if p1 else 0.0  # the input of the outer moves by this much under a step of norm 1
+    q = (
+        p1 / outer.sensitivity if p1 else 0.0
+    )  # the input of the outer moves by this much under a step of norm 1
     return (
         p1 * q * a1 + p2 * p2 * a2 + 2 * p2 * q * b2 + q * q * c2,
         p1 * b1 + inner.sensitivity * (p2 * b2 + q * c2),
@@ -229,7 +259,15 @@ class Composite(Module):
             )
         typical = outer.typical or inner.typical
         gain = outer.sensitivity * inner.sensitivity
-        return Composite(outer.mass + inner.mass, gain, typical, _after(outer, inner), _unite(inner, outer), outer=outer, inner=inner)
+        return Composite(
+            outer.mass + inner.mass,
+            gain,
+            typical,
+            _after(outer, inner),
+            _unite(inner, outer),
+            outer=outer,
+            inner=inner,
+        )
 
     def mapped(self, change: Callable[[Atom], Module]) -> Module:
         return Composite.of(self.outer.mapped(change), self.inner.mapped(change))
@@ -240,7 +278,9 @@ class Composite(Module):
     def _targets(self, target: float) -> tuple[float, float]:
         """(of inner, of outer)."""
         share = target / self.mass if self.mass else 0.0
-        return (share * self.inner.mass / self.outer.sensitivity if self.inner.mass else 0.0), share * self.outer.mass
+        return (
+            share * self.inner.mass / self.outer.sensitivity if self.inner.mass else 0.0
+        ), share * self.outer.mass
 
     def radii(self, target: float = 1.0) -> Iterator[tuple[Atom, float]]:
         inner, outer = self._targets(target)
@@ -281,7 +321,10 @@ class Concat(Module):
             share = child.mass / self.mass if self.mass else 0.0
             below = child.rows(tuple(t * share for t in targets))
             first, *rest = below
-            rows += [(1, f"┬ {first[1]}" if rest else f"─ {first[1]}", first[2]), *((d + 2, text, r) for d, text, r in rest)]
+            rows += [
+                (1, f"┬ {first[1]}" if rest else f"─ {first[1]}", first[2]),
+                *((d + 2, text, r) for d, text, r in rest),
+            ]
         return rows
 
 
@@ -291,8 +334,19 @@ def concat(*children: Module) -> Concat:
     sharpness = None
     if all(c.sharpness is not None for c in children):
         parts = [(c.mass / mass if mass else 0.0, c.sharpness) for c in children]
-        sharpness = (sum(p * p * s[0] for p, s in parts if s), sum(p * s[1] for p, s in parts if s), sum(s[2] for _, s in parts if s))
-    return Concat(mass, sensitivity, any(c.typical for c in children), sharpness, _unite(*children), children=children)
+        sharpness = (
+            sum(p * p * s[0] for p, s in parts if s),
+            sum(p * s[1] for p, s in parts if s),
+            sum(s[2] for _, s in parts if s),
+        )
+    return Concat(
+        mass,
+        sensitivity,
+        any(c.typical for c in children),
+        sharpness,
+        _unite(*children),
+        children=children,
+    )
 
 
 @dataclass(frozen=True)
@@ -307,7 +361,13 @@ class Power(Module):
         unrolled = block
         for _ in range(times - 1):
             unrolled = Composite.of(block, unrolled)
-        kept = (unrolled.mass, unrolled.sensitivity, unrolled.typical, unrolled.sharpness, unrolled.undeclared)
+        kept = (
+            unrolled.mass,
+            unrolled.sensitivity,
+            unrolled.typical,
+            unrolled.sharpness,
+            unrolled.undeclared,
+        )
         return Power(*kept, block=block, times=times)
 
     def mapped(self, change: Callable[[Atom], Module]) -> Module:
@@ -324,7 +384,10 @@ class Power(Module):
         """Of each copy: an equal share, magnified by the sensitivity of the copies after it."""
         if not self.mass:
             return [0.0] * self.times
-        return [target / self.times / self.block.sensitivity ** (self.times - 1 - i) for i in range(self.times)]
+        return [
+            target / self.times / self.block.sensitivity ** (self.times - 1 - i)
+            for i in range(self.times)
+        ]
 
     def radii(self, target: float = 1.0) -> Iterator[tuple[Atom, float]]:
         for i, share in enumerate(self._targets(target)):
@@ -342,8 +405,14 @@ class Power(Module):
 def residual(block: Module, depth: int) -> Module:
     """(1 − 1/depth) x + (1/depth) block(x): `depth` of them in a row have sensitivity 1 where the block has 1, and at most exp(μ − 1) where it has μ [MN]."""
     if depth < 1:
-        raise ValueError(f"residual\n  got: depth {depth}\n  allowed: 1 or more\n  fix: the number of residual blocks in a row")
-    return block if depth == 1 else (1 - 1 / depth) * bond("identity", sharpness=0) + (1 / depth) * block
+        raise ValueError(
+            f"residual\n  got: depth {depth}\n  allowed: 1 or more\n  fix: the number of residual blocks in a row"
+        )
+    return (
+        block
+        if depth == 1
+        else (1 - 1 / depth) * bond("identity", sharpness=0) + (1 / depth) * block
+    )
 
 
 @dataclass(frozen=True)
@@ -368,7 +437,9 @@ class ModularNorm:
         resolved = ModularNorm({}, {}, tree=tree)
         for node, radius in tree.radii():
             if node.name in resolved.norms:
-                raise ValueError(f"the tree names {node.name!r} twice; allowed: once; use '{{}}' in names under **")
+                raise ValueError(
+                    f"the tree names {node.name!r} twice; allowed: once; use '{{}}' in names under **"
+                )
             resolved.norms[node.name], resolved.radii[node.name] = node.norm, radius
             resolved.roles[node.name], resolved.masses[node.name] = node.role, node.mass
         return resolved
@@ -377,7 +448,11 @@ class ModularNorm:
         odd = sorted(self.norms.keys() ^ self.radii.keys())
         bad = next((k for k, r in self.radii.items() if not 0 <= r < math.inf), None)
         if odd or bad is not None:
-            got = f"{odd[0]!r} with a norm or a radius alone" if odd else f"radius {self.radii[str(bad)]} of {bad!r}"
+            got = (
+                f"{odd[0]!r} with a norm or a radius alone"
+                if odd
+                else f"radius {self.radii[str(bad)]} of {bad!r}"
+            )
             raise ValueError(
                 f"ModularNorm\n  got: {got}\n  allowed: a norm and a finite radius >= 0 for each name\n  fix: metrize(model), or both by name"
             )
@@ -386,7 +461,9 @@ class ModularNorm:
         """max_k ‖w_k‖_k / radius_k (0-dim); infinite where a tensor of radius 0 is not zero."""
         sizes = {k: self.norms[k].norm(w) for k, w in self._checked(tensors)}
         return (
-            torch.stack([torch.where(size > 0, size / self.radii[k], 0.0) for k, size in sizes.items()]).amax()
+            torch.stack(
+                [torch.where(size > 0, size / self.radii[k], 0.0) for k, size in sizes.items()]
+            ).amax()
             if sizes
             else torch.zeros(())
         )
@@ -400,7 +477,9 @@ class ModularNorm:
         """radius_k · dualize_k(g_k): a step of modular norm 1 that attains the dual norm."""
         return {k: self.radii[k] * self.norms[k].dualize(g) for k, g in self._checked(grads)}
 
-    def normalize(self, updates: Mapping[str, Tensor], *, by_block: bool = False) -> dict[str, Tensor]:
+    def normalize(
+        self, updates: Mapping[str, Tensor], *, by_block: bool = False
+    ) -> dict[str, Tensor]:
         """radius_k · u_k / ‖u_k‖_k: every tensor of any optimizer's update at its full share of modular norm 1 [MN]; 0 stays 0.
 
         by_block: every block of a norm that is a maximum over blocks (rows, heads, slices of a convolution) to its full size, as Modula's own code does.
@@ -429,7 +508,9 @@ class ModularNorm:
         for name, norm in self.norms.items():
             shape = self.shapes.get(name)
             try:
-                predicted = f"{self.radii[name] * norm.update_rms(shape):.4g}" if shape is not None else "?"
+                predicted = (
+                    f"{self.radii[name] * norm.update_rms(shape):.4g}" if shape is not None else "?"
+                )
             except NotImplementedError:
                 predicted = "?"
             spelled = "?" if shape is None else "×".join(map(str, shape)) or "scalar"
@@ -445,7 +526,10 @@ class ModularNorm:
                 )
             )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
         return "\n".join([*lines, *(f"note: {n}" for n in self.notes)]) + "\n"
 
     def _checked(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -453,7 +537,9 @@ class ModularNorm:
             if name not in self.norms:
                 raise ValueError(f"no norm for {name!r}; allowed: {', '.join(self.norms)}")
             if not torch.isfinite(tensor).all():
-                raise NonFiniteError(f"{name} has entries that are not finite; allowed: finite numbers")
+                raise NonFiniteError(
+                    f"{name} has entries that are not finite; allowed: finite numbers"
+                )
             yield name, tensor
 
 

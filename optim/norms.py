@@ -89,7 +89,11 @@ class Norm:
 
     def check(self, shape: Sequence[int]) -> str | None:
         """None if a weight of this shape fits, else what does."""
-        return None if len(shape) == self.ndim and prod(shape) else f"{self.ndim} dimensions, none of them 0"
+        return (
+            None
+            if len(shape) == self.ndim and prod(shape)
+            else f"{self.ndim} dimensions, none of them 0"
+        )
 
     def _per_weight(self, value: Tensor) -> Tensor:
         return value.reshape((*value.shape, *(1,) * self.ndim))
@@ -138,7 +142,9 @@ def spectral_norm(W: Tensor, squarings: int = 7, steps: int = 15) -> Tensor:
     for _ in range(steps):
         v = A @ v
         v = v / v.abs().amax(dim=-2, keepdim=True).clamp(min=torch.finfo(A.dtype).tiny)
-    gain = torch.linalg.vector_norm(X.mT @ v, dim=(-2, -1)) / torch.linalg.vector_norm(v, dim=(-2, -1)).clamp(min=torch.finfo(A.dtype).tiny)
+    gain = torch.linalg.vector_norm(X.mT @ v, dim=(-2, -1)) / torch.linalg.vector_norm(
+        v, dim=(-2, -1)
+    ).clamp(min=torch.finfo(A.dtype).tiny)
     return gain * length[..., 0, 0]
 
 
@@ -164,7 +170,9 @@ class Spectral(Norm):
 
     def __post_init__(self) -> None:
         if self.scale not in SCALES:
-            raise ValueError(f"{type(self).__name__}.scale: got {self.scale!r}; allowed: {', '.join(SCALES)}")
+            raise ValueError(
+                f"{type(self).__name__}.scale: got {self.scale!r}; allowed: {', '.join(SCALES)}"
+            )
 
     def norm(self, W: Tensor) -> Tensor:
         return torch.linalg.matrix_norm(_at_least_fp32(W), ord=2) / self._scale(W.shape)
@@ -186,7 +194,9 @@ class Spectral(Norm):
         """The polar factor at full size; five cubic steps (each squares the distance from 1) polish what the schedule's band leaves."""
         X = _at_least_fp32(self.polar(W)).reshape(-1, *W.shape[-2:])
         X = plain(X if W.shape[-2] <= W.shape[-1] else X.mT, SCHEDULES["cubic"].coefficients[:5])
-        return ((X if W.shape[-2] <= W.shape[-1] else X.mT).reshape(W.shape) * self._scale(W.shape)).to(W.dtype)
+        return (
+            (X if W.shape[-2] <= W.shape[-1] else X.mT).reshape(W.shape) * self._scale(W.shape)
+        ).to(W.dtype)
 
     def init(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
         """Scale times a semi-orthogonal matrix, uniform (Haar): the exact polar factor of a Gaussian, by QR, which is cheaper than the SVD."""
@@ -408,7 +418,9 @@ class _View(Norm):
         return self._largest(self.inner.size, W)
 
     def dual_norm(self, G: Tensor) -> Tensor:
-        return torch.stack([self.inner.dual_norm(p).sum(-1) for p in self._split(G)]).sum(0) / self._factor(G.shape)
+        return torch.stack([self.inner.dual_norm(p).sum(-1) for p in self._split(G)]).sum(
+            0
+        ) / self._factor(G.shape)
 
     def dualize(self, G: Tensor) -> Tensor:
         return self._each(self.inner.dualize, G) / self._factor(G.shape)
@@ -417,7 +429,9 @@ class _View(Norm):
         return self._each(self.inner.dualize_, G).div_(self._factor(G.shape))
 
     def project(self, W: Tensor) -> Tensor:
-        return self._each(lambda p: self.inner.project(p * self._factor(W.shape)), W) / self._factor(W.shape)
+        return self._each(
+            lambda p: self.inner.project(p * self._factor(W.shape)), W
+        ) / self._factor(W.shape)
 
     def sphere(self, W: Tensor) -> Tensor:
         return self._each(self.inner.sphere, W) / self._factor(W.shape)
@@ -431,17 +445,26 @@ class _View(Norm):
         return self._join(masks, G.shape) if len(masks) == len(parts) else None
 
     def init(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
-        return self._each(lambda p: self.inner.init(p.shape, generator), torch.empty(*shape)) / self._factor(shape)
+        return self._each(
+            lambda p: self.inner.init(p.shape, generator), torch.empty(*shape)
+        ) / self._factor(shape)
 
     def update_rms(self, shape: Sequence[int]) -> float:
         parts = self._split(torch.empty(*shape, device="meta"))
-        squares = sum(p.numel() * self.inner.update_rms(p.shape[-self.inner.ndim :] if self.inner.ndim else ()) ** 2 for p in parts)
+        squares = sum(
+            p.numel()
+            * self.inner.update_rms(p.shape[-self.inner.ndim :] if self.inner.ndim else ()) ** 2
+            for p in parts
+        )
         return (squares / prod(shape)) ** 0.5 / self._factor(shape)
 
     def flops(self, shape: Sequence[int]) -> int:
         parts = self._split(torch.empty(*shape, device="meta"))
         blocks = [p.shape[p.ndim - self.inner.ndim :] for p in parts]
-        return sum(p.numel() // max(1, prod(b)) * self.inner.flops(b) for p, b in zip(parts, blocks, strict=True))
+        return sum(
+            p.numel() // max(1, prod(b)) * self.inner.flops(b)
+            for p, b in zip(parts, blocks, strict=True)
+        )
 
     def check(self, shape: Sequence[int]) -> str | None:
         wrong = super().check(shape)
@@ -451,14 +474,18 @@ class _View(Norm):
             parts = self._split(torch.empty(*shape, device="meta"))
         except (RuntimeError, ValueError):
             return self._fits()
-        inner = next((w for p in parts if (w := self.inner.check(p.shape[p.ndim - self.inner.ndim :]))), None)
+        inner = next(
+            (w for p in parts if (w := self.inner.check(p.shape[p.ndim - self.inner.ndim :]))), None
+        )
         return inner and f"{self._fits()}, and of each block {inner}"
 
     def _fits(self) -> str:
         return f"{self.ndim} dimensions"
 
     def _largest(self, size: Callable[[Tensor], Tensor], W: Tensor) -> Tensor:
-        return self._factor(W.shape) * torch.stack([size(p).amax(-1) for p in self._split(W)]).amax(0)
+        return self._factor(W.shape) * torch.stack([size(p).amax(-1) for p in self._split(W)]).amax(
+            0
+        )
 
     def _each(self, change: Callable[[Tensor], Tensor], W: Tensor) -> Tensor:
         return self._join([change(p) for p in self._split(W)], W.shape)
@@ -506,16 +533,25 @@ class Blocks(_View):
 
     def _join(self, parts: list[Tensor], shape: Sequence[int]) -> Tensor:
         return (
-            torch.cat([p.flatten(-self.ndim - 1, -self.ndim) for p in parts], dim=-self.ndim) if len(parts) > 1 else parts[0].reshape(shape)
+            torch.cat([p.flatten(-self.ndim - 1, -self.ndim) for p in parts], dim=-self.ndim)
+            if len(parts) > 1
+            else parts[0].reshape(shape)
         )
 
     def _fits(self) -> str:
-        return f"rows in {self.sizes} equal blocks" if isinstance(self.sizes, int) else f"{sum(self.sizes)} rows"
+        return (
+            f"rows in {self.sizes} equal blocks"
+            if isinstance(self.sizes, int)
+            else f"{sum(self.sizes)} rows"
+        )
 
     def __str__(self) -> str:
         if isinstance(self.sizes, int):
             return f"{self.sizes} × {self.inner}"
-        runs = " + ".join(f"{count} × {size}" if count > 1 else f"{size}" for count, size in self._runs(sum(self.sizes)))
+        runs = " + ".join(
+            f"{count} × {size}" if count > 1 else f"{size}"
+            for count, size in self._runs(sum(self.sizes))
+        )
         return f"({runs}) × {self.inner}"
 
 
@@ -567,7 +603,11 @@ class Flattened(_One):
 
     def _view(self, W: Tensor) -> Tensor:
         stack = W.shape[: W.ndim - self.ndim]
-        return W.reshape(*stack, 1, -1) if self.inner.ndim == 1 else W.reshape(*stack, 1, W.shape[W.ndim - self.ndim], -1)
+        return (
+            W.reshape(*stack, 1, -1)
+            if self.inner.ndim == 1
+            else W.reshape(*stack, 1, W.shape[W.ndim - self.ndim], -1)
+        )
 
     def _unview(self, X: Tensor, shape: Sequence[int]) -> Tensor:
         return X.reshape(shape)
@@ -647,6 +687,10 @@ class ConvRMSToRMS(_One):
 
     def __str__(self) -> str:
         options = ", ".join(
-            [f"{self.dims}d", *([f"{self.groups} groups"] if self.groups > 1 else []), *(["transposed"] if self.transposed else [])]
+            [
+                f"{self.dims}d",
+                *([f"{self.groups} groups"] if self.groups > 1 else []),
+                *(["transposed"] if self.transposed else []),
+            ]
         )
         return f"Conv({self.inner}, {options})"

@@ -136,7 +136,9 @@ class Polar:
             ("dtype", ("auto", "float32", "bfloat16")),
         ):
             if getattr(self, field) not in allowed:
-                raise ValueError(f"Polar.{field}: got {getattr(self, field)!r}; allowed: {', '.join(allowed)}")
+                raise ValueError(
+                    f"Polar.{field}: got {getattr(self, field)!r}; allowed: {', '.join(allowed)}"
+                )
 
     @property
     def band(self) -> tuple[float, float]:
@@ -158,7 +160,11 @@ class Polar:
         schedule = SCHEDULES[self.schedule]
         X.div_(schedule.safety * torch.linalg.matrix_norm(X, keepdim=True).clamp(min=1))
         tall = X.shape[-2] > X.shape[-1]
-        X = (X.mT if tall else X).to(self._iteration_dtype(G)).reshape(-1, min(G.shape[-2:]), max(G.shape[-2:]))
+        X = (
+            (X.mT if tall else X)
+            .to(self._iteration_dtype(G))
+            .reshape(-1, min(G.shape[-2:]), max(G.shape[-2:]))
+        )
         X = self._form(X.shape, X.dtype)(X, schedule.coefficients, inplace=True)
         return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
 
@@ -176,7 +182,10 @@ class Polar:
             return steps * (2 * side + square)
         ends = [step == steps or step % GRAM_PERIOD[dtype] == 0 for step in range(1, steps + 1)]
         starts = [True, *ends[:-1]]
-        return sum(side * (start + end) + square * (1 + (not start) + 2 * (not end)) for start, end in zip(starts, ends, strict=True))
+        return sum(
+            side * (start + end) + square * (1 + (not start) + 2 * (not end))
+            for start, end in zip(starts, ends, strict=True)
+        )
 
     def _form(self, shape: Sequence[int], dtype: torch.dtype) -> Callable[..., Tensor]:
         """Of X (..., m, n), m <= n."""

@@ -42,19 +42,37 @@ def coordinates(model: nn.Module, norm: ModularNorm, scaling: Scaling) -> dict[s
 
 
 def adamw(
-    model: nn.Module, norm: ModularNorm, *, lr: float, beta: float, beta2: float, weight_decay: float, **_: Any
+    model: nn.Module,
+    norm: ModularNorm,
+    *,
+    lr: float,
+    beta: float,
+    beta2: float,
+    weight_decay: float,
+    **_: Any,
 ) -> torch.optim.Optimizer:
     """torch's, decay on matrices and embeddings alone, as nanoGPT groups them."""
     groups = [
-        {"params": [(n, p) for n, p in _named(model) if (p.ndim >= 2) is decays], "weight_decay": weight_decay if decays else 0.0}
+        {
+            "params": [(n, p) for n, p in _named(model) if (p.ndim >= 2) is decays],
+            "weight_decay": weight_decay if decays else 0.0,
+        }
         for decays in (True, False)
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(beta, beta2), fused=_fused(model))
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=lr, betas=(beta, beta2), fused=_fused(model)
+    )
 
 
 # lr of AdamW's groups as multiples of Muon's, its betas, ε, and its weight decay as a multiple of Muon's: the optimization track's tuned baseline
 # (modded-nanogpt, records/track_3_optimization/train_gpt_simple.py, 06/2026: 0.7, 0.004, 0.015 beside 0.025, decay 0.001 beside 0.05).
-AUXILIARY = {"embedding": 0.7 / 0.025, "ngram": 0.7 / 0.025, "match": 0.7 / 0.025, "head": 0.004 / 0.025, "vectors": 0.015 / 0.025}
+AUXILIARY = {
+    "embedding": 0.7 / 0.025,
+    "ngram": 0.7 / 0.025,
+    "match": 0.7 / 0.025,
+    "head": 0.004 / 0.025,
+    "vectors": 0.015 / 0.025,
+}
 AUXILIARY_SETTINGS: dict[str, Any] = {"betas": (0.8, 0.95), "eps": 1e-10}
 AUXILIARY_DECAY = 0.001 / 0.05
 
@@ -67,12 +85,16 @@ class Float32Muon(torch.optim.Muon):
         try:
             _muon._zeropower_via_newtonschulz = _newton_schulz
             with torch.no_grad():
-                return inspect.unwrap(torch.optim.Muon.step)(self, closure)  # without the hooks, which this class's own step has
+                return inspect.unwrap(torch.optim.Muon.step)(
+                    self, closure
+                )  # without the hooks, which this class's own step has
         finally:
             _muon._zeropower_via_newtonschulz = theirs
 
 
-def _newton_schulz(grad: Tensor, ns_coefficients: tuple[float, float, float], ns_steps: int, eps: float) -> Tensor:
+def _newton_schulz(
+    grad: Tensor, ns_coefficients: tuple[float, float, float], ns_steps: int, eps: float
+) -> Tensor:
     """What torch.optim.Muon iterates, for one matrix, in its own dtype instead of bfloat16."""
     X = grad.mT if grad.shape[0] > grad.shape[1] else grad
     X = plain((X / X.norm().clamp(min=eps))[None], (ns_coefficients,) * ns_steps)[0]
@@ -97,16 +119,34 @@ def muon_adamw(
     kinds: dict[str, list[tuple[str, Tensor]]] = {}
     for name, p in _named(model):
         role = norm.roles[canonical(name)]
-        kinds.setdefault("vectors" if p.ndim < 2 else role if role in AUXILIARY else "hidden", []).append((name, p))
+        kinds.setdefault(
+            "vectors" if p.ndim < 2 else role if role in AUXILIARY else "hidden", []
+        ).append((name, p))
     muon = Float32Muon if polar is not None and polar.dtype == "float32" else torch.optim.Muon
     hidden = muon(kinds.pop("hidden"), lr=lr, momentum=beta, weight_decay=weight_decay)
-    groups = [{"params": named, "lr_scale": auxiliary_lr * AUXILIARY[kind], "auxiliary": True} for kind, named in kinds.items()]
-    others = torch.optim.AdamW(groups, lr=lr, weight_decay=AUXILIARY_DECAY * weight_decay, fused=_fused(model), **AUXILIARY_SETTINGS)
+    groups = [
+        {"params": named, "lr_scale": auxiliary_lr * AUXILIARY[kind], "auxiliary": True}
+        for kind, named in kinds.items()
+    ]
+    others = torch.optim.AdamW(
+        groups,
+        lr=lr,
+        weight_decay=AUXILIARY_DECAY * weight_decay,
+        fused=_fused(model),
+        **AUXILIARY_SETTINGS,
+    )
     return Several(hidden, others)
 
 
 def sgd(
-    model: nn.Module, norm: ModularNorm, *, lr: float, beta: float, weight_decay: float, scaling: Scaling = "standard", **_: Any
+    model: nn.Module,
+    norm: ModularNorm,
+    *,
+    lr: float,
+    beta: float,
+    weight_decay: float,
+    scaling: Scaling = "standard",
+    **_: Any,
 ) -> torch.optim.Optimizer:
     """torch's, momentum as an average (dampening = beta); one group a weight, as `scaling` gives each its own multiple of lr."""
     scales = coordinates(model, norm, scaling)
@@ -115,13 +155,29 @@ def sgd(
 
 
 def normalized_adam(
-    model: nn.Module, norm: ModularNorm, *, lr: float, beta: float, beta2: float, weight_decay: float, **_: Any
+    model: nn.Module,
+    norm: ModularNorm,
+    *,
+    lr: float,
+    beta: float,
+    beta2: float,
+    weight_decay: float,
+    **_: Any,
 ) -> torch.optim.Optimizer:
-    return Normalized(torch.optim.Adam(_named(model), betas=(beta, beta2)), norm, lr, weight_decay=weight_decay)
+    return Normalized(
+        torch.optim.Adam(_named(model), betas=(beta, beta2)), norm, lr, weight_decay=weight_decay
+    )
 
 
-def normalized_sgd(model: nn.Module, norm: ModularNorm, *, lr: float, beta: float, weight_decay: float, **_: Any) -> torch.optim.Optimizer:
-    return Normalized(torch.optim.SGD(_named(model), momentum=beta, dampening=beta), norm, lr, weight_decay=weight_decay)
+def normalized_sgd(
+    model: nn.Module, norm: ModularNorm, *, lr: float, beta: float, weight_decay: float, **_: Any
+) -> torch.optim.Optimizer:
+    return Normalized(
+        torch.optim.SGD(_named(model), momentum=beta, dampening=beta),
+        norm,
+        lr,
+        weight_decay=weight_decay,
+    )
 
 
 def set_beta(group: dict[str, Any], beta: float) -> None:
@@ -157,7 +213,10 @@ class Several(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The groups' settings alone: buffers are in `state`."""
-        return {"state": {}, "param_groups": [g for o in self.optimizers for g in o.state_dict()["param_groups"]]}
+        return {
+            "state": {},
+            "param_groups": [g for o in self.optimizers for g in o.state_dict()["param_groups"]],
+        }
 
 
 def _fused(model: nn.Module) -> bool:
@@ -187,7 +246,13 @@ class Rival:
 
     step_size = None
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None = None, scaling: Scaling = "modular") -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        max_grad_norm: float | None = None,
+        scaling: Scaling = "modular",
+    ) -> None:
         """scaling: the coordinates in which it is gradient descent, for telemetry."""
         self.optimizer, self.max_grad_norm, self.scaling = optimizer, max_grad_norm, scaling
         self.param_groups, self.defaults = optimizer.param_groups, optimizer.defaults
@@ -210,11 +275,22 @@ class Rival:
         rows = []
         for group in self.param_groups:
             keys = ("lr", "lr_scale", "betas", "momentum", "weight_decay")
-            settings = ", ".join(f"{k} {group[k]:.6g}" if isinstance(group[k], float) else f"{k} {group[k]}" for k in keys if k in group)
-            rows += [(n, str(tuple(p.shape)), settings) for n, p in zip(group["param_names"], group["params"], strict=True)]
+            settings = ", ".join(
+                f"{k} {group[k]:.6g}" if isinstance(group[k], float) else f"{k} {group[k]}"
+                for k in keys
+                if k in group
+            )
+            rows += [
+                (n, str(tuple(p.shape)), settings)
+                for n, p in zip(group["param_names"], group["params"], strict=True)
+            ]
         widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
-        lines = [f"{n:<{widths[0]}}  {shape:<{widths[1]}}  {settings}" for n, shape, settings in rows]
-        title = " + ".join(type(o).__name__ for o in getattr(self.optimizer, "optimizers", [self.optimizer]))
+        lines = [
+            f"{n:<{widths[0]}}  {shape:<{widths[1]}}  {settings}" for n, shape, settings in rows
+        ]
+        title = " + ".join(
+            type(o).__name__ for o in getattr(self.optimizer, "optimizers", [self.optimizer])
+        )
         return "\n".join([title, *lines]) + "\n"
 
     def last_backward(self) -> Any:
@@ -229,7 +305,9 @@ class Rival:
         self.check_finite()
         if self._ranks.size > 1:
             weights = [p for _, p in self._weights()]
-            there = torch.tensor([p.grad is not None for p in weights], dtype=torch.float32, device=weights[0].device)
+            there = torch.tensor(
+                [p.grad is not None for p in weights], dtype=torch.float32, device=weights[0].device
+            )
             for p, somewhere in zip(weights, self._ranks.maximum(there).tolist(), strict=True):
                 if somewhere:
                     p.grad = self._ranks.average(torch.zeros_like(p) if p.grad is None else p.grad)
@@ -255,14 +333,18 @@ class Rival:
         """Raise NonFiniteError if the last step met a loss or gradient that was not finite. That step changed nothing."""
         bad, self._bad = self._bad, None
         if bad is not None:
-            raise NonFiniteError(f"{bad if bad == 'the loss' else f'the gradient of {bad}'} is not finite; the step was not taken")
+            raise NonFiniteError(
+                f"{bad if bad == 'the loss' else f'the gradient of {bad}'} is not finite; the step was not taken"
+            )
 
     def settings(self) -> list[dict[str, Any]]:
         return self.optimizer.state_dict()["param_groups"]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Whether it is of these parameters: settings are the constructor's, and buffers are read into held()."""
-        if [g["param_names"] for g in self.param_groups] != [g["param_names"] for g in state_dict["param_groups"]]:
+        if [g["param_names"] for g in self.param_groups] != [
+            g["param_names"] for g in state_dict["param_groups"]
+        ]:
             raise ValueError(
                 "optimizer state\n  got: other parameters\n  allowed: those of this model\n  fix: resume with the run's own configuration"
             )

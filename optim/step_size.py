@@ -31,7 +31,9 @@ def _steps(warmup: float, total: int) -> int:
     return round(warmup * total if warmup < 1 else warmup)
 
 
-def momentum_at(step: int, total: int, *, beta: float, low: float, warmup: float, cooldown: float) -> float:
+def momentum_at(
+    step: int, total: int, *, beta: float, low: float, warmup: float, cooldown: float
+) -> float:
     """The decay of an average of gradients: from `low` up to beta over the first `warmup` fraction of all steps, and back over the last `cooldown` fraction, linearly."""
     if not warmup and not cooldown:
         return beta

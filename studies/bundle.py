@@ -20,8 +20,20 @@ from pathlib import Path
 from typing import Any
 
 COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
-    **{ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge},
-    **{ast.Is: operator.is_, ast.IsNot: operator.is_not, ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b},
+    **{
+        ast.Eq: operator.eq,
+        ast.NotEq: operator.ne,
+        ast.Lt: operator.lt,
+        ast.LtE: operator.le,
+        ast.Gt: operator.gt,
+        ast.GtE: operator.ge,
+    },
+    **{
+        ast.Is: operator.is_,
+        ast.IsNot: operator.is_not,
+        ast.In: lambda a, b: a in b,
+        ast.NotIn: lambda a, b: a not in b,
+    },
 }
 
 
@@ -71,7 +83,9 @@ class Specialise(ast.NodeTransformer):
         if isinstance(value, int | float) and not isinstance(value, bool):
             name = text.rpartition(".")[2].upper()
             if self.constants.setdefault(name, value) != value:
-                raise BundleError(f"{text}\n  got: {value}\n  allowed: {self.constants[name]}, as {name} is already\n  fix: another name")
+                raise BundleError(
+                    f"{text}\n  got: {value}\n  allowed: {self.constants[name]}, as {name} is already\n  fix: another name"
+                )
             return ast.Name(name, ast.Load())
         return ast.Constant(value)
 
@@ -111,7 +125,11 @@ class Specialise(ast.NodeTransformer):
     def visit_IfExp(self, node: ast.IfExp) -> Any:
         node.test = self.visit(node.test)
         known = self._value(node.test)
-        return self.visit(node.body if known[0] else node.orelse) if known else self.generic_visit(node)
+        return (
+            self.visit(node.body if known[0] else node.orelse)
+            if known
+            else self.generic_visit(node)
+        )
 
     def visit_If(self, node: ast.If) -> Any:
         node.test = self.visit(node.test)
@@ -150,8 +168,16 @@ class Specialise(ast.NodeTransformer):
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
         """Fields that are known are left out, and with them the check of fields."""
         self.generic_visit(node)
-        gone = [m for m in node.body if isinstance(m, ast.AnnAssign) and f"self.{ast.unparse(m.target)}" in self.known]
-        checks = [m for m in node.body if gone and isinstance(m, ast.FunctionDef) and m.name == "__post_init__"]
+        gone = [
+            m
+            for m in node.body
+            if isinstance(m, ast.AnnAssign) and f"self.{ast.unparse(m.target)}" in self.known
+        ]
+        checks = [
+            m
+            for m in node.body
+            if gone and isinstance(m, ast.FunctionDef) and m.name == "__post_init__"
+        ]
         node.body = [m for m in node.body if m not in (*gone, *checks)]
         return node
 
@@ -161,7 +187,11 @@ class Specialise(ast.NodeTransformer):
         defaults = dict(zip([a.arg for a in spec.args][::-1], spec.defaults[::-1], strict=False))
         spec.args = [a for a in spec.args if a.arg not in gone]
         spec.defaults = [defaults[a.arg] for a in spec.args if a.arg in defaults]
-        pairs = [(a, d) for a, d in zip(spec.kwonlyargs, spec.kw_defaults, strict=True) if a.arg not in gone]
+        pairs = [
+            (a, d)
+            for a, d in zip(spec.kwonlyargs, spec.kw_defaults, strict=True)
+            if a.arg not in gone
+        ]
         spec.kwonlyargs, spec.kw_defaults = [a for a, _ in pairs], [d for _, d in pairs]
         self.generic_visit(node)
         node.body = node.body or [ast.Pass()]
@@ -192,7 +222,11 @@ def parse(text: str) -> ast.Module:
             first = 0
         elif token.type not in (tokenize.NL, tokenize.INDENT, tokenize.DEDENT):
             first = first or token.start[0]
-            depth += (token.string in "([{") - (token.string in ")]}") if token.type == tokenize.OP else 0
+            depth += (
+                (token.string in "([{") - (token.string in ")]}")
+                if token.type == tokenize.OP
+                else 0
+            )
     for number, line in enumerate(lines, start=1):
         waiting += comments.get(number, [])
         if line.strip() and number not in own:
@@ -206,18 +240,30 @@ def parse(text: str) -> ast.Module:
 
 def unparse(nodes: Sequence[ast.AST]) -> str:
     text = "\n".join(ast.unparse(ast.fix_missing_locations(n)) for n in nodes) + "\n"
-    return re.sub(r"""^( *)(['"]{1,3}\\x00.*)$""", lambda m: m[1] + ast.literal_eval(m[2])[len(COMMENT) :], text, flags=re.MULTILINE)
+    return re.sub(
+        r"""^( *)(['"]{1,3}\\x00.*)$""",
+        lambda m: m[1] + ast.literal_eval(m[2])[len(COMMENT) :],
+        text,
+        flags=re.MULTILINE,
+    )
 
 
 def _is_comment(node: ast.AST) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and str(node.value.value).startswith(COMMENT)
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and str(node.value.value).startswith(COMMENT)
+    )
 
 
 def formatted(text: str) -> str:
     """By ruff where it is installed; as it is elsewhere."""
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "ruff", "format", "--isolated", "--line-length", "140", "-"], input=text, capture_output=True, text=True
+            [sys.executable, "-m", "ruff", "format", "--isolated", "--line-length", "140", "-"],
+            input=text,
+            capture_output=True,
+            text=True,
         )
     except OSError:
         return text
@@ -239,8 +285,19 @@ class Item:
 def _defined(node: ast.stmt) -> list[str]:
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return [node.name]
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return [n.id for t in targets for n in (t.elts if isinstance(t, ast.Tuple) else [t]) if isinstance(n, ast.Name)]
+    targets = (
+        node.targets
+        if isinstance(node, ast.Assign)
+        else [node.target]
+        if isinstance(node, ast.AnnAssign)
+        else []
+    )
+    return [
+        n.id
+        for t in targets
+        for n in (t.elts if isinstance(t, ast.Tuple) else [t])
+        if isinstance(n, ast.Name)
+    ]
 
 
 class Source:
@@ -250,7 +307,9 @@ class Source:
         self.items: list[Item] = []
         self.imports: dict[str, tuple[ast.Import | ast.ImportFrom, ast.alias]] = {}
         waiting: list[ast.stmt] = []
-        for node in parse((root / file).read_text(encoding="utf-8")).body[1:]:  # behind the docstring
+        for node in parse((root / file).read_text(encoding="utf-8")).body[
+            1:
+        ]:  # behind the docstring
             if _is_comment(node):
                 waiting.append(node)
                 continue
@@ -286,8 +345,16 @@ def bundle(
             item.nodes = special.visit(ast.Module(item.nodes, [])).body
             for node in item.nodes:
                 if isinstance(node, ast.ClassDef):
-                    node.decorator_list = [d for d in node.decorator_list if ast.unparse(d) not in stripped]
-    given = {n.id for values in known.values() for v in values.values() if isinstance(v, Code) for n in _names(v.text)}
+                    node.decorator_list = [
+                        d for d in node.decorator_list if ast.unparse(d) not in stripped
+                    ]
+    given = {
+        n.id
+        for values in known.values()
+        for v in values.values()
+        if isinstance(v, Code)
+        for n in _names(v.text)
+    }
     reach = _Reach(sources, last, packages, given)
     while _drop_unread(reach.left()):
         reach = _Reach(sources, last, packages, given)
@@ -296,10 +363,15 @@ def bundle(
         items = [i for i in sources[file].items if id(i) in reach.items and i.nodes]
         twice = names & {n for i in items for n in i.names}
         if twice:
-            raise BundleError(f"{file}: {min(twice)}\n  got: a second definition\n  allowed: one in a file\n  fix: rename one of them")
+            raise BundleError(
+                f"{file}: {min(twice)}\n  got: a second definition\n  allowed: one in a file\n  fix: rename one of them"
+            )
         names |= {n for i in items for n in i.names}
         if items:
-            sections.append(f"# ---- {title}\n\n" + unparse([reach.without_unused(n) for i in items for n in i.nodes]))
+            sections.append(
+                f"# ---- {title}\n\n"
+                + unparse([reach.without_unused(n) for i in items for n in i.nodes])
+            )
     body = "\n\n".join(sections)
     used = {n.id for n in ast.walk(ast.parse(body)) if isinstance(n, ast.Name)}
     numbers = "".join(f"{k} = {v!r}\n" for k, v in constants.items() if k in used)
@@ -308,32 +380,52 @@ def bundle(
             "an erased name\n  got: a use of it that is left\n  allowed: as an argument, a parameter, a statement\n  fix: what is known"
         )
     if twice := names & {k for k in constants if k in used}:
-        raise BundleError(f"{min(twice)}\n  got: a definition and a number\n  allowed: one of them\n  fix: rename the definition")
+        raise BundleError(
+            f"{min(twice)}\n  got: a definition and a number\n  allowed: one of them\n  fix: rename the definition"
+        )
     top = _imports({name: found for name, found in reach.externals.items() if name in used})
     return formatted(f"{top}\n\n# ---- Hyperparameters\n\n{numbers}\n\n{body}")
 
 
 def _names(text: str) -> list[ast.Name]:
     """Of an expression, or of `for … in …`."""
-    return [n for n in ast.walk(ast.parse(f"{text}: ..." if text.startswith("for ") else text)) if isinstance(n, ast.Name)]
+    return [
+        n
+        for n in ast.walk(ast.parse(f"{text}: ..." if text.startswith("for ") else text))
+        if isinstance(n, ast.Name)
+    ]
 
 
 def _imports(found: Mapping[str, tuple[ast.Import | ast.ImportFrom, ast.alias]]) -> str:
     """The standard library's first."""
-    plain = {f"import {a.name}" + (f" as {a.asname}" if a.asname else "") for s, a in found.values() if isinstance(s, ast.Import)}
+    plain = {
+        f"import {a.name}" + (f" as {a.asname}" if a.asname else "")
+        for s, a in found.values()
+        if isinstance(s, ast.Import)
+    }
     parts: dict[str, set[str]] = {}
     for statement, alias in found.values():
         if isinstance(statement, ast.ImportFrom):
             parts.setdefault(str(statement.module), set()).add(ast.unparse(alias))
-    lines = [*sorted(plain), *(f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(parts.items()))]
+    lines = [
+        *sorted(plain),
+        *(
+            f"from {module} import {', '.join(sorted(names))}"
+            for module, names in sorted(parts.items())
+        ),
+    ]
     own = {line: line.split()[1].split(".")[0] in sys.stdlib_module_names for line in lines}
-    return "\n".join([line for line in lines if own[line]] + [""] + [line for line in lines if not own[line]])
+    return "\n".join(
+        [line for line in lines if own[line]] + [""] + [line for line in lines if not own[line]]
+    )
 
 
 class _Reach:
     """What the last file's effects name, what that names, and so on."""
 
-    def __init__(self, sources: dict[str, Source], last: str, packages: Sequence[str], given: set[str]) -> None:
+    def __init__(
+        self, sources: dict[str, Source], last: str, packages: Sequence[str], given: set[str]
+    ) -> None:
         """given: names that known values bring with them."""
         self.sources, self.last, self.packages, self.given = sources, last, packages, given
         self.items: dict[int, Item] = {}
@@ -357,7 +449,11 @@ class _Reach:
 
     def _methods(self) -> bool:
         """Whether something that was reached since mentions one."""
-        found = [(file, m) for file, _, m in self._class_members() if id(m) not in self.members and self._mentioned(m)]
+        found = [
+            (file, m)
+            for file, _, m in self._class_members()
+            if id(m) not in self.members and self._mentioned(m)
+        ]
         for file, member in found:
             self.members.add(id(member))
             self._scan(file, member)
@@ -383,7 +479,9 @@ class _Reach:
         if own is not None:
             return own
         statement, alias = self.sources[file].imports.get(name, (None, None))
-        ours = isinstance(statement, ast.ImportFrom) and (statement.level or str(statement.module).split(".")[0] in self.packages)
+        ours = isinstance(statement, ast.ImportFrom) and (
+            statement.level or str(statement.module).split(".")[0] in self.packages
+        )
         if statement is not None and alias is not None and not ours:
             self.externals[name] = statement, alias
             return None
@@ -406,9 +504,15 @@ class _Reach:
             if member.name == "__post_init__":  # most check what is known to be fine
                 calls = [ast.unparse(n.func) for n in ast.walk(member) if isinstance(n, ast.Call)]
                 return "object.__setattr__" in calls or member.name in self.mentions
-            return member.name in self.mentions or (member.name.startswith("__") and member.name not in ("__str__", "__repr__"))
+            return member.name in self.mentions or (
+                member.name.startswith("__") and member.name not in ("__str__", "__repr__")
+            )
         names = _defined(member)
-        return not names or bool(self.mentions.intersection(names)) or (isinstance(member, ast.AnnAssign) and member.value is None)
+        return (
+            not names
+            or bool(self.mentions.intersection(names))
+            or (isinstance(member, ast.AnnAssign) and member.value is None)
+        )
 
     def left(self) -> list[ast.AST]:
         """The code that is left: functions, effects, and the members of classes that are mentioned."""
@@ -436,15 +540,27 @@ def _drop_unread(code: Sequence[ast.AST]) -> bool:
     read = {n.attr for n in every if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
     dropped = False
     for function in (n for n in every if isinstance(n, ast.FunctionDef)):
-        local = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        local = {
+            n.id
+            for n in ast.walk(function)
+            if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)
+        }
 
         def unread(s: ast.stmt, local: set[str] = local) -> bool:
             if not isinstance(s, ast.Assign) or len(s.targets) > 1:
                 return False
             target = s.targets[0]
             if isinstance(target, ast.Attribute):
-                return isinstance(target.value, ast.Name) and target.value.id == "self" and target.attr not in read
-            return isinstance(target, ast.Name) and target.id not in local and isinstance(s.value, ast.Name | ast.Attribute)
+                return (
+                    isinstance(target.value, ast.Name)
+                    and target.value.id == "self"
+                    and target.attr not in read
+                )
+            return (
+                isinstance(target, ast.Name)
+                and target.id not in local
+                and isinstance(s.value, ast.Name | ast.Attribute)
+            )
 
         kept = [s for s in function.body if not unread(s)]
         dropped |= len(kept) < len(function.body)

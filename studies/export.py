@@ -92,10 +92,17 @@ def read(source: Path) -> Run:
     if folder is None:
         config.run.name = file.stem  # not the time of now
         commit, dirty = git_state()
-        return Run(file.stem, config, 1, f"Exported from the configuration {file.name}, which was not run, by {_commit(commit, dirty)}.")
+        return Run(
+            file.stem,
+            config,
+            1,
+            f"Exported from the configuration {file.name}, which was not run, by {_commit(commit, dirty)}.",
+        )
     found = summary(source)
     if found is None:
-        raise ExportError(f"{source}\n  got: no summary.json\n  allowed: a run that came to its end\n  fix: train_gpt.py … --run.resume")
+        raise ExportError(
+            f"{source}\n  got: no summary.json\n  allowed: a run that came to its end\n  fix: train_gpt.py … --run.resume"
+        )
     return Run(
         source.name,
         config,
@@ -106,7 +113,11 @@ def read(source: Path) -> Run:
 
 
 def _commit(commit: str | None, dirty: bool | None) -> str:
-    return f"nanodual, commit {commit}{' with changes that were not committed' if dirty else ''}" if commit else "nanodual"
+    return (
+        f"nanodual, commit {commit}{' with changes that were not committed' if dirty else ''}"
+        if commit
+        else "nanodual"
+    )
 
 
 def check(config: Config) -> None:
@@ -117,7 +128,12 @@ def check(config: Config) -> None:
             raise _refusal(key, value, f"{default[key]!r}")
     for key, value, fine, allowed in (
         ("optim.lr", o.lr, not isinstance(o.lr, str), "a number"),
-        ("optim.name", o.name, o.name in ("dualized", *UNNORMED), ", ".join(("dualized", *UNNORMED))),
+        (
+            "optim.name",
+            o.name,
+            o.name in ("dualized", *UNNORMED),
+            ", ".join(("dualized", *UNNORMED)),
+        ),
         (
             "optim.polar.dtype",
             o.polar.dtype,
@@ -126,7 +142,12 @@ def check(config: Config) -> None:
         ),
         ("run.device", config.run.device, config.run.device in ("cpu", "cuda"), "cpu, cuda"),
         ("run.precision", config.run.precision, config.run.precision != "auto", "fp32, bf16"),
-        ("model.vocab_size", config.model.vocab_size, config.model.vocab_size is not None, "a number"),
+        (
+            "model.vocab_size",
+            config.model.vocab_size,
+            config.model.vocab_size is not None,
+            "a number",
+        ),
     ):
         if not fine:
             raise _refusal(key, value, allowed)
@@ -149,9 +170,13 @@ def script(run: Run, *, track: bool = False) -> str:
     check(config)
     slots = TRACK_SLOTS if track else config.train.gradient_accumulation_steps * run.world
     if config.train.batch_size % slots:
-        raise _refusal("train.batch_size", config.train.batch_size, f"a multiple of {slots} micro-batches")
+        raise _refusal(
+            "train.batch_size", config.train.batch_size, f"a multiple of {slots} micro-batches"
+        )
     with torch.device("meta"):
-        model = build(config.model, config.optim.norms.build(config.optim.polar, config.model.n_head))
+        model = build(
+            config.model, config.optim.norms.build(config.optim.polar, config.model.n_head)
+        )
     norm = metrize(model, model.structure(config.optim.masses))
     if config.optim.composition == "max":
         norm = norm.unweighted()
@@ -162,9 +187,17 @@ def script(run: Run, *, track: bool = False) -> str:
         "CODE": "CODE = Path(__file__).read_text(encoding='utf-8')",
         **({} if track else {"SHARDS": _shards(read_manifest(dataset))}),
         **_weights(model, norm, config),
-        **({"base_optimizers": _base_optimizers(model, norm, config)} if config.optim.name != "dualized" else {}),
+        **(
+            {"base_optimizers": _base_optimizers(model, norm, config)}
+            if config.optim.name != "dualized"
+            else {}
+        ),
     }
-    files = {file: title for file, title in FILES.items() if not file.startswith("models/") or file == f"models/{config.model.name}.py"}
+    files = {
+        file: title
+        for file, title in FILES.items()
+        if not file.startswith("models/") or file == f"models/{config.model.name}.py"
+    }
     try:
         code = bundle(
             ROOT,
@@ -199,14 +232,29 @@ def _known(config: Config, slots: int, track: bool) -> dict[str, dict[str, Any]]
     others = {
         ast.unparse(call): ERASED
         for call in ast.walk(table)
-        if isinstance(call, ast.Call) and ast.unparse(call.func) == "Schedule" and ast.literal_eval(call.args[0]) not in schedules
+        if isinstance(call, ast.Call)
+        and ast.unparse(call.func) == "Schedule"
+        and ast.literal_eval(call.args[0]) not in schedules
     }
-    settings = {f"config.{k}": v for k, v in configuration.flat(config).items()} | {"config.train.gradient_accumulation_steps": slots}
-    architecture = {f"{of}.{k}": v for of in ("config", "c", "self.config") for k, v in vars(config.model).items()}
-    architecture |= {"for (leaf, _) in self.structure().radii()": Code("for leaf in WEIGHTS"), "self.head.weight.is_meta": Code("False")}
+    settings = {f"config.{k}": v for k, v in configuration.flat(config).items()} | {
+        "config.train.gradient_accumulation_steps": slots
+    }
+    architecture = {
+        f"{of}.{k}": v
+        for of in ("config", "c", "self.config")
+        for k, v in vars(config.model).items()
+    }
+    architecture |= {
+        "for (leaf, _) in self.structure().radii()": Code("for leaf in WEIGHTS"),
+        "self.head.weight.is_meta": Code("False"),
+    }
     # No text is generated: nothing is cached.
     for name in ("past", "cache", "before"):
-        architecture |= {name: ERASED, f"{name} is None": Code("True"), f"{name} is not None": Code("False")}
+        architecture |= {
+            name: ERASED,
+            f"{name} is None": Code("True"),
+            f"{name} is not None": Code("False"),
+        }
     erased = (
         "config",
         "self.config",
@@ -233,11 +281,17 @@ def _known(config: Config, slots: int, track: bool) -> dict[str, dict[str, Any]]
 def _direction(name: str) -> str:
     """The expression that optim/directions.py has for it."""
     for node in ast.parse((ROOT / "optim/directions.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "DIRECTIONS" and isinstance(node.value, ast.Dict):
+        if (
+            isinstance(node, ast.AnnAssign)
+            and ast.unparse(node.target) == "DIRECTIONS"
+            and isinstance(node.value, ast.Dict)
+        ):
             for key, value in zip(node.value.keys, node.value.values, strict=True):
                 if key is not None and ast.literal_eval(key) == name:
                     return ast.unparse(value)
-    raise _refusal("optim.direction", name, f"those of optim/directions.py, not {DIRECTIONS[name]!r}")
+    raise _refusal(
+        "optim.direction", name, f"those of optim/directions.py, not {DIRECTIONS[name]!r}"
+    )
 
 
 def _norm(norm: Any) -> str:
@@ -288,11 +342,17 @@ def _weights(model: GPT, norm: ModularNorm, config: Config) -> dict[str, str]:
         values = [norm.radii[name.format(i)] for i in range(L)]
         return f"[{values[0]!r}] * {L}" if len(set(values)) == 1 else repr(values)
 
-    one = [f"Weight({', '.join(written(n, lambda n: repr(norm.radii[n])))})" for n in (*before, *after)]
+    one = [
+        f"Weight({', '.join(written(n, lambda n: repr(norm.radii[n])))})" for n in (*before, *after)
+    ]
     table = [f"({', '.join(written(n, radii))})" for n in inside]
     names = ", ".join("radii" if k == "radius" else k for k in fields)
     made = ", ".join({"name": "name.format(i)", "radius": "radii[i]"}.get(k, k) for k in fields)
-    weights = [*one[: len(before)], f"*(Weight({made}) for i in range({L}) for {names} in BLOCK)", *one[len(before) :]]
+    weights = [
+        *one[: len(before)],
+        f"*(Weight({made}) for i in range({L}) for {names} in BLOCK)",
+        *one[len(before) :],
+    ]
     rows_of = "\n".join(f"    {k}: {v}" for k, v in fields.items())
     doc = "One tensor: its role, the norm of that, and the radius that the modular norm gives it, the size of its step at lr 1."
     doc = doc if dualized else "One tensor, in the order of initialization."
@@ -303,27 +363,43 @@ def _weights(model: GPT, norm: ModularNorm, config: Config) -> dict[str, str]:
 
 
 def _shards(manifest: Manifest) -> str:
-    found = {name: {s.file: s.sha256 for s in manifest.splits[name].shards} for name in ("train", "val")}
+    found = {
+        name: {s.file: s.sha256 for s in manifest.splits[name].shards} for name in ("train", "val")
+    }
     return f"SHARDS = {found!r}"
 
 
 def _base_optimizers(model: GPT, norm: ModularNorm, config: Config) -> str:
     """The function of studies/script.py that builds a rival's optimizers, with all their settings."""
-    settings = {k: getattr(config.optim, k) for k in ("lr", "beta", "beta2", "weight_decay", "auxiliary_lr", "scaling")}
+    settings = {
+        k: getattr(config.optim, k)
+        for k in ("lr", "beta", "beta2", "weight_decay", "auxiliary_lr", "scaling")
+    }
     made = RIVALS[config.optim.name](model.to_empty(device="cpu"), norm, **settings)
     every, lines = [n for n, _ in model.named_parameters()], []
     for optimizer in getattr(made, "optimizers", [made]):
         kind = type(optimizer)
         if getattr(torch.optim, kind.__name__, None) is not kind:
-            raise _refusal("optim.name", config.optim.name, f"optimizers of torch.optim, not {kind.__name__}")
+            raise _refusal(
+                "optim.name", config.optim.name, f"optimizers of torch.optim, not {kind.__name__}"
+            )
         known = inspect.signature(kind).parameters
         groups: dict[str, list[str]] = {}  # names by settings
         for group in optimizer.param_groups:
-            values = {k: v for k, v in group.items() if k in known and k != "params" and v != known[k].default}
-            values |= {"lr": group["lr"] * group.get("lr_scale", 1.0)} | ({"auxiliary": True} if group.get("auxiliary") else {})
-            groups.setdefault("".join(f", {k}={v!r}" for k, v in values.items()), []).extend(group["param_names"])
+            values = {
+                k: v
+                for k, v in group.items()
+                if k in known and k != "params" and v != known[k].default
+            }
+            values |= {"lr": group["lr"] * group.get("lr_scale", 1.0)} | (
+                {"auxiliary": True} if group.get("auxiliary") else {}
+            )
+            groups.setdefault("".join(f", {k}={v!r}" for k, v in values.items()), []).extend(
+                group["param_names"]
+            )
         parts = [
-            f"dict(params=matching(model, {', '.join(map(repr, _patterns(names, every)))}){options})" for options, names in groups.items()
+            f"dict(params=matching(model, {', '.join(map(repr, _patterns(names, every)))}){options})"
+            for options, names in groups.items()
         ]
         lines.append(f"torch.optim.{kind.__name__}([{', '.join(parts)}], lr={config.optim.lr!r})")
     return f"def base_optimizers(model: GPT) -> list[torch.optim.Optimizer]:\n    return [{', '.join(lines)}]"
@@ -332,7 +408,9 @@ def _base_optimizers(model: GPT, norm: ModularNorm, config: Config) -> str:
 def _patterns(names: list[str], every: list[str]) -> list[str]:
     """Of fnmatch, for these names and no other; the names themselves where layers differ."""
     patterns = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", n) for n in names))
-    return patterns if {n for n in every for p in patterns if fnmatch(n, p)} == set(names) else names
+    return (
+        patterns if {n for n in every for p in patterns if fnmatch(n, p)} == set(names) else names
+    )
 
 
 # ---- the log of a run that was
@@ -351,7 +429,9 @@ def log_lines(run: Run) -> str:
     for r in metrics(run.folder):
         done, seconds = r["step"], r["train_seconds"]
         what = f"val_loss:{r['val_loss']:.5f}" if "val_loss" in r else f"train_loss:{r['loss']:.6f}"
-        lines.append(f"step:{done}/{steps} {what} train_time:{seconds:.3f}s step_avg:{1000 * seconds / max(1, done):.2f}ms")
+        lines.append(
+            f"step:{done}/{steps} {what} train_time:{seconds:.3f}s step_avg:{1000 * seconds / max(1, done):.2f}ms"
+        )
     running = f"Running PyTorch {found['torch']} on {found['device']} with world_size {found['world_size']}"
     return (
         "\n".join(
@@ -376,7 +456,9 @@ def _write(flag: str, file: Path, text: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m studies.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m studies.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="a run's folder, or a configuration file")
     parser.add_argument("--out", type=Path, help="the script; by default it is printed")

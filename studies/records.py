@@ -42,12 +42,24 @@ from .runs import ROOT
 BOOK = ROOT / "records"
 LIMIT = 1_000_000  # bytes of a record: text that a reader opens, and a repository keeps
 BEGIN, END = "<!-- records:begin -->", "<!-- records:end -->"
-CODE = ("model.py", "models", "optim", "data", "train_gpt.py", "config.py", "runtime.py", "studies/script.py")  # what numbers come from
+CODE = (
+    "model.py",
+    "models",
+    "optim",
+    "data",
+    "train_gpt.py",
+    "config.py",
+    "runtime.py",
+    "studies/script.py",
+)  # what numbers come from
 # nats: the same processor, vector instructions, threads, versions and seeds give the same numbers, up to a few roundings of a float32 near 2. Where one of them
 # differs a run of 180 steps ends 0.001 to 0.007 apart (LOG.md, 2026-11-27).
 SAME = 1e-6
 ROUNDING = 5e-5  # of a target: four digits
-RULE = {"test_level": statistics.RULE_LEVEL, "sigma_from": "runs"}  # of a study's results.json: a record's threshold is nobody's choice
+RULE = {
+    "test_level": statistics.RULE_LEVEL,
+    "sigma_from": "runs",
+}  # of a study's results.json: a record's threshold is nobody's choice
 DOUBT = 0.01  # two-sided level at which means of other machines differ: one check in a hundred fails by chance
 
 
@@ -79,8 +91,13 @@ class Track:
         corpus = read_manifest(folder).sha256
         threads = re.fullmatch(r"cpu, (\d+) threads", summary["device"])
         there = configuration.flat(config)
-        checks = [(f"the data of {folder}", corpus, self.corpus), *((key, there[key], value) for key, value in self.keys().items())]
-        if self.threads and not (threads and int(threads[1]) * summary["world_size"] <= self.threads):
+        checks = [
+            (f"the data of {folder}", corpus, self.corpus),
+            *((key, there[key], value) for key, value in self.keys().items()),
+        ]
+        if self.threads and not (
+            threads and int(threads[1]) * summary["world_size"] <= self.threads
+        ):
             checks.append(("device", summary["device"], f"cpu, {self.threads} threads at most"))
         for what, got, allowed in checks:
             if got != allowed:
@@ -97,11 +114,16 @@ class Track:
         base = configuration.flat(configuration.from_dict(Config, raw))
         free = ("model.init", "model.zero_init", "model.vocab_size")
         return common | {
-            k: v for k, v in base.items() if (k.startswith("model.") and k not in free) or k in ("train.batch_size", "train.eval_tokens")
+            k: v
+            for k, v in base.items()
+            if (k.startswith("model.") and k not in free)
+            or k in ("train.batch_size", "train.eval_tokens")
         }
 
 
-PYSOURCE_TARGET = 1.9346  # the mean end loss of tuned AdamW at 400 steps, 4 seeds (LOG.md, 2026-11-23)
+PYSOURCE_TARGET = (
+    1.9346  # the mean end loss of tuned AdamW at 400 steps, 4 seeds (LOG.md, 2026-11-23)
+)
 TRACKS = {
     "pysource-cpu": Track(
         "Python source by bytes, 4,096 tokens a step, 0.86 M parameters: steps to AdamW's loss at 400",
@@ -118,7 +140,11 @@ TRACKS = {
         threads=2,
     ),
     "fineweb-124m": Track(
-        "The NanoGPT speedrun's optimization track: scripts, which were not run here", 3.28, "steps", None, fixed="configs/track3_124m.toml"
+        "The NanoGPT speedrun's optimization track: scripts, which were not run here",
+        3.28,
+        "steps",
+        None,
+        fixed="configs/track3_124m.toml",
     ),
 }
 
@@ -208,13 +234,32 @@ def claims_of_study(folder: Path, results: dict[str, Any], track: Track) -> list
         figure = low = high = None
         if reached and track.figure == "steps":
             figure = steps
-            low, high = (None if x is None else of(steps, x) for of, x in ((min, reached["low"]), (max, reached["high"])))
+            low, high = (
+                None if x is None else of(steps, x)
+                for of, x in ((min, reached["low"]), (max, reached["high"]))
+            )
         elif reached:
             seconds = statistics.mean_interval([r["train_seconds"] for r in judged])
-            figure, low, high = seconds.value, *(x if math.isfinite(x) else None for x in (seconds.low, seconds.high))
+            figure, low, high = (
+                seconds.value,
+                *(x if math.isfinite(x) else None for x in (seconds.low, seconds.high)),
+            )
         read = [export.read(folder / r["path"]) for r in judged]
         threshold, tried = results["rule"]["threshold"], len(e["trials"])
-        found.append(Claim(e["name"], read, figure, low, high, horizon["statistic"], threshold, horizon["passes"], tried, e["note"]))
+        found.append(
+            Claim(
+                e["name"],
+                read,
+                figure,
+                low,
+                high,
+                horizon["statistic"],
+                threshold,
+                horizon["passes"],
+                tried,
+                e["note"],
+            )
+        )
     return found
 
 
@@ -228,10 +273,31 @@ def claim_of_runs(folders: Sequence[Path], track: Track) -> Claim:
     mean = float(np.mean(losses))
     passes = None if threshold is None else rule.passes(mean, len(losses))
     told = statistics.mean_interval(seconds)
-    figure = None if not passes else told.value if track.figure == "seconds" else float(read[0].config.train.steps)
-    low, high = (told.low, told.high) if passes and track.figure == "seconds" and len(seconds) > 1 else (None, None)
+    figure = (
+        None
+        if not passes
+        else told.value
+        if track.figure == "seconds"
+        else float(read[0].config.train.steps)
+    )
+    low, high = (
+        (told.low, told.high)
+        if passes and track.figure == "seconds" and len(seconds) > 1
+        else (None, None)
+    )
     name = re.sub(r"[.-]?(s|seed)?\d+$", "", folders[0].name) or folders[0].name
-    return Claim(name, read, figure, low, high, rule.statistic(mean, len(losses)), threshold, passes, None, "")
+    return Claim(
+        name,
+        read,
+        figure,
+        low,
+        high,
+        rule.statistic(mean, len(losses)),
+        threshold,
+        passes,
+        None,
+        "",
+    )
 
 
 def count(claims: Sequence[Claim], trials: Sequence[str]) -> None:
@@ -240,8 +306,13 @@ def count(claims: Sequence[Claim], trials: Sequence[str]) -> None:
         name, _, number = text.rpartition("=")
         claim = next((c for c in claims if c.name == name or (not name and len(claims) == 1)), None)
         if claim is None or not number.isdecimal() or int(number) < (claim.trials or 0):
-            allowed = ", ".join(f"{c.name}=N, N ≥ {c.trials or 0}" for c in claims) or "none, where nothing was run"
-            raise RecordError(f"--trials\n  got: {text}\n  allowed: {allowed}\n  fix: all that were made, a study's own among them")
+            allowed = (
+                ", ".join(f"{c.name}=N, N ≥ {c.trials or 0}" for c in claims)
+                or "none, where nothing was run"
+            )
+            raise RecordError(
+                f"--trials\n  got: {text}\n  allowed: {allowed}\n  fix: all that were made, a study's own among them"
+            )
         claim.trials = int(number)
 
 
@@ -256,7 +327,9 @@ def check_alike(claim: Claim) -> None:
                     f"{key} of {run.name}\n  got: {value!r}\n  allowed: {first[key]!r}, as {claim.runs[0].name} has it\n  fix: runs of one configuration"
                 )
     if len(set(seeds)) < len(seeds):
-        raise RecordError(f"seeds of {claim.name}\n  got: {seeds}\n  allowed: each once\n  fix: one run a seed")
+        raise RecordError(
+            f"seeds of {claim.name}\n  got: {seeds}\n  allowed: each once\n  fix: one run a seed"
+        )
 
 
 def check_clean(found: Sequence[Run], *, allow: bool) -> tuple[str | None, bool]:
@@ -283,8 +356,13 @@ def _changed(commit: str) -> str | None:
     """What this tree's code has that the commit has not, files that git does not know among it; None if nothing."""
     try:
         done = [
-            subprocess.run(["git", *args, "--", *CODE], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-            for args in (("diff", "--name-only", commit), ("ls-files", "--others", "--exclude-standard"))
+            subprocess.run(
+                ["git", *args, "--", *CODE], cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout.splitlines()
+            for args in (
+                ("diff", "--name-only", commit),
+                ("ls-files", "--others", "--exclude-standard"),
+            )
         ]
     except (OSError, subprocess.CalledProcessError):
         return f"commit {commit}, which this repository does not know"
@@ -315,27 +393,60 @@ def add(
     try:
         day = date.fromisoformat(day).isoformat()
     except ValueError as error:
-        raise RecordError(f"--date\n  got: {day}\n  allowed: YYYY-MM-DD\n  fix: leave it out, for today") from error
+        raise RecordError(
+            f"--date\n  got: {day}\n  allowed: YYYY-MM-DD\n  fix: leave it out, for today"
+        ) from error
     for what, got, fine, allowed, fix in (
-        ("--slug", slug, re.fullmatch(r"[a-z0-9][a-z0-9_-]*", slug), "small letters, digits, '_' and '-'", "a few words"),
-        ("sources", said, not ran or all(s.is_dir() for s in sources), "folders of what was run", "train it first"),
-        ("sources", said, ran or not any(s.is_dir() for s in sources), "configuration files; nothing was run here", str(rules.fixed)),
-        ("sources", said, not study or len(sources) == 1, "one study, or runs of one configuration", "a record for each"),
+        (
+            "--slug",
+            slug,
+            re.fullmatch(r"[a-z0-9][a-z0-9_-]*", slug),
+            "small letters, digits, '_' and '-'",
+            "a few words",
+        ),
+        (
+            "sources",
+            said,
+            not ran or all(s.is_dir() for s in sources),
+            "folders of what was run",
+            "train it first",
+        ),
+        (
+            "sources",
+            said,
+            ran or not any(s.is_dir() for s in sources),
+            "configuration files; nothing was run here",
+            str(rules.fixed),
+        ),
+        (
+            "sources",
+            said,
+            not study or len(sources) == 1,
+            "one study, or runs of one configuration",
+            "a record for each",
+        ),
         ("sources", said, ran or len(names) == len(sources), "one of each name", "rename a file"),
     ):
         if not fine:
             raise RecordError(f"{what}\n  got: {got}\n  allowed: {allowed}\n  fix: {fix}")
     folder = BOOK / track / f"{day}_{slug}"
     if folder.exists():
-        raise RecordError(f"{folder.relative_to(BOOK.parent)}\n  got: a record of that name\n  allowed: a new one\n  fix: another --slug")
+        raise RecordError(
+            f"{folder.relative_to(BOOK.parent)}\n  got: a record of that name\n  allowed: a new one\n  fix: another --slug"
+        )
     results, claims, scripts = None, [], {}
     if not ran:
         scripts = {s.stem: export.read(s) for s in sources}
         for name, run in scripts.items():
             there = configuration.flat(run.config)
-            wrong = next((k for k, v in rules.keys().items() if k != "train.eval_tokens" and there[k] != v), None)
+            wrong = next(
+                (k for k, v in rules.keys().items() if k != "train.eval_tokens" and there[k] != v),
+                None,
+            )
             if wrong:
-                raise RecordError(f"{wrong} of {name}\n  got: {there[wrong]!r}\n  allowed: {rules.keys()[wrong]!r}\n  fix: {rules.fixed}")
+                raise RecordError(
+                    f"{wrong} of {name}\n  got: {there[wrong]!r}\n  allowed: {rules.keys()[wrong]!r}\n  fix: {rules.fixed}"
+                )
     elif study:
         results = json.loads((sources[0] / "results.json").read_text(encoding="utf-8"))
         claims = claims_of_study(sources[0], results, rules)
@@ -348,8 +459,13 @@ def add(
             rules.check(track, run.config, summary_of(run))
     commit, dirty = check_clean([r for c in claims for r in c.runs], allow=allow_dirty)
     summaries = [summary_of(r) for c in claims for r in c.runs]
-    entries = [c.told() for c in claims] or [{"name": n, "config": f"{n}.toml", "log": f"{n}.py", "n": 0, "figure": None} for n in scripts]
-    best = min((e for e in entries if e["figure"] is not None), key=lambda e: e["figure"], default=None)
+    entries = [c.told() for c in claims] or [
+        {"name": n, "config": f"{n}.toml", "log": f"{n}.py", "n": 0, "figure": None}
+        for n in scripts
+    ]
+    best = min(
+        (e for e in entries if e["figure"] is not None), key=lambda e: e["figure"], default=None
+    )
     record = {
         "schema": 1,
         "track": track,
@@ -358,7 +474,14 @@ def add(
         "by": list(by),
         "note": " ".join(note.split()),
         "target": rules.target,
-        "figure": best and {"entry": best["name"], "value": best["figure"], "unit": rules.figure, "low": best["low"], "high": best["high"]},
+        "figure": best
+        and {
+            "entry": best["name"],
+            "value": best["figure"],
+            "unit": rules.figure,
+            "low": best["low"],
+            "high": best["high"],
+        },
         "commit": commit,
         "dirty": dirty,
         "hardware": results["hardware"] if results else runs.machines(summaries) if ran else None,
@@ -367,24 +490,37 @@ def add(
         "commands": {
             "made": results["command"] if results else None,
             "added": command,
-            "check": None if rules.corpus is None else f"python -m studies.records check records/{track}/{day}_{slug}",
+            "check": None
+            if rules.corpus is None
+            else f"python -m studies.records check records/{track}/{day}_{slug}",
         },
         "entries": entries,
     }
     files = {"record.json": json.dumps(record, indent=1, ensure_ascii=False) + "\n"}
     for claim in claims:
-        files |= {f"{claim.name}.toml": _portable(claim.runs[0].config), f"{claim.name}.txt": log_of(claim)}
+        files |= {
+            f"{claim.name}.toml": _portable(claim.runs[0].config),
+            f"{claim.name}.txt": log_of(claim),
+        }
     for name, run in scripts.items():
-        files |= {f"{name}.toml": _portable(run.config), f"{name}.py": export.script(run, track=True)}
+        files |= {
+            f"{name}.toml": _portable(run.config),
+            f"{name}.py": export.script(run, track=True),
+        }
     if results:
         for run in (r for e in results["entries"] for r in e["runs"]):
             run.pop("training", None)  # in the logs
-        files["results.json"] = json.dumps(results, ensure_ascii=False, separators=(",", ":")) + "\n"
+        files["results.json"] = (
+            json.dumps(results, ensure_ascii=False, separators=(",", ":")) + "\n"
+        )
     picture = sources[0] / "report.png"
     files = {
-        name: text.replace(f"{Path.cwd()}/", "").replace(f"{ROOT}/", "") for name, text in files.items()
+        name: text.replace(f"{Path.cwd()}/", "").replace(f"{ROOT}/", "")
+        for name, text in files.items()
     }  # where it was made is nobody's business
-    size = sum(len(text.encode()) for text in files.values()) + (picture.stat().st_size if picture.is_file() else 0)
+    size = sum(len(text.encode()) for text in files.values()) + (
+        picture.stat().st_size if picture.is_file() else 0
+    )
     if size > LIMIT:
         raise RecordError(
             f"{track}/{day}_{slug}\n  got: {size:,} bytes\n  allowed: {LIMIT:,}\n  fix: fewer evaluations, train.log_every higher, or fewer entries"
@@ -422,9 +558,19 @@ def tables(*, relative_to: Path) -> str:
     """A table for each track: an entry a row, the best figure first; those without one come last. Then the records' notes."""
     parts = []
     for name, track in TRACKS.items():
-        there = [(folder.relative_to(relative_to), record) for folder, record in records() if record["track"] == name]
+        there = [
+            (folder.relative_to(relative_to), record)
+            for folder, record in records()
+            if record["track"] == name
+        ]
         rows = [(e, folder, record) for folder, record in there for e in record["entries"]]
-        rows.sort(key=lambda r: (math.inf if r[0]["figure"] is None else r[0]["figure"], r[2]["date"], r[0]["name"]))
+        rows.sort(
+            key=lambda r: (
+                math.inf if r[0]["figure"] is None else r[0]["figure"],
+                r[2]["date"],
+                r[0]["name"],
+            )
+        )
         parts.append(f"**{name}** ({track.title}; target {track.target:g})")
         if not rows:
             parts.append("No record yet.")
@@ -432,7 +578,11 @@ def tables(*, relative_to: Path) -> str:
         unit = {"steps": "steps to the target", "seconds": "training seconds"}[track.figure]
         head = f"| {unit} | end loss | training s, wall s | entry | trials | date | record |\n|---|---|---|---|---|---|---|"
         parts.append("\n".join([head, *(_row(*row) for row in rows)]))
-        parts += [f"[{record['title']}]({folder.as_posix()}/): {record['note']}" for folder, record in there if record.get("note")]
+        parts += [
+            f"[{record['title']}]({folder.as_posix()}/): {record['note']}"
+            for folder, record in there
+            if record.get("note")
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -465,13 +615,19 @@ def write_tables(*, check_only: bool) -> list[str]:
     readme, book = ROOT / "README.md", BOOK / "README.md"
     text = readme.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise RecordError(f"README.md\n  got: no place for the tables\n  allowed: {BEGIN} and {END}, once each\n  fix: put them in")
+        raise RecordError(
+            f"README.md\n  got: no place for the tables\n  allowed: {BEGIN} and {END}, once each\n  fix: put them in"
+        )
     before, rest = text.split(BEGIN)
     wanted = {
         readme: f"{before}{BEGIN}\n{tables(relative_to=ROOT)}{END}{rest.split(END)[1]}",
         book: TEXT + tables(relative_to=BOOK),
     }
-    stale = [f for f, content in wanted.items() if not f.is_file() or f.read_text(encoding="utf-8") != content]
+    stale = [
+        f
+        for f, content in wanted.items()
+        if not f.is_file() or f.read_text(encoding="utf-8") != content
+    ]
     for file in [] if check_only else stale:
         file.write_text(wanted[file], encoding="utf-8")
     return [str(f.relative_to(ROOT)) for f in stale]
@@ -480,13 +636,19 @@ def write_tables(*, check_only: bool) -> list[str]:
 # ---- checking
 
 
-def check(folder: Path, *, entry: str | None, seeds: int | None, workers: int, out: Path | None) -> bool:
+def check(
+    folder: Path, *, entry: str | None, seeds: int | None, workers: int, out: Path | None
+) -> bool:
     """Train a record's entries again, by their first seeds, with the code of now, and say PASS or FAIL with the figures."""
     if not (folder / "record.json").is_file():
         there = ", ".join(str(f.relative_to(BOOK.parent)) for f, _ in records())
-        raise RecordError(f"{folder}\n  got: no record.json in it\n  allowed: {there}\n  fix: one of them")
+        raise RecordError(
+            f"{folder}\n  got: no record.json in it\n  allowed: {there}\n  fix: one of them"
+        )
     if seeds is not None and seeds < 1:
-        raise RecordError(f"--seeds\n  got: {seeds}\n  allowed: 1 or more\n  fix: leave it out, for all")
+        raise RecordError(
+            f"--seeds\n  got: {seeds}\n  allowed: 1 or more\n  fix: leave it out, for all"
+        )
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
     state = commit, dirty = git_state()
     out = out or Path("runs") / f"check-{folder.resolve().name}-{(commit or 'no-commit')[:8]}"
@@ -496,7 +658,9 @@ def check(folder: Path, *, entry: str | None, seeds: int | None, workers: int, o
         )
     names = [e["name"] for e in record["entries"]]
     if entry is not None and entry not in names:
-        raise RecordError(f"--entry\n  got: {entry}\n  allowed: {', '.join(names)}\n  fix: one of them")
+        raise RecordError(
+            f"--entry\n  got: {entry}\n  allowed: {', '.join(names)}\n  fix: one of them"
+        )
     good = True
     for e in record["entries"]:
         if entry not in (None, e["name"]):
@@ -514,11 +678,16 @@ def check(folder: Path, *, entry: str | None, seeds: int | None, workers: int, o
             "train.pictures": False,
         }
         wanted = e["seeds"][:seeds]
-        jobs = [runs.job(config, f"{e['name']}.seed{s}", out, **{"run.seed": s, **quiet}) for s in wanted]
+        jobs = [
+            runs.job(config, f"{e['name']}.seed{s}", out, **{"run.seed": s, **quiet})
+            for s in wanted
+        ]
         for path in (out / j.name for j in jobs):
             made = runs.summary(path)
             if made is None:
-                shutil.rmtree(path, ignore_errors=True)  # one that diverged does not say by which code
+                shutil.rmtree(
+                    path, ignore_errors=True
+                )  # one that diverged does not say by which code
             elif dirty is not False or (made["commit"], made["dirty"]) != state:
                 raise RecordError(
                     f"{path}\n  got: a run that is there already, of code that is not known to be this\n  allowed: one of commit {commit}, without changes\n  fix: delete it, or another --out"
@@ -532,13 +701,17 @@ def check(folder: Path, *, entry: str | None, seeds: int | None, workers: int, o
     return good
 
 
-def _same(record: dict[str, Any], e: dict[str, Any], found: Sequence[dict[str, Any] | None]) -> bool:
+def _same(
+    record: dict[str, Any], e: dict[str, Any], found: Sequence[dict[str, Any] | None]
+) -> bool:
     """Whether these were trained on the record's kind of machine, with its torch and threads."""
     here = {(s["torch"], s["device"], s["hardware"]) for s in found if s}
     return here == {(e["torch"], e["device"], record["hardware"])}
 
 
-def compare(e: dict[str, Any], found: Sequence[dict[str, Any] | None], *, same: bool) -> tuple[bool, str]:
+def compare(
+    e: dict[str, Any], found: Sequence[dict[str, Any] | None], *, same: bool
+) -> tuple[bool, str]:
     """(fine, figures): each seed's loss within SAME on the same machine; else means within Student's interval at level DOUBT, of their pooled deviation."""
     here = [math.inf if s is None else s["val_loss"] for s in found]
     there, n, m = e["losses"], len(found), e["n"]
@@ -553,14 +726,28 @@ def compare(e: dict[str, Any], found: Sequence[dict[str, Any] | None], *, same: 
             f"{means}; seed by seed at most {apart:.2g} apart, allowed {SAME:g} on the same machine and versions; {seconds}",
         )
     df = n + m - 2
-    deviation = math.sqrt(sum(float(((x := np.array(y)) - x.mean()) @ (x - x.mean())) for y in (here, there)) / df) if df else math.nan
+    deviation = (
+        math.sqrt(
+            sum(float(((x := np.array(y)) - x.mean()) @ (x - x.mean())) for y in (here, there)) / df
+        )
+        if df
+        else math.nan
+    )
     apart, allowed = (
         abs(float(np.mean(here)) - e["mean"]),
-        float(stats.t.isf(DOUBT / 2, df)) * deviation * math.sqrt(1 / n + 1 / m) if df else math.nan,
+        float(stats.t.isf(DOUBT / 2, df)) * deviation * math.sqrt(1 / n + 1 / m)
+        if df
+        else math.nan,
     )
     if math.isnan(allowed):
-        return False, f"{means}; one loss on either side tells no deviation, and machine or versions differ; {seconds}"
-    return apart <= allowed, f"{means}; {apart:.4f} apart, allowed {allowed:.4f} between machines ({1 - DOUBT:.0%}); {seconds}"
+        return (
+            False,
+            f"{means}; one loss on either side tells no deviation, and machine or versions differ; {seconds}",
+        )
+    return (
+        apart <= allowed,
+        f"{means}; {apart:.4f} apart, allowed {allowed:.4f} between machines ({1 - DOUBT:.0%}); {seconds}",
+    )
 
 
 # ---- the command
@@ -568,7 +755,9 @@ def compare(e: dict[str, Any], found: Sequence[dict[str, Any] | None], *, same: 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m studies.records", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m studies.records",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="do", required=True)
     adding = commands.add_parser("add", help="a study, or runs of one configuration, to the book")
@@ -585,28 +774,56 @@ def main(argv: list[str] | None = None) -> int:
         metavar="[ENTRY=]N",
         help='of its tuning, all of them; a study\'s own if left out, and of runs "not counted"',
     )
-    adding.add_argument("--note", default="", help="what a reader has to know; stands under the table")
-    adding.add_argument("--allow-dirty", action="store_true", help="code that is in no commit; the record says so")
-    tabling = commands.add_parser("tables", help="write the tables of README.md and records/README.md")
-    tabling.add_argument("--check-only", action="store_true", help="exit code 1 where they are not up to date")
+    adding.add_argument(
+        "--note", default="", help="what a reader has to know; stands under the table"
+    )
+    adding.add_argument(
+        "--allow-dirty", action="store_true", help="code that is in no commit; the record says so"
+    )
+    tabling = commands.add_parser(
+        "tables", help="write the tables of README.md and records/README.md"
+    )
+    tabling.add_argument(
+        "--check-only", action="store_true", help="exit code 1 where they are not up to date"
+    )
     checking = commands.add_parser("check", help="train a record again")
     checking.add_argument("record", type=Path, metavar="records/TRACK/DATE_SLUG")
     checking.add_argument("--entry")
     checking.add_argument("--seeds", type=int, help="the first ones; all if left out")
     checking.add_argument("--workers", type=int, default=1)
-    checking.add_argument("--out", type=Path, help="run folders; runs/check-DATE_SLUG-COMMIT if left out")
+    checking.add_argument(
+        "--out", type=Path, help="run folders; runs/check-DATE_SLUG-COMMIT if left out"
+    )
     args = parser.parse_args(argv)
     try:
         if args.do == "add":
-            command = shlex.join(["python", "-m", "studies.records", *(sys.argv[1:] if argv is None else argv)])
-            options = {k: getattr(args, k) for k in ("title", "by", "allow_dirty", "trials", "note")}
-            print(add(args.sources, args.track, args.slug, day=args.date, command=command, **options).relative_to(BOOK.parent))
+            command = shlex.join(
+                ["python", "-m", "studies.records", *(sys.argv[1:] if argv is None else argv)]
+            )
+            options = {
+                k: getattr(args, k) for k in ("title", "by", "allow_dirty", "trials", "note")
+            }
+            print(
+                add(
+                    args.sources, args.track, args.slug, day=args.date, command=command, **options
+                ).relative_to(BOOK.parent)
+            )
             return 0
         if args.do == "tables":
             stale = write_tables(check_only=args.check_only)
-            print("\n".join(f"{name}: {'not up to date' if args.check_only else 'written'}" for name in stale) or "up to date")
+            print(
+                "\n".join(
+                    f"{name}: {'not up to date' if args.check_only else 'written'}"
+                    for name in stale
+                )
+                or "up to date"
+            )
             return int(bool(stale) and args.check_only)
-        return int(not check(args.record, entry=args.entry, seeds=args.seeds, workers=args.workers, out=args.out))
+        return int(
+            not check(
+                args.record, entry=args.entry, seeds=args.seeds, workers=args.workers, out=args.out
+            )
+        )
     except (RecordError, ExportError, ConfigError, DataError, RunError, runs.StudyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

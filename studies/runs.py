@@ -52,7 +52,12 @@ PRELOADED = [
     "optim",
     "matplotlib.pyplot",
 ]
-FILLED_IN = {"run.device": "auto", "run.precision": "auto", "model.vocab_size": None, "optim.polar.dtype": "auto"}  # by train_gpt.py
+FILLED_IN = {
+    "run.device": "auto",
+    "run.precision": "auto",
+    "model.vocab_size": None,
+    "optim.polar.dtype": "auto",
+}  # by train_gpt.py
 # What does not change the numbers that a study reads. run.threads does: sums in another order make another run (LOG.md).
 NEUTRAL = (
     "run.name",
@@ -66,7 +71,10 @@ NEUTRAL = (
     "train.keep_checkpoints",
     "train.sample_",
 )
-NOT_FINITE = 1, re.compile(r"^error: .*(not finite|is -?(nan|inf)).*", re.MULTILINE)  # train_gpt.py's exit code and last words
+NOT_FINITE = (
+    1,
+    re.compile(r"^error: .*(not finite|is -?(nan|inf)).*", re.MULTILINE),
+)  # train_gpt.py's exit code and last words
 
 
 class StudyError(ValueError):
@@ -80,7 +88,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "modular-sgd": {"optim.name": "sgd", "optim.scaling": "modular"},
     "normalized-adam": {"optim.name": "normalized_adam"},
     "normalized-sgd": {"optim.name": "normalized_sgd"},
-    "adamw": {"optim.name": "adamw", "optim.beta2": 0.95, "optim.weight_decay": 0.1, "model.init": "gpt2", **STANDARD},  # as nanoGPT
+    "adamw": {
+        "optim.name": "adamw",
+        "optim.beta2": 0.95,
+        "optim.weight_decay": 0.1,
+        "model.init": "gpt2",
+        **STANDARD,
+    },  # as nanoGPT
     "standard-sgd": {"optim.name": "sgd", "model.init": "fan_in", **STANDARD},
     "ntk": {"optim.name": "sgd", "optim.scaling": "ntk", "model.init": "fan_in", **STANDARD},
 }
@@ -97,7 +111,12 @@ class Job:
 def job(config: Config, name: str, folder: Path, **changes: Any) -> Job:
     """A job of `config` with some values changed, keys as "model.n_embd". Checked as train_gpt.py would."""
     raw: dict[str, Any] = {}
-    for key, value in {**configuration.flat(config), "run.name": name, "run.dir": str(folder), **changes}.items():
+    for key, value in {
+        **configuration.flat(config),
+        "run.name": name,
+        "run.dir": str(folder),
+        **changes,
+    }.items():
         if value is not None:
             configuration.put(raw, key, value)
     made = configuration.from_dict(Config, raw)
@@ -119,7 +138,12 @@ class Place:
             return [seen]
         with closing(socket.create_server(("127.0.0.1", 0))) as server:
             port = str(server.getsockname()[1])
-        seen |= {"WORLD_SIZE": str(self.ranks), "LOCAL_WORLD_SIZE": str(self.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        seen |= {
+            "WORLD_SIZE": str(self.ranks),
+            "LOCAL_WORLD_SIZE": str(self.ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         return [seen | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(self.ranks)]
 
 
@@ -127,17 +151,26 @@ def places(workers: int, ranks: int = 1, gpus: Sequence[str] = ()) -> list[Place
     """One for each run at a time: `workers` of them, or with GPUs as many as have `ranks` GPUs, one a rank. Raises StudyError if there is none."""
     if not gpus:
         if workers < 1:
-            raise StudyError(f"--workers\n  got: {workers}\n  allowed: 1 or more\n  fix: --workers 1, or leave it out")
+            raise StudyError(
+                f"--workers\n  got: {workers}\n  allowed: 1 or more\n  fix: --workers 1, or leave it out"
+            )
         return [Place(ranks)] * workers
     if len(gpus) < ranks:
-        raise StudyError(f"--gpus, --nproc\n  got: {len(gpus)} GPUs, {ranks} ranks a run\n  allowed: a GPU a rank\n  fix: fewer ranks")
-    return [Place(ranks, ",".join(gpus[i : i + ranks])) for i in range(0, len(gpus) - ranks + 1, ranks)]
+        raise StudyError(
+            f"--gpus, --nproc\n  got: {len(gpus)} GPUs, {ranks} ranks a run\n  allowed: a GPU a rank\n  fix: fewer ranks"
+        )
+    return [
+        Place(ranks, ",".join(gpus[i : i + ranks])) for i in range(0, len(gpus) - ranks + 1, ranks)
+    ]
 
 
 def sweep(jobs: Sequence[Job], folder: Path, *, workers: Sequence[Place], dry_run: bool) -> bool:
     """Tell the cost of what is not done, and run it: the first seed of all first, small before large. Whether it was run: a dry run ends with the cost."""
     dataset, rate = Dataset(jobs[0].config.data), speed(jobs[0].config.run)
-    costed = sorted(((*cost(j.config, dataset, rate), j) for j in jobs), key=lambda c: (c[2].config.run.seed, c[1]))
+    costed = sorted(
+        ((*cost(j.config, dataset, rate), j) for j in jobs),
+        key=lambda c: (c[2].config.run.seed, c[1]),
+    )
     left = [c for c in costed if not done(c[2], folder)]
     print(
         f"{folder}: {len(jobs)} runs, {len(jobs) - len(left)} of them done; {sum(c[0] for c in left):.2g} FLOPs to go, about {duration([c[1] for c in left], len(workers))} on this machine"
@@ -149,7 +182,12 @@ def sweep(jobs: Sequence[Job], folder: Path, *, workers: Sequence[Place], dry_ru
 
 
 def execute(
-    jobs: Sequence[Job], folder: Path, *, workers: Sequence[Place], costs: Sequence[float], say: Callable[[str], None] = print
+    jobs: Sequence[Job],
+    folder: Path,
+    *,
+    workers: Sequence[Place],
+    costs: Sequence[float],
+    say: Callable[[str], None] = print,
 ) -> None:
     """Run those that are not done, one in each place at a time, in this order. costs: of each, in any unit; they steer the progress bar alone.
 
@@ -178,14 +216,24 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _execute(jobs: Sequence[Job], folder: Path, free: Sequence[Place], costs: Sequence[float], say: Callable[[str], None]) -> None:
+def _execute(
+    jobs: Sequence[Job],
+    folder: Path,
+    free: Sequence[Place],
+    costs: Sequence[float],
+    say: Callable[[str], None],
+) -> None:
     todo = [(j, c) for j, c in zip(jobs, costs, strict=True) if not done(j, folder)]
     if len(todo) < len(jobs):
         say(f"{len(jobs) - len(todo)} of {len(jobs)} runs are there already")
     running: list[tuple[Job, float, Place, list[BaseProcess]]] = []
     failures: list[str] = []
     free = list(free)
-    with tqdm(total=sum(c for _, c in todo) or 1, unit="s", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
+    with tqdm(
+        total=sum(c for _, c in todo) or 1,
+        unit="s",
+        bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
+    ) as bar:
         try:
             while running or (todo and not failures):
                 while todo and free and not failures:
@@ -193,7 +241,9 @@ def _execute(jobs: Sequence[Job], folder: Path, free: Sequence[Place], costs: Se
                     shutil.rmtree(folder / j.name, ignore_errors=True)
                     place = free.pop(0)
                     running.append((j, cost, place, start(j, folder, place)))
-                if alive := [p.sentinel for *_, processes in running for p in processes if p.is_alive()]:
+                if alive := [
+                    p.sentinel for *_, processes in running for p in processes if p.is_alive()
+                ]:
                     wait(alive)
                 for run in list(running):
                     j, cost, place, processes = run
@@ -205,7 +255,9 @@ def _execute(jobs: Sequence[Job], folder: Path, free: Sequence[Place], costs: Se
                     output = (folder / "configs" / f"{j.name}.log").read_text(errors="replace")
                     codes = [p.exitcode for p in processes if p.exitcode]
                     if NOT_FINITE[0] in codes and (why := NOT_FINITE[1].search(output)):
-                        (folder / j.name / "failed.json").write_text(json.dumps({"why": why.group()}) + "\n")
+                        (folder / j.name / "failed.json").write_text(
+                            json.dumps({"why": why.group()}) + "\n"
+                        )
                     elif codes:
                         failures.append(f"{j.name}: exit code {codes[0]}\n{output[-2000:]}")
                     bar.set_postfix_str(f"{len(todo) + len(running)} runs to go")
@@ -226,9 +278,17 @@ def done(job: Job, folder: Path) -> bool:
     path = folder / job.name
     if not finished(path):
         return False
-    there = configuration.flat(configuration.from_dict(Config, tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))))
+    there = configuration.flat(
+        configuration.from_dict(
+            Config, tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
+        )
+    )
     for key, value in configuration.flat(job.config).items():
-        if value != there[key] and not key.startswith(NEUTRAL) and (key not in FILLED_IN or value != FILLED_IN[key]):
+        if (
+            value != there[key]
+            and not key.startswith(NEUTRAL)
+            and (key not in FILLED_IN or value != FILLED_IN[key])
+        ):
             raise StudyError(
                 f"{path}\n  got: {key} = {value!r}\n  allowed: {there[key]!r}, as the run that is there had it\n  fix: another --name, or delete {path}"
             )
@@ -243,12 +303,16 @@ def finished(path: Path) -> bool:
 def start(job: Job, folder: Path, place: Place = Place()) -> list[BaseProcess]:
     """train_gpt.py in processes of its own, one a rank; the first one's output goes to configs/<name>.log beside the configuration they read, others' to <name>.<rank>.log."""
     base = folder / "configs" / job.name
-    base.with_name(f"{job.name}.toml").write_text(configuration.to_toml(job.config), encoding="utf-8")
+    base.with_name(f"{job.name}.toml").write_text(
+        configuration.to_toml(job.config), encoding="utf-8"
+    )
     processes = []
     for rank, environment in enumerate(place.environments()):
         log = base.with_name(f"{job.name}.{rank}.log" if rank else f"{job.name}.log")
         log.write_text("")
-        process = _context().Process(target=_train, args=(str(ROOT / "train_gpt.py"), f"{base}.toml", str(log), environment))
+        process = _context().Process(
+            target=_train, args=(str(ROOT / "train_gpt.py"), f"{base}.toml", str(log), environment)
+        )
         process.start()
         processes.append(process)
     return processes
@@ -289,7 +353,10 @@ def summary(path: Path) -> dict[str, Any] | None:
 
 def metrics(path: Path) -> list[dict[str, Any]]:
     """A run's metrics.jsonl."""
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def machines(told: Sequence[Mapping[str, Any]]) -> str:
@@ -300,12 +367,19 @@ def machines(told: Sequence[Mapping[str, Any]]) -> str:
 def versions(told: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
     """Of the program and torch, every one that made a judged run, by the runs' summaries. note: what goes with what, where there is more than one."""
     found = sorted({(s["commit"] or "no commit", bool(s["dirty"]), s["torch"]) for s in told})
-    commits = [f"{'commit ' if commit != 'no commit' else ''}{commit}{' (dirty)' if dirty else ''}" for commit, dirty, _ in found]
-    made = "; ".join(f"{commit} with torch {torch}" for commit, (_, _, torch) in zip(commits, found, strict=True))
+    commits = [
+        f"{'commit ' if commit != 'no commit' else ''}{commit}{' (dirty)' if dirty else ''}"
+        for commit, dirty, _ in found
+    ]
+    made = "; ".join(
+        f"{commit} with torch {torch}" for commit, (_, _, torch) in zip(commits, found, strict=True)
+    )
     return {
         "python": platform.python_version(),
         "torch": ", ".join(dict.fromkeys(torch for _, _, torch in found)) or torch.__version__,
-        "nanodual": None if {c for c, _, _ in found} <= {"no commit"} else ", ".join(dict.fromkeys(commits)),
+        "nanodual": None
+        if {c for c, _, _ in found} <= {"no commit"}
+        else ", ".join(dict.fromkeys(commits)),
         "note": f"the judged runs are of {len(found)} versions: {made}" if len(found) > 1 else None,
     }
 
@@ -352,20 +426,40 @@ def cost(config: Config, dataset: Dataset, flops_per_second: float) -> tuple[flo
     """(FLOPs, seconds) of one run: forward, backward, optimizer, evaluations, curvature; Dualized's and Normalized's norms counted, other optimizers not."""
     c = config.train
     with torch.device("meta"):
-        shape = replace(config.model, vocab_size=config.model.vocab_size or dataset.tokenizer.vocab_size)
+        shape = replace(
+            config.model, vocab_size=config.model.vocab_size or dataset.tokenizer.vocab_size
+        )
         norms = config.optim.norms.build(config.optim.polar, shape.n_head)
         model = build(shape, norms)
-    dualize = sum(n.flops(model.get_parameter(k).shape) for k, n in metrize(model, model.structure()).norms.items())
+    dualize = sum(
+        n.flops(model.get_parameter(k).shape)
+        for k, n in metrize(model, model.structure()).norms.items()
+    )
     dualize *= config.optim.name not in UNNORMED
     step = model.flops_per_token() * c.batch_size * shape.block_size + dualize
     evaluations = 1 + (c.steps // c.eval_every if c.eval_every else 0)
-    flops = c.steps * step + evaluations * model.flops_per_token() / 3 * (c.eval_tokens or dataset.manifest.splits["val"].tokens)
+    flops = c.steps * step + evaluations * model.flops_per_token() / 3 * (
+        c.eval_tokens or dataset.manifest.splits["val"].tokens
+    )
     if c.sharpness_every:
-        flops += (1 + c.steps // c.sharpness_every) * PRODUCTS * 4 * model.flops_per_token() * c.sharpness_sequences * shape.block_size
+        flops += (
+            (1 + c.steps // c.sharpness_every)
+            * PRODUCTS
+            * 4
+            * model.flops_per_token()
+            * c.sharpness_sequences
+            * shape.block_size
+        )
     return flops, STARTUP + flops / flops_per_second + c.steps * shape.n_layer * OVERHEAD
 
 
 def duration(seconds: Sequence[float], workers: int) -> str:
     """How long runs of so many seconds take, `workers` at a time, as one says it."""
     total = max(sum(seconds) / workers, max(seconds, default=0))
-    return f"{total:.0f} s" if total < 90 else f"{total / 60:.0f} min" if total < 5400 else f"{total / 3600:.1f} h"
+    return (
+        f"{total:.0f} s"
+        if total < 90
+        else f"{total / 60:.0f} min"
+        if total < 5400
+        else f"{total / 3600:.1f} h"
+    )

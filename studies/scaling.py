@@ -41,8 +41,12 @@ class GPU:
 
 
 GPUS = {
-    "H100": GPU(PEAK_FLOPS["NVIDIA H100 80GB HBM3"], 80e9, 3.35e12),  # NVIDIA H100 Tensor Core GPU data sheet, SXM
-    "H200": GPU(PEAK_FLOPS["NVIDIA H200"], 141e9, 4.8e12),  # NVIDIA H200 Tensor Core GPU data sheet, SXM
+    "H100": GPU(
+        PEAK_FLOPS["NVIDIA H100 80GB HBM3"], 80e9, 3.35e12
+    ),  # NVIDIA H100 Tensor Core GPU data sheet, SXM
+    "H200": GPU(
+        PEAK_FLOPS["NVIDIA H200"], 141e9, 4.8e12
+    ),  # NVIDIA H200 Tensor Core GPU data sheet, SXM
 }
 NODE = 8  # GPUs (NVIDIA DGX H100 data sheet)
 NVLINK = 450e9  # a GPU to those of its node, one way: half of the 900 GB/s of the H100 data sheet, which counts both
@@ -76,24 +80,50 @@ class Case:
         c = load([str(path)])
         o = c.optim
         for key, got, fine, allowed in (
-            ("optim.lr", o.lr, not isinstance(o.lr, str), "a number: the second dualization of auto is not counted"),
+            (
+                "optim.lr",
+                o.lr,
+                not isinstance(o.lr, str),
+                "a number: the second dualization of auto is not counted",
+            ),
             ("optim.scale", o.scale, o.scale == "unit", "unit: dual norms are not counted"),
-            ("optim.constraint", o.constraint, o.constraint is None, "none: retractions are not counted"),
-            ("optim.direction", o.direction, DIRECTIONS[o.direction].entrywise, "directions entry by entry: others are not counted"),
-            ("model.vocab_size", c.model.vocab_size, c.model.vocab_size is not None, "a number: no tokenizer is asked"),
+            (
+                "optim.constraint",
+                o.constraint,
+                o.constraint is None,
+                "none: retractions are not counted",
+            ),
+            (
+                "optim.direction",
+                o.direction,
+                DIRECTIONS[o.direction].entrywise,
+                "directions entry by entry: others are not counted",
+            ),
+            (
+                "model.vocab_size",
+                c.model.vocab_size,
+                c.model.vocab_size is not None,
+                "a number: no tokenizer is asked",
+            ),
         ):
             if not fine:
-                raise ValueError(f"{path}: {key}\n  got: {got!r}\n  allowed: {allowed}\n  fix: a copy of the file with it")
+                raise ValueError(
+                    f"{path}: {key}\n  got: {got!r}\n  allowed: {allowed}\n  fix: a copy of the file with it"
+                )
         return Case(name or path.stem, c.model, c.train.batch_size, o)
 
     @staticmethod
     def published(name: str, layers: int, heads: int, width: int, sequences: int) -> "Case":
-        return Case(name, ModelConfig(layers, heads, width, block_size=2048, vocab_size=50304), sequences)
+        return Case(
+            name, ModelConfig(layers, heads, width, block_size=2048, vocab_size=50304), sequences
+        )
 
     def gpt(self, polar: Polar) -> GPT:
         """Without numbers; norms as in training, with this polar factor."""
         with torch.device("meta"):
-            return build(self.model, self.optim.norms.build(polar, self.model.n_head)).to(getattr(torch, self.optim.param_dtype))
+            return build(self.model, self.optim.norms.build(polar, self.model.n_head)).to(
+                getattr(torch, self.optim.param_dtype)
+            )
 
     @property
     def polar(self) -> Polar:
@@ -105,9 +135,14 @@ class Case:
 def cases() -> dict[str, Case]:
     """The family. Shapes and batches: configs/; Brown et al., arXiv 2005.14165, table 2.1 (2 M tokens as 1024 × 2048, 3.2 M as 1600 × 2048; 13B is 5120 wide,
     its 40 heads of 128, where the table says 5140); Narayanan et al., arXiv 2104.04473, table 1 (1T, 3072 sequences of 2048). Vocabulary as in configs/."""
-    found = [Case.of_config(ROOT / f"configs/gpt2_{n.lower()}.toml", n) for n in ("124M", "350M", "1.5B")]
+    found = [
+        Case.of_config(ROOT / f"configs/gpt2_{n.lower()}.toml", n) for n in ("124M", "350M", "1.5B")
+    ]
     found += [Case.published("6.7B", 32, 32, 4096, 1024), Case.published("13B", 40, 40, 5120, 1024)]
-    found += [Case.published("175B", 96, 96, 12288, 1600), Case.published("1T", 128, 160, 25600, 3072)]
+    found += [
+        Case.published("175B", 96, 96, 12288, 1600),
+        Case.published("1T", 128, 160, 25600, 3072),
+    ]
     return {case.name: case for case in found}
 
 
@@ -166,7 +201,13 @@ class Weight:
     state: int
 
 
-OURS, ADAMW, ZERO, MUON_PLAIN, MUON_OWNED = "Dualized", "AdamW", "AdamW, sharded", "Muon", "Muon, owned"
+OURS, ADAMW, ZERO, MUON_PLAIN, MUON_OWNED = (
+    "Dualized",
+    "AdamW",
+    "AdamW, sharded",
+    "Muon",
+    "Muon, owned",
+)
 OPTIMIZERS = (OURS, ADAMW, ZERO, MUON_PLAIN, MUON_OWNED)
 
 
@@ -179,7 +220,9 @@ def weights_of(case: Case, optimizer: str, polar: Polar | None = None) -> tuple[
     planned = Planned(model, case.optim)
     planned.make_state(lambda name: True)
     found = []
-    for name, (p, flops, by_rows) in zip(planned.param_groups[0]["param_names"], planned.seen.entries, strict=True):
+    for name, (p, flops, by_rows) in zip(
+        planned.param_groups[0]["param_names"], planned.seen.entries, strict=True
+    ):
         state = sum(b.nbytes for b in planned.state[p].values())
         whole, split = (0, int(flops)) if by_rows else (int(flops), 0)
         split += MOMENTUM_FLOPS * p.numel()
@@ -187,7 +230,9 @@ def weights_of(case: Case, optimizer: str, polar: Polar | None = None) -> tuple[
             whole, split, state = 0, ADAMW_FLOPS * p.numel(), 2 * p.nbytes
         elif muon:
             state = p.nbytes
-        found.append(Weight(p, (planned.norm.norms[name], p.shape, p.dtype), by_rows, whole, split, state))
+        found.append(
+            Weight(p, (planned.norm.norms[name], p.shape, p.dtype), by_rows, whole, split, state)
+        )
     return model, found
 
 
@@ -212,7 +257,9 @@ class Step:
 
     @property
     def sent(self) -> Tensor:
-        return sum((sent for sent, _ in self.exchanges), torch.zeros_like(self.flops)) + sum(sent for sent, _ in self.rings)
+        return sum((sent for sent, _ in self.exchanges), torch.zeros_like(self.flops)) + sum(
+            sent for sent, _ in self.rings
+        )
 
     def seconds(self, gpu: GPU) -> float:
         """At least: FLOPs at peak, and stepped weights, gradients and state read, weights and state written, once. Of the busiest GPU."""
@@ -224,7 +271,11 @@ class Step:
         return direct + sum(sent / speed for sent, speed in self.rings)
 
 
-def shared(weights: Iterable[Weight], w: int, share: Callable[[Weight], tuple[Tensor | float, Tensor | float]]) -> Step:
+def shared(
+    weights: Iterable[Weight],
+    w: int,
+    share: Callable[[Weight], tuple[Tensor | float, Tensor | float]],
+) -> Step:
     """A step without communication. share: of each weight, the parts (w,) of what needs it whole and of its entries that each GPU does."""
     whole, split, stepped, state = (torch.zeros(w, dtype=torch.float64) for _ in range(4))
     for weight in weights:
@@ -254,7 +305,10 @@ def owned_replicas(weights: list[Weight], w: int) -> Step:
     """Gradients to owners, weights back (comm.Replicas)."""
     at = Replicas(Ranks(None, 0, w))
     at.place([(x.p, float(x.whole or x.split), x.by_rows) for x in weights])
-    parts = {x.p: torch.tensor([b - a for a, b in at.rows[x.p]], dtype=torch.float64) / x.p.shape[0] for x in weights}
+    parts = {
+        x.p: torch.tensor([b - a for a, b in at.rows[x.p]], dtype=torch.float64) / x.p.shape[0]
+        for x in weights
+    }
     step = shared(weights, w, lambda x: (parts[x.p], parts[x.p]))
     own, N = step.stepped, sum(x.p.nbytes for x in weights)
     step.exchanges = [(N - own, (w - 1) * own), ((w - 1) * own, N - own)]
@@ -263,8 +317,16 @@ def owned_replicas(weights: list[Weight], w: int) -> Step:
 
     def most(buckets: list[list[Tensor]], kept: int) -> Tensor:
         """Of a few buckets in a row. kept: copies of the own part."""
-        live = [torch.stack([p.nbytes * (1 + (w - 2 + kept) * parts[p]) for p in bucket]).sum(0) for bucket in buckets]
-        return torch.stack([torch.stack(live[i : i + IN_FLIGHT + 1]).sum(0) for i in range(max(1, len(live) - IN_FLIGHT))]).amax(0)
+        live = [
+            torch.stack([p.nbytes * (1 + (w - 2 + kept) * parts[p]) for p in bucket]).sum(0)
+            for bucket in buckets
+        ]
+        return torch.stack(
+            [
+                torch.stack(live[i : i + IN_FLIGHT + 1]).sum(0)
+                for i in range(max(1, len(live) - IN_FLIGHT))
+            ]
+        ).amax(0)
 
     publish = [most(bucketed(x.p for x in stack), 0) for stack in stacks(weights)]
     step.buffers = torch.maximum(most(at.buckets, 1), two_at_once(publish)) + reduced
@@ -284,9 +346,15 @@ def owned_shards(weights: list[Weight], w: int, s: int) -> Step:
     at, c = Shards(Ranks(None, 0, w), _Mesh(w // s, s)), w // s
     at.place([(x.p, float(x.whole), x.by_rows) for x in weights])
     rows = {n: held_rows(n, w, s) for n in {x.p.shape[0] for x in weights}}
-    owned = {x.p: torch.nn.functional.one_hot(torch.tensor(at.owner[x.p]), w).double() for x in weights}
+    owned = {
+        x.p: torch.nn.functional.one_hot(torch.tensor(at.owner[x.p]), w).double() for x in weights
+    }
     step = shared(weights, w, lambda x: (owned[x.p], rows[x.p.shape[0]] / x.p.shape[0]))
-    sent, received, buffers = torch.zeros(w, dtype=torch.float64), torch.zeros(w, dtype=torch.float64), [step.buffers]
+    sent, received, buffers = (
+        torch.zeros(w, dtype=torch.float64),
+        torch.zeros(w, dtype=torch.float64),
+        [step.buffers],
+    )
     for stack in stacks(weights):
         if stack[0].by_rows:
             continue
@@ -297,7 +365,9 @@ def owned_shards(weights: list[Weight], w: int, s: int) -> Step:
         near = owns.view(c, s).sum(1).repeat_interleave(s)  # of its copy, which gets its rows
         sent += (near - owns) * piece + owns * (c * matrix - piece)
         received += owns * (matrix - piece) + (len(stack) - owns) * piece
-        buffers.append(torch.maximum(near * piece + owns * matrix, owns * c * matrix + len(stack) * piece))
+        buffers.append(
+            torch.maximum(near * piece + owns * matrix, owns * c * matrix + len(stack) * piece)
+        )
     step.exchanges, step.buffers = [(sent, received)], two_at_once(buffers)
     return step
 
@@ -320,7 +390,9 @@ def step_of(optimizer: str, weights: list[Weight], parallel: str, w: int, s: int
     rows = {n: held_rows(n, w, s) / n for n in {x.p.shape[0] for x in weights}}
     step = shared(weights, w, lambda x: (1.0, rows[x.p.shape[0]]))
     if optimizer == MUON_PLAIN:  # every GPU gathers all momenta, in the iteration's 16 bits
-        step.rings = [((s - 1) / s * sum(2 * x.p.numel() for x in weights if x.whole), ring_speed(s))]
+        step.rings = [
+            ((s - 1) / s * sum(2 * x.p.numel() for x in weights if x.whole), ring_speed(s))
+        ]
         step.buffers += max((2.0 * x.p.numel() for x in weights if x.whole), default=0.0)
     return step
 
@@ -356,7 +428,11 @@ def around(model: GPT, tokens: float, parallel: str, w: int, s: int) -> Around:
     N, c = root + sum(blocks), w // s
     part = (s - 1) / s
     across = NVLINK if w <= NODE else NETWORK  # a copy is a node or more
-    rings = [(part * (root + 2 * sum(blocks)), ring_speed(s)), (part * N, ring_speed(s)), (2 * (c - 1) / c * N / s, across)]
+    rings = [
+        (part * (root + 2 * sum(blocks)), ring_speed(s)),
+        (part * N, ring_speed(s)),
+        (2 * (c - 1) / c * N / s, across),
+    ]
     # The root stays, a block is in use and the next one on its way, and a block's gradients leave.
     return Around(flops, N / s, N / s, root + 3.0 * max(blocks), rings)
 
@@ -391,27 +467,55 @@ class Row:
 
     def memory(self) -> list[str]:
         m, s = self.model, self.step
-        buffers = s.buffers.clamp(min=m.buffers)  # forward and backward are over when the step begins
+        buffers = s.buffers.clamp(
+            min=m.buffers
+        )  # forward and backward are over when the step begins
         total = m.weights + m.grads + s.state + buffers
         r = int(total.argmax())
-        parts = [giga(x) for x in (m.weights, m.grads, float(s.state[r]), float(buffers[r]), float(total[r]))]
+        parts = [
+            giga(x)
+            for x in (m.weights, m.grads, float(s.state[r]), float(buffers[r]), float(total[r]))
+        ]
         return [*parts, "yes" if total[r] <= self.gpu.memory else "no"]
 
     def communication(self) -> list[str]:
-        return [giga(x) for x in (sum(b for b, _ in self.model.rings), float(self.step.sent.mean()), float(self.step.sent.max()))]
+        return [
+            giga(x)
+            for x in (
+                sum(b for b, _ in self.model.rings),
+                float(self.step.sent.mean()),
+                float(self.step.sent.max()),
+            )
+        ]
 
     def time(self) -> list[str]:
         around = sum(sent / speed for sent, speed in self.model.rings)
-        times = (self.model.flops / self.w / self.gpu.flops, self.step.seconds(self.gpu), around, self.step.transfer_seconds(self.w))
+        times = (
+            self.model.flops / self.w / self.gpu.flops,
+            self.step.seconds(self.gpu),
+            around,
+            self.step.transfer_seconds(self.w),
+        )
         return [number(1e3 * t) for t in times]
 
 
 KEY = ["model", "GPUs", "parallel", "optimizer"]
 TABLES = {
-    "compute": ["forward + backward a GPU", "optimizer, all GPUs", "busiest GPU", "its share", "GPUs with a matrix"],
+    "compute": [
+        "forward + backward a GPU",
+        "optimizer, all GPUs",
+        "busiest GPU",
+        "its share",
+        "GPUs with a matrix",
+    ],
     "memory": ["weights", "gradients", "state", "buffers", "sum", "could fit"],
     "communication": ["forward + backward", "optimizer, mean", "busiest GPU"],
-    "time": ["forward + backward", "optimizer, busiest GPU", "their communication", "its communication"],
+    "time": [
+        "forward + backward",
+        "optimizer, busiest GPU",
+        "their communication",
+        "its communication",
+    ],
 }
 UNITS = {
     "compute": "FLOPs a step",
@@ -433,7 +537,9 @@ def percent(x: float) -> str:
     return f"{100 * x:.2g} %" if x < 0.995 else f"{100 * x:.4g} %"
 
 
-def rows(case: Case, made: dict[str, tuple[GPT, list[Weight]]], args: argparse.Namespace) -> Iterator[Row]:
+def rows(
+    case: Case, made: dict[str, tuple[GPT, list[Weight]]], args: argparse.Namespace
+) -> Iterator[Row]:
     """made: by optimizer, what weights_of found."""
     tokens = float(case.sequences * case.model.block_size)
     for w in args.gpus:
@@ -442,12 +548,22 @@ def rows(case: Case, made: dict[str, tuple[GPT, list[Weight]]], args: argparse.N
         for mode in args.parallel if w > 1 else ["ddp"]:
             s = {"ddp": 1, "fsdp": w, "hsdp": min(w, args.shards)}[mode]
             if s < 1 or w % s:
-                raise ValueError(f"--shards\n  got: {s}\n  allowed: a divisor of the {w} GPUs\n  fix: another number of GPUs, or --shards")
+                raise ValueError(
+                    f"--shards\n  got: {s}\n  allowed: a divisor of the {w} GPUs\n  fix: another number of GPUs, or --shards"
+                )
             for optimizer in args.optimizer:
                 model, weights = made[optimizer]
                 step = step_of(optimizer, weights, mode, w, s)
                 if step is not None:
-                    yield Row(case, w, mode if w > 1 else "–", optimizer, around(model, tokens, mode, w, s), step, GPUS[args.gpu])
+                    yield Row(
+                        case,
+                        w,
+                        mode if w > 1 else "–",
+                        optimizer,
+                        around(model, tokens, mode, w, s),
+                        step,
+                        GPUS[args.gpu],
+                    )
 
 
 def headline(case: Case, model: GPT, weights: list[Weight], gpu: GPU) -> str:
@@ -462,10 +578,15 @@ def headline(case: Case, model: GPT, weights: list[Weight], gpu: GPU) -> str:
 
 def table(header: list[str], lines: list[list[str]], *, markdown: bool) -> str:
     if markdown:
-        return "\n".join("| " + " | ".join(x) + " |" for x in [header, ["---"] * len(header), *lines])
+        return "\n".join(
+            "| " + " | ".join(x) + " |" for x in [header, ["---"] * len(header), *lines]
+        )
     widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
     return "\n".join(
-        "  ".join(x.ljust(n) if i < len(KEY) else x.rjust(n) for i, (x, n) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            x.ljust(n) if i < len(KEY) else x.rjust(n)
+            for i, (x, n) in enumerate(zip(line, widths, strict=True))
+        )
         for line in [header, *lines]
     )
 
@@ -488,27 +609,43 @@ def report(found: Iterable[Case], args: argparse.Namespace) -> Iterator[str]:
     for name in args.table:
         title = f"{name}: {UNITS[name]} ({args.gpu})"
         yield f"\n**{title}**\n" if args.markdown else f"\n{title}\n"
-        yield table([*KEY, *TABLES[name]], [[*row.key(), *getattr(row, name)()] for row in counted], markdown=args.markdown)
+        yield table(
+            [*KEY, *TABLES[name]],
+            [[*row.key(), *getattr(row, name)()] for row in counted],
+            markdown=args.markdown,
+        )
     if any(row.case.sequences < row.w for row in counted):
         yield f"\n{'&ast;' if args.markdown else '*'} fewer sequences than GPUs: data parallelism alone cannot share them out"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", nargs="+", default=["124M"], choices=list(cases()))
     which.add_argument("--config", type=Path, nargs="+", help="of a training run")
     parser.add_argument("--gpus", nargs="+", type=int, default=[1, 8, 64, 512, 4096, 16384])
-    parser.add_argument("--parallel", nargs="+", default=["ddp", "fsdp"], choices=("ddp", "fsdp", "hsdp"))
+    parser.add_argument(
+        "--parallel", nargs="+", default=["ddp", "fsdp"], choices=("ddp", "fsdp", "hsdp")
+    )
     parser.add_argument("--shards", type=int, default=NODE, help="of one copy, with hsdp")
-    parser.add_argument("--optimizer", nargs="+", default=[OURS, ADAMW, MUON_PLAIN], choices=OPTIMIZERS)
-    parser.add_argument("--tokens-per-step", type=int, help="by default those of the configuration or publication")
+    parser.add_argument(
+        "--optimizer", nargs="+", default=[OURS, ADAMW, MUON_PLAIN], choices=OPTIMIZERS
+    )
+    parser.add_argument(
+        "--tokens-per-step", type=int, help="by default those of the configuration or publication"
+    )
     parser.add_argument("--gpu", default="H100", choices=list(GPUS))
     parser.add_argument("--table", nargs="+", default=list(TABLES), choices=list(TABLES))
     parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args(argv)
     try:
-        found = [Case.of_config(path) for path in args.config] if args.config else [cases()[name] for name in args.model]
+        found = (
+            [Case.of_config(path) for path in args.config]
+            if args.config
+            else [cases()[name] for name in args.model]
+        )
         for line in report(found, args):
             print(line)
     except ValueError as error:

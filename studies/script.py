@@ -55,7 +55,9 @@ DIRECTION = DIRECTIONS[config.optim.direction]
 
 def read_shard(path: Path) -> Tensor:
     """(n,) int16, mapped: the bits of a file's uint16 tokens, behind 256 int32 (magic, version, n, zeros)."""
-    magic, version, n = torch.from_file(str(path), shared=False, size=256, dtype=torch.int32)[:3].tolist()
+    magic, version, n = torch.from_file(str(path), shared=False, size=256, dtype=torch.int32)[
+        :3
+    ].tolist()
     if (magic, version) != (20240520, 1):
         raise ValueError(f"{path}: not a token shard: magic {magic}, version {version}")
     return torch.from_file(str(path), shared=False, size=512 + n, dtype=torch.int16)[512:]
@@ -161,7 +163,11 @@ class Batches:
     def __init__(self, shards: list[Tensor], seed: int) -> None:
         self.shards, self.seed, self.epoch = shards, seed, -1
         # T tokens are kept for the epoch's offset, so that every epoch has the same number of windows.
-        self.places = [(s, k) for s, shard in enumerate(shards) for k in range((len(shard) - 1) // config.model.block_size - 1)]
+        self.places = [
+            (s, k)
+            for s, shard in enumerate(shards)
+            for k in range((len(shard) - 1) // config.model.block_size - 1)
+        ]
 
     def batch(self, step: int, slot: int, slots: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets (B / slots, T) of one slot of a step."""
@@ -174,7 +180,11 @@ class Batches:
         epoch, place = divmod(index, len(self.places))
         if epoch != self.epoch:
             random = Random(self.seed, epoch)
-            self.epoch, self.offset, self.order = epoch, random.below(config.model.block_size), random.permutation(len(self.places))
+            self.epoch, self.offset, self.order = (
+                epoch,
+                random.below(config.model.block_size),
+                random.permutation(len(self.places)),
+            )
         shard, k = self.places[self.order[place]]
         start = self.offset + k * config.model.block_size
         return self.shards[shard][start : start + config.model.block_size + 1]
@@ -192,9 +202,13 @@ class InOrder:
         if step >= self.ends[-1]:
             raise ValueError(f"step {step}: the data ends after {self.ends[-1]}")
         shard = next(i for i, end in enumerate(self.ends) if step < end)
-        first = (step - (self.ends[shard - 1] if shard else 0)) * self.tokens + slot * (self.tokens // slots)
+        first = (step - (self.ends[shard - 1] if shard else 0)) * self.tokens + slot * (
+            self.tokens // slots
+        )
         window = integers(self.shards[shard][first : first + self.tokens // slots + 1])
-        return window[:-1].view(-1, config.model.block_size), window[1:].view(-1, config.model.block_size)
+        return window[:-1].view(-1, config.model.block_size), window[1:].view(
+            -1, config.model.block_size
+        )
 
 
 def validation_batches(shards: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -206,7 +220,10 @@ def validation_batches(shards: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     for start in range(0, targets, T * config.train.eval_batch_size):
         chunk = integers(stream[start : min(start + T * config.train.eval_batch_size, targets) + 1])
         missing = -(len(chunk) - 1) % T
-        yield F.pad(chunk[:-1], (0, missing)).view(-1, T), F.pad(chunk[1:], (0, missing), value=-1).view(-1, T)
+        yield (
+            F.pad(chunk[:-1], (0, missing)).view(-1, T),
+            F.pad(chunk[1:], (0, missing), value=-1).view(-1, T),
+        )
 
 
 # ---- optimizer
@@ -227,7 +244,14 @@ class Stack:
         live = torch.ones((), dtype=torch.bool, device=G.device) if live is None else live
         if config.optim.max_grad_norm is not None:
             G.mul_(clip)  # type: ignore[arg-type]
-        D = DIRECTION(G, self.state, live=live.to(G.dtype), beta=beta, beta2=config.optim.beta2, refresh=refresh)
+        D = DIRECTION(
+            G,
+            self.state,
+            live=live.to(G.dtype),
+            beta=beta,
+            beta2=config.optim.beta2,
+            refresh=refresh,
+        )
         D = self.norm.sharp(D) if config.optim.scale == "dual" else self.norm.dualize_(D)
         W = torch.stack([w.detach() for w in self.weights])
         U = D.mul_(self.radii).masked_fill_(~live, 0)
@@ -256,7 +280,10 @@ class Dualized:
         placed = {w.name: w for w in WEIGHTS}
         for name, p in model.named_parameters():
             equal.setdefault((placed[name].norm, p.shape), []).append((p, placed[name].radius))
-        self.stacks = [Stack(norm, [p for p, _ in members], [r for _, r in members]) for (norm, _), members in equal.items()]
+        self.stacks = [
+            Stack(norm, [p for p, _ in members], [r for _, r in members])
+            for (norm, _), members in equal.items()
+        ]
         self.calls = 0
 
     @torch.no_grad()
@@ -271,7 +298,11 @@ class Dualized:
 
 
 def matching(model: GPT, *patterns: str) -> list[Tensor]:
-    return [p for name, p in model.named_parameters() if any(fnmatch(name, pattern) for pattern in patterns)]
+    return [
+        p
+        for name, p in model.named_parameters()
+        if any(fnmatch(name, pattern) for pattern in patterns)
+    ]
 
 
 def base_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
@@ -285,7 +316,9 @@ class Baseline:
     def __init__(self, model: GPT) -> None:
         self.model, self.optimizers = model, base_optimizers(model)
         self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        assert sorted(id(p) for g in self.groups for p in g["params"]) == sorted(map(id, model.parameters()))
+        assert sorted(id(p) for g in self.groups for p in g["params"]) == sorted(
+            map(id, model.parameters())
+        )
         for group in self.groups:
             group["initial_lr"] = group["lr"]
 
@@ -350,7 +383,9 @@ def validate(model: GPT, shards: list[Tensor]) -> float:
     for i, (x_BT, y_BT) in enumerate(validation_batches(shards)):
         if i % WORLD == RANK:
             x_BT, y_BT = x_BT.to(device), y_BT.to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.run.precision == "bf16"):
+            with torch.autocast(
+                device.type, torch.bfloat16, enabled=config.run.precision == "bf16"
+            ):
                 loss = model(x_BT, y_BT, reduction="sum")[1]
             found += torch.stack([loss.double(), (y_BT >= 0).sum().double()])
     model.train()
@@ -380,7 +415,10 @@ def train(seed: int) -> None:
             seconds += now() - since
             val_loss = validate(model, val_shards)
             average = f"{1000 * seconds / max(1, step):.2f}ms"
-            print0(f"step:{step}/{steps} val_loss:{val_loss:.5f} train_time:{seconds:.3f}s step_avg:{average}", console=True)
+            print0(
+                f"step:{step}/{steps} val_loss:{val_loss:.5f} train_time:{seconds:.3f}s step_avg:{average}",
+                console=True,
+            )
             since = now()
         if step == steps:
             break
@@ -390,7 +428,9 @@ def train(seed: int) -> None:
                 low, high = seed_words((seed, step, slot), 2)
                 torch.manual_seed((high << 32 | low) >> 1)
             x_BT, y_BT = batches.batch(step, slot, SLOTS)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.run.precision == "bf16"):
+            with torch.autocast(
+                device.type, torch.bfloat16, enabled=config.run.precision == "bf16"
+            ):
                 part = forward(x_BT.to(device), y_BT.to(device))[1] / SLOTS
             part.backward()
             loss += part.detach()
@@ -398,7 +438,11 @@ def train(seed: int) -> None:
             for p in model.parameters():
                 dist.all_reduce(p.grad)
         multiplier = SCHEDULES[config.optim.schedule](
-            step, steps, warmup=config.optim.warmup, cooldown=config.optim.cooldown, power=config.optim.cooldown_power
+            step,
+            steps,
+            warmup=config.optim.warmup,
+            cooldown=config.optim.cooldown,
+            power=config.optim.cooldown_power,
         )
         beta = config.optim.beta
         if config.optim.beta_warmup or config.optim.beta_cooldown:
@@ -432,8 +476,14 @@ def main() -> None:
     print0(str(logfile), console=True, log=False)
     print0(CODE)
     print0("=" * 100)
-    on = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print0(f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda} on {on} with world_size {WORLD}")
+    on = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} CPU threads"
+    )
+    print0(
+        f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda} on {on} with world_size {WORLD}"
+    )
     print0("=" * 100)
     for trial in range(int(sys.argv[-1]) if len(sys.argv) > 1 else 1):
         train(config.run.seed + trial)

@@ -61,8 +61,16 @@ def curve(path: Path, quantity: str) -> Curve | None:
     if runs.summary(path) is None:
         return None
     sure = QUANTITIES[quantity]
-    kept = [(r["step"], s["loss"], s[quantity]) for r, s in records(path) if (s.get(quantity) or 0) > 0 and (sure is None or s[sure])]
-    return Curve(*(np.array(column, dtype=np.float64) for column in zip(*kept, strict=True))) if kept else None
+    kept = [
+        (r["step"], s["loss"], s[quantity])
+        for r, s in records(path)
+        if (s.get(quantity) or 0) > 0 and (sure is None or s[sure])
+    ]
+    return (
+        Curve(*(np.array(column, dtype=np.float64) for column in zip(*kept, strict=True)))
+        if kept
+        else None
+    )
 
 
 def records(path: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -105,9 +113,13 @@ def drift(curves: list[Curve], sizes: list[int]) -> float:
     return float(np.polyfit(np.log(sizes), [np.log(c.values).mean() for c in curves], 1)[0])
 
 
-def consistency(found: dict[str, list[list[Curve]]], sizes: list[int]) -> dict[str, dict[str, Interval | None]]:
+def consistency(
+    found: dict[str, list[list[Curve]]], sizes: list[int]
+) -> dict[str, dict[str, Interval | None]]:
     """{method: {"steps", "losses", "drift"}} from curves [method][seed][size]; intervals over seeds. "losses": on one grid for all methods and sizes of a seed."""
-    out: dict[str, dict[str, list[float]]] = {m: {"steps": [], "losses": [], "drift": []} for m in found}
+    out: dict[str, dict[str, list[float]]] = {
+        m: {"steps": [], "losses": [], "drift": []} for m in found
+    }
     for seed in range(min(map(len, found.values()))):
         grid = common_losses([c for by_seed in found.values() for c in by_seed[seed]])
         for method, by_seed in found.items():
@@ -116,19 +128,28 @@ def consistency(found: dict[str, list[list[Curve]]], sizes: list[int]) -> dict[s
             out[method]["drift"].append(drift(curves, sizes))
             if grid is not None:
                 out[method]["losses"].append(spread_at_losses(curves, grid))
-    return {m: {k: student(v) if v else None for k, v in numbers.items()} for m, numbers in out.items()}
+    return {
+        m: {k: student(v) if v else None for k, v in numbers.items()} for m, numbers in out.items()
+    }
 
 
-def ratios(found: dict[str, list[list[Curve]]], method: str, other: str) -> dict[str, Interval | None]:
+def ratios(
+    found: dict[str, list[list[Curve]]], method: str, other: str
+) -> dict[str, Interval | None]:
     """How many times larger `other`'s spread is, at equal steps and at equal losses of these two: means of log ratios over seeds, with intervals."""
     out: dict[str, list[float]] = {"steps": [], "losses": []}
     for ours, theirs in zip(found[method], found[other], strict=True):
         out["steps"].append(math.log(spread_at_steps(theirs) / spread_at_steps(ours)))
         grid = common_losses([*ours, *theirs])
         if grid is not None:
-            out["losses"].append(math.log(spread_at_losses(theirs, grid) / spread_at_losses(ours, grid)))
+            out["losses"].append(
+                math.log(spread_at_losses(theirs, grid) / spread_at_losses(ours, grid))
+            )
     intervals = {k: student(v) if v else None for k, v in out.items()}
-    return {k: i and Interval(math.exp(i.low), math.exp(i.value), math.exp(i.high)) for k, i in intervals.items()}
+    return {
+        k: i and Interval(math.exp(i.low), math.exp(i.value), math.exp(i.high))
+        for k, i in intervals.items()
+    }
 
 
 def plot(
@@ -150,8 +171,14 @@ def plot(
         for s, (size, colour) in enumerate(zip(line.values(), colours, strict=True)):
             for seed, curves in enumerate(by_seed):
                 c = curves[s]
-                style = {"color": colour, "alpha": 0.9 if seed == 0 else 0.35, "linewidth": 1.4 if seed == 0 else 0.8}
-                column[0].plot(c.steps, c.values, label=f"{line.axis} {size}" if seed == 0 else None, **style)
+                style = {
+                    "color": colour,
+                    "alpha": 0.9 if seed == 0 else 0.35,
+                    "linewidth": 1.4 if seed == 0 else 0.8,
+                }
+                column[0].plot(
+                    c.steps, c.values, label=f"{line.axis} {size}" if seed == 0 else None, **style
+                )
                 column[1].plot(c.losses, c.values, **style)
                 column[2].plot(*zip(*near[method][seed][s], strict=True), **style)
         column[0].set(yscale="log", xlabel="step", title=method)
@@ -162,7 +189,9 @@ def plot(
         column[0].legend(fontsize=7)
         for axes in column:
             axes.grid(alpha=0.3)
-    for axes, label in zip(panels[:, 0], (quantity, quantity, "share of the stability threshold"), strict=True):
+    for axes, label in zip(
+        panels[:, 0], (quantity, quantity, "share of the stability threshold"), strict=True
+    ):
         axes.set_ylabel(label)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
@@ -186,14 +215,28 @@ def read_methods(options: list[str]) -> dict[str, float]:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m studies.sharpness", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="python -m studies.sharpness",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("config", help="the smallest model: configs/transfer.toml")
     for axis in ("width", "depth"):
         parser.add_argument(f"--{AXES[axis].option}", type=int, nargs="+", default=[], metavar="N")
-    parser.add_argument("--methods", nargs="+", default=["dualized=4"], metavar="METHOD=LR", help=", ".join(runs.METHODS))
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["dualized=4"],
+        metavar="METHOD=LR",
+        help=", ".join(runs.METHODS),
+    )
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--quantity", default="lambda_max", choices=QUANTITIES, help="of the records that telemetry.py describes")
+    parser.add_argument(
+        "--quantity",
+        default="lambda_max",
+        choices=QUANTITIES,
+        help="of the records that telemetry.py describes",
+    )
     parser.add_argument("--name", help="of the folder, runs/NAME; sharpness-<config> if left out")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--dry-run", action="store_true", help="the cost alone")
@@ -202,7 +245,9 @@ def main(argv: list[str]) -> int:
     base.train.sharpness_every = base.train.sharpness_every or max(1, base.train.steps // 10)
     methods = read_methods(options.methods)
     folder = Path(base.run.dir) / (options.name or f"sharpness-{Path(options.config).stem}")
-    found = lines(base_size(base), {a: getattr(options, x.option, []) for a, x in AXES.items()}, grid=False)
+    found = lines(
+        base_size(base), {a: getattr(options, x.option, []) for a, x in AXES.items()}, grid=False
+    )
     if not found or options.seeds < 1:
         raise runs.StudyError(
             f"python -m studies.sharpness\n  got: {len(found)} axes, {options.seeds} seeds\n  allowed: 1 or more\n  fix: --widths 64 128 256"
@@ -215,7 +260,12 @@ def main(argv: list[str]) -> int:
     for seed in range(options.seeds):
         for method, lr in methods.items():
             for size in dict.fromkeys(z for line in found for z in line.sizes):
-                changes = {**runs.METHODS[method], **sized(base, size), "optim.lr": lr, "run.seed": seed}
+                changes = {
+                    **runs.METHODS[method],
+                    **sized(base, size),
+                    "optim.lr": lr,
+                    "run.seed": seed,
+                }
                 jobs.append(runs.job(base, name(method, size, seed), folder, **changes))
     if not runs.sweep(jobs, folder, workers=runs.places(options.workers), dry_run=options.dry_run):
         return 0
@@ -224,30 +274,58 @@ def main(argv: list[str]) -> int:
     for line in found:
         curves: dict[str, list[list[Curve]]] = {}
         for method in methods:
-            all_seeds = [[curve(folder / name(method, z, s), options.quantity) for z in line.sizes] for s in range(options.seeds)]
+            all_seeds = [
+                [curve(folder / name(method, z, s), options.quantity) for z in line.sizes]
+                for s in range(options.seeds)
+            ]
             whole = [[c for c in of_seed if c] for of_seed in all_seeds]
             if all(len(of_seed) == len(line.sizes) for of_seed in whole):
                 curves[method] = whole
             else:
-                texts.append(f"{method}: left out over {line.axis}, as a run diverged or has no {options.quantity}")
+                texts.append(
+                    f"{method}: left out over {line.axis}, as a run diverged or has no {options.quantity}"
+                )
         if not curves:
             continue
         numbers = consistency(curves, line.values())
         rows = [
             f"{line}, {options.quantity}: standard deviation over {line.axis} of its logarithm, averaged [95% over {options.seeds} seeds]"
         ]
-        rows += [f"  {'method':<16} {'at equal steps':<26} {'at equal loss':<26} exponent of {line.axis}"]
-        rows += [f"  {m:<16} {n['steps']!s:<26} {n['losses']!s:<26} {n['drift']}" for m, n in numbers.items()]
-        compared = {m: ratios(curves, "dualized", m) for m in curves if m != "dualized"} if "dualized" in curves else {}
         rows += [
-            f"  spread of {m} over that of dualized: {r['steps']} at equal steps, {r['losses']} at equal loss" for m, r in compared.items()
+            f"  {'method':<16} {'at equal steps':<26} {'at equal loss':<26} exponent of {line.axis}"
+        ]
+        rows += [
+            f"  {m:<16} {n['steps']!s:<26} {n['losses']!s:<26} {n['drift']}"
+            for m, n in numbers.items()
+        ]
+        compared = (
+            {m: ratios(curves, "dualized", m) for m in curves if m != "dualized"}
+            if "dualized" in curves
+            else {}
+        )
+        rows += [
+            f"  spread of {m} over that of dualized: {r['steps']} at equal steps, {r['losses']} at equal loss"
+            for m, r in compared.items()
         ]
         texts.append("\n".join(rows))
-        results.append({"line": str(line), "axis": line.axis, "sizes": line.values(), "quantity": options.quantity})
+        results.append(
+            {
+                "line": str(line),
+                "axis": line.axis,
+                "sizes": line.values(),
+                "quantity": options.quantity,
+            }
+        )
         results[-1] |= {m: {k: i and vars(i) for k, i in n.items()} for m, n in numbers.items()} | {
             "ratios": {m: {k: i and vars(i) for k, i in r.items()} for m, r in compared.items()}
         }
-        near = {m: [[margins(folder / name(m, z, seed)) for z in line.sizes] for seed in range(options.seeds)] for m in curves}
+        near = {
+            m: [
+                [margins(folder / name(m, z, seed)) for z in line.sizes]
+                for seed in range(options.seeds)
+            ]
+            for m in curves
+        }
         pictures.append(folder / f"sharpness-{line.axis}.png")
         plot(line, curves, near, options.quantity, f"{base.data.dataset}, {line}", pictures[-1])
     (folder / "verdict.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")

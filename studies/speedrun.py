@@ -41,12 +41,20 @@ from .records import TRACKS
 from .statistics import Horizon, Noise, Rule
 from .verdict import LEVEL, Interval
 
-SCHEMA = 2  # 1: lines of training without their seconds, an interval of the steps that set the target
-HORIZONS = (0.4, 0.6, 0.8)  # of the budget: few enough to pay for, close enough for a parabola (tests/test_statistics.py)
+SCHEMA = (
+    2  # 1: lines of training without their seconds, an interval of the steps that set the target
+)
+HORIZONS = (
+    0.4,
+    0.6,
+    0.8,
+)  # of the budget: few enough to pay for, close enough for a parabola (tests/test_statistics.py)
 GRID = 80  # points of the budget that a horizon is rounded up to: 5 steps of 400
 SHORTER = 0.6  # while the shortest horizon reaches the target, the next is this much of it
 TRIES = 3  # horizons that are run to confirm the interpolated one
-PROBE = 50  # steps whose second half tells the training seconds of one, where the budget is in seconds
+PROBE = (
+    50  # steps whose second half tells the training seconds of one, where the budget is in seconds
+)
 TUNE_SEEDS = 1000  # seeds of tuning runs begin here, those of judged runs end before
 HOLDOUT = 0.1  # at most, of the training split; the validation split's length if that is less
 
@@ -69,7 +77,15 @@ class Entry:
     def job(self, name: str, folder: Path, **changes: Any) -> runs.Job:
         """A run of the study: nothing is resumed, and so nothing kept."""
         return runs.job(
-            self.config, name, folder, **{"train.keep_checkpoints": 0, "train.sample_tokens": 0, "train.pictures": False, **changes}
+            self.config,
+            name,
+            folder,
+            **{
+                "train.keep_checkpoints": 0,
+                "train.sample_tokens": 0,
+                "train.pictures": False,
+                **changes,
+            },
         )
 
     def run_name(self, steps: int, seed: int) -> str:
@@ -86,7 +102,9 @@ def load(paths: Sequence[str], options: Sequence[str], *, allow_different: bool)
     entries = [Entry(Path(p).stem, p, configuration.load([p, *options])) for p in paths]
     names = [e.name for e in entries]
     if len(set(names)) < len(names):
-        raise runs.StudyError(f"entries\n  got: {', '.join(names)}\n  allowed: one of each name\n  fix: rename a file")
+        raise runs.StudyError(
+            f"entries\n  got: {', '.join(names)}\n  allowed: one of each name\n  fix: rename a file"
+        )
     first = entries[0]
     for entry in entries:
         if entry.config.data.holdout:
@@ -103,10 +121,15 @@ def load(paths: Sequence[str], options: Sequence[str], *, allow_different: bool)
         apart = [
             f"{key} {_said(value)} ({_said(there[key])})"
             for key, value in configuration.flat(entry.config).items()
-            if value != there[key] and not key.startswith(("optim.", "run.seed", "train.steps", "train.eval_every", *runs.NEUTRAL))
+            if value != there[key]
+            and not key.startswith(
+                ("optim.", "run.seed", "train.steps", "train.eval_every", *runs.NEUTRAL)
+            )
         ]
         if apart:
-            entry.notes.append(f"beside its optimizer, differs from {first.name}: {', '.join(apart)}")
+            entry.notes.append(
+                f"beside its optimizer, differs from {first.name}: {', '.join(apart)}"
+            )
     return entries
 
 
@@ -146,7 +169,10 @@ def budget_of(text: str | None, entries: Sequence[Entry]) -> tuple[str, float]:
         kind, value = "", 0.0
     fine = 0 < value < math.inf and (kind == "seconds" or value == int(value))
     for entry in entries if fine else ():
-        entry.steps = {"steps": int(value), "tokens": int(value / tokens_per_step(entry.config))}.get(kind, 1)
+        entry.steps = {
+            "steps": int(value),
+            "tokens": int(value / tokens_per_step(entry.config)),
+        }.get(kind, 1)
     if not fine or min(e.steps for e in entries) < 1:
         raise runs.StudyError(
             f"--budget\n  got: {text}\n  allowed: steps=N, tokens=N or seconds=N, of one step or more; steps and tokens are whole numbers\n"
@@ -158,7 +184,16 @@ def budget_of(text: str | None, entries: Sequence[Entry]) -> tuple[str, float]:
 def probes(entries: Sequence[Entry], folder: Path) -> list[runs.Job]:
     """Short runs that tell how long a step of each entry takes."""
     return [
-        e.job(f"probe.{e.name}", folder, **{"train.steps": PROBE, "train.log_every": 1, "train.eval_every": 0, "train.eval_tokens": 1})
+        e.job(
+            f"probe.{e.name}",
+            folder,
+            **{
+                "train.steps": PROBE,
+                "train.log_every": 1,
+                "train.eval_every": 0,
+                "train.eval_tokens": 1,
+            },
+        )
         for e in entries
     ]
 
@@ -210,7 +245,11 @@ def search(
         return statistics.bracket(list(means), list(means.values()), rule.needed(n))
 
     yield from run(
-        [f * budget for f in fractions] if rule.passes(mean, n) else [budget * longest**0.5, budget * longest] if longest > 1 else []
+        [f * budget for f in fractions]
+        if rule.passes(mean, n)
+        else [budget * longest**0.5, budget * longest]
+        if longest > 1
+        else []
     )
     above, reached = around()
     while reached and not above and reached > grid:
@@ -222,7 +261,9 @@ def search(
         there = {h: y for h, y in sorted(means.items()) if math.isfinite(y)}
         found = statistics.horizon(list(there), list(there.values()), n, rule, None)
         lowest = (above // grid + max(1, failed)) * grid
-        wanted = max(lowest, math.ceil(found.steps / grid) * grid) if found else (above + reached) / 2
+        wanted = (
+            max(lowest, math.ceil(found.steps / grid) * grid) if found else (above + reached) / 2
+        )
         if wanted >= reached:
             return
         before = reached
@@ -249,14 +290,21 @@ class Study:
     sigma: float | None
     threshold: float | None
     level: float
-    losses: dict[tuple[str, int], list[float]] = field(default_factory=dict)  # of (entry, horizon), a seed each
+    losses: dict[tuple[str, int], list[float]] = field(
+        default_factory=dict
+    )  # of (entry, horizon), a seed each
 
     def run(self, wanted: Mapping[str, Sequence[int]]) -> None:
         """Judged runs at these horizons of these entries, by all seeds."""
         cells = [(e, h) for e in self.entries for h in wanted.get(e.name, ())]
         jobs = {(e.name, h): [e.judged(h, s, self.folder) for s in self.seeds] for e, h in cells}
         if jobs:
-            runs.sweep(list(itertools.chain(*jobs.values())), self.folder, workers=self.places, dry_run=False)
+            runs.sweep(
+                list(itertools.chain(*jobs.values())),
+                self.folder,
+                workers=self.places,
+                dry_run=False,
+            )
         for cell, made in jobs.items():
             self.losses[cell] = [loss_of(self.folder / j.name) for j in made]
 
@@ -285,10 +333,17 @@ class Study:
         aim = self.aim()
         means = {e.name: self.mean(e.name, e.steps) for e in self.entries}
         near = [e for e in self.entries if aim is not None and means[e.name] <= aim] or self.entries
-        given = Noise(self.sigma) if self.sigma else statistics.pooled([np.array(self.losses[e.name, e.steps]) for e in near])
+        given = (
+            Noise(self.sigma)
+            if self.sigma
+            else statistics.pooled([np.array(self.losses[e.name, e.steps]) for e in near])
+        )
         if given is None:
             return None
-        finite = [[y for h in self.horizons(e.name) if np.isfinite(y := self.losses[e.name, h]).all()] for e in near]
+        finite = [
+            [y for h in self.horizons(e.name) if np.isfinite(y := self.losses[e.name, h]).all()]
+            for e in near
+        ]
         return replace(given, share=statistics.share_of_seeds([np.array(y) for y in finite if y]))
 
     def rule(self) -> Rule | None:
@@ -300,7 +355,9 @@ class Study:
         noise = self.noise()
         threshold = self.threshold
         if threshold is None:
-            threshold = statistics.threshold(noise, n, level=self.level, target_n=by) if noise else 0.0
+            threshold = (
+                statistics.threshold(noise, n, level=self.level, target_n=by) if noise else 0.0
+            )
         return Rule(target, threshold, by)
 
     def judge(self) -> Rule | None:
@@ -311,7 +368,9 @@ class Study:
             return None
         n = len(self.seeds)
         searches = {
-            e.name: search(e.steps, self.mean(e.name, e.steps), n, rule, **self.search) for e in self.entries if e.name != self.target_entry
+            e.name: search(e.steps, self.mean(e.name, e.steps), n, rule, **self.search)
+            for e in self.entries
+            if e.name != self.target_entry
         }
         answers: dict[str, dict[int, float] | None] = dict.fromkeys(searches)
         while True:
@@ -324,7 +383,9 @@ class Study:
             if not wanted:
                 return rule
             self.run(wanted)
-            answers = {name: {h: self.mean(name, h) for h in horizons} for name, horizons in wanted.items()}
+            answers = {
+                name: {h: self.mean(name, h) for h in horizons} for name, horizons in wanted.items()
+            }
 
 
 def loss_of(path: Path) -> float:
@@ -371,7 +432,13 @@ def tune(
 
 
 def trial_jobs(
-    entries: Sequence[Entry], planned: Mapping[str, list[dict[str, Any]]], folder: Path, *, steps: int | None, seeds: int, holdout: float
+    entries: Sequence[Entry],
+    planned: Mapping[str, list[dict[str, Any]]],
+    folder: Path,
+    *,
+    steps: int | None,
+    seeds: int,
+    holdout: float,
 ) -> dict[str, list[list[runs.Job]]]:
     """A job for each seed of each trial of each entry, named by its values."""
     found: dict[str, list[list[runs.Job]]] = {}
@@ -379,9 +446,19 @@ def trial_jobs(
         found[entry.name] = []
         for values in planned[entry.name]:
             name = ".".join(re.sub(r"[^\w.-]", "", f"{k}{_said(v)}") for k, v in values.items())
-            changes = {"data.holdout": holdout, "train.steps": steps or entry.steps, "train.eval_every": 0, **values}
-            names = [(f"tune.{entry.name}.{name}.s{changes['train.steps']}.seed{s}", s) for s in range(TUNE_SEEDS, TUNE_SEEDS + seeds)]
-            found[entry.name].append([entry.job(n, folder, **changes, **{"run.seed": s}) for n, s in names])
+            changes = {
+                "data.holdout": holdout,
+                "train.steps": steps or entry.steps,
+                "train.eval_every": 0,
+                **values,
+            }
+            names = [
+                (f"tune.{entry.name}.{name}.s{changes['train.steps']}.seed{s}", s)
+                for s in range(TUNE_SEEDS, TUNE_SEEDS + seeds)
+            ]
+            found[entry.name].append(
+                [entry.job(n, folder, **changes, **{"run.seed": s}) for n, s in names]
+            )
     made = Counter(j.name for trials in found.values() for jobs in trials for j in jobs)
     if twice := [name for name, times in made.items() if times > 1]:
         raise runs.StudyError(
@@ -419,16 +496,32 @@ def results(study: Study, rule: Rule | None, *, about: dict[str, Any]) -> dict[s
         "entries": entries,
         # Every pair; b is the one named first.
         "pairs": [
-            _pair(study, b, a, reached, entries[study.entries.index(b)], entries[study.entries.index(a)], n)
+            _pair(
+                study,
+                b,
+                a,
+                reached,
+                entries[study.entries.index(b)],
+                entries[study.entries.index(a)],
+                n,
+            )
             for b, a in itertools.combinations(study.entries, 2)
         ],
     }
 
 
 def _entry(
-    study: Study, entry: Entry, rule: Rule | None, noise: Noise | None, reached: tuple[int | None, Horizon | None]
+    study: Study,
+    entry: Entry,
+    rule: Rule | None,
+    noise: Noise | None,
+    reached: tuple[int | None, Horizon | None],
 ) -> dict[str, Any]:
-    paths = {(h, s): study.folder / entry.run_name(h, s) for h in study.horizons(entry.name) for s in study.seeds}
+    paths = {
+        (h, s): study.folder / entry.run_name(h, s)
+        for h in study.horizons(entry.name)
+        for s in study.seeds
+    }
     told = [_run(h, s, path) for (h, s), path in paths.items()]
     known = [r for (h, s), path in paths.items() if (r := runs.summary(path))]
     at_budget = [r for r in told if r["steps"] == entry.steps]
@@ -437,7 +530,10 @@ def _entry(
     tokens = tokens_per_step(entry.config)
     n = len(study.seeds)
     diverged = sum(r["loss"] is None for r in told)
-    notes = [*entry.notes, *([f"{diverged} of {len(told)} runs diverged: infinite losses"] if diverged else [])]
+    notes = [
+        *entry.notes,
+        *([f"{diverged} of {len(told)} runs diverged: infinite losses"] if diverged else []),
+    ]
     if resolved["optim.name"] == "muon_adamw" and resolved["optim.polar.dtype"] == "float32":
         notes.append("Muon's iteration in float32, torch's is in bfloat16")
     steps, found = reached
@@ -445,7 +541,9 @@ def _entry(
     if rule and steps:
         sets = entry.name == study.target_entry  # nothing is measured: no interval
         confirmed = noise is not None or study.threshold is not None or sets
-        interval = found.interval() if found and not sets else Interval(-math.inf, math.nan, math.inf)
+        interval = (
+            found.interval() if found and not sets else Interval(-math.inf, math.nan, math.inf)
+        )
         of_horizon = [r["train_seconds"] for r in told if r["steps"] == steps]
         to_target = {
             "steps": steps,
@@ -465,7 +563,9 @@ def _entry(
     return {
         "name": entry.name,
         "config_path": entry.path,
-        "config": {k: v for k, v in resolved.items() if k not in ("run.name", "run.dir", "run.seed")},
+        "config": {
+            k: v for k, v in resolved.items() if k not in ("run.name", "run.dir", "run.seed")
+        },
         "receipt": (first / "receipt.txt").read_text(encoding="utf-8"),
         "params": known[0]["params"] if known else None,
         "optimizer_state_bytes": known[0]["optimizer_state_bytes"] if known else None,
@@ -480,7 +580,9 @@ def _entry(
                 **_told(statistics.mean_interval(losses := study.losses[entry.name, h]), "mean"),
                 "statistic": rule.statistic(float(np.mean(losses)), n) if rule else None,
                 # By definition of the one that sets the target, which is neither above nor below itself.
-                "passes": rule.passes(float(np.mean(losses)), n) if rule and entry.name != study.target_entry else None,
+                "passes": rule.passes(float(np.mean(losses)), n)
+                if rule and entry.name != study.target_entry
+                else None,
                 "train_seconds": _mean([r["train_seconds"] for r in told if r["steps"] == h]),
             }
             for h in study.horizons(entry.name)
@@ -489,10 +591,17 @@ def _entry(
             "n": n,
             "loss": _told(statistics.mean_interval(study.losses[entry.name, entry.steps]), "mean"),
             **{
-                key: _told(statistics.mean_interval([math.inf if r[key] is None else r[key] for r in at_budget]), "mean")
+                key: _told(
+                    statistics.mean_interval(
+                        [math.inf if r[key] is None else r[key] for r in at_budget]
+                    ),
+                    "mean",
+                )
                 for key in ("train_seconds", "optimizer_seconds", "wall_seconds")
             },
-            "peak_memory_bytes": max((r["peak_memory_bytes"] for r in at_budget if r["peak_memory_bytes"]), default=None),
+            "peak_memory_bytes": max(
+                (r["peak_memory_bytes"] for r in at_budget if r["peak_memory_bytes"]), default=None
+            ),
             "steps": entry.steps,
             "tokens": entry.steps * tokens,
         },
@@ -512,21 +621,33 @@ def _run(steps: int, seed: int, path: Path) -> dict[str, Any]:
         "loss": found.get("val_loss"),
         **{key: found.get(key) for key in keys},
         "path": path.name,
-        "curve": [[r["step"], r["tokens"], r["train_seconds"], r["val_loss"]] for r in records if "val_loss" in r],
-        "training": [[r["step"], r["tokens"], r["train_seconds"], r["loss"]] for r in records if "loss" in r],
+        "curve": [
+            [r["step"], r["tokens"], r["train_seconds"], r["val_loss"]]
+            for r in records
+            if "val_loss" in r
+        ],
+        "training": [
+            [r["step"], r["tokens"], r["train_seconds"], r["loss"]] for r in records if "loss" in r
+        ],
     }
 
 
-def _reached(study: Study, entry: Entry, place: int, rule: Rule | None, noise: Noise | None) -> tuple[int | None, Horizon | None]:
+def _reached(
+    study: Study, entry: Entry, place: int, rule: Rule | None, noise: Noise | None
+) -> tuple[int | None, Horizon | None]:
     """(steps to the target, the interpolated ones): the shortest horizon that passed. The entry that sets the target has the budget."""
     if rule is None:
         return None, None
     if entry.name == study.target_entry:
-        return entry.steps, Horizon(entry.steps, np.full(statistics.DRAWS, float(entry.steps)) if noise else None)
+        return entry.steps, Horizon(
+            entry.steps, np.full(statistics.DRAWS, float(entry.steps)) if noise else None
+        )
     n, steps = len(study.seeds), study.horizons(entry.name)
     means = [study.mean(entry.name, h) for h in steps]
     reached = statistics.bracket(steps, means, rule.needed(n))[1]
-    return reached, statistics.horizon(steps, means, n, rule, noise, seed=place) if reached else None
+    return reached, statistics.horizon(
+        steps, means, n, rule, noise, seed=place
+    ) if reached else None
 
 
 def _pair(
@@ -554,18 +675,26 @@ def _pair(
     draws: dict[str, Any] = {"steps": None, "seconds": None}
     if at_a and at_b and at_a.draws is not None and at_b.draws is not None:
         per_step = [
-            statistics.draws_of_mean([math.log(r["train_seconds"] / k) for r in told["runs"] if r["steps"] == k], seed=i)
+            statistics.draws_of_mean(
+                [math.log(r["train_seconds"] / k) for r in told["runs"] if r["steps"] == k], seed=i
+            )
             for i, (told, k) in enumerate(((told_a, steps_a), (told_b, steps_b)))
         ]
         draws["steps"] = statistics.quotient(at_b.draws, at_a.draws)
         if per_step[0] is not None and per_step[1] is not None:
-            draws["seconds"] = statistics.quotient(at_b.draws, at_a.draws, per_step[1] - per_step[0])
+            draws["seconds"] = statistics.quotient(
+                at_b.draws, at_a.draws, per_step[1] - per_step[0]
+            )
     values = {
         "steps": steps_b / steps_a,
         "seconds": told_b["to_target"]["train_seconds"] / told_a["to_target"]["train_seconds"],
     }
     for key, value in values.items():
-        interval = Interval(-math.inf, value, math.inf) if draws[key] is None else statistics.bounds(value, draws[key])
+        interval = (
+            Interval(-math.inf, value, math.inf)
+            if draws[key] is None
+            else statistics.bounds(value, draws[key])
+        )
         found[f"{key}_ratio"] = _told(interval, "value")
     return found
 
@@ -586,42 +715,86 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def text(found: Mapping[str, Any]) -> str:
     """The tables of results.json for a terminal."""
     n, rule, target = len(found["seeds"]), found["rule"], found["target"]
-    out = [f"{found['name']}: {found['dataset']}, {found['budget']['kind']} {found['budget']['value']:g}, n = {n}; [95 % intervals]"]
+    out = [
+        f"{found['name']}: {found['dataset']}, {found['budget']['kind']} {found['budget']['value']:g}, n = {n}; [95 % intervals]"
+    ]
     if n == 1:
         out.append("one seed: no intervals and no test; these are single runs")
     if target is not None:
-        of = f"the mean of {found['target_from']} at the budget" if found["target_from"] else "given"
-        out.append(f"target {target:.4f} ({of}); the rule: (target − mean)·√n ≥ {rule['threshold']:.3g}, {_sigma(rule)}")
-    rows = [["entry", "tuned", "steps", "loss there", "steps to the target", "tokens", "train s", "optimizer s", "wall s", "memory"]]
+        of = (
+            f"the mean of {found['target_from']} at the budget" if found["target_from"] else "given"
+        )
+        out.append(
+            f"target {target:.4f} ({of}); the rule: (target − mean)·√n ≥ {rule['threshold']:.3g}, {_sigma(rule)}"
+        )
+    rows = [
+        [
+            "entry",
+            "tuned",
+            "steps",
+            "loss there",
+            "steps to the target",
+            "tokens",
+            "train s",
+            "optimizer s",
+            "wall s",
+            "memory",
+        ]
+    ]
     for e in found["entries"]:
         at, to = e["at_budget"], e["to_target"]
         memory = at["peak_memory_bytes"]
         rows.append(
             [
                 e["name"],
-                ", ".join(f"{k.removeprefix('optim.')} {_said(v)}" for k, v in e["tuned"].items()) if e["tuned"] else "no",
+                ", ".join(f"{k.removeprefix('optim.')} {_said(v)}" for k, v in e["tuned"].items())
+                if e["tuned"]
+                else "no",
                 str(at["steps"]),
                 _interval(at["loss"], "mean", ".4f"),
                 "" if to is None else _steps(to, sets=e["name"] == found["target_from"]),
                 "" if to is None else f"{to['tokens']:,}",
                 "" if to is None else f"{to['train_seconds']:.1f}",
-                *(_interval(at[key], "mean", ".1f") for key in ("optimizer_seconds", "wall_seconds")),
+                *(
+                    _interval(at[key], "mean", ".1f")
+                    for key in ("optimizer_seconds", "wall_seconds")
+                ),
                 "" if memory is None else f"{memory / 2**20:.0f} MiB",
             ]
         )
-    out += ["", *_columns(rows), "(train s: to the target; optimizer s, wall s, memory: of the budget)"]
+    out += [
+        "",
+        *_columns(rows),
+        "(train s: to the target; optimizer s, wall s, memory: of the budget)",
+    ]
     rows = [["pair", "loss difference", "p", "steps ratio", "train seconds ratio"]]
     for pair in found["pairs"]:
         p = pair["loss_difference"]["p"]
-        ratios = [_interval(pair[f"{key}_ratio"], "value", ".3f") if pair[f"{key}_ratio"] else "" for key in ("steps", "seconds")]
+        ratios = [
+            _interval(pair[f"{key}_ratio"], "value", ".3f") if pair[f"{key}_ratio"] else ""
+            for key in ("steps", "seconds")
+        ]
         rows.append(
-            [f"{pair['b']} against {pair['a']}", _interval(pair["loss_difference"], "mean", "+.4f"), _p(p), *ratios],
+            [
+                f"{pair['b']} against {pair['a']}",
+                _interval(pair["loss_difference"], "mean", "+.4f"),
+                _p(p),
+                *ratios,
+            ],
         )
     if found["pairs"]:
         out += ["", *_columns(rows)]
     if note := found["versions"]["note"]:
         out += ["", f"note: {note}"]
-    out += ["", *(f"note: {e['name']}: {note}" for e in found["entries"] for note in e["note"].split("; ") if note)]
+    out += [
+        "",
+        *(
+            f"note: {e['name']}: {note}"
+            for e in found["entries"]
+            for note in e["note"].split("; ")
+            if note
+        ),
+    ]
     return "\n".join(out).rstrip()
 
 
@@ -629,15 +802,25 @@ def _steps(to: Mapping[str, Any], *, sets: bool) -> str:
     """The horizon that was run, and the interpolated one with its interval, which has not got to hold the point of the grid above it. sets: the target; its steps are the budget."""
     if sets:
         return f"{to['steps']} sets the target"
-    between = f" (interpolated {_interval(to, 'interpolated', '.1f')})" if to["interpolated"] is not None else ""
+    between = (
+        f" (interpolated {_interval(to, 'interpolated', '.1f')})"
+        if to["interpolated"] is not None
+        else ""
+    )
     return f"{to['steps']}{between}{'' if to['confirmed'] else ' unconfirmed'}"
 
 
 def _sigma(rule: Mapping[str, Any]) -> str:
     if rule["sigma"] is None:
         return "σ unknown" if not rule["threshold"] else "given"
-    of = "given" if rule["sigma_from"] == "given" else f"from the runs at the budget, {rule['df']} degrees of freedom"
-    level = f"; one-sided level {rule['test_level']:g}" if rule["test_level"] else "; threshold given"
+    of = (
+        "given"
+        if rule["sigma_from"] == "given"
+        else f"from the runs at the budget, {rule['df']} degrees of freedom"
+    )
+    level = (
+        f"; one-sided level {rule['test_level']:g}" if rule["test_level"] else "; threshold given"
+    )
     return f"σ = {rule['sigma']:.2g} {of}{level}"
 
 
@@ -657,15 +840,24 @@ def _interval(i: Mapping[str, Any], key: str, form: str) -> str:
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
-def power_text(effects: Sequence[float], noise: Noise, entries: int, *, level: float, from_entry: bool) -> str:
+def power_text(
+    effects: Sequence[float], noise: Noise, entries: int, *, level: float, from_entry: bool
+) -> str:
     """How many seeds effects of so many nats take. from_entry: the target is an entry's mean, of as many seeds."""
     of = "an entry's mean" if from_entry else "a number"
-    out = [f"σ = {noise.sigma:.2g}, level {level:g}, the target {of}; seeds that find an effect with 80 % chance:"]
+    out = [
+        f"σ = {noise.sigma:.2g}, level {level:g}, the target {of}; seeds that find an effect with 80 % chance:"
+    ]
     for effect in effects:
-        found = statistics.seeds_for(effect, noise, entries=entries, level=level, from_entry=from_entry)
+        found = statistics.seeds_for(
+            effect, noise, entries=entries, level=level, from_entry=from_entry
+        )
         rule, pair = (str(k) if k else "over 1000" for k in found)
         out.append(
             f"  {effect:g} nats: {rule} by the rule, {pair} by the paired test of two entries (its σ√2 at most: seeds share their data)"
@@ -678,28 +870,71 @@ def power_text(effects: Sequence[float], noise: Noise, entries: int, *, level: f
 
 def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
-        prog="python -m studies.speedrun", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="python -m studies.speedrun",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("configs", nargs="+", help="one for each entry; every pair is compared")
     add("--seeds", type=int, default=4, help="of every entry and horizon")
     add("--first-seed", type=int, default=0)
     add("--target", type=float, metavar="L", help="loss, nats per token")
-    add("--target-entry", metavar="NAME", help="the target is this entry's mean loss at the budget; its own noise is accounted for")
+    add(
+        "--target-entry",
+        metavar="NAME",
+        help="the target is this entry's mean loss at the budget; its own noise is accounted for",
+    )
     add(
         "--budget",
         metavar="KIND=N",
         help="steps=400, tokens=1.6e6 or seconds=60 (of training); the configurations' train.steps if left out",
     )
-    add("--horizons", type=float, nargs="*", default=HORIZONS, metavar="F", help="fractions of the budget that are run where that passes")
-    add("--longest", type=float, default=1.0, metavar="F", help="where it does not pass: horizons of up to this many budgets")
-    add("--grid", type=int, metavar="K", help="a horizon is a multiple of K steps; budget/80 if left out")
-    add("--tries", type=int, default=TRIES, help="horizons that are run to confirm the interpolated one")
-    add("--sigma", type=float, help="of a run's loss; estimated from the runs at the budget if left out")
+    add(
+        "--horizons",
+        type=float,
+        nargs="*",
+        default=HORIZONS,
+        metavar="F",
+        help="fractions of the budget that are run where that passes",
+    )
+    add(
+        "--longest",
+        type=float,
+        default=1.0,
+        metavar="F",
+        help="where it does not pass: horizons of up to this many budgets",
+    )
+    add(
+        "--grid",
+        type=int,
+        metavar="K",
+        help="a horizon is a multiple of K steps; budget/80 if left out",
+    )
+    add(
+        "--tries",
+        type=int,
+        default=TRIES,
+        help="horizons that are run to confirm the interpolated one",
+    )
+    add(
+        "--sigma",
+        type=float,
+        help="of a run's loss; estimated from the runs at the budget if left out",
+    )
     add("--threshold", type=float, help="of the rule; if left out, that of a test at --level")
     add("--level", type=float, default=statistics.RULE_LEVEL, help="one-sided, of the rule")
-    add("--tune", nargs="+", action="extend", default=[], metavar="RANGE", help='"[ENTRY:]optim.lr=log(0.01,1,8)", lin(a,b,n), {a,b,c}')
-    add("--trials", type=int, metavar="N", help="of every tuned entry, where several keys are tuned")
+    add(
+        "--tune",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="RANGE",
+        help='"[ENTRY:]optim.lr=log(0.01,1,8)", lin(a,b,n), {a,b,c}',
+    )
+    add(
+        "--trials", type=int, metavar="N", help="of every tuned entry, where several keys are tuned"
+    )
     add("--tune-seeds", type=int, default=1, help=f"of every trial, from {TUNE_SEEDS} on")
     add("--tune-steps", type=int, help="of every trial; the budget if left out")
     add(
@@ -708,14 +943,36 @@ def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help="fraction of the training split that trials are judged on and do not train on; as long as the validation split if left out",
     )
     add("--tuned-into", type=Path, metavar="DIR", help="write the tuned configurations there")
-    add("--allow-different", action="store_true", help="data, context, tokens of a step and evaluation may differ between entries")
+    add(
+        "--allow-different",
+        action="store_true",
+        help="data, context, tokens of a step and evaluation may differ between entries",
+    )
     add("--name", help="of the folder, runs/NAME; speedrun-<entries> if left out")
     add("--track", help="of the record book, noted in results.json")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time; run.threads of each is the configuration's")
+    add(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="runs at a time; run.threads of each is the configuration's",
+    )
     add("--gpus", action="store_true", help="one run a GPU at a time, instead of --workers")
-    add("--nproc", type=int, default=1, metavar="N", help="ranks of every run, as torchrun starts them; with --gpus one GPU each")
+    add(
+        "--nproc",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks of every run, as torchrun starts them; with --gpus one GPU each",
+    )
     add("--dry-run", action="store_true", help="the cost alone")
-    add("--power", type=float, nargs="+", default=[], metavar="X", help="how many seeds an effect of X nats takes, and nothing else")
+    add(
+        "--power",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="X",
+        help="how many seeds an effect of X nats takes, and nothing else",
+    )
     return parser.parse_known_args(argv)
 
 
@@ -728,23 +985,58 @@ def check(options: argparse.Namespace, names: Sequence[str]) -> None:
         ("--tries", options.tries, options.tries >= 1, "1 or more"),
         ("--trials", options.trials, options.trials is None or options.trials >= 1, "1 or more"),
         ("--tune-seeds", options.tune_seeds, options.tune_seeds >= 1, "1 or more"),
-        ("--tune-steps", options.tune_steps, options.tune_steps is None or options.tune_steps >= 1, "1 or more"),
+        (
+            "--tune-steps",
+            options.tune_steps,
+            options.tune_steps is None or options.tune_steps >= 1,
+            "1 or more",
+        ),
         ("--grid", options.grid, options.grid is None or options.grid >= 1, "1 step or more"),
-        ("--horizons", options.horizons, all(0 < f < 1 for f in options.horizons), "fractions of the budget, above 0 and below 1"),
+        (
+            "--horizons",
+            options.horizons,
+            all(0 < f < 1 for f in options.horizons),
+            "fractions of the budget, above 0 and below 1",
+        ),
         ("--longest", options.longest, 1 <= options.longest < math.inf, "1 or more"),
-        ("--target-entry", options.target_entry, options.target_entry in (None, *names), f"{', '.join(names)}, the entries"),
+        (
+            "--target-entry",
+            options.target_entry,
+            options.target_entry in (None, *names),
+            f"{', '.join(names)}, the entries",
+        ),
         (
             "--target-entry",
             options.target_entry,
             options.target_entry is None or options.target is None,
             "one of --target and --target-entry",
         ),
-        ("--target", options.target, options.target is None or math.isfinite(options.target), "a loss"),
+        (
+            "--target",
+            options.target,
+            options.target is None or math.isfinite(options.target),
+            "a loss",
+        ),
         ("--track", options.track, options.track in (None, *TRACKS), ", ".join(TRACKS)),
-        ("--sigma", options.sigma, options.sigma is None or 0 < options.sigma < math.inf, "above 0"),
-        ("--threshold", options.threshold, options.threshold is None or 0 <= options.threshold < math.inf, "0 or more, and finite"),
+        (
+            "--sigma",
+            options.sigma,
+            options.sigma is None or 0 < options.sigma < math.inf,
+            "above 0",
+        ),
+        (
+            "--threshold",
+            options.threshold,
+            options.threshold is None or 0 <= options.threshold < math.inf,
+            "0 or more, and finite",
+        ),
         ("--level", options.level, 0 < options.level < 0.5, "above 0 and below 0.5"),
-        ("--holdout", options.holdout, options.holdout is None or 0 < options.holdout < 1, "a fraction above 0 and below 1"),
+        (
+            "--holdout",
+            options.holdout,
+            options.holdout is None or 0 < options.holdout < 1,
+            "a fraction above 0 and below 1",
+        ),
         ("--power", options.power, all(0 < x < math.inf for x in options.power), "above 0"),
         (
             "--power, --threshold",
@@ -755,12 +1047,15 @@ def check(options: argparse.Namespace, names: Sequence[str]) -> None:
         (
             "--first-seed, --seeds",
             (options.first_seed, options.seeds),
-            options.first_seed + options.seeds <= TUNE_SEEDS or options.first_seed >= TUNE_SEEDS + options.tune_seeds,
+            options.first_seed + options.seeds <= TUNE_SEEDS
+            or options.first_seed >= TUNE_SEEDS + options.tune_seeds,
             f"seeds below {TUNE_SEEDS}, where those of tuning begin",
         ),
     ):
         if not fine:
-            raise runs.StudyError(f"{flag}\n  got: {value!r}\n  allowed: {allowed}\n  fix: another, or leave it out")
+            raise runs.StudyError(
+                f"{flag}\n  got: {value!r}\n  allowed: {allowed}\n  fix: another, or leave it out"
+            )
 
 
 def main(argv: list[str]) -> int:
@@ -781,7 +1076,12 @@ def main(argv: list[str]) -> int:
         runs.places(options.workers, options.nproc, gpus),
         options.target,
         options.target_entry,
-        {"fractions": options.horizons, "grid": options.grid, "longest": options.longest, "tries": options.tries},
+        {
+            "fractions": options.horizons,
+            "grid": options.grid,
+            "longest": options.longest,
+            "tries": options.tries,
+        },
         options.sigma,
         options.threshold,
         options.level,
@@ -790,7 +1090,15 @@ def main(argv: list[str]) -> int:
     tokens = {name: split.tokens for name, split in dataset.manifest.splits.items()}
     holdout = options.holdout or min(HOLDOUT, tokens["val"] / tokens["train"])
     if options.power:
-        print(power_text(options.power, _known(study), len(entries), level=options.level, from_entry=options.target_entry is not None))
+        print(
+            power_text(
+                options.power,
+                _known(study),
+                len(entries),
+                level=options.level,
+                from_entry=options.target_entry is not None,
+            )
+        )
         return 0
     made = probes(entries, folder) if kind == "seconds" else []
     if made and not options.dry_run:
@@ -807,7 +1115,14 @@ def main(argv: list[str]) -> int:
         raise runs.StudyError(
             f"--grid\n  got: {options.grid}\n  allowed: 1 to {shortest}, the steps of the budget\n  fix: another, or leave it out"
         )
-    trials = trial_jobs(entries, planned, folder, steps=options.tune_steps, seeds=options.tune_seeds, holdout=holdout)
+    trials = trial_jobs(
+        entries,
+        planned,
+        folder,
+        steps=options.tune_steps,
+        seeds=options.tune_seeds,
+        holdout=holdout,
+    )
     tuning_jobs = [j for jobs in trials.values() for trial in jobs for j in trial]
     _tell_cost(study, tuning_jobs, dataset, rate)
     if options.dry_run:
@@ -819,7 +1134,9 @@ def main(argv: list[str]) -> int:
         options.tuned_into.mkdir(parents=True, exist_ok=True)
         tuned = runs.job(entry.config, entry.name, folder, **(entry.tuned or {})).config
         whole = replace(tuned, run=replace(tuned.run, name=None, dir=entry.config.run.dir))
-        (options.tuned_into / f"{entry.name}.toml").write_text(configuration.to_toml(whole), encoding="utf-8")
+        (options.tuned_into / f"{entry.name}.toml").write_text(
+            configuration.to_toml(whole), encoding="utf-8"
+        )
     rule = study.judge()
     about = {
         "command": f"python -m studies.speedrun {shlex.join(argv)}",
@@ -845,7 +1162,11 @@ def main(argv: list[str]) -> int:
 def _gpus() -> list[str]:
     """Those that this process sees, by the numbers that CUDA_VISIBLE_DEVICES takes."""
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = [g for g in seen.split(",") if g] if seen is not None else [str(i) for i in range(torch.cuda.device_count())]
+    found = (
+        [g for g in seen.split(",") if g]
+        if seen is not None
+        else [str(i) for i in range(torch.cuda.device_count())]
+    )
     if not found or not torch.cuda.is_available():
         raise runs.StudyError("--gpus\n  got: no GPU\n  allowed: one or more\n  fix: --workers")
     return found
@@ -855,7 +1176,14 @@ def _known(study: Study) -> Noise:
     """σ: given, or of the runs at the budget that are there."""
     if study.sigma:
         return Noise(study.sigma)
-    there = [[loss_of(p) for s in study.seeds if runs.finished(p := study.folder / e.run_name(e.steps, s))] for e in study.entries]
+    there = [
+        [
+            loss_of(p)
+            for s in study.seeds
+            if runs.finished(p := study.folder / e.run_name(e.steps, s))
+        ]
+        for e in study.entries
+    ]
     found = statistics.pooled([np.array(losses) for losses in there])
     if found is None:
         raise runs.StudyError(
@@ -869,13 +1197,19 @@ def _tell_cost(study: Study, trials: Sequence[runs.Job], dataset: Dataset, rate:
     jobs, more = list(trials), ""
     for entry in study.entries:
         searched = study.target is not None or study.target_entry not in (None, entry.name)
-        fractions = [1.0, *study.search["fractions"], *[0.5] * study.search["tries"]] if searched else [1.0]
+        fractions = (
+            [1.0, *study.search["fractions"], *[0.5] * study.search["tries"]] if searched else [1.0]
+        )
         if searched:
             more = "; more if the shortest of --horizons reaches the target" + (
                 ", or the budget does not" if study.search["longest"] > 1 else ""
             )
         untuned = replace(entry, tuned=None)
-        jobs += [untuned.judged(max(1, round(f * entry.steps)), s, study.folder) for f in fractions for s in study.seeds]
+        jobs += [
+            untuned.judged(max(1, round(f * entry.steps)), s, study.folder)
+            for f in fractions
+            for s in study.seeds
+        ]
     costs = [runs.cost(j.config, dataset, rate) for j in jobs]
     print(
         f"{study.folder}: about {len(jobs)} runs ({len(trials)} to tune), {sum(c[0] for c in costs):.2g} FLOPs,"

@@ -22,8 +22,13 @@ Array = NDArray[np.float64]
 RULE_LEVEL = 0.01  # one-sided: of an entry that only just does not reach the target, one study in 100 says it does
 DRAWS = 4000
 POWER = 0.8  # chance of finding an effect that a study is planned for (J. Cohen, Statistical Power Analysis, 1988)
-NEAR, LEAST = math.log(2.5), 3  # horizons that a crossing is fitted to: those within this factor of it, and no fewer than so many
-BEYOND = math.log(2)  # a crossing further than this factor outside the horizons it was fitted to has no bound
+NEAR, LEAST = (
+    math.log(2.5),
+    3,
+)  # horizons that a crossing is fitted to: those within this factor of it, and no fewer than so many
+BEYOND = math.log(
+    2
+)  # a crossing further than this factor outside the horizons it was fitted to has no bound
 
 
 # ---- noise and the rule
@@ -42,7 +47,11 @@ def pooled(groups: Sequence[Array]) -> Noise | None:
     """σ within groups of losses (n,), each group independent of the others. Groups with a run that diverged are left out; None without two losses in one."""
     kept = [g for g in groups if np.isfinite(g).all() and len(g) > 1]
     df = sum(len(g) - 1 for g in kept)
-    return Noise(math.sqrt(sum(float(((g - g.mean()) ** 2).sum()) for g in kept) / df), df) if df else None
+    return (
+        Noise(math.sqrt(sum(float(((g - g.mean()) ** 2).sum()) for g in kept) / df), df)
+        if df
+        else None
+    )
 
 
 def share_of_seeds(entries: Sequence[Array]) -> float:
@@ -53,7 +62,9 @@ def share_of_seeds(entries: Sequence[Array]) -> float:
     kept = [y for y in entries if np.isfinite(y).all() and min(y.shape) > 1]
     if not kept:
         return 1.0
-    squares = [float(((y - y.mean(1, keepdims=True) - y.mean(0) + y.mean()) ** 2).sum()) for y in kept]
+    squares = [
+        float(((y - y.mean(1, keepdims=True) - y.mean(0) + y.mean()) ** 2).sum()) for y in kept
+    ]
     residual = sum(squares) / sum((y.shape[0] - 1) * (y.shape[1] - 1) for y in kept)
     seed = float(np.mean([y.mean(0).var(ddof=1) - residual / len(y) for y in kept]))
     return max(0.0, seed) / (max(0.0, seed) + residual) if residual else 1.0
@@ -78,7 +89,9 @@ class Rule:
         return self.target - self.threshold / math.sqrt(n)
 
 
-def threshold(noise: Noise, n: int, *, level: float = RULE_LEVEL, target_n: int | None = None) -> float:
+def threshold(
+    noise: Noise, n: int, *, level: float = RULE_LEVEL, target_n: int | None = None
+) -> float:
     """At which the rule's false positives are `level`. A target that is itself a mean of target_n runs has their noise too: √(1 + n/target_n) times as much."""
     quantile = stats.norm.isf(level) if noise.df is None else stats.t.isf(level, noise.df)
     return float(quantile) * noise.sigma * math.sqrt(1 + n / target_n if target_n else 1)
@@ -112,7 +125,9 @@ def draws_of_mean(values: Sequence[float], *, seed: int) -> Array | None:
     x = np.asarray(values, dtype=np.float64)
     if len(x) < 2:
         return None
-    return x.mean() + x.std(ddof=1) / math.sqrt(len(x)) * np.random.default_rng([seed, 3]).standard_t(len(x) - 1, DRAWS)
+    return x.mean() + x.std(ddof=1) / math.sqrt(len(x)) * np.random.default_rng(
+        [seed, 3]
+    ).standard_t(len(x) - 1, DRAWS)
 
 
 def quotient(b: Array, a: Array, log: Array | float = 0.0) -> Array:
@@ -157,9 +172,9 @@ def seeds_for(
 
     def at(n: int) -> tuple[float, float]:
         seen = Noise(noise.sigma, entries * (n - 1)) if noise.df is not None else noise
-        return (0.0 if seen.df == 0 else power_of_rule(seen_by_rule, n, seen, level=level)), power_of_pairs(
-            effect, n, noise.sigma * math.sqrt(2)
-        )
+        return (
+            0.0 if seen.df == 0 else power_of_rule(seen_by_rule, n, seen, level=level)
+        ), power_of_pairs(effect, n, noise.sigma * math.sqrt(2))
 
     found: list[int | None] = [None, None]
     for n in range(1, most + 1):
@@ -172,10 +187,19 @@ def seeds_for(
 # ---- loss against horizon
 
 
-def bracket(steps: Sequence[int], means: Sequence[float], level: float) -> tuple[int | None, int | None]:
+def bracket(
+    steps: Sequence[int], means: Sequence[float], level: float
+) -> tuple[int | None, int | None]:
     """(the longest horizon below it that is above the level, the shortest that is at or under it); None where there is none. means: infinite of runs that diverged."""
     reached = min((s for s, y in zip(steps, means, strict=True) if y <= level), default=None)
-    above = max((s for s, y in zip(steps, means, strict=True) if y > level and (reached is None or s < reached)), default=None)
+    above = max(
+        (
+            s
+            for s, y in zip(steps, means, strict=True)
+            if y > level and (reached is None or s < reached)
+        ),
+        default=None,
+    )
     return above, reached
 
 
@@ -195,7 +219,9 @@ def crossing(x: Array, y: Array, level: Array | float, near: float) -> Array:
     c = c - level
     inside = b**2 - 4 * a * c
     with np.errstate(divide="ignore", invalid="ignore"):
-        d = 2 * c / (np.sqrt(np.maximum(inside, 0)) - b)  # of the two roots the one at which the parabola falls
+        d = (
+            2 * c / (np.sqrt(np.maximum(inside, 0)) - b)
+        )  # of the two roots the one at which the parabola falls
     nowhere = np.where(c > 0, np.inf, -np.inf)
     d = np.where((inside < 0) | np.isnan(d), nowhere, d)
     d = np.where(d > at.max() + BEYOND, np.inf, np.where(d < at.min() - BEYOND, -np.inf, d))
@@ -218,12 +244,26 @@ class Horizon:
 
 def bounds(value: float, draws: Array) -> Interval:
     """An estimate of something positive, with the interval that holds 95 % of its draws; ∓∞ for a side without bound. NaN: a draw that tells nothing."""
-    low = float(np.quantile(np.nan_to_num(draws, nan=0.0, posinf=np.inf), (1 - LEVEL) / 2, method="lower"))
-    high = float(np.quantile(np.nan_to_num(draws, nan=np.inf, posinf=np.inf), (1 + LEVEL) / 2, method="higher"))
+    low = float(
+        np.quantile(np.nan_to_num(draws, nan=0.0, posinf=np.inf), (1 - LEVEL) / 2, method="lower")
+    )
+    high = float(
+        np.quantile(
+            np.nan_to_num(draws, nan=np.inf, posinf=np.inf), (1 + LEVEL) / 2, method="higher"
+        )
+    )
     return Interval(min(value, low) if low > 0 else -math.inf, value, max(value, high))
 
 
-def horizon(steps: Sequence[int], means: Sequence[float], n: int, rule: Rule, noise: Noise | None, *, seed: int = 0) -> Horizon | None:
+def horizon(
+    steps: Sequence[int],
+    means: Sequence[float],
+    n: int,
+    rule: Rule,
+    noise: Noise | None,
+    *,
+    seed: int = 0,
+) -> Horizon | None:
     """Where an entry's mean loss falls to what the rule needs, interpolated; None without one horizon above that and a longer one at or under it.
 
     Draws: the horizons' losses with noise (σ drawn too where it was estimated, by its scaled inverse χ²), a seed's share of it alike at all horizons, and the target with its own where
@@ -239,13 +279,21 @@ def horizon(steps: Sequence[int], means: Sequence[float], n: int, rule: Rule, no
     x, y = np.log(np.array(list(there), dtype=np.float64)), np.array(list(there.values()))
     near = math.log(reached)
     if above in there:
-        near += math.log(above / reached) * (level - there[reached]) / (there[above] - there[reached])
+        near += (
+            math.log(above / reached) * (level - there[reached]) / (there[above] - there[reached])
+        )
     found = float(np.clip(crossing(x, y, level, near), math.log(above), math.log(reached)))
     if noise is None:
         return Horizon(math.exp(found), None)
     rng, common = np.random.default_rng([seed, 1]), np.random.default_rng([0, 2])
-    scale = noise.sigma * np.sqrt(np.ones(DRAWS) if noise.df is None else noise.df / common.chisquare(noise.df, DRAWS))
+    scale = noise.sigma * np.sqrt(
+        np.ones(DRAWS) if noise.df is None else noise.df / common.chisquare(noise.df, DRAWS)
+    )
     seeds, own = rng.standard_normal((DRAWS, 1)), rng.standard_normal((DRAWS, len(x)))
-    drawn = y + scale[:, None] / math.sqrt(n) * (math.sqrt(noise.share) * seeds + math.sqrt(1 - noise.share) * own)
-    target = scale * common.standard_normal(DRAWS) / math.sqrt(rule.target_n) if rule.target_n else 0.0
+    drawn = y + scale[:, None] / math.sqrt(n) * (
+        math.sqrt(noise.share) * seeds + math.sqrt(1 - noise.share) * own
+    )
+    target = (
+        scale * common.standard_normal(DRAWS) / math.sqrt(rule.target_n) if rule.target_n else 0.0
+    )
     return Horizon(math.exp(found), np.exp(crossing(x, drawn, level + target, near)))

@@ -68,8 +68,14 @@ def sized(base: Config, size: Size) -> dict[str, Any]:
     for what, value, divisor in (("--widths", width, head), ("--contexts", tokens, context)):
         if value % divisor:
             got = f"{width}" if what == "--widths" else f"{context}"
-            allowed = f"a multiple of {head}, the width of a head" if what == "--widths" else f"a divisor of {tokens}, the tokens of a step"
-            raise runs.StudyError(f"{what}\n  got: {got}\n  allowed: {allowed}\n  fix: other sizes, or another configuration")
+            allowed = (
+                f"a multiple of {head}, the width of a head"
+                if what == "--widths"
+                else f"a divisor of {tokens}, the tokens of a step"
+            )
+            raise runs.StudyError(
+                f"{what}\n  got: {got}\n  allowed: {allowed}\n  fix: other sizes, or another configuration"
+            )
     return {
         "model.n_embd": width,
         "model.n_head": width // head,
@@ -81,7 +87,9 @@ def sized(base: Config, size: Size) -> dict[str, Any]:
 
 
 def name_of(size: Size, lr: float, seed: int) -> str:
-    sizes = ".".join(f"{axis.letter}{value}" for axis, value in zip(AXES.values(), size, strict=True))
+    sizes = ".".join(
+        f"{axis.letter}{value}" for axis, value in zip(AXES.values(), size, strict=True)
+    )
     return f"{sizes}.lr{lr:g}.s{seed}".replace("+", "")
 
 
@@ -110,7 +118,11 @@ def lines(base: Size, wanted: dict[str, list[int]], *, grid: bool) -> list[Line]
             continue
         # An axis with one value sets it for all.
         others = [
-            [base[j]] if j == i else sorted(set(wanted[a])) if wanted[a] and (grid or len(wanted[a]) == 1) else [base[j]]
+            [base[j]]
+            if j == i
+            else sorted(set(wanted[a]))
+            if wanted[a] and (grid or len(wanted[a]) == 1)
+            else [base[j]]
             for j, a in enumerate(AXES)
         ]
         for size in itertools.product(*others):
@@ -121,7 +133,10 @@ def lines(base: Size, wanted: dict[str, list[int]], *, grid: bool) -> list[Line]
 def table(losses: np.ndarray, line: Line, lrs: list[float]) -> str:
     """Mean loss over seeds, a row for each size."""
     head = f"{line.axis:>9}" + "".join(f"{f'lr {lr:g}':>12}" for lr in lrs)
-    rows = [f"{v:9d}" + "".join(f"{x:12.4f}" for x in row) for v, row in zip(line.values(), np.nanmean(losses, 2), strict=True)]
+    rows = [
+        f"{v:9d}" + "".join(f"{x:12.4f}" for x in row)
+        for v, row in zip(line.values(), np.nanmean(losses, 2), strict=True)
+    ]
     return "\n".join([head, *rows])
 
 
@@ -135,7 +150,9 @@ def text(line: Line, verdict: Verdict, thresholds: Thresholds) -> str:
     for s, size in enumerate(line.values()):
         row = f"{size:9d}  {v.best[s]!s:<26} {v.loss[s]:<11.4f}"
         if s:
-            row += f" {v.drift[s - 1]!s:<24} {_percent(v.cost[s - 1]):<26} {_percent(v.worse[s - 1])}"
+            row += (
+                f" {v.drift[s - 1]!s:<24} {_percent(v.cost[s - 1]):<26} {_percent(v.worse[s - 1])}"
+            )
         out.append(row + ("" if v.bracketed[s] else "  not bracketed"))
     out += [
         f"  drift of the best lr at most {thresholds.drift:g} octaves: {v.words['drift']}",
@@ -146,7 +163,9 @@ def text(line: Line, verdict: Verdict, thresholds: Thresholds) -> str:
         out.append(
             f"  noise of one run: {v.noise.residual:.4f} within a size, {v.noise.seed:.4f} of its seed; {v.seeds} seeds, {v.noise.df} degrees of freedom"
         )
-    coarse = ["rates an octave apart: a parabola through three is drawn to a steep side; half octaves tell costs under 1%"]
+    coarse = [
+        "rates an octave apart: a parabola through three is drawn to a steep side; half octaves tell costs under 1%"
+    ]
     notes = [*v.notes, *(coarse if max(b / a for a, b in pairwise(v.lrs)) > 1.6 else ())]
     return "\n".join([*out, *(f"  note: {n}" for n in notes)])
 
@@ -155,7 +174,9 @@ def _percent(i: Any) -> str:
     return f"{i.value:+.2%} [{i.low:+.2%}, {i.high:+.2%}]"
 
 
-def plot(found: list[tuple[Line, np.ndarray, Verdict]], lrs: list[float], title: str, path: Path) -> None:
+def plot(
+    found: list[tuple[Line, np.ndarray, Verdict]], lrs: list[float], title: str, path: Path
+) -> None:
     """Loss against learning rate, one curve for each size, one panel for each line: dots are seeds, a cross is the parabola's minimum."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -167,11 +188,23 @@ def plot(found: list[tuple[Line, np.ndarray, Verdict]], lrs: list[float], title:
         finite = losses[np.isfinite(losses)]
         for s, (value, colour) in enumerate(zip(line.values(), colours, strict=True)):
             y, mean = np.where(np.isfinite(losses[s]), losses[s], np.nan), np.nanmean(losses[s], 1)
-            axes.plot(lrs, np.where(np.isfinite(mean), mean, np.nan), color=colour, label=f"{line.axis} {value}")
-            axes.plot(np.repeat(lrs, y.shape[1]), y.ravel(), ".", color=colour, alpha=0.5, markersize=4)
+            axes.plot(
+                lrs,
+                np.where(np.isfinite(mean), mean, np.nan),
+                color=colour,
+                label=f"{line.axis} {value}",
+            )
+            axes.plot(
+                np.repeat(lrs, y.shape[1]), y.ravel(), ".", color=colour, alpha=0.5, markersize=4
+            )
             axes.plot(verdict.best[s].value, verdict.loss[s], "x", color=colour)
         low = finite.min()
-        axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss, nats per token", title=f"{line.axis}: {verdict.word}")
+        axes.set(
+            xscale="log",
+            xlabel="learning rate",
+            ylabel="validation loss, nats per token",
+            title=f"{line.axis}: {verdict.word}",
+        )
         axes.set_xticks(lrs, [f"{lr:g}" for lr in lrs], minor=False)
         axes.minorticks_off()
         axes.set_ylim(low - 0.02, min(finite.max(), low + 0.8) + 0.02)
@@ -195,13 +228,24 @@ def coordinate_check(
     jobs = []
     size = base_size(base)
     for width in widths:
-        changes = sized(base, (width, *size[1:])) | {"train.keep_checkpoints": 1, "train.checkpoint_every": 0}
+        changes = sized(base, (width, *size[1:])) | {
+            "train.keep_checkpoints": 1,
+            "train.checkpoint_every": 0,
+        }
         # The schedule's first steps, not a schedule of so few steps.
-        changes |= {"train.steps": steps, "optim.cooldown": 0.0, "train.eval_tokens": base.train.eval_batch_size * base.model.block_size}
+        changes |= {
+            "train.steps": steps,
+            "optim.cooldown": 0.0,
+            "train.eval_tokens": base.train.eval_batch_size * base.model.block_size,
+        }
         jobs.append(runs.job(base, f"coordinates.w{width}.n{steps}", folder, **changes))
     runs.execute(jobs, folder, workers=runs.places(workers), costs=[float(w) for w in widths])
     changes_of: dict[str, list[float]] = {}
-    idx_BT, _ = next(validation_batches(Dataset(base.data).split("val"), block_size=base.model.block_size, batch_size=16))
+    idx_BT, _ = next(
+        validation_batches(
+            Dataset(base.data).split("val"), block_size=base.model.block_size, batch_size=16
+        )
+    )
     for job in jobs:
         newest = checkpoint.newest_whole(folder / job.name / "checkpoints")[0]
         if newest is None:
@@ -219,7 +263,10 @@ def coordinate_check(
         for key, x in _activations(model, idx_BT).items():
             changes_of.setdefault(key, []).append((x - before[key]).square().mean().sqrt().item())
     x = np.log2(widths)
-    return changes_of, {k: float(np.polyfit(x, np.log2(v), 1)[0]) if min(v) > 0 else math.nan for k, v in changes_of.items()}
+    return changes_of, {
+        k: float(np.polyfit(x, np.log2(v), 1)[0]) if min(v) > 0 else math.nan
+        for k, v in changes_of.items()
+    }
 
 
 def _activations(model: GPT, idx_BT: Tensor) -> dict[str, Tensor]:
@@ -231,7 +278,9 @@ def _activations(model: GPT, idx_BT: Tensor) -> dict[str, Tensor]:
 
         return hook
 
-    watched = {"embedding": model.embedding} | {f"block {i}": block for i, block in enumerate(model.blocks)}
+    watched = {"embedding": model.embedding} | {
+        f"block {i}": block for i, block in enumerate(model.blocks)
+    }
     hooks = [module.register_forward_hook(keep(name)) for name, module in watched.items()]
     with torch.no_grad():
         found["logits"] = model.eval()(idx_BT)[0]
@@ -250,30 +299,54 @@ def base_size(base: Config) -> Size:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m studies.transfer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="python -m studies.transfer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("config", help="the smallest model: configs/transfer.toml")
     for axis in AXES.values():
         parser.add_argument(f"--{axis.option}", type=int, nargs="+", default=[], metavar="N")
     parser.add_argument(
-        "--lrs", type=float, nargs="+", default=[], metavar="LR", help="3 or more, half an octave apart, with the best one inside"
+        "--lrs",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="LR",
+        help="3 or more, half an octave apart, with the best one inside",
     )
     parser.add_argument("--seeds", type=int, default=2, help="of every cell: 0 … seeds − 1")
     parser.add_argument(
-        "--first-seeds", type=int, help="of the smallest size of each axis, which is cheap and which all others are compared with"
+        "--first-seeds",
+        type=int,
+        help="of the smallest size of each axis, which is cheap and which all others are compared with",
     )
     parser.add_argument("--grid", action="store_true", help="the product of all axes")
     parser.add_argument(
-        "--method", choices=runs.METHODS, help="an optimizer with its parametrization and initialization; the configuration's if left out"
+        "--method",
+        choices=runs.METHODS,
+        help="an optimizer with its parametrization and initialization; the configuration's if left out",
     )
-    parser.add_argument("--name", help="of the folder, runs/NAME; transfer-<config>-<method> if left out")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="runs at a time; run.threads of each is the configuration's"
+        "--name", help="of the folder, runs/NAME; transfer-<config>-<method> if left out"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="runs at a time; run.threads of each is the configuration's",
     )
     parser.add_argument("--dry-run", action="store_true", help="the cost alone")
-    parser.add_argument("--coordinates", type=int, metavar="K", help="the coordinate check over --widths, after K steps, instead")
+    parser.add_argument(
+        "--coordinates",
+        type=int,
+        metavar="K",
+        help="the coordinate check over --widths, after K steps, instead",
+    )
     for key, value in vars(Thresholds()).items():
-        parser.add_argument(f"--max-{key}", type=float, default=value, help=f"threshold, {value:g} if left out")
+        parser.add_argument(
+            f"--max-{key}", type=float, default=value, help=f"threshold, {value:g} if left out"
+        )
     options, rest = parser.parse_known_args(argv)
     base = configuration.load([options.config, *rest])
     method = options.method or base.optim.name
@@ -282,13 +355,23 @@ def main(argv: list[str]) -> int:
         base = runs.job(base, "base", folder, **runs.METHODS[options.method]).config
     thresholds = Thresholds(options.max_drift, options.max_cost, options.max_worse)
     if options.seeds < 1 or options.workers < 1:
-        raise runs.StudyError(f"--seeds, --workers\n  got: {options.seeds}, {options.workers}\n  allowed: 1 or more\n  fix: leave them out")
+        raise runs.StudyError(
+            f"--seeds, --workers\n  got: {options.seeds}, {options.workers}\n  allowed: 1 or more\n  fix: leave them out"
+        )
     if options.coordinates is not None:
         if options.coordinates < 1:
-            raise runs.StudyError(f"--coordinates\n  got: {options.coordinates}\n  allowed: 1 step or more\n  fix: --coordinates 10")
-        return print_coordinates(base, folder, sorted(set(options.widths)), options.coordinates, options.workers)
+            raise runs.StudyError(
+                f"--coordinates\n  got: {options.coordinates}\n  allowed: 1 step or more\n  fix: --coordinates 10"
+            )
+        return print_coordinates(
+            base, folder, sorted(set(options.widths)), options.coordinates, options.workers
+        )
     lrs = sorted(set(options.lrs))
-    found = lines(base_size(base), {a: getattr(options, axis.option) for a, axis in AXES.items()}, grid=options.grid)
+    found = lines(
+        base_size(base),
+        {a: getattr(options, axis.option) for a, axis in AXES.items()},
+        grid=options.grid,
+    )
     if not found or len(lrs) < 3 or lrs[0] <= 0:
         raise runs.StudyError(
             f"python -m studies.transfer {options.config}\n  got: {len(found)} axes with two sizes or more, --lrs {' '.join(f'{lr:g}' for lr in lrs)}\n"
@@ -297,11 +380,22 @@ def main(argv: list[str]) -> int:
     jobs = []
     sizes = dict.fromkeys(size for line in found for size in line.sizes)
     first = {line.sizes[0] for line in found}
-    seeds = {size: max(options.seeds, options.first_seeds or 0) if size in first else options.seeds for size in sizes}
+    seeds = {
+        size: max(options.seeds, options.first_seeds or 0) if size in first else options.seeds
+        for size in sizes
+    }
     for size in sizes:
         for seed in range(seeds[size]):
             for lr in lrs:
-                jobs.append(runs.job(base, name_of(size, lr, seed), folder, **sized(base, size), **{"optim.lr": lr, "run.seed": seed}))
+                jobs.append(
+                    runs.job(
+                        base,
+                        name_of(size, lr, seed),
+                        folder,
+                        **sized(base, size),
+                        **{"optim.lr": lr, "run.seed": seed},
+                    )
+                )
     if not runs.sweep(jobs, folder, workers=runs.places(options.workers), dry_run=options.dry_run):
         return 0
     report = []
@@ -311,7 +405,9 @@ def main(argv: list[str]) -> int:
         most = max(seeds[z] for z in line.sizes)
         losses = np.full((len(line.sizes), len(lrs), most), np.nan)
         for (i, z), (k, lr) in itertools.product(enumerate(line.sizes), enumerate(lrs)):
-            losses[i, k, : seeds[z]] = [loss(folder / name_of(z, lr, seed)) for seed in range(seeds[z])]
+            losses[i, k, : seeds[z]] = [
+                loss(folder / name_of(z, lr, seed)) for seed in range(seeds[z])
+            ]
         try:
             verdict = judge(losses, line.values(), lrs, thresholds)
         except VerdictError as error:
@@ -329,7 +425,9 @@ def main(argv: list[str]) -> int:
         }
         for line, losses, verdict in report
     ]
-    runs.write_json(folder / "results.json", {"command": argv, "thresholds": vars(thresholds), "lines": results})
+    runs.write_json(
+        folder / "results.json", {"command": argv, "thresholds": vars(thresholds), "lines": results}
+    )
     if report:
         plot(report, lrs, title, folder / "transfer.png")
     print("\n\n".join(texts))
@@ -349,22 +447,37 @@ def loss(path: Path) -> float:
     return math.inf if found is None else found["val_loss"]
 
 
-def print_coordinates(base: Config, folder: Path, widths: list[int], steps: int, workers: int) -> int:
+def print_coordinates(
+    base: Config, folder: Path, widths: list[int], steps: int, workers: int
+) -> int:
     if len(widths) < 2:
-        raise runs.StudyError("--coordinates\n  got: fewer than 2 --widths\n  allowed: 2 or more\n  fix: --widths 64 128 256")
+        raise runs.StudyError(
+            "--coordinates\n  got: fewer than 2 --widths\n  allowed: 2 or more\n  fix: --widths 64 128 256"
+        )
     changes, slopes = coordinate_check(base, folder, widths, steps, workers)
-    print(f"rms of the change of activations after {steps} steps, lr {base.optim.lr:g}, {base.optim.name}")
+    print(
+        f"rms of the change of activations after {steps} steps, lr {base.optim.lr:g}, {base.optim.name}"
+    )
     print(f"{'':12}" + "".join(f"{f'width {w}':>12}" for w in widths) + f"{'slope':>10}")
     for key, values in changes.items():
         print(f"{key:12}" + "".join(f"{v:12.4f}" for v in values) + f"{slopes[key]:10.3f}")
     worst = max(slopes, key=lambda k: abs(slopes[k]))
-    print(f"largest slope of log change against log width: {slopes[worst]:+.3f} ({worst}); 0 is independence of width")
+    print(
+        f"largest slope of log change against log width: {slopes[worst]:+.3f} ({worst}); 0 is independence of width"
+    )
     return 0
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (ConfigError, DataError, RunError, checkpoint.CheckpointError, runs.StudyError, VerdictError) as error:
+    except (
+        ConfigError,
+        DataError,
+        RunError,
+        checkpoint.CheckpointError,
+        runs.StudyError,
+        VerdictError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -54,11 +54,18 @@ class Range:
 
     def points(self) -> list[Any]:
         """Of this key alone."""
-        return list(self.values) if self.scale == "choice" else [self.at(i / max(1, self.count - 1)) for i in range(self.count)]
+        return (
+            list(self.values)
+            if self.scale == "choice"
+            else [self.at(i / max(1, self.count - 1)) for i in range(self.count)]
+        )
 
     def at_edge(self, value: Any, tried: Iterable[Any]) -> bool:
         """Whether a best value is the lowest or the highest that was tried, so that a better one may lie outside. Of choices only numbers have an edge."""
-        return all(type(v) in (int, float) for v in self.values) and value in (min(tried := list(tried)), max(tried))
+        return all(type(v) in (int, float) for v in self.values) and value in (
+            min(tried := list(tried)),
+            max(tried),
+        )
 
 
 def typed(key: str, text: str, *, whole: bool = False) -> Any:
@@ -75,7 +82,8 @@ def parse(text: str, entries: Sequence[str]) -> Range:
         '  fix: --tune "optim.lr=log(0.01,1,8)"'
     )
     found = re.fullmatch(
-        r"(?:(?P<entry>[^:=]+):)?(?P<key>[\w.-]+)=(?:(?P<scale>log|lin)\((?P<range>[^()]*)\)|\{(?P<choices>[^{}]*)\})", text
+        r"(?:(?P<entry>[^:=]+):)?(?P<key>[\w.-]+)=(?:(?P<scale>log|lin)\((?P<range>[^()]*)\)|\{(?P<choices>[^{}]*)\})",
+        text,
     )
     if not found:
         raise bad
@@ -94,20 +102,31 @@ def parse(text: str, entries: Sequence[str]) -> Range:
             raise bad
         return Range(entry, key, "choice", choices)
     try:
-        low, high, count = (kind(x) for kind, x in zip((float, float, int), found["range"].split(","), strict=True))
+        low, high, count = (
+            kind(x) for kind, x in zip((float, float, int), found["range"].split(","), strict=True)
+        )
     except ValueError as error:
         raise bad from error
     if count < 2 or not -math.inf < low < high < math.inf or (found["scale"] == "log" and low <= 0):
         raise bad
     made = Range(entry, key, found["scale"], (low, high, count))
     if len(set(made.points())) < count:
-        raise StudyError(f"--tune {text}\n  got: {made.points()}\n  allowed: {count} values that differ\n  fix: a wider range, or fewer")
+        raise StudyError(
+            f"--tune {text}\n  got: {made.points()}\n  allowed: {count} values that differ\n  fix: a wider range, or fewer"
+        )
     return made
 
 
 def of(ranges: Sequence[Range], entry: str) -> list[Range]:
     """Those of one entry, a key once; its own before those for all, and the last one said of either."""
-    return list({r.key: r for r in sorted((r for r in ranges if r.entry in (None, entry)), key=lambda r: r.entry is not None)}.values())
+    return list(
+        {
+            r.key: r
+            for r in sorted(
+                (r for r in ranges if r.entry in (None, entry)), key=lambda r: r.entry is not None
+            )
+        }.values()
+    )
 
 
 def trials(ranges: Sequence[Range], count: int | None) -> list[dict[str, Any]]:
@@ -123,7 +142,9 @@ def trials(ranges: Sequence[Range], count: int | None) -> list[dict[str, Any]]:
     sequence, found = qmc.Sobol(len(ranges), scramble=True, rng=SEED), {}
     for _ in range(FURTHER):  # several points may fall on the same values
         places = sequence.random(2 ** int(np.ceil(np.log2(count))))
-        found |= dict.fromkeys(tuple(r.at(float(u)) for r, u in zip(ranges, place, strict=True)) for place in places)
+        found |= dict.fromkeys(
+            tuple(r.at(float(u)) for r, u in zip(ranges, place, strict=True)) for place in places
+        )
         if len(found) >= count:
             break
     if len(found) < count:
@@ -131,10 +152,14 @@ def trials(ranges: Sequence[Range], count: int | None) -> list[dict[str, Any]]:
         raise StudyError(
             f"--trials\n  got: {count} of {keys}\n  allowed: {len(found)}, as many as differ\n  fix: --trials {len(found)}, or wider ranges"
         )
-    return [{r.key: v for r, v in zip(ranges, values, strict=True)} for values in list(found)[:count]]
+    return [
+        {r.key: v for r, v in zip(ranges, values, strict=True)} for values in list(found)[:count]
+    ]
 
 
-def schedule(ranges: Sequence[Range], entries: Sequence[str], count: int | None) -> dict[str, list[dict[str, Any]]]:
+def schedule(
+    ranges: Sequence[Range], entries: Sequence[str], count: int | None
+) -> dict[str, list[dict[str, Any]]]:
     """The trials of each entry: as many for all that are tuned, or StudyError. An entry without a range has none."""
     found = {entry: trials(of(ranges, entry), count) for entry in entries}
     numbers = {entry: len(t) for entry, t in found.items() if t}

@@ -92,7 +92,14 @@ class Verdict:
         return {**asdict(self), "word": self.word}
 
 
-def judge(losses: Array, sizes: list[int], lrs: list[float], thresholds: Thresholds = Thresholds(), *, seed: int = 0) -> Verdict:
+def judge(
+    losses: Array,
+    sizes: list[int],
+    lrs: list[float],
+    thresholds: Thresholds = Thresholds(),
+    *,
+    seed: int = 0,
+) -> Verdict:
     """losses: (S, K, N), inf where a run diverged, NaN where there is none: a size has the seeds of which it has all runs. sizes, lrs: ascending.
 
     Raises VerdictError for fewer than 2 sizes or 3 learning rates, and for a size without a whole seed or a finite loss.
@@ -105,7 +112,10 @@ def judge(losses: Array, sizes: list[int], lrs: list[float], thresholds: Thresho
         )
     x = np.log2(np.asarray(lrs, dtype=np.float64))
     y, far = zip(*(_whole(losses[s], sizes[s]) for s in range(S)), strict=True)  # (K, N) each
-    mean, diverged = np.stack([cells.mean(1) for cells in y]), np.stack([cells.any(1) for cells in far])
+    mean, diverged = (
+        np.stack([cells.mean(1) for cells in y]),
+        np.stack([cells.any(1) for cells in far]),
+    )
     noise = pooled_noise(y, diverged)
     rng = np.random.default_rng(seed)
     draws = _draws(mean, np.array([cells.shape[1] for cells in y]), noise, rng)
@@ -114,17 +124,27 @@ def judge(losses: Array, sizes: list[int], lrs: list[float], thresholds: Thresho
     bracketed, known = least == most, drawn_least == drawn_most
     at_shared = interpolate(x, mean, np.full(S, best[0]))
     drawn_at_shared = interpolate(x, draws, np.broadcast_to(drawn_best[:, :1], drawn_best.shape))
-    steps = [_step(x, y[s - 1], y[s], best[0], drawn_best[:, 0], noise, rng) for s in range(1, S)]  # worse, by seeds that both have
+    steps = [
+        _step(x, y[s - 1], y[s], best[0], drawn_best[:, 0], noise, rng) for s in range(1, S)
+    ]  # worse, by seeds that both have
 
     def interval(value: float, low: Array, high: Array, comparisons: int = 1) -> Interval:
         if noise is None:
             return Interval(-np.inf, value, np.inf)
         tail = (1 - LEVEL) / 2 / comparisons
-        bounds = np.quantile(low, tail, method="lower"), np.quantile(high, 1 - tail, method="higher")
+        bounds = (
+            np.quantile(low, tail, method="lower"),
+            np.quantile(high, 1 - tail, method="higher"),
+        )
         return Interval(min(float(bounds[0]), value), value, max(float(bounds[1]), value))
 
     def drift(s: int, comparisons: int) -> Interval:
-        return interval(best[s] - best[0], drawn_least[:, s] - drawn_most[:, 0], drawn_most[:, s] - drawn_least[:, 0], comparisons)
+        return interval(
+            best[s] - best[0],
+            drawn_least[:, s] - drawn_most[:, 0],
+            drawn_most[:, s] - drawn_least[:, 0],
+            comparisons,
+        )
 
     def worse(s: int, comparisons: int) -> Interval:
         value, drawn = steps[s - 1]
@@ -133,9 +153,13 @@ def judge(losses: Array, sizes: list[int], lrs: list[float], thresholds: Thresho
     def cost(s: int) -> Interval:
         """Of an absolute value: of the cost with the sign of the best lr's side, so that an interval of lrs on both sides of the shared one has 0 in it."""
         value = max(0.0, at_shared[s] / bottom[s] - 1) * np.sign(best[s] - best[0])
-        drawn = np.maximum(0, drawn_at_shared[:, s] / drawn_bottom[:, s] - 1) * np.sign(drawn_best[:, s] - drawn_best[:, 0])
+        drawn = np.maximum(0, drawn_at_shared[:, s] / drawn_bottom[:, s] - 1) * np.sign(
+            drawn_best[:, s] - drawn_best[:, 0]
+        )
         both = known[:, s] & known[:, 0]
-        low = np.where(both | (known[:, 0] & (drawn > 0)), drawn, -np.inf)  # a lowest loss at an end bounds the cost from below
+        low = np.where(
+            both | (known[:, 0] & (drawn > 0)), drawn, -np.inf
+        )  # a lowest loss at an end bounds the cost from below
         high = np.where(both | (known[:, 0] & (drawn < 0)), drawn, np.inf)
         i = interval(float(value), low, high)
         return Interval(max(0.0, i.low, -i.high), abs(i.value), max(-i.low, i.high))
@@ -163,12 +187,20 @@ def judge(losses: Array, sizes: list[int], lrs: list[float], thresholds: Thresho
     for s in range(S):
         if not bracketed[s]:
             low = int(mean[s].argmin())
-            where = "at the end of the learning rates" if low in (0, K - 1) else f"beside a run that diverged or was {FAR:g} nat worse"
+            where = (
+                "at the end of the learning rates"
+                if low in (0, K - 1)
+                else f"beside a run that diverged or was {FAR:g} nat worse"
+            )
             verdict.notes.append(f"size {sizes[s]}: the lowest loss is {where}, {lrs[low]:g}")
     if noise is None:
-        verdict.notes.append(f"noise is unknown: it takes 2 seeds, and {NEAR} learning rates without a divergence")
+        verdict.notes.append(
+            f"noise is unknown: it takes 2 seeds, and {NEAR} learning rates without a divergence"
+        )
     if np.any(np.isinf(losses)):
-        verdict.notes.append(f"{int(np.isinf(losses).sum())} of {int((~np.isnan(losses)).sum())} runs diverged")
+        verdict.notes.append(
+            f"{int(np.isinf(losses).sum())} of {int((~np.isnan(losses)).sum())} runs diverged"
+        )
     return verdict
 
 
@@ -186,7 +218,9 @@ def minimum(x: Array, y: Array, diverged: NDArray[np.bool_]) -> tuple[Array, Arr
     vertex = np.clip(free, x[c - 1] - x[c], x[c + 1] - x[c])
     # Of points enough to fit, not only to pass through, one that is low at an end by chance does not outweigh the others.
     fitted = (a > 0) & (vertex == free) & (_windows(x).sum(1)[c] >= POINTS)
-    known = ((low == c) | fitted) & ~np.take_along_axis(np.broadcast_to(beside, y.shape), low[..., None], -1)[..., 0]
+    known = ((low == c) | fitted) & ~np.take_along_axis(
+        np.broadcast_to(beside, y.shape), low[..., None], -1
+    )[..., 0]
     place = np.where(known, x[c] + vertex, x[low])
     value = np.where(known, y0 + b * vertex + a * vertex**2, y.min(-1))
     edges = np.concatenate([[-np.inf], x, [np.inf]])
@@ -235,22 +269,33 @@ def pooled_noise(y: Sequence[Array], diverged: NDArray[np.bool_]) -> Noise | Non
         if last is not None:
             both = min(len(last), len(by_seed))
             apart = by_seed[:both] - last[:both]
-            between, seed_df = between + float(((apart - apart.mean()) ** 2).sum()) / 2, seed_df + both - 1
+            between, seed_df = (
+                between + float(((apart - apart.mean()) ** 2).sum()) / 2,
+                seed_df + both - 1,
+            )
         last = by_seed
     if not df or not seed_df:
         return None
     # Half the variance of a difference of two sizes' means over the cells is seed² + residual² / NEAR.
-    return Noise((squares / df) ** 0.5, max(0.0, between / seed_df - squares / df / NEAR) ** 0.5, df, seed_df)
+    return Noise(
+        (squares / df) ** 0.5, max(0.0, between / seed_df - squares / df / NEAR) ** 0.5, df, seed_df
+    )
 
 
 def _drawn_variances(noise: Noise, rng: np.random.Generator) -> tuple[Array, Array]:
     """(residual², seed²), (draws,) each."""
     residual = noise.residual**2 * noise.df / rng.chisquare(noise.df, DRAWS)
-    between = (noise.seed**2 + noise.residual**2 / NEAR) * noise.seed_df / rng.chisquare(noise.seed_df, DRAWS)
+    between = (
+        (noise.seed**2 + noise.residual**2 / NEAR)
+        * noise.seed_df
+        / rng.chisquare(noise.seed_df, DRAWS)
+    )
     return residual, np.maximum(0, between - residual / NEAR)
 
 
-def _draws(mean: Array, counts: NDArray[np.int64], noise: Noise | None, rng: np.random.Generator) -> Array:
+def _draws(
+    mean: Array, counts: NDArray[np.int64], noise: Noise | None, rng: np.random.Generator
+) -> Array:
     """(draws, S, K) of what differs within a size. counts: seeds of each size."""
     if noise is None:
         return mean[None]
@@ -260,7 +305,13 @@ def _draws(mean: Array, counts: NDArray[np.int64], noise: Noise | None, rng: np.
 
 
 def _step(
-    x: Array, before: Array, after: Array, shared: float, drawn_shared: Array, noise: Noise | None, rng: np.random.Generator
+    x: Array,
+    before: Array,
+    after: Array,
+    shared: float,
+    drawn_shared: Array,
+    noise: Noise | None,
+    rng: np.random.Generator,
 ) -> tuple[float, Array]:
     """How much worse `after` (K, N) is than `before` at the shared rate, relative, by the seeds that both have: (value, draws)."""
     both = min(before.shape[1], after.shape[1])
@@ -284,7 +335,11 @@ def _whole(losses: Array, size: int) -> tuple[Array, NDArray[np.bool_]]:
     y = losses[:, ~np.isnan(losses).any(0)]
     finite = y[np.isfinite(y)]
     if not finite.size:
-        got = "no seed with a run at every learning rate" if not y.size else "no run that did not diverge"
+        got = (
+            "no seed with a run at every learning rate"
+            if not y.size
+            else "no run that did not diverge"
+        )
         raise VerdictError(
             f"losses of size {size}\n  got: {got}\n  allowed: one or more\n  fix: {'run the rest' if not y.size else 'smaller --lrs'}"
         )
@@ -307,5 +362,9 @@ def student(values: Sequence[float]) -> Interval:
     """The mean of independent values with its interval by Student's t; unbounded for one value."""
     x = np.asarray(values, dtype=np.float64)
     mean = float(x.mean())
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5) if len(x) > 1 else np.inf
+    half = (
+        float(stats.t.ppf((1 + LEVEL) / 2, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5)
+        if len(x) > 1
+        else np.inf
+    )
     return Interval(mean - half, mean, mean + half)

@@ -47,7 +47,9 @@ def forked_python(folder: Path) -> Iterator[Path]:
     """The stand-in's path; it works inside this block."""
     path = folder / "python"
     (folder / "client.py").write_text(CLIENT.format(path=str(folder / "socket")))
-    path.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -IS {shlex.quote(str(folder / "client.py"))} "$@"\n')
+    path.write_text(
+        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -IS {shlex.quote(str(folder / "client.py"))} "$@"\n'
+    )
     path.chmod(0o755)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(folder / "socket"))
@@ -123,7 +125,9 @@ def _keep(client: socket.socket, folder: Path) -> None:
             os.kill(pid, s)
 
 
-def _become(argv: list[str], cwd: str, environ: dict[str, str], namespaces: list[int], fds: list[int]) -> None:
+def _become(
+    argv: list[str], cwd: str, environ: dict[str, str], namespaces: list[int], fds: list[int]
+) -> None:
     """Be `python argv…`; does not return."""
     code: object = 1
     try:
@@ -135,12 +139,20 @@ def _become(argv: list[str], cwd: str, environ: dict[str, str], namespaces: list
             os.dup2(fd, target)
         for fd in fds:
             os.close(fd)
-        sys.stdin, sys.stdout, sys.stderr = (open(i, m, buffering=1, closefd=False) for i, m in enumerate("rww"))  # noqa: SIM115 - as long as it lives
+        sys.stdin, sys.stdout, sys.stderr = (
+            open(i, m, buffering=1, closefd=False) for i, m in enumerate("rww")
+        )  # noqa: SIM115 - as long as it lives
         current_process()._config["daemon"] = False  # type: ignore[attr-defined] - unlike the server, it may have children
         os.chdir(cwd)
         os.environ.clear()
         os.environ.update(environ)
-        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        for number in (
+            signal.SIGCHLD,
+            signal.SIGTERM,
+            signal.SIGHUP,
+            signal.SIGUSR1,
+            signal.SIGUSR2,
+        ):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         while argv[0] in ("-u", "-W", "-B"):

@@ -19,7 +19,13 @@ from matplotlib.image import imread
 from studies import report
 from tests.test_report import HOSTILE, results, sparse
 
-FLAGS = ["--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 WIDTHS = (1280, 400)
 
 
@@ -28,7 +34,12 @@ def numbers(paths: list[str]) -> list[float]:
 
 
 def chromium() -> str | None:
-    return os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    return (
+        os.environ.get("CHROMIUM")
+        or shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +48,17 @@ def browser() -> Iterator[Any]:
     where, driver = chromium(), importlib.util.find_spec("playwright")
     if where is None or driver is None:
         if os.environ.get("NEEDS_BROWSER"):
-            pytest.fail(f"needs a browser: chromium is {where or 'missing'}, playwright {'there' if driver else 'missing'}")
+            pytest.fail(
+                f"needs a browser: chromium is {where or 'missing'}, playwright {'there' if driver else 'missing'}"
+            )
         pytest.skip("needs a browser")
     with importlib.import_module("playwright.sync_api").sync_playwright() as playwright:
         # Its sandbox does not run as root.
-        started = playwright.chromium.launch(executable_path=where, args=FLAGS, chromium_sandbox=os.name != "posix" or os.geteuid() != 0)
+        started = playwright.chromium.launch(
+            executable_path=where,
+            args=FLAGS,
+            chromium_sandbox=os.name != "posix" or os.geteuid() != 0,
+        )
         yield started
         started.close()
 
@@ -64,13 +81,17 @@ class Opened:
     """A page in a window, and what went wrong in it."""
 
     def __init__(self, browser: Any, path: Path, *, width: int = 1280, **options: Any) -> None:
-        self.context = browser.new_context(offline=True, viewport={"width": width, "height": 900}, **options)
+        self.context = browser.new_context(
+            offline=True, viewport={"width": width, "height": 900}, **options
+        )
         self.page = self.context.new_page()
         self.complaints: list[str] = []
         self.requests: list[str] = []
         self.page.on("console", lambda m: self.complaints.append(m.text))
         self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
-        self.page.on("dialog", lambda d: (self.complaints.append(f"dialog {d.message}"), d.dismiss()))
+        self.page.on(
+            "dialog", lambda d: (self.complaints.append(f"dialog {d.message}"), d.dismiss())
+        )
         self.page.on("request", lambda r: self.requests.append(r.url))
         self.page.goto(path.as_uri())
 
@@ -81,7 +102,9 @@ class Opened:
         self.context.close()
 
     def paths(self, chart: str = "curves", of: str = "line") -> list[str]:
-        return self.page.eval_on_selector_all(f"#{chart} path.{of}", "found => found.map(p => p.getAttribute('d'))")
+        return self.page.eval_on_selector_all(
+            f"#{chart} path.{of}", "found => found.map(p => p.getAttribute('d'))"
+        )
 
     def press(self, name: str, chart: str = "curves") -> None:
         self.page.locator(f"#{chart}").get_by_role("button", name=name, exact=True).click()
@@ -91,12 +114,16 @@ class Opened:
 
 
 @pytest.mark.parametrize("name", ["race", "hostile", *sparse()])
-def test_a_report_opens_from_disk_without_a_complaint_and_fits(browser: Any, pages: dict[str, Path], name: str):
+def test_a_report_opens_from_disk_without_a_complaint_and_fits(
+    browser: Any, pages: dict[str, Path], name: str
+):
     for width in WIDTHS:
         with Opened(browser, pages[name], width=width) as opened:
             assert opened.complaints == [] and opened.requests == [pages[name].as_uri()]
             assert opened.overflow() <= 0, width
-            opened.page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
+            opened.page.evaluate(
+                "document.querySelectorAll('details').forEach(d => { d.open = true })"
+            )
             assert opened.overflow() <= 0, f"{width}, everything unfolded"
             assert opened.page.evaluate(
                 "[...document.querySelectorAll('svg.chart')].every(s => s.clientWidth > 300 && s.clientHeight >= 250)"
@@ -114,7 +141,9 @@ def test_the_curves_have_a_line_for_each_seed_of_each_entry(browser: Any, pages:
     with Opened(browser, pages["one seed"]) as opened:
         assert len(opened.paths()) == 3 and opened.paths(of="band") == []
     with Opened(browser, pages["one point"]) as opened:  # nothing to choose from
-        assert opened.page.locator("#curves").get_by_role("button", name="at the budget").count() == 0
+        assert (
+            opened.page.locator("#curves").get_by_role("button", name="at the budget").count() == 0
+        )
 
 
 def test_diverged_runs_and_trials_are_crosses(browser: Any, pages: dict[str, Path]):
@@ -131,13 +160,18 @@ def test_buttons_change_axes_and_lines(browser: Any, pages: dict[str, Path]):
             assert opened.paths() not in seen, button
             seen.append(opened.paths())
         opened.press("zoom out")
-        np.testing.assert_allclose(numbers(opened.paths()), numbers(seen[-2]), atol=0.11)  # paths have a tenth of a pixel
+        np.testing.assert_allclose(
+            numbers(opened.paths()), numbers(seen[-2]), atol=0.11
+        )  # paths have a tenth of a pixel
         for button in ("reset the zoom", "validation", "linear", "steps"):
             opened.press(button)
         assert opened.paths() == seen[0]
         opened.press("tokens")
         assert opened.paths() == seen[0]  # as many a step for all
-        assert "M" in opened.page.locator("#curves svg.chart").text_content() and opened.complaints == []
+        assert (
+            "M" in opened.page.locator("#curves svg.chart").text_content()
+            and opened.complaints == []
+        )
 
 
 def test_the_legend_hides_an_entry_in_all_charts(browser: Any, pages: dict[str, Path]):
@@ -170,10 +204,15 @@ def test_the_wheel_zooms_with_ctrl_alone(browser: Any, pages: dict[str, Path]):
         assert opened.paths() == before
         opened.page.keyboard.down("Control")
         opened.page.mouse.wheel(0, -100)
-        opened.page.wait_for_function("before => document.querySelector('#curves path.line').getAttribute('d') !== before", arg=before[0])
+        opened.page.wait_for_function(
+            "before => document.querySelector('#curves path.line').getAttribute('d') !== before",
+            arg=before[0],
+        )
 
 
-def test_a_point_tells_entry_seed_step_and_loss_to_pointer_and_keyboard(browser: Any, pages: dict[str, Path]):
+def test_a_point_tells_entry_seed_step_and_loss_to_pointer_and_keyboard(
+    browser: Any, pages: dict[str, Path]
+):
     with Opened(browser, pages["race"]) as opened:
         tip = opened.page.locator("#curves .tip")
         opened.page.locator("#curves svg.chart").scroll_into_view_if_needed()
@@ -181,8 +220,13 @@ def test_a_point_tells_entry_seed_step_and_loss_to_pointer_and_keyboard(browser:
         opened.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
         told, there = tip.text_content(), tip.bounding_box()
         off = [there[k] - box[k] - box[size] / 2 for k, size in (("x", "width"), ("y", "height"))]
-        assert -there["width"] <= off[0] <= 15 and 13 <= off[1] <= 15, "14 pixels below, and within the page"
-        assert told.startswith("dualized, seed") and "steps 400 · tokens 1,638,400 · seconds 75\nloss 1.47" in told
+        assert -there["width"] <= off[0] <= 15 and 13 <= off[1] <= 15, (
+            "14 pixels below, and within the page"
+        )
+        assert (
+            told.startswith("dualized, seed")
+            and "steps 400 · tokens 1,638,400 · seconds 75\nloss 1.47" in told
+        )
         opened.page.locator("#curves svg.chart").focus()
         opened.page.keyboard.press("Escape")
         assert tip.text_content() == ""
@@ -194,7 +238,10 @@ def test_a_point_tells_entry_seed_step_and_loss_to_pointer_and_keyboard(browser:
 def test_a_chart_of_many_points_has_a_span(browser: Any, pages: dict[str, Path]):
     """More than a browser takes as the arguments of one call."""
     with Opened(browser, pages["one seed"]) as opened:
-        assert opened.page.evaluate("span(Array.from({ length: 1_000_000 }, (_, i) => i - 3))") == [-3, 999_996]
+        assert opened.page.evaluate("span(Array.from({ length: 1_000_000 }, (_, i) => i - 3))") == [
+            -3,
+            999_996,
+        ]
 
 
 def test_without_script_the_charts_are_pictures(browser: Any, pages: dict[str, Path]):
@@ -216,13 +263,19 @@ def test_a_run_is_two_clicks_away(browser: Any, pages: dict[str, Path]):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_a_screenshot_shows_every_entry_in_its_colour(browser: Any, pages: dict[str, Path], tmp_path: Path, width: int, scheme: str):
+def test_a_screenshot_shows_every_entry_in_its_colour(
+    browser: Any, pages: dict[str, Path], tmp_path: Path, width: int, scheme: str
+):
     """Their lines are in the picture: pixels of the palette's colours, which text and ground have not."""
     with Opened(browser, pages["race"], width=width, color_scheme=scheme) as opened:
-        pixels = np.rint(imread(io.BytesIO(opened.page.locator("#curves svg.chart").screenshot()))[..., :3] * 255).astype(int)
+        pixels = np.rint(
+            imread(io.BytesIO(opened.page.locator("#curves svg.chart").screenshot()))[..., :3] * 255
+        ).astype(int)
         for colour in (report.LIGHT if scheme == "light" else report.DARK)[:3]:
             wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-            assert (abs(pixels - wanted).max(-1) <= 8).sum() > 50, colour  # an 8th bit for the rounding of blended edges
+            assert (abs(pixels - wanted).max(-1) <= 8).sum() > 50, (
+                colour
+            )  # an 8th bit for the rounding of blended edges
         folder = Path(os.environ.get("BROWSER_SHOTS", tmp_path))
         folder.mkdir(parents=True, exist_ok=True)
         opened.page.screenshot(path=folder / f"{width}-{scheme}.png", full_page=True)

@@ -69,7 +69,12 @@ def commands(having: str) -> list[list[str]]:
 
 def adapted(python: Path, command: Sequence[str], changes: dict[str, str], *more: str) -> list[str]:
     """A command of the page for two CPUs of this machine; all that is changed must be in it."""
-    changes = {"torchrun": str(python), "--nproc_per_node=8": "--nproc_per_node=1", "configs/gpt2_124m.toml": "small.toml", **changes}
+    changes = {
+        "torchrun": str(python),
+        "--nproc_per_node=8": "--nproc_per_node=1",
+        "configs/gpt2_124m.toml": "small.toml",
+        **changes,
+    }
     assert changes.keys() <= set(command), command
     words = [changes.get(word, word) for word in command]
     return [words[0], "-m", "torch.distributed.run", *words[1:], *more]
@@ -77,18 +82,30 @@ def adapted(python: Path, command: Sequence[str], changes: dict[str, str], *more
 
 @contextmanager
 def started(
-    root: Path, python: Path, name: str, argvs: Sequence[Sequence[str]], env: dict[str, str] | None = None
+    root: Path,
+    python: Path,
+    name: str,
+    argvs: Sequence[Sequence[str]],
+    env: dict[str, str] | None = None,
 ) -> Iterator[list[Agent]]:
     """Processes with their output in root/<name>.<i>.log, ended with their children at the end of the block. torchrun starts workers by $PYTHON_EXEC."""
     processes: list[Agent] = []
     try:
         for i, argv in enumerate(argvs):
             with (root / f"{name}.{i}.log").open("w") as log:
-                common = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": str(python)} | (env or {})
-                processes.append(subprocess.Popen(argv, cwd=root, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=common))
+                common = (
+                    os.environ | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": str(python)} | (env or {})
+                )
+                processes.append(
+                    subprocess.Popen(
+                        argv, cwd=root, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=common
+                    )
+                )
         yield processes
     finally:
-        for pid in [pid for p in processes if p.poll() is None for pid in [*descendants(p.pid), p.pid]]:
+        for pid in [
+            pid for p in processes if p.poll() is None for pid in [*descendants(p.pid), p.pid]
+        ]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         for p in processes:
@@ -119,9 +136,15 @@ HALVES = ("--train.gradient-accumulation-steps", "1")  # of one process's two mi
 # ---- two machines
 
 
-def test_the_command_for_two_machines_gives_two_agents_the_losses_of_one_process(root: Path, python: Path, alone: dict[int, float]):
+def test_the_command_for_two_machines_gives_two_agents_the_losses_of_one_process(
+    root: Path, python: Path, alone: dict[int, float]
+):
     (command,) = commands("node1:29500")
-    changes = {"--rdzv_endpoint=node1:29500": f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=NAME": "--rdzv_id=two", "NAME": "two"}
+    changes = {
+        "--rdzv_endpoint=node1:29500": f"--rdzv_endpoint=127.0.0.1:{free_port()}",
+        "--rdzv_id=NAME": "--rdzv_id=two",
+        "NAME": "two",
+    }
     argv = adapted(python, command, changes, *EXACT, *HALVES)
     # The name of the machine that tests run on may lead anywhere.
     with started(root, python, "two", [argv, argv], {"PET_LOCAL_ADDR": "127.0.0.1"}) as agents:
@@ -150,34 +173,69 @@ def namespaces() -> Iterator[tuple[list[int], str]]:
     """(a process in each of two joined network namespaces, "") or ([], why there are none)."""
     command = ["unshare", "--user", "--map-root-user", "--net", "bash", "-c", NAMESPACES]
     try:
-        shell = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        shell = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     except FileNotFoundError as error:
         yield [], str(error)
         return
     assert shell.stdout and shell.stderr
     second = shell.stdout.readline()
     try:
-        yield ([shell.pid, int(second)], "") if second else ([], f"exit code {shell.wait()}: {shell.stderr.read()}")
+        yield (
+            ([shell.pid, int(second)], "")
+            if second
+            else ([], f"exit code {shell.wait()}: {shell.stderr.read()}")
+        )
     finally:
         shell.communicate()
 
 
-def test_two_network_namespaces_train_together_by_the_explicit_commands(root: Path, python: Path, alone: dict[int, float]):
+def test_two_network_namespaces_train_together_by_the_explicit_commands(
+    root: Path, python: Path, alone: dict[int, float]
+):
     exports = set(re.findall(r"^export (.*)$", PAGE, re.MULTILINE))
     (words,) = (shlex.split(x) for x in exports)
     variables = dict(word.split("=", 1) for word in words)
     assert variables == {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "=eth0"}
     found = commands("--rdzv_conf=is_host")
-    argvs = [adapted(python, command, {"--rdzv_id=NAME": "--rdzv_id=spaces", "NAME": "spaces"}, *EXACT, *HALVES) for command in found]
-    assert [[w for w in argv if "10.0.0." in w][-1] for argv in argvs] == ["--local_addr=10.0.0.1", "--local_addr=10.0.0.2"]
+    argvs = [
+        adapted(
+            python,
+            command,
+            {"--rdzv_id=NAME": "--rdzv_id=spaces", "NAME": "spaces"},
+            *EXACT,
+            *HALVES,
+        )
+        for command in found
+    ]
+    assert [[w for w in argv if "10.0.0." in w][-1] for argv in argvs] == [
+        "--local_addr=10.0.0.1",
+        "--local_addr=10.0.0.2",
+    ]
     with namespaces() as (pids, reason):
         if not pids:
             assert reason and not reason.startswith("exit code 0")
             print(f"this machine gives no network namespaces: {reason}")
             return
-        inside = [["nsenter", "--target", str(pid), "--user", "--net", "--preserve-credentials", "--"] for pid in pids]
-        with started(root, python, "spaces", [[*a, *b] for a, b in zip(inside, argvs, strict=True)], variables) as agents:
-            assert codes(root, "spaces", agents) == [0, 0], said(root, "spaces", 0) + said(root, "spaces", 1)
+        inside = [
+            ["nsenter", "--target", str(pid), "--user", "--net", "--preserve-credentials", "--"]
+            for pid in pids
+        ]
+        with started(
+            root,
+            python,
+            "spaces",
+            [[*a, *b] for a, b in zip(inside, argvs, strict=True)],
+            variables,
+        ) as agents:
+            assert codes(root, "spaces", agents) == [0, 0], said(root, "spaces", 0) + said(
+                root, "spaces", 1
+            )
     assert TWO in log(root, "spaces")
     assert losses(root, "spaces") == pytest.approx(alone, abs=1e-9)
 
@@ -185,21 +243,42 @@ def test_two_network_namespaces_train_together_by_the_explicit_commands(root: Pa
 def test_two_agents_restart_a_run_when_a_worker_of_one_was_killed(root: Path, python: Path):
     """The killed one's agent is held until the other, the host of the rendezvous, has seen its own worker fail: see docs/cluster.md on restarts."""
     folder = root / "runs/restarted/checkpoints"
-    common = ["--nnodes=2", "--nproc_per_node=1", "--max-restarts=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
+    common = [
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--max-restarts=1",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=127.0.0.1:{free_port()}",
+    ]
     common += ["--rdzv_id=restarted", "--local_addr=127.0.0.1"]
-    script = ["train_gpt.py", "small.toml", "--run.name", "restarted", *HALVES, "--train.sample-tokens", "0"]
+    script = [
+        "train_gpt.py",
+        "small.toml",
+        "--run.name",
+        "restarted",
+        *HALVES,
+        "--train.sample-tokens",
+        "0",
+    ]
     script += ["--train.steps", "100", "--train.checkpoint-every", "10"]
-    argvs = [[str(python), "-m", "torch.distributed.run", *common, f"--rdzv_conf=is_host={i}", *script] for i in range(2)]
+    argvs = [
+        [str(python), "-m", "torch.distributed.run", *common, f"--rdzv_conf=is_host={i}", *script]
+        for i in range(2)
+    ]
     with started(root, python, "restarted", argvs) as agents:
         until(lambda: checkpoint.steps(folder) or any(a.poll() is not None for a in agents))
-        assert [a.poll() for a in agents] == [None, None], said(root, "restarted", 0) + said(root, "restarted", 1)
+        assert [a.poll() for a in agents] == [None, None], said(root, "restarted", 0) + said(
+            root, "restarted", 1
+        )
         ours, theirs = (program(python, a.pid) for a in agents)
         (worker,), (other,) = (descendants(p) for p in (ours, theirs))
         os.kill(ours, signal.SIGSTOP)
         os.kill(worker, signal.SIGKILL)
         until(lambda: other not in descendants(theirs))
         os.kill(ours, signal.SIGCONT)
-        assert codes(root, "restarted", agents) == [0, 0], said(root, "restarted", 0) + said(root, "restarted", 1)
+        assert codes(root, "restarted", agents) == [0, 0], said(root, "restarted", 0) + said(
+            root, "restarted", 1
+        )
     assert "resumed from runs/restarted/checkpoints/step_" in log(root, "restarted")
     assert list(losses(root, "restarted")) == list(range(1, 101)), "each step once"
 
@@ -259,11 +338,21 @@ def slurm(folder: Path, python: str, **standins: str) -> dict[str, str]:
     }
 
 
-def test_the_sbatch_file_saves_before_its_time_is_over_queues_itself_again_and_goes_on(root: Path, python: Path):
+def test_the_sbatch_file_saves_before_its_time_is_over_queues_itself_again_and_goes_on(
+    root: Path, python: Path
+):
     assert subprocess.run(["bash", "-n", str(SBATCH)]).returncode == 0
     fake, name = root / "standins", "job"
     env, folder = slurm(fake, str(python)), root / "runs" / name / "checkpoints"
-    options = ("--train.steps", "100", "--train.checkpoint-every", "10", "--train.sample-prompt", "times is", *HALVES)
+    options = (
+        "--train.steps",
+        "100",
+        "--train.checkpoint-every",
+        "10",
+        "--train.sample-prompt",
+        "times is",
+        *HALVES,
+    )
     argv = ["bash", str(SBATCH), "small.toml", name, *options]
     with started(root, python, "job", [argv], env) as (job,):
         until(lambda: checkpoint.steps(folder) or job.poll() is not None)
@@ -275,23 +364,40 @@ def test_the_sbatch_file_saves_before_its_time_is_over_queues_itself_again_and_g
     step = int(checkpoint.steps(folder)[-1].name[5:])
     assert f"SIGTERM: saved step {step} in runs/{name};" in log(root, name)
     asked = (fake / "words").read_text().splitlines()
-    assert asked[:4] == ["--ntasks-per-node=1", "--cpus-per-task=1", "--kill-on-bad-exit=1", "torchrun"]
+    assert asked[:4] == [
+        "--ntasks-per-node=1",
+        "--cpus-per-task=1",
+        "--kill-on-bad-exit=1",
+        "torchrun",
+    ]
     assert asked[-len(options) :] == list(options), "words stay whole"
 
     with started(root, python, "job", [argv], env) as (job,):
-        assert codes(root, "job", [job]) == [0], said(root, "job", 0) + (fake / "task.1").read_text()
+        assert codes(root, "job", [job]) == [0], (
+            said(root, "job", 0) + (fake / "task.1").read_text()
+        )
     assert TWO in log(root, name)
     assert f"resumed from runs/{name}/checkpoints/step_{step:08d} at step {step}" in log(root, name)
     assert list(losses(root, name)) == list(range(1, 101)), "each step once"
-    assert (fake / "requeued").read_text() == f"{env['SLURM_JOB_ID']}\n", "a run at its end is not queued again"
+    assert (fake / "requeued").read_text() == f"{env['SLURM_JOB_ID']}\n", (
+        "a run at its end is not queued again"
+    )
 
 
 def test_a_job_that_fails_by_itself_is_not_queued_again(tmp_path: Path):
     env = slurm(tmp_path / "standins", sys.executable, srun="exit 7\n")
-    found = subprocess.run(["bash", SBATCH, "small.toml", "name"], env=os.environ | env, cwd=tmp_path, capture_output=True, text=True)
+    found = subprocess.run(
+        ["bash", SBATCH, "small.toml", "name"],
+        env=os.environ | env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert (found.returncode, found.stderr) == (7, "")
     assert not (tmp_path / "standins/requeued").exists()
-    found = subprocess.run(["bash", SBATCH], env=os.environ | env, cwd=tmp_path, capture_output=True, text=True)
+    found = subprocess.run(
+        ["bash", SBATCH], env=os.environ | env, cwd=tmp_path, capture_output=True, text=True
+    )
     assert found.returncode != 0
     assert "usage: sbatch docs/cluster/train.sbatch CONFIG NAME" in found.stderr
 
@@ -309,20 +415,36 @@ def test_the_programs_of_the_page_train_on_two_ranks(tmp_path: Path):
         (loss,) = re.findall(r"^loss ([\d.]+)$", out, re.MULTILINE)
         assert float(loss) < 1, "log 8 is 2.08"
     saved = torch.load(tmp_path / "own.pt")
-    assert {tuple(s["momentum"].shape) for s in saved["optimizer"]["state"].values()} == {tuple(p.shape) for p in saved["model"].values()}
-    assert {tuple(p.shape) for p in torch.load(tmp_path / "sharded.pt").values()} == {tuple(p.shape) for p in saved["model"].values()}
+    assert {tuple(s["momentum"].shape) for s in saved["optimizer"]["state"].values()} == {
+        tuple(p.shape) for p in saved["model"].values()
+    }
+    assert {tuple(p.shape) for p in torch.load(tmp_path / "sharded.pt").values()} == {
+        tuple(p.shape) for p in saved["model"].values()
+    }
 
 
 def test_options_files_and_variables_that_the_page_names_exist():
-    for section, key in set(re.findall(r"\b(run|train)[.]([a-z_]+[a-z])\b", PAGE.replace("-", "_"))) - {("train", "sbatch")}:
+    for section, key in set(
+        re.findall(r"\b(run|train)[.]([a-z_]+[a-z])\b", PAGE.replace("-", "_"))
+    ) - {("train", "sbatch")}:
         assert key in get_type_hints(get_type_hints(Config)[section]), f"{section}.{key}"
     for path in re.findall(r"\]\((?!http)(.*?)\)", PAGE):
         assert (ROOT / "docs" / path).exists(), path
     installed = Path(torch.__file__).parent
-    sources = [*(installed / "distributed").rglob("*.py"), *(installed / "include/torch/csrc/distributed/c10d").glob("*.hpp")]
+    sources = [
+        *(installed / "distributed").rglob("*.py"),
+        *(installed / "include/torch/csrc/distributed/c10d").glob("*.hpp"),
+    ]
     text = "".join(p.read_text(encoding="utf-8") for p in sources)
-    inside = (installed / "lib/libtorch_cpu.so").read_bytes() if (installed / "lib/libtorch_cpu.so").is_file() else b""
-    for variable in set(re.findall(r"\bTORCH_\w+\b", PAGE + SBATCH.read_text())) - {"TORCH_", "TORCH_INDEX"}:
+    inside = (
+        (installed / "lib/libtorch_cpu.so").read_bytes()
+        if (installed / "lib/libtorch_cpu.so").is_file()
+        else b""
+    )
+    for variable in set(re.findall(r"\bTORCH_\w+\b", PAGE + SBATCH.read_text())) - {
+        "TORCH_",
+        "TORCH_INDEX",
+    }:
         assert variable in text or variable.encode() in inside, variable
 
 
@@ -331,8 +453,16 @@ def test_options_files_and_variables_that_the_page_names_exist():
 
 def instructions() -> list[tuple[str, str]]:
     """The Dockerfile's."""
-    text = re.sub(r"\\\n", "", "\n".join(x for x in (ROOT / "Dockerfile").read_text().splitlines() if not x.startswith("#")))
-    return [(word, rest) for word, rest in (line.split(" ", 1) for line in text.splitlines() if line)]
+    text = re.sub(
+        r"\\\n",
+        "",
+        "\n".join(
+            x for x in (ROOT / "Dockerfile").read_text().splitlines() if not x.startswith("#")
+        ),
+    )
+    return [
+        (word, rest) for word, rest in (line.split(" ", 1) for line in text.splitlines() if line)
+    ]
 
 
 def ignored(path: str) -> bool:
@@ -343,7 +473,12 @@ def ignored(path: str) -> bool:
             pattern, parts = line.removeprefix("!"), path.split("/")
             heads = ["/".join(parts[: i + 1]) for i in range(len(parts))]
             deep = pattern.removeprefix("**/")
-            if any(x == pattern or ("/" not in x and fnmatch.fnmatch(x, pattern)) or (deep != pattern and x.endswith(deep)) for x in heads):
+            if any(
+                x == pattern
+                or ("/" not in x and fnmatch.fnmatch(x, pattern))
+                or (deep != pattern and x.endswith(deep))
+                for x in heads
+            ):
                 found = not line.startswith("!")
     return found
 
@@ -361,7 +496,13 @@ def test_the_image_gets_what_a_run_needs_and_nothing_else(root: Path, tmp_path: 
                     to.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copy(path, to)
                 else:
-                    shutil.copytree(path, to, ignore=lambda at, names: [n for n in names if ignored(f"{os.path.relpath(at, ROOT)}/{n}")])
+                    shutil.copytree(
+                        path,
+                        to,
+                        ignore=lambda at, names: [
+                            n for n in names if ignored(f"{os.path.relpath(at, ROOT)}/{n}")
+                        ],
+                    )
     for name in (".git", ".venv", "corpora", "runs", "tests", "optim/__pycache__"):
         assert ignored(name), name
         assert not (image / name).exists(), name
@@ -376,18 +517,32 @@ def test_the_image_gets_what_a_run_needs_and_nothing_else(root: Path, tmp_path: 
 def test_the_image_installs_torch_first_and_then_the_rest_as_the_makefile_does(tmp_path: Path):
     shutil.copy(ROOT / "requirements.txt", tmp_path)
     for name in ("pip", "useradd", "chown"):
-        (tmp_path / name).write_text(f'#!/bin/sh\nfor x in {name} "$@"; do printf "%s\\t" "$x"; done >> calls\necho >> calls\n')
+        (tmp_path / name).write_text(
+            f'#!/bin/sh\nfor x in {name} "$@"; do printf "%s\\t" "$x"; done >> calls\necho >> calls\n'
+        )
         (tmp_path / name).chmod(0o755)
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **dict(rest.split("=", 1) for word, rest in instructions() if word == "ARG")}
+    env = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        **dict(rest.split("=", 1) for word, rest in instructions() if word == "ARG"),
+    }
     for command in (rest for word, rest in instructions() if word == "RUN"):
         subprocess.run(["sh", "-euc", command], cwd=tmp_path, env=env, check=True)
     calls = [line.split("\t")[:-1] for line in (tmp_path / "calls").read_text().splitlines()]
-    torch_line = next(x for x in (ROOT / "requirements.txt").read_text().splitlines() if x.startswith("torch=="))
+    torch_line = next(
+        x for x in (ROOT / "requirements.txt").read_text().splitlines() if x.startswith("torch==")
+    )
     pip = ["pip", "install", "--no-cache-dir"]
-    assert calls[:2] == [[*pip, "--index-url", "https://pypi.org/simple", torch_line], [*pip, "-r", "requirements.txt"]]
+    assert calls[:2] == [
+        [*pip, "--index-url", "https://pypi.org/simple", torch_line],
+        [*pip, "-r", "requirements.txt"],
+    ]
     made = re.findall(r"^\t@\$\(PIP\) (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     index = '$(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") '
-    assert made == [f"{index}\"$$(grep '^torch==' requirements.txt)\"", "-r requirements.txt", "-r requirements-dev.txt"]
+    assert made == [
+        f"{index}\"$$(grep '^torch==' requirements.txt)\"",
+        "-r requirements.txt",
+        "-r requirements-dev.txt",
+    ]
     assert [call[0] for call in calls[2:]] == ["useradd", "chown"]
 
 
@@ -397,4 +552,8 @@ def test_the_image_is_pinned_and_runs_torchrun_without_rights():
     assert found["USER"] == "nanodual"
     assert json.loads(found["ENTRYPOINT"]) == ["torchrun"]
     words = [word for word, _ in instructions()]
-    assert max(i for i, w in enumerate(words) if w == "RUN") < words.index("USER") < words.index("ENTRYPOINT")
+    assert (
+        max(i for i, w in enumerate(words) if w == "RUN")
+        < words.index("USER")
+        < words.index("ENTRYPOINT")
+    )

@@ -26,12 +26,22 @@ def example(name: str, *argv: str) -> tuple[float, float]:
     return import_module(f"examples.{name}").main(argv)
 
 
-@pytest.mark.parametrize("argv", ["--model gpt2", "--model llama", "--model llama --accumulate 2", "--model llama --compile eager"])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--model gpt2",
+        "--model llama",
+        "--model llama --accumulate 2",
+        "--model llama --compile eager",
+    ],
+)
 def test_the_plain_loop_learns(argv: str, capsys: pytest.CaptureFixture[str]):
     before, after = example("hf_plain_loop", *argv.split(), "--steps", "12")
     assert after < before - NATS
     out = capsys.readouterr().out
-    assert "RMSToLinf" in out and f"test loss {before:.3f} → {after:.3f}" in out, "the receipt and the loss"
+    assert "RMSToLinf" in out and f"test loss {before:.3f} → {after:.3f}" in out, (
+        "the receipt and the loss"
+    )
 
 
 def test_the_trainer_learns_and_resumes_from_its_checkpoint(tmp_path: Path):
@@ -54,7 +64,9 @@ def test_the_convolutions_learn(argv: str):
     assert after < before - 0.5
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks transformers for it
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # peft asks transformers for it
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
 def test_adapters_learn(model: str, capsys: pytest.CaptureFixture[str]):
     before, after = example("peft_lora", "--model", model, "--base-steps", "20", "--steps", "12")

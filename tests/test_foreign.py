@@ -17,7 +17,18 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from optim import Blocks, CoverageError, Dualized, NonFiniteError, Normalized, Polar, RMSToRMS, Rule, Transposed, metrize
+from optim import (
+    Blocks,
+    CoverageError,
+    Dualized,
+    NonFiniteError,
+    Normalized,
+    Polar,
+    RMSToRMS,
+    Rule,
+    Transposed,
+    metrize,
+)
 
 V, T, D = 32, 8, 16
 LR = 0.3
@@ -29,14 +40,30 @@ ROUNDING = 1e-12  # of float64, for one step of weights of order 1
 def gpt2(seed: int = 0, *, tied: bool = False) -> "transformers.GPT2LMHeadModel":
     torch.manual_seed(seed)
     return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(**COMMON, **NO_DROPOUT, n_positions=T, n_embd=D, n_layer=1, n_head=2, tie_word_embeddings=tied)
+        transformers.GPT2Config(
+            **COMMON,
+            **NO_DROPOUT,
+            n_positions=T,
+            n_embd=D,
+            n_layer=1,
+            n_head=2,
+            tie_word_embeddings=tied,
+        )
     )
 
 
 def llama(seed: int = 0) -> "transformers.LlamaForCausalLM":
     torch.manual_seed(seed)
-    sizes: dict[str, Any] = dict(hidden_size=D, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**COMMON, **sizes, max_position_embeddings=T))
+    sizes: dict[str, Any] = dict(
+        hidden_size=D,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**COMMON, **sizes, max_position_embeddings=T)
+    )
 
 
 def tokens(seed: int = 0, batch: int = 4) -> Tensor:
@@ -57,7 +84,9 @@ def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 0)
     return loss.item()
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 30) -> tuple[float, float]:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 30
+) -> tuple[float, float]:
     losses = [take_step(model, optimizer, seed) for seed in range(steps)]
     return losses[0], losses[-1]
 
@@ -72,26 +101,39 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 def buffers(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     """State by parameter name."""
-    named = [(n, p) for g in optimizer.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)]
+    named = [
+        (n, p)
+        for g in optimizer.param_groups
+        for n, p in zip(g["param_names"], g["params"], strict=True)
+    ]
     return {n: dict(optimizer.state[p]) for n, p in named}
 
 
 def same_state(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> bool:
     """Bit for bit, dtypes included."""
     one, two = buffers(a), buffers(b)
-    settings = [[{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in o.param_groups] for o in (a, b)]
+    settings = [
+        [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in o.param_groups]
+        for o in (a, b)
+    ]
     return (
         settings[0] == settings[1]
         and one.keys() == two.keys()
         and all(one[n].keys() == two[n].keys() for n in one)
-        and all(t.dtype == two[n][k].dtype and torch.equal(t, two[n][k]) for n, s in one.items() for k, t in s.items())
+        and all(
+            t.dtype == two[n][k].dtype and torch.equal(t, two[n][k])
+            for n, s in one.items()
+            for k, t in s.items()
+        )
     )
 
 
 def placed(model: nn.Module, *rules: Rule) -> dict[str, tuple[str, str]]:
     """{name: (role, norm)}, the polar schedule's name left out."""
     norm = metrize(model, rules=rules)
-    return {n: (norm.roles[n], str(norm.norms[n]).replace("[polar_express]", "")) for n in norm.norms}
+    return {
+        n: (norm.roles[n], str(norm.norms[n]).replace("[polar_express]", "")) for n in norm.norms
+    }
 
 
 # ---- placing
@@ -99,7 +141,11 @@ def placed(model: nn.Module, *rules: Rule) -> dict[str, tuple[str, str]]:
 
 def test_gpt2_is_placed_without_a_rule():
     layer = "transformer.h.0"
-    vector, gain, matrix = ("bias", "VectorRMS"), ("gain", "MaxEntry"), ("hidden", "Transposed(RMSToRMS)")
+    vector, gain, matrix = (
+        ("bias", "VectorRMS"),
+        ("gain", "MaxEntry"),
+        ("hidden", "Transposed(RMSToRMS)"),
+    )
     assert placed(gpt2()) == {
         "transformer.wte.weight": ("embedding", "L1ToRMS"),
         "transformer.wpe.weight": ("embedding", "L1ToRMS"),
@@ -117,7 +163,15 @@ def test_gpt2_is_placed_without_a_rule():
 
 def test_llama_is_placed_without_a_rule():
     layer = "model.layers.0"
-    maps = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    maps = [
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ]
     norms = [f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm", "model.norm"]
     assert placed(llama()) == {
         "model.embed_tokens.weight": ("embedding", "L1ToRMS"),
@@ -125,7 +179,10 @@ def test_llama_is_placed_without_a_rule():
         **{f"{m}.weight": ("gain", "MaxEntry") for m in norms},
         "lm_head.weight": ("head", "RMSToLinf"),
     }
-    assert "model.norm.weight: 1-D and named weight, of a LlamaRMSNorm: taken for a gain" in metrize(llama()).receipt()
+    assert (
+        "model.norm.weight: 1-D and named weight, of a LlamaRMSNorm: taken for a gain"
+        in metrize(llama()).receipt()
+    )
 
 
 class Inside(nn.Module):
@@ -146,7 +203,9 @@ def test_a_hidden_head_is_asked_for_and_named_by_a_rule():
         match=r"^inner.lm_head.weight \(32, 16\) looks like the head(.|\n)*fix: .*Rule\('inner.lm_head.weight', role='head'\)",
     ):
         metrize(model)
-    assert placed(model, Rule("inner.lm_head.weight", role="head")) == {f"inner.{n}": place for n, place in placed(gpt2()).items()}
+    assert placed(model, Rule("inner.lm_head.weight", role="head")) == {
+        f"inner.{n}": place for n, place in placed(gpt2()).items()
+    }
 
 
 class Maps(nn.Module):
@@ -160,10 +219,17 @@ class Maps(nn.Module):
             self.q, self.k, self.v = (nn.Linear(D, D) for _ in range(3))
             for i, m in enumerate((self.q, self.k, self.v)):
                 own = slice(i * D, (i + 1) * D)
-                m.weight.data, m.bias.data = fused.weight.data[:, own].T.clone(), fused.bias.data[own].clone()
+                m.weight.data, m.bias.data = (
+                    fused.weight.data[:, own].T.clone(),
+                    fused.bias.data[own].clone(),
+                )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_attn(x) if hasattr(self, "c_attn") else torch.cat([self.q(x), self.k(x), self.v(x)], -1)
+        return (
+            self.c_attn(x)
+            if hasattr(self, "c_attn")
+            else torch.cat([self.q(x), self.k(x), self.v(x)], -1)
+        )
 
 
 @pytest.mark.parametrize("schedule", ["exact", "polar_express"])
@@ -173,7 +239,11 @@ def test_a_fused_weight_steps_as_its_three_maps_do(schedule: str):
     split = Maps(fused.c_attn).double()
     fused.double()
     norm = RMSToRMS(Polar(schedule))
-    one = Dualized(fused, LR, norm=metrize(fused, rules=[Rule("c_attn.weight", norm=Transposed(Blocks(norm, 3)))]))
+    one = Dualized(
+        fused,
+        LR,
+        norm=metrize(fused, rules=[Rule("c_attn.weight", norm=Transposed(Blocks(norm, 3)))]),
+    )
     three = Dualized(split, LR, norm=metrize(split, rules=[Rule("*.weight", norm=norm)]))
     for seed in range(3):
         x = torch.randn(64, D, generator=torch.Generator().manual_seed(seed)).double()
@@ -191,18 +261,31 @@ def test_a_step_of_c_attn_is_the_polar_factor_of_each_block_of_its_transpose():
     model: Any = gpt2().double()
     c_attn = model.transformer.h[0].attn.c_attn
     optimizer = Dualized(
-        model, LR, norm=metrize(model, rules=[Rule("*.c_attn.weight", norm=Transposed(Blocks(RMSToRMS(Polar("exact")), 3)))])
+        model,
+        LR,
+        norm=metrize(
+            model,
+            rules=[Rule("*.c_attn.weight", norm=Transposed(Blocks(RMSToRMS(Polar("exact")), 3)))],
+        ),
     )
     before = c_attn.weight.detach().clone()
     take_step(model, optimizer)
     radii = optimizer.norm.radii
-    assert radii["transformer.h.0.attn.c_attn.weight"] == pytest.approx(radii["transformer.h.0.attn.c_proj.weight"]), "a share for each map"
-    for moved, g in zip((before - c_attn.weight).split(D, dim=1), c_attn.weight.grad.split(D, dim=1), strict=True):
+    assert radii["transformer.h.0.attn.c_attn.weight"] == pytest.approx(
+        radii["transformer.h.0.attn.c_proj.weight"]
+    ), "a share for each map"
+    for moved, g in zip(
+        (before - c_attn.weight).split(D, dim=1), c_attn.weight.grad.split(D, dim=1), strict=True
+    ):
         U, _, Vh = torch.linalg.svd(g.T)
-        rank = torch.linalg.matrix_rank(g, rtol=1e-9).item()  # a layer norm's outputs have one linear relation
+        rank = torch.linalg.matrix_rank(
+            g, rtol=1e-9
+        ).item()  # a layer norm's outputs have one linear relation
         assert rank in (D - 1, D)
         polar = U[:, :rank] @ Vh[:rank]
-        assert (moved.T - LR * radii["transformer.h.0.attn.c_attn.weight"] * polar).abs().max() < 1e-9
+        assert (
+            moved.T - LR * radii["transformer.h.0.attn.c_attn.weight"] * polar
+        ).abs().max() < 1e-9
 
 
 def test_tied_gpt2_is_refused_and_told_how_to_untie_it():
@@ -220,20 +303,32 @@ def test_tied_gpt2_is_refused_and_told_how_to_untie_it():
 def test_a_model_without_a_head_has_none_whatever_its_sizes():
     """As many positions as channels: c_attn.weight (D, 3D) is no map to positions."""
     torch.manual_seed(0)
-    model = transformers.GPT2Model(transformers.GPT2Config(**COMMON, n_positions=D, n_embd=D, n_layer=1, n_head=2))
+    model = transformers.GPT2Model(
+        transformers.GPT2Config(**COMMON, n_positions=D, n_embd=D, n_layer=1, n_head=2)
+    )
     assert set(metrize(model).roles.values()) == {"embedding", "hidden", "gain", "bias"}
 
 
 def test_queries_with_fewer_keys_and_values_in_one_weight_are_asked_for():
     """Blocks of as many rows as columns would be queries, and keys with values."""
-    sizes: dict[str, Any] = dict(hidden_size=D, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    sizes: dict[str, Any] = dict(
+        hidden_size=D,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**COMMON, **sizes, pad_token_id=0))
     name = "model.layers.0.self_attn.qkv_proj.weight"
     with pytest.raises(
-        CoverageError, match=rf"^{name} \(32, 16\) of a Linear has no place(.|\n)*norm=Blocks\(RMSToRMS\(\), \(rows of each, …\)\)"
+        CoverageError,
+        match=rf"^{name} \(32, 16\) of a Linear has no place(.|\n)*norm=Blocks\(RMSToRMS\(\), \(rows of each, …\)\)",
     ):
         metrize(model)
-    assert placed(model, Rule(name, norm=Blocks(RMSToRMS(), (D, D // 2, D // 2))))[name] == ("hidden", "(16 + 2 × 8) × RMSToRMS")
+    assert placed(model, Rule(name, norm=Blocks(RMSToRMS(), (D, D // 2, D // 2))))[name] == (
+        "hidden",
+        "(16 + 2 × 8) × RMSToRMS",
+    )
 
 
 @pytest.mark.parametrize("fix", ["untied", "by rule"])
@@ -255,7 +350,9 @@ def test_llama_trains():
 
 
 # peft asks transformers for a name that it has given up.
-FORGETFUL = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+FORGETFUL = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
 
 
 @FORGETFUL
@@ -264,7 +361,10 @@ def test_only_adapters_are_placed_and_trained():
 
     model = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
     optimizer = Dualized(model, 4.0)
-    assert all(".lora_A." in n or ".lora_B." in n for n in optimizer.norm.norms) and len(optimizer.norm.norms) == 4
+    assert (
+        all(".lora_A." in n or ".lora_B." in n for n in optimizer.norm.norms)
+        and len(optimizer.norm.norms) == 4
+    )
     frozen = sum(not p.requires_grad for p in model.parameters())
     assert f"note: {frozen} frozen parameters left out\n" in optimizer.norm.receipt()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -278,7 +378,9 @@ def test_only_adapters_are_placed_and_trained():
 def test_tied_weights_that_are_frozen_need_no_fix():
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(gpt2(tied=True), LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True))
+    model = get_peft_model(
+        gpt2(tied=True), LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
+    )
     assert set(metrize(model).roles.values()) == {"hidden"}
 
 
@@ -286,7 +388,10 @@ def test_tied_weights_that_are_frozen_need_no_fix():
 def test_adapters_without_a_module_type_are_refused_until_a_rule_places_them():
     from peft import IA3Config, get_peft_model
 
-    model = get_peft_model(llama(), IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]))
+    model = get_peft_model(
+        llama(),
+        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    )
     with pytest.raises(
         CoverageError,
         match=r"ia3_l.default \(\d+, 1\) of a ParameterDict has no place(.|\n)*fix: metrize\(model, rules=\[Rule\('.*', norm=…, role=…\)\]\)",
@@ -311,12 +416,17 @@ def alone(tmp_path: Path) -> Iterator[None]:
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "compile": lambda m: torch.compile(m, backend="eager"),  # type: ignore[dict-item, return-value]
     "DDP": nn.parallel.DistributedDataParallel,
-    "FSDP": lambda m: FullyShardedDataParallel(m, use_orig_params=True, device_id=torch.device("cpu")),
+    "FSDP": lambda m: FullyShardedDataParallel(
+        m, use_orig_params=True, device_id=torch.device("cpu")
+    ),
 }
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning", "ignore:FSDP.state_dict_type:FutureWarning")
+@pytest.mark.filterwarnings(
+    "ignore:FSDP is switching to use `NO_SHARD`:UserWarning",
+    "ignore:FSDP.state_dict_type:FutureWarning",
+)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("saved_under_it", [True, False])
 def test_state_passes_between_a_wrapped_model_and_a_plain_one(wrapper: str, saved_under_it: bool):
@@ -344,14 +454,20 @@ def test_a_sharded_model_keeps_its_names_and_takes_a_plain_models_state():
     saving, loading = Dualized(plain, LR), Dualized(sharded, LR)
     take_step(plain, saving)
     loading.load_state_dict(saving.state_dict())
-    whole = {n: {k: getattr(t, "full_tensor", lambda t=t: t)() for k, t in s.items()} for n, s in buffers(loading).items()}
+    whole = {
+        n: {k: getattr(t, "full_tensor", lambda t=t: t)() for k, t in s.items()}
+        for n, s in buffers(loading).items()
+    }
     assert whole.keys() == buffers(saving).keys()
     assert all(torch.equal(whole[n]["momentum"], s["momentum"]) for n, s in buffers(saving).items())
 
 
 def test_state_loads_into_reordered_parameters():
     a, b = gpt2(), gpt2()
-    saving, loading = Dualized(a, LR), Dualized(list(b.named_parameters())[::-1], LR, norm=metrize(b))
+    saving, loading = (
+        Dualized(a, LR),
+        Dualized(list(b.named_parameters())[::-1], LR, norm=metrize(b)),
+    )
     for seed in range(2):
         take_step(a, saving, seed)
     b.load_state_dict(a.state_dict())
@@ -387,7 +503,11 @@ def build(settings: str, seed: int = 0) -> tuple[nn.Module, Dualized]:
     return model, Dualized(model, **copy.deepcopy(SETTINGS[settings]))
 
 
-def assert_twins(a: tuple[nn.Module, torch.optim.Optimizer], b: tuple[nn.Module, torch.optim.Optimizer], steps: int = 3) -> None:
+def assert_twins(
+    a: tuple[nn.Module, torch.optim.Optimizer],
+    b: tuple[nn.Module, torch.optim.Optimizer],
+    steps: int = 3,
+) -> None:
     """Equal now and after further steps, bit for bit."""
     for seed in range(steps):
         assert same(weights(a[0]), weights(b[0])) and same_state(a[1], b[1]), seed
@@ -405,13 +525,17 @@ def test_torch_save_and_load_without_pickled_objects_change_nothing(settings: st
     assert_twins(a, b)
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"
+)
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_distributed_checkpoints_load_into_a_fresh_optimizer(settings: str, tmp_path: Path):
     a, b = build(settings), build(settings, seed=1)
     train(*a, 4)
     model_state, optimizer_state = get_state_dict(*a)
-    state_dict_saver.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=tmp_path)
+    state_dict_saver.save(
+        {"model": model_state, "optimizer": optimizer_state}, checkpoint_id=tmp_path
+    )
     before = weights(b[0])
     model_state, optimizer_state = get_state_dict(*b)  # makes the state by a step with lr = 0
     assert same(before, weights(b[0])), "a no-op"
@@ -433,7 +557,9 @@ def test_copies_of_model_and_optimizer_train_on_alike_and_apart(settings: str, h
     assert not same(weights(a[0]), weights(b[0]))
 
 
-def trainer(folder: Path, seed: int, make: Callable[[nn.Module], torch.optim.Optimizer], steps: int) -> "transformers.Trainer":
+def trainer(
+    folder: Path, seed: int, make: Callable[[nn.Module], torch.optim.Optimizer], steps: int
+) -> "transformers.Trainer":
     model = gpt2(seed)
     optimizer = make(model)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=6)
@@ -448,11 +574,15 @@ def trainer(folder: Path, seed: int, make: Callable[[nn.Module], torch.optim.Opt
         dataloader_pin_memory=False,
     )
     data = [{"input_ids": x, "labels": x} for x in tokens(batch=24)]
-    return transformers.Trainer(model, settings, train_dataset=data, optimizers=(optimizer, scheduler))  # type: ignore[arg-type]
+    return transformers.Trainer(
+        model, settings, train_dataset=data, optimizers=(optimizer, scheduler)
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("make", TRAINED.values(), ids=TRAINED)
-def test_a_resumed_trainer_ends_where_an_uninterrupted_one_does(make: Callable[[nn.Module], torch.optim.Optimizer], tmp_path: Path):
+def test_a_resumed_trainer_ends_where_an_uninterrupted_one_does(
+    make: Callable[[nn.Module], torch.optim.Optimizer], tmp_path: Path
+):
     whole = trainer(tmp_path, 0, make, 6)
     whole.train()
     resumed = trainer(tmp_path, 1, make, 6)
@@ -507,7 +637,11 @@ def schedulers(optimizer: torch.optim.Optimizer) -> dict[str, Callable[[], Any]]
         "warm restarts": lambda: lr.CosineAnnealingWarmRestarts(optimizer, 3),
         "step": lambda: lr.StepLR(optimizer, 2, 0.1),
         "one cycle": lambda: lr.OneCycleLR(optimizer, LR, total_steps=6, cycle_momentum=False),
-        "sequence": lambda: lr.SequentialLR(optimizer, [lr.LinearLR(optimizer, 0.1, 1.0, 2), lr.CosineAnnealingLR(optimizer, 4)], [2]),
+        "sequence": lambda: lr.SequentialLR(
+            optimizer,
+            [lr.LinearLR(optimizer, 0.1, 1.0, 2), lr.CosineAnnealingLR(optimizer, 4)],
+            [2],
+        ),
     }
 
 
@@ -517,9 +651,17 @@ def schedulers(optimizer: torch.optim.Optimizer) -> dict[str, Callable[[], Any]]
 def test_a_scheduler_sets_the_modular_norm_of_every_step(name: str, kind: str):
     model = gpt2().double()
     norm = metrize(
-        model, rules=[Rule("*.c_attn.weight", norm=Transposed(Blocks(EXACT, 3))), Rule("*.h.*.c_*.weight", norm=Transposed(EXACT))]
+        model,
+        rules=[
+            Rule("*.c_attn.weight", norm=Transposed(Blocks(EXACT, 3))),
+            Rule("*.h.*.c_*.weight", norm=Transposed(EXACT)),
+        ],
     )
-    optimizer = Dualized(model, LR, norm=norm) if kind == "Dualized" else Normalized(torch.optim.Adam(model.named_parameters()), norm, LR)
+    optimizer = (
+        Dualized(model, LR, norm=norm)
+        if kind == "Dualized"
+        else Normalized(torch.optim.Adam(model.named_parameters()), norm, LR)
+    )
     scheduler = schedulers(optimizer)[name]()
     seen = set()
     for seed in range(5):
@@ -560,7 +702,9 @@ def test_a_compiled_model_trains_as_the_plain_one():
 
 def small() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Embedding(V, D), nn.Linear(D, D), nn.LayerNorm(D), nn.Tanh(), nn.Linear(D, V, bias=False))
+    return nn.Sequential(
+        nn.Embedding(V, D), nn.Linear(D, D), nn.LayerNorm(D), nn.Tanh(), nn.Linear(D, V, bias=False)
+    )
 
 
 def test_a_compiled_step_gives_the_eager_steps_numbers_and_reports_a_gradient_that_is_not_finite():
@@ -573,7 +717,9 @@ def test_a_compiled_step_gives_the_eager_steps_numbers_and_reports_a_gradient_th
         for model, optimizer in ((a, one), (b, two)):
             optimizer.zero_grad()
             x = tokens(seed)
-            nn.functional.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten()).backward()
+            nn.functional.cross_entropy(
+                model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten()
+            ).backward()
         one.step()
         compiled()
         assert same(weights(a), weights(b)), seed
@@ -582,7 +728,10 @@ def test_a_compiled_step_gives_the_eager_steps_numbers_and_reports_a_gradient_th
     two.zero_grad()
     (b(tokens()).square().mean() * math.nan).backward()
     compiled()
-    with pytest.raises(NonFiniteError, match=r"the gradient of 0.weight and of 5 more was not finite in call 13 of step\(\)"):
+    with pytest.raises(
+        NonFiniteError,
+        match=r"the gradient of 0.weight and of 5 more was not finite in call 13 of step\(\)",
+    ):
         two.check_finite()
 
 
@@ -626,12 +775,15 @@ def test_any_base_steps_by_lr_times_the_radius(make: Base):
 def test_a_base_that_decays_is_refused():
     model = gpt2()
     with pytest.raises(
-        ValueError, match=r"got: a base with weight_decay 0.01\n(.|\n)*fix: weight_decay=0 in the base, and Normalized\(…, weight_decay=…\)"
+        ValueError,
+        match=r"got: a base with weight_decay 0.01\n(.|\n)*fix: weight_decay=0 in the base, and Normalized\(…, weight_decay=…\)",
     ):
         Normalized(torch.optim.AdamW(model.named_parameters()), model, LR)
 
 
-@pytest.mark.parametrize("make", [BASES["Adam"], BASES["SGD"], BASES["Adagrad"]], ids=["Adam", "SGD", "Adagrad"])
+@pytest.mark.parametrize(
+    "make", [BASES["Adam"], BASES["SGD"], BASES["Adagrad"]], ids=["Adam", "SGD", "Adagrad"]
+)
 def test_the_state_of_a_base_survives(make: Base, tmp_path: Path):
     a, b = gpt2(), gpt2(1)
     one, two = Normalized(make(a), a, LR), Normalized(make(b), b, LR)
@@ -651,11 +803,16 @@ def test_a_base_sees_no_gradient_that_is_not_finite(make: Base):
     optimizer.zero_grad()
     loss_of(model, tokens()).backward()
     model.lm_head.weight.grad[3, 4] = math.nan  # type: ignore[index]
-    with pytest.raises(NonFiniteError, match="the gradient of lm_head.weight is not finite; the step was not taken"):
+    with pytest.raises(
+        NonFiniteError, match="the gradient of lm_head.weight is not finite; the step was not taken"
+    ):
         optimizer.step()
     assert same(weights(model), before)
     for name, held in buffers(optimizer).items():
-        assert all(torch.equal(v, state[name][k]) if isinstance(v, Tensor) else v == state[name][k] for k, v in held.items())
+        assert all(
+            torch.equal(v, state[name][k]) if isinstance(v, Tensor) else v == state[name][k]
+            for k, v in held.items()
+        )
     optimizer.zero_grad()
     train(model, optimizer, 1)
     assert not same(weights(model), before), "training goes on"

@@ -52,6 +52,11 @@ def test_nothing_imports_the_training_script():
 
 def test_only_communication_checkpoints_and_runtime_touch_torch_distributed():
     allowed = {"comm.py", "runtime.py", "checkpoint.py"}
-    for path in [*ROOT.glob("*.py"), *(ROOT / "models").glob("*.py"), *(ROOT / "optim").glob("*.py"), *(ROOT / "data").glob("*.py")]:
+    for path in [
+        *ROOT.glob("*.py"),
+        *(ROOT / "models").glob("*.py"),
+        *(ROOT / "optim").glob("*.py"),
+        *(ROOT / "data").glob("*.py"),
+    ]:
         if path.name not in allowed:
             assert "torch.distributed" not in path.read_text(), path

@@ -26,9 +26,27 @@ from tests.helpers import ROOT, SOAK, descendants, ranks, run, run_ranks, small_
 
 KILLS = 100 if SOAK else 2
 STEPS = "20" if SOAK else "6"  # of runs that are compared
-EXACT = ("--optim.param-dtype", "float64", "--optim.polar.schedule", "exact", "--optim.lr", "1", "--optim.cooldown", "0")
+EXACT = (
+    "--optim.param-dtype",
+    "float64",
+    "--optim.polar.schedule",
+    "exact",
+    "--optim.lr",
+    "1",
+    "--optim.cooldown",
+    "0",
+)
 # 36 wide: at 4 ranks, the head's 18 rows are shards of 5, 5, 5 and 3.
-SHAPE = ("--model.n-embd", "36", "--train.batch-size", "24", "--train.sample-tokens", "0", "--train.checkpoint-every", "0")
+SHAPE = (
+    "--model.n-embd",
+    "36",
+    "--train.batch-size",
+    "24",
+    "--train.sample-tokens",
+    "0",
+    "--train.checkpoint-every",
+    "0",
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +76,10 @@ def weights(root: Path, name: str) -> dict[str, Tensor]:
     """The whole weights of the newest checkpoint, whoever wrote it."""
     newest, damage = newest_whole(root / "runs" / name / "checkpoints")
     assert newest and not damage, damage
-    whole = {k: torch.empty(shape, dtype=torch.float64) for k, shape in checkpoint._shapes(newest / "model").items()}
+    whole = {
+        k: torch.empty(shape, dtype=torch.float64)
+        for k, shape in checkpoint._shapes(newest / "model").items()
+    }
     checkpoint._load(newest / "model", {k: Piece(x, 0, tuple(x.shape)) for k, x in whole.items()})
     return whole
 
@@ -69,12 +90,18 @@ def deviation(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(((a[k] - b[k]).norm() / b[k].norm()).item() for k in a)
 
 
-def until(condition: Callable[[], object], processes: list[BaseProcess] | None = None, deadline: float = 60) -> None:
+def until(
+    condition: Callable[[], object],
+    processes: list[BaseProcess] | None = None,
+    deadline: float = 60,
+) -> None:
     """Return when the condition holds; fail at the deadline, or when a process has ended before."""
     end = time.monotonic() + deadline
     while not condition():
         assert time.monotonic() < end, "the deadline passed"
-        assert not any(p.exitcode is not None for p in processes or []), [p.exitcode for p in processes or []]
+        assert not any(p.exitcode is not None for p in processes or []), [
+            p.exitcode for p in processes or []
+        ]
         time.sleep(0.002)
 
 
@@ -94,16 +121,34 @@ def ends(processes: list[BaseProcess], deadline: float = 60) -> list[int | None]
 @pytest.fixture(scope="module")
 def alone(root: Path) -> dict[str, Tensor]:
     """Of one process, in float64 with dropout: what every other way of computing it is compared with."""
-    train(root, 1, "alone", *SHAPE, *EXACT, "--train.steps", STEPS, "--train.gradient-accumulation-steps", "4")
+    train(
+        root,
+        1,
+        "alone",
+        *SHAPE,
+        *EXACT,
+        "--train.steps",
+        STEPS,
+        "--train.gradient-accumulation-steps",
+        "4",
+    )
     return weights(root, "alone")
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize(
     ("world", "accumulation", "mode"),
-    [(2, 2, ("ddp",)), (4, 1, ("ddp",)), (2, 2, ("fsdp",)), (4, 1, ("fsdp",)), (4, 1, ("hsdp", "--run.shard-size", "2"))],
+    [
+        (2, 2, ("ddp",)),
+        (4, 1, ("ddp",)),
+        (2, 2, ("fsdp",)),
+        (4, 1, ("fsdp",)),
+        (4, 1, ("hsdp", "--run.shard-size", "2")),
+    ],
 )
-def test_ranks_change_who_computes_not_what(root: Path, alone: dict[str, Tensor], world: int, accumulation: int, mode: tuple[str, ...]):
+def test_ranks_change_who_computes_not_what(
+    root: Path, alone: dict[str, Tensor], world: int, accumulation: int, mode: tuple[str, ...]
+):
     """Dropout included: masks depend on the step and on the part of the global batch, not on who has it."""
     name = f"{mode[0]}{world}"
     steps = ("--train.steps", STEPS, "--train.gradient-accumulation-steps", str(accumulation))
@@ -111,7 +156,9 @@ def test_ranks_change_who_computes_not_what(root: Path, alone: dict[str, Tensor]
     assert f"chosen: backend = gloo for {world} ranks on 1 machine, run.parallel = {mode[0]}" in out
     assert deviation(weights(root, name), alone) < 1e-9
     assert losses(root, name) == pytest.approx(losses(root, "alone"), abs=1e-9)
-    assert losses(root, name, "val_loss") == pytest.approx(losses(root, "alone", "val_loss"), abs=1e-9), "evaluation is shared out"
+    assert losses(root, name, "val_loss") == pytest.approx(
+        losses(root, "alone", "val_loss"), abs=1e-9
+    ), "evaluation is shared out"
 
 
 @pytest.mark.soak
@@ -139,27 +186,63 @@ def test_three_ranks_take_thirds_of_the_same_batches(root: Path, accumulation: i
 
 def test_a_whole_run_of_two_ranks_in_float32_ends_as_one_process_does(root: Path):
     train(root, 1, "fp32", "--train.batch-size", "12")
-    train(root, 2, "fp32x2", "--train.batch-size", "12", "--train.gradient-accumulation-steps", "1", "--train.telemetry-every", "4")
+    train(
+        root,
+        2,
+        "fp32x2",
+        "--train.batch-size",
+        "12",
+        "--train.gradient-accumulation-steps",
+        "1",
+        "--train.telemetry-every",
+        "4",
+    )
     one, two = losses(root, "fp32"), losses(root, "fp32x2")
     assert two[1] == pytest.approx(one[1], abs=1e-5)
     assert two == pytest.approx(one, abs=5e-3)
     summary = json.loads((root / "runs/fp32x2/summary.json").read_text())
     assert summary["world_size"] == 2
     assert summary["tokens"] == 12 * 12 * 16
-    assert 0.45 < summary["optimizer_state_bytes"] / (4 * summary["params"]) < 0.55, "each rank has half of the momentum"
-    assert [r for r in map(json.loads, (root / "runs/fp32x2/metrics.jsonl").read_text().splitlines()) if "geometry" in r]
+    assert 0.45 < summary["optimizer_state_bytes"] / (4 * summary["params"]) < 0.55, (
+        "each rank has half of the momentum"
+    )
+    assert [
+        r
+        for r in map(json.loads, (root / "runs/fp32x2/metrics.jsonl").read_text().splitlines())
+        if "geometry" in r
+    ]
 
 
 @pytest.mark.soak
 def test_in_bf16_two_ranks_end_within_the_spread_of_seeds(root: Path):
     ends_at, steps = [], 60 if SOAK else 24
-    fixed = ("--run.precision", "bf16", "--train.steps", str(steps), "--train.batch-size", "16", "--train.checkpoint-every", "0")
+    fixed = (
+        "--run.precision",
+        "bf16",
+        "--train.steps",
+        str(steps),
+        "--train.batch-size",
+        "16",
+        "--train.checkpoint-every",
+        "0",
+    )
     for seed in range(4):
         train(root, 1, f"bf16-{seed}", *fixed, "--run.seed", str(seed))
         ends_at.append(losses(root, f"bf16-{seed}", "val_loss")[steps])
     for mode in ("ddp", "fsdp"):
-        train(root, 2, f"bf16x2-{mode}", *fixed, "--train.gradient-accumulation-steps", "1", "--run.parallel", mode)
-        assert abs(losses(root, f"bf16x2-{mode}", "val_loss")[steps] - ends_at[0]) <= max(ends_at) - min(ends_at)
+        train(
+            root,
+            2,
+            f"bf16x2-{mode}",
+            *fixed,
+            "--train.gradient-accumulation-steps",
+            "1",
+            "--run.parallel",
+            mode,
+        )
+        assert abs(losses(root, f"bf16x2-{mode}", "val_loss")[steps] - ends_at[0]) <= max(
+            ends_at
+        ) - min(ends_at)
 
 
 # ---- checkpoints
@@ -167,8 +250,26 @@ def test_in_bf16_two_ranks_end_within_the_spread_of_seeds(root: Path):
 
 def test_any_world_and_mode_resumes_what_any_other_saved(root: Path, alone: dict[str, Tensor]):
     """1 → 2 → 4 (fsdp) → 4 (hsdp) → 3 → 1 ranks; the masks of dropout differ at 3 ranks, so there is none."""
-    fixed = (*SHAPE, *EXACT, "--model.dropout", "0", "--optim.direction", "adam", "--optim.momentum-dtype", "float32")
-    train(root, 1, "straight", *fixed, "--train.steps", "16", "--train.gradient-accumulation-steps", "1")
+    fixed = (
+        *SHAPE,
+        *EXACT,
+        "--model.dropout",
+        "0",
+        "--optim.direction",
+        "adam",
+        "--optim.momentum-dtype",
+        "float32",
+    )
+    train(
+        root,
+        1,
+        "straight",
+        *fixed,
+        "--train.steps",
+        "16",
+        "--train.gradient-accumulation-steps",
+        "1",
+    )
     chain = [(1, "ddp"), (2, "ddp"), (4, "fsdp"), (4, "hsdp"), (3, "ddp"), (2, "fsdp"), (1, "ddp")]
     for i, (world, mode) in enumerate(chain):
         go_on = ("--run.resume",) if i else ()
@@ -184,7 +285,10 @@ def test_any_world_and_mode_resumes_what_any_other_saved(root: Path, alone: dict
 
 
 def small() -> tuple[GPT, Dualized]:
-    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=11), generator=torch.Generator().manual_seed(0))
+    model = GPT(
+        GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, vocab_size=11),
+        generator=torch.Generator().manual_seed(0),
+    )
     optimizer = Dualized(model, 1.0, norm=metrize(model, model.structure()))
     model(torch.arange(4)[None], torch.arange(4)[None])[1].backward()  # type: ignore[union-attr]
     optimizer.step()
@@ -192,10 +296,17 @@ def small() -> tuple[GPT, Dualized]:
 
 
 def state(step: int, val_loss: float | None) -> dict:
-    return {"config": {}, "progress": {"val_step": -1 if val_loss is None else step, "val_loss": val_loss}, "shards": [], "tokenizer": {}}
+    return {
+        "config": {},
+        "progress": {"val_step": -1 if val_loss is None else step, "val_loss": val_loss},
+        "shards": [],
+        "tokenizer": {},
+    }
 
 
-def test_saving_goes_on_behind_the_run_and_holds_what_was_there_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_saving_goes_on_behind_the_run_and_holds_what_was_there_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     import threading
 
     go, sign = threading.Event(), checkpoint._signature
@@ -219,10 +330,16 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path):
     for step, loss in enumerate([3.0, 1.0, 2.0, 2.5, 1.5], start=1):
         saver.save(step, model, optimizer, state(step, loss), {"config.toml": "x = 1\n"})
     saver.wait()
-    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step_00000002", "step_00000004", "step_00000005"]
+    assert [p.name for p in checkpoint.steps(tmp_path)] == [
+        "step_00000002",
+        "step_00000004",
+        "step_00000005",
+    ]
     assert best_of(tmp_path) == tmp_path / "step_00000002"
     assert (tmp_path / "step_00000005/config.toml").read_text() == "x = 1\n"
-    assert not [p for p in tmp_path.rglob("*") if p.suffix in (".pt", ".pkl", ".metadata", ".distcp")], "nothing pickled"
+    assert not [
+        p for p in tmp_path.rglob("*") if p.suffix in (".pt", ".pkl", ".metadata", ".distcp")
+    ], "nothing pickled"
 
 
 def test_what_is_pruned_is_never_the_new_checkpoint(tmp_path: Path):
@@ -249,7 +366,9 @@ def test_a_state_that_was_edited_or_moved_is_damage(tmp_path: Path):
     (tmp_path / "step_00000002").rename(tmp_path / "step_00000004")
     newest, damage = newest_whole(tmp_path)
     assert newest == tmp_path / "step_00000001"
-    assert len(damage) == 2 and all("a state that is not the one that was written there" in line for line in damage)
+    assert len(damage) == 2 and all(
+        "a state that is not the one that was written there" in line for line in damage
+    )
 
 
 def _saves_into_folders_of_their_own(rank: int, world: int, folder: str) -> str:
@@ -277,13 +396,19 @@ def test_a_folder_that_cannot_be_written_is_told_at_the_next_save(tmp_path: Path
     (tmp_path / "checkpoints").rename(tmp_path / "moved")
     (tmp_path / "checkpoints").write_text("a file")
     saver.save(2, model, optimizer, state(2, 1.0), {})
-    with pytest.raises(SaveError, match="the checkpoint of step 2 could not be saved\n  got: .*\n  allowed: .*\n  fix: "):
+    with pytest.raises(
+        SaveError,
+        match="the checkpoint of step 2 could not be saved\n  got: .*\n  allowed: .*\n  fix: ",
+    ):
         saver.wait()
     (tmp_path / "checkpoints").unlink()
     (tmp_path / "moved").rename(tmp_path / "checkpoints")
     saver.save(3, model, optimizer, state(3, 1.0), {})
     saver.wait()
-    assert [p.name for p in checkpoint.steps(tmp_path / "checkpoints")] == ["step_00000001", "step_00000003"]
+    assert [p.name for p in checkpoint.steps(tmp_path / "checkpoints")] == [
+        "step_00000001",
+        "step_00000003",
+    ]
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -291,7 +416,17 @@ def test_a_full_disk_while_saving_loses_nothing_older(root: Path, world: int):
     """A limit on the size of files, as write() on a full disk: it fails in the middle."""
     name = f"full{world}"
     folder = root / "runs" / name / "checkpoints"
-    args = ("small.toml", "--run.name", name, "--train.checkpoint-every", "1", "--train.steps", "100000", "--train.log-every", "0")
+    args = (
+        "small.toml",
+        "--run.name",
+        name,
+        "--train.checkpoint-every",
+        "1",
+        "--train.steps",
+        "100000",
+        "--train.log-every",
+        "0",
+    )
     processes = start_ranks(root, world, *args)
     until(lambda: checkpoint.steps(folder), processes)
     for process in processes:
@@ -304,7 +439,16 @@ def test_a_full_disk_while_saving_loses_nothing_older(root: Path, world: int):
     said = (root / "stderr.0").read_text()
     assert "could not be saved\n  got: " in said and "File too large" in said
     assert "Traceback" not in said
-    out = train(root, world, name, "--run.resume", "--train.steps", str(int(kept.name[5:]) + 2), "--train.checkpoint-every", "1")
+    out = train(
+        root,
+        world,
+        name,
+        "--run.resume",
+        "--train.steps",
+        str(int(kept.name[5:]) + 2),
+        "--train.checkpoint-every",
+        "1",
+    )
     assert f"resumed from runs/{name}/checkpoints/{kept.name}" in out
     assert not list(folder.glob(".*")), "nothing half-written is left"
 
@@ -319,8 +463,13 @@ def test_a_signal_to_one_rank_saves_on_all(root: Path):
     os.kill(processes[1].pid or 0, signal.SIGTERM)
     assert ends(processes) == [143, 143]
     (step,) = [int(p.name[5:]) for p in checkpoint.steps(root / "runs/told/checkpoints")[-1:]]
-    assert f"SIGTERM: saved step {step} in runs/told; --run.name told --run.resume goes on" in (root / "runs/told/log.txt").read_text()
-    assert f"at step {step}" in train(root, 1, "told", "--run.resume", "--train.steps", str(step + 1))
+    assert (
+        f"SIGTERM: saved step {step} in runs/told; --run.name told --run.resume goes on"
+        in (root / "runs/told/log.txt").read_text()
+    )
+    assert f"at step {step}" in train(
+        root, 1, "told", "--run.resume", "--train.steps", str(step + 1)
+    )
 
 
 def test_signals_that_come_twice_still_save(root: Path):
@@ -336,7 +485,17 @@ def test_signals_that_come_twice_still_save(root: Path):
 
 def test_a_rank_that_hangs_is_named_by_the_others(root: Path):
     processes = start_ranks(
-        root, 3, "small.toml", "--run.name", "hung", "--run.timeout", "5", "--train.steps", "100000", "--train.batch-size", "12"
+        root,
+        3,
+        "small.toml",
+        "--run.name",
+        "hung",
+        "--run.timeout",
+        "5",
+        "--train.steps",
+        "100000",
+        "--train.batch-size",
+        "12",
     )
     until(lambda: (root / "runs/hung/metrics.jsonl").is_file(), processes)
     os.kill(processes[1].pid or 0, signal.SIGSTOP)
@@ -373,7 +532,18 @@ def test_a_number_that_is_not_finite_ends_all_ranks_with_its_place(root: Path):
     tensors["blocks.1.mlp.up.weight"][0, 0] = torch.nan
     save_file(tensors, file)
     sign_anew(folder, file)
-    found = run_ranks(root, 2, "small.toml", "--run.name", "nan", "--run.resume", "--train.steps", "20", "--train.checkpoint-every", "1")
+    found = run_ranks(
+        root,
+        2,
+        "small.toml",
+        "--run.name",
+        "nan",
+        "--run.resume",
+        "--train.steps",
+        "20",
+        "--train.checkpoint-every",
+        "1",
+    )
     assert [code for code, *_ in found] == [1, 1]
     assert (
         "step 5 was left out, the first of train.max_nonfinite = 3: the loss on rank 0 and of 14 more was not finite in call 5"
@@ -430,7 +600,10 @@ def test_killed_at_any_moment_on_any_rank_a_run_resumes_to_the_same_weights(root
         "--train.sample-tokens",
         "0",
     )
-    two, one = ("--train.gradient-accumulation-steps", "1"), ("--train.gradient-accumulation-steps", "2")
+    two, one = (
+        ("--train.gradient-accumulation-steps", "1"),
+        ("--train.gradient-accumulation-steps", "2"),
+    )
     began = time.monotonic()
     train(root, 2, "unharmed", *args, *two)
     life, whole = time.monotonic() - began, weights(root, "unharmed")
@@ -438,7 +611,9 @@ def test_killed_at_any_moment_on_any_rank_a_run_resumes_to_the_same_weights(root
     for kill in range(KILLS):
         shutil.rmtree(root / "runs/killed", ignore_errors=True)
         processes = start_ranks(root, 2, "small.toml", *args, "--run.name", "killed", *two)
-        if kill % 3:  # in training, where a checkpoint is always being written; else anywhere from start-up on
+        if (
+            kill % 3
+        ):  # in training, where a checkpoint is always being written; else anywhere from start-up on
             until(lambda: checkpoint.steps(root / "runs/killed/checkpoints"), processes)
             time.sleep(rng.uniform(0, 0.6))
         else:
@@ -449,9 +624,13 @@ def test_killed_at_any_moment_on_any_rank_a_run_resumes_to_the_same_weights(root
         world, parts = (1, one) if rng.random() < 0.3 else (2, two)
         out = train(root, world, "killed", *args, *parts)
         at.add(out.splitlines()[0])
-        assert deviation(weights(root, "killed"), whole) < 1e-9, f"kill {kill}, {world} ranks: {out.splitlines()[0]}"
+        assert deviation(weights(root, "killed"), whole) < 1e-9, (
+            f"kill {kill}, {world} ranks: {out.splitlines()[0]}"
+        )
         assert losses(root, "killed") == pytest.approx(losses(root, "unharmed"), abs=1e-9)
-    assert len(at) >= (15 if SOAK else 1), f"the moments differ: {at}"  # of as many as there are steps
+    assert len(at) >= (15 if SOAK else 1), (
+        f"the moments differ: {at}"
+    )  # of as many as there are steps
 
 
 @pytest.fixture
@@ -461,7 +640,16 @@ def python(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_torchrun_restarts_a_run_whose_worker_was_killed(root: Path, python: Path):
-    args = ("--train.steps", "100", "--train.checkpoint-every", "10", "--train.log-every", "0", "--train.sample-tokens", "0")
+    args = (
+        "--train.steps",
+        "100",
+        "--train.checkpoint-every",
+        "10",
+        "--train.log-every",
+        "0",
+        "--train.sample-tokens",
+        "0",
+    )
     command = [
         str(python), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1",
         str(ROOT / "train_gpt.py"), "small.toml", "--run.name", "restarted", *args,
@@ -469,7 +657,11 @@ def test_torchrun_restarts_a_run_whose_worker_was_killed(root: Path, python: Pat
     folder = root / "runs/restarted/checkpoints"
     with (root / "torchrun.log").open("w") as log:
         agent = subprocess.Popen(
-            command, cwd=root, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": str(python)}
+            command,
+            cwd=root,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": str(python)},
         )
     try:
         until(lambda: checkpoint.steps(folder) or agent.poll() is not None)
@@ -479,7 +671,10 @@ def test_torchrun_restarts_a_run_whose_worker_was_killed(root: Path, python: Pat
         assert agent.wait(90) == 0, (root / "torchrun.log").read_text()
     finally:
         agent.kill()
-    assert "resumed from runs/restarted/checkpoints/step_" in (root / "runs/restarted/log.txt").read_text()
+    assert (
+        "resumed from runs/restarted/checkpoints/step_"
+        in (root / "runs/restarted/log.txt").read_text()
+    )
     assert checkpoint.steps(folder)[-1].name == "step_00000100"
 
 

@@ -17,17 +17,35 @@ from studies import report
 from studies.report import ReportError, answer, charts, differences, main, write
 
 HORIZONS = {"adamw": (240, 320, 400), "muon": (160, 265, 400), "dualized": (160, 205, 400)}
-SPEED = {"adamw": 1.0, "muon": 1.5, "dualized": 1.95}  # how many of adamw's steps one of theirs is worth
+SPEED = {
+    "adamw": 1.0,
+    "muon": 1.5,
+    "dualized": 1.95,
+}  # how many of adamw's steps one of theirs is worth
 LR = {"adamw": 0.004, "muon": 0.02, "dualized": 4.0}
 
 
-def results(*, names: tuple[str, ...] = ("adamw", "muon", "dualized"), seeds: int = 4, target: float | None = 1.52) -> dict[str, Any]:
+def results(
+    *,
+    names: tuple[str, ...] = ("adamw", "muon", "dualized"),
+    seeds: int = 4,
+    target: float | None = 1.52,
+) -> dict[str, Any]:
     """A study as studies.speedrun writes it: entries × seeds × 3 horizons, losses along a power law of steps × SPEED."""
     rng = np.random.default_rng(0)
 
     def interval(values: list[float]) -> dict[str, float | None]:
-        mean, half = float(np.mean(values)), 3.18 * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
-        return {"mean": mean, "low": None if half is None else mean - half, "high": None if half is None else mean + half}
+        mean, half = (
+            float(np.mean(values)),
+            3.18 * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+            if len(values) > 1
+            else None,
+        )
+        return {
+            "mean": mean,
+            "low": None if half is None else mean - half,
+            "high": None if half is None else mean + half,
+        }
 
     def entry(name: str) -> dict[str, Any]:
         kind = name if name in SPEED else "adamw"
@@ -42,20 +60,34 @@ def results(*, names: tuple[str, ...] = ("adamw", "muon", "dualized"), seeds: in
                         s,
                         s * 4096,
                         s * pace,
-                        end + 4.0 * (1 - s / steps) ** 1.5 / (1 + 0.03 * s * speed) + 0.004 * rng.standard_normal() * (s < steps),
+                        end
+                        + 4.0 * (1 - s / steps) ** 1.5 / (1 + 0.03 * s * speed)
+                        + 0.004 * rng.standard_normal() * (s < steps),
                     ]
                     for s in at
                 ]
                 training = [
-                    [s, s * 4096, s * pace, float(np.interp(s, at, [c[3] for c in curve])) + 0.04 * rng.standard_normal()]
+                    [
+                        s,
+                        s * 4096,
+                        s * pace,
+                        float(np.interp(s, at, [c[3] for c in curve]))
+                        + 0.04 * rng.standard_normal(),
+                    ]
                     for s in range(10, steps + 1, 10)
                 ]
                 runs.append({
                     "steps": steps, "seed": seed, "loss": curve[-1][3], "train_seconds": steps * pace, "optimizer_seconds": steps * pace * 0.12,
                     "wall_seconds": steps * pace + 9.5, "peak_memory_bytes": 511_000_000 + seed, "path": f"{name}.s{steps}.seed{seed}", "curve": curve, "training": training,
                 })  # fmt: skip
-        losses = {steps: [r["loss"] for r in runs if r["steps"] == steps] for steps in HORIZONS[kind]}
-        statistic = {s: (target - float(np.mean(v))) * math.sqrt(seeds) for s, v in losses.items()} if target is not None else {}
+        losses = {
+            steps: [r["loss"] for r in runs if r["steps"] == steps] for steps in HORIZONS[kind]
+        }
+        statistic = (
+            {s: (target - float(np.mean(v))) * math.sqrt(seeds) for s, v in losses.items()}
+            if target is not None
+            else {}
+        )
         to = {"adamw": 400, "muon": 265, "dualized": 205}[kind]
         ones = [r for r in runs if r["steps"] == 400]
         return {
@@ -82,7 +114,12 @@ def results(*, names: tuple[str, ...] = ("adamw", "muon", "dualized"), seeds: in
     pairs = []
     for i, a in enumerate(entries):
         for b in entries[i + 1 :]:
-            d = interval([y["loss"] - x["loss"] for x, y in zip(a["runs"][-seeds:], b["runs"][-seeds:], strict=True)])
+            d = interval(
+                [
+                    y["loss"] - x["loss"]
+                    for x, y in zip(a["runs"][-seeds:], b["runs"][-seeds:], strict=True)
+                ]
+            )
             pair = {
                 "a": a["name"],
                 "b": b["name"],
@@ -94,7 +131,11 @@ def results(*, names: tuple[str, ...] = ("adamw", "muon", "dualized"), seeds: in
             if target is not None:
                 for key, of in (("steps_ratio", "steps"), ("seconds_ratio", "train_seconds")):
                     value = b["to_target"][of] / a["to_target"][of]
-                    pair[key] = {"value": value, "low": value * 0.96 if seeds > 1 else None, "high": value * 1.05 if seeds > 1 else None}
+                    pair[key] = {
+                        "value": value,
+                        "low": value * 0.96 if seeds > 1 else None,
+                        "high": value * 1.05 if seeds > 1 else None,
+                    }
             pairs.append(pair)
     return {
         "schema": 2, "command": "python -m studies.speedrun configs/race/adamw.toml configs/race/muon.toml configs/race/dualized.toml --seeds 4 --budget steps=400 --target-entry adamw",
@@ -142,11 +183,19 @@ class Text(HTMLParser):
 
 
 def test_the_page_refers_to_nothing_outside_its_folder(page: str):
-    assert "http:" not in page and "https:" not in page and "@import" not in page and "url(//" not in page
+    assert (
+        "http:" not in page
+        and "https:" not in page
+        and "@import" not in page
+        and "url(//" not in page
+    )
     allowed = re.compile(r"#[\w.-]+|results\.json|[\w./-]+/(log\.txt|metrics\.jsonl|config\.toml)")
     for tag, attributes in Text(page).tags:
         assert tag not in ("link", "img", "iframe", "object", "embed", "base"), tag
-        assert "src" not in attributes and not any(name.startswith("on") for name in attributes), (tag, attributes)
+        assert "src" not in attributes and not any(name.startswith("on") for name in attributes), (
+            tag,
+            attributes,
+        )
         for name in ("href", "xlink:href"):
             assert name not in attributes or allowed.fullmatch(attributes[name] or ""), attributes
     assert "default-src 'none'" in page
@@ -168,11 +217,15 @@ def test_every_figure_of_the_results_is_told(study: dict[str, Any], page: str):
         wanted = [
             f"{b['loss']['mean']:.4f}",
             f"[{b['loss']['low']:.4f}, {b['loss']['high']:.4f}]",
-            "the budget" if e["name"] == "adamw" else f"interpolated {t['interpolated']:.1f} [{t['low']:.1f}, {t['high']:.1f}]",
+            "the budget"
+            if e["name"] == "adamw"
+            else f"interpolated {t['interpolated']:.1f} [{t['low']:.1f}, {t['high']:.1f}]",
             f"{t['tokens']:,}",
             f"{t['train_seconds']:.1f} s",
         ]
-        wanted += [f"{b[k]['mean']:.1f} s" for k in ("train_seconds", "optimizer_seconds", "wall_seconds")] + [
+        wanted += [
+            f"{b[k]['mean']:.1f} s" for k in ("train_seconds", "optimizer_seconds", "wall_seconds")
+        ] + [
             "487.3 MiB",
             "903,424",
             "3.4 MiB",
@@ -183,11 +236,16 @@ def test_every_figure_of_the_results_is_told(study: dict[str, Any], page: str):
         wanted += [
             f"{r[k]:.{d}f}"
             for r in e["runs"]
-            for k, d in (("loss", 4), ("train_seconds", 1), ("optimizer_seconds", 1), ("wall_seconds", 1))
+            for k, d in (
+                ("loss", 4),
+                ("train_seconds", 1),
+                ("optimizer_seconds", 1),
+                ("wall_seconds", 1),
+            )
         ]
-        wanted += [f"{x:.4f}" for trial in e["trials"] for x in trial["losses"] if x is not None] + [
-            f"optim.lr = {t['values']['optim.lr']:g}" for t in e["trials"]
-        ]
+        wanted += [
+            f"{x:.4f}" for trial in e["trials"] for x in trial["losses"] if x is not None
+        ] + [f"optim.lr = {t['values']['optim.lr']:g}" for t in e["trials"]]
         wanted += [e["config_path"], "head.weight", "diverged", "not confirmed", "sets the target"]
         assert [w for w in wanted if w not in text] == []
     for p in study["pairs"]:
@@ -219,14 +277,20 @@ def test_every_run_and_trial_is_linked_by_a_relative_path(study: dict[str, Any],
     links = {unquote(a["href"] or "") for tag, a in Text(page).tags if tag == "a"}
     for e in study["entries"]:
         for path in [r["path"] for r in e["runs"]] + [p for t in e["trials"] for p in t["path"]]:
-            assert {f"{path}/{name}" for name in ("log.txt", "metrics.jsonl", "config.toml")} <= links
+            assert {
+                f"{path}/{name}" for name in ("log.txt", "metrics.jsonl", "config.toml")
+            } <= links
     assert not any(urlsplit(link).scheme or link.startswith("/") for link in links)
 
 
 def test_ids_are_single_and_links_within_the_page_have_their_target(page: str):
     ids = [a["id"] for _, a in Text(page).tags if "id" in a]
     assert len(ids) == len(set(ids))
-    assert {(a["href"] or "")[1:] for tag, a in Text(page).tags if tag == "a" and (a["href"] or "").startswith("#")} <= set(ids)
+    assert {
+        (a["href"] or "")[1:]
+        for tag, a in Text(page).tags
+        if tag == "a" and (a["href"] or "").startswith("#")
+    } <= set(ids)
 
 
 HOSTILE = '<script>alert("1")</script><img src=x onerror=alert(1)>&amp;$_{x}$'
@@ -237,14 +301,31 @@ def test_text_of_a_study_stays_text(study: dict[str, Any]):
     for key in ("name", "command", "dataset", "hardware", "track"):
         bad[key] = HOSTILE
     for e in bad["entries"]:
-        e |= {"receipt": HOSTILE, "note": HOSTILE, "config_path": HOSTILE, "config": {HOSTILE: HOSTILE}, "tuned": {HOSTILE: HOSTILE}}
-        e["trials"] = [{"values": {HOSTILE: HOSTILE}, "steps": 4, "seeds": [0], "losses": [1.0], "loss": 1.0, "path": [HOSTILE]}]
+        e |= {
+            "receipt": HOSTILE,
+            "note": HOSTILE,
+            "config_path": HOSTILE,
+            "config": {HOSTILE: HOSTILE},
+            "tuned": {HOSTILE: HOSTILE},
+        }
+        e["trials"] = [
+            {
+                "values": {HOSTILE: HOSTILE},
+                "steps": 4,
+                "seeds": [0],
+                "losses": [1.0],
+                "loss": 1.0,
+                "path": [HOSTILE],
+            }
+        ]
         e["runs"][0]["path"] = "javascript:alert(1)//" + HOSTILE
     name = bad["entries"][2]["name"] = HOSTILE
     for p in bad["pairs"]:
         p["b"] = name if p["b"] == "dualized" else p["b"]
     page = Text(report.html(bad))
-    assert [tag for tag, _ in page.tags].count("script") == 2 and "img" not in [tag for tag, _ in page.tags]
+    assert [tag for tag, _ in page.tags].count("script") == 2 and "img" not in [
+        tag for tag, _ in page.tags
+    ]
     assert not any(key.startswith("on") for _, attributes in page.tags for key in attributes)
     assert all(not (a.get("href") or "").startswith("javascript:") for _, a in page.tags)
     assert page.text.count(HOSTILE) >= 10
@@ -253,7 +334,9 @@ def test_text_of_a_study_stays_text(study: dict[str, Any]):
 def test_the_data_of_the_charts_cannot_end_their_element(study: dict[str, Any]):
     bad = copy.deepcopy(study)
     bad["entries"][0]["name"] = bad["pairs"][0]["a"] = bad["pairs"][1]["a"] = "</script><b>"
-    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', report.html(bad), re.DOTALL)
+    (data,) = re.findall(
+        r'<script type="application/json" id="data">(.*?)</script>', report.html(bad), re.DOTALL
+    )
     assert json.loads(data)["entries"][0]["name"] == "</script><b>"
 
 
@@ -261,7 +344,10 @@ def test_the_same_results_make_the_same_bytes(tmp_path: Path):
     small = results(names=("muon", "dualized"), seeds=2)
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        assert write(small, tmp_path / name) == [tmp_path / name / "report.html", tmp_path / name / "report.png"]
+        assert write(small, tmp_path / name) == [
+            tmp_path / name / "report.html",
+            tmp_path / name / "report.png",
+        ]
     for name in ("report.html", "report.png"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
@@ -270,7 +356,11 @@ def test_without_script_each_chart_is_a_picture_with_its_lines(study: dict[str, 
     pictures = re.findall(r"<noscript>(.*?)</noscript>", page, re.DOTALL)
     assert len(pictures) == len(charts(study)) == 3
     for svg in pictures:
-        assert svg.startswith("<svg") and "<title>" in svg and all(name in svg for name in ("adamw", "muon", "dualized"))
+        assert (
+            svg.startswith("<svg")
+            and "<title>" in svg
+            and all(name in svg for name in ("adamw", "muon", "dualized"))
+        )
         assert len(re.findall(r"<path ", svg)) > 12
 
 
@@ -280,7 +370,9 @@ def test_without_script_each_chart_is_a_picture_with_its_lines(study: dict[str, 
 def test_the_curves_are_every_seed_of_every_horizon_with_its_training(study: dict[str, Any]):
     lines = charts(study)[0]["lines"]
     for loss_of in ("validation", "training batches"):
-        shown = [line for line in lines if line["within"][1] == [loss_of] and line["kind"] == "line"]
+        shown = [
+            line for line in lines if line["within"][1] == [loss_of] and line["kind"] == "line"
+        ]
         assert len(shown) == 3 * 4 * 3
         assert sum("at the budget" in line["within"][0] for line in shown) == 3 * 4
         first = study["entries"][0]["runs"][0]["curve" if loss_of == "validation" else "training"]
@@ -291,19 +383,35 @@ def test_the_curves_are_every_seed_of_every_horizon_with_its_training(study: dic
 def test_a_band_holds_the_interval_of_the_mean(study: dict[str, Any]):
     """At the end of the budget: that of results.json, to five decimals and the t quantile's three digits there."""
     for i, e in enumerate(study["entries"]):
-        (band,) = [line for line in charts(study)[0]["lines"] if line["kind"] == "band" and line["entry"] == i]
-        np.testing.assert_allclose(band["points"][-1][3:], [e["at_budget"]["loss"][k] for k in ("mean", "low", "high")], atol=2e-5)
+        (band,) = [
+            line
+            for line in charts(study)[0]["lines"]
+            if line["kind"] == "band" and line["entry"] == i
+        ]
+        np.testing.assert_allclose(
+            band["points"][-1][3:],
+            [e["at_budget"]["loss"][k] for k in ("mean", "low", "high")],
+            atol=2e-5,
+        )
 
 
 def test_a_ring_is_where_the_loss_falls_to_what_the_rule_needs(study: dict[str, Any]):
     """(target − mean) · √4 = 0.004 there; none of the entry that sets the target."""
     chart = next(c for c in charts(study) if c["id"] == "horizons")
-    goals = {i: e["to_target"]["interpolated"] for i, e in enumerate(study["entries"]) if e["name"] != "adamw"}
-    assert {m["entry"]: m["point"] for m in chart["marks"]} == {i: [at, study["target"] - 0.002] for i, at in goals.items()}
+    goals = {
+        i: e["to_target"]["interpolated"]
+        for i, e in enumerate(study["entries"])
+        if e["name"] != "adamw"
+    }
+    assert {m["entry"]: m["point"] for m in chart["marks"]} == {
+        i: [at, study["target"] - 0.002] for i, at in goals.items()
+    }
     assert "target − threshold/√n" in chart["about"]
 
 
-def test_runs_of_several_versions_threads_that_torch_chose_and_ranks_are_told(study: dict[str, Any]):
+def test_runs_of_several_versions_threads_that_torch_chose_and_ranks_are_told(
+    study: dict[str, Any],
+):
     several = study["versions"] | {"note": "the judged runs are of 2 versions: commit a; commit b"}
     text = Text(report.html(study | {"versions": several, "threads": None, "ranks": 4})).text
     assert text.count("the judged runs are of 2 versions: commit a; commit b") == 1
@@ -312,7 +420,13 @@ def test_runs_of_several_versions_threads_that_torch_chose_and_ranks_are_told(st
 
 def test_the_first_view_holds_the_later_curves_and_the_target(study: dict[str, Any]):
     low, high = charts(study)[0]["view"]
-    late = [p[3] for e in study["entries"] for r in e["runs"] for p in r["curve"] if p[0] >= report.SETTLED * r["steps"]]
+    late = [
+        p[3]
+        for e in study["entries"]
+        for r in e["runs"]
+        for p in r["curve"]
+        if p[0] >= report.SETTLED * r["steps"]
+    ]
     assert low < min(*late, study["target"]) and high > max(late)
     assert high < max(p[3] for e in study["entries"] for r in e["runs"] for p in r["curve"])
 
@@ -320,10 +434,16 @@ def test_the_first_view_holds_the_later_curves_and_the_target(study: dict[str, A
 def test_tuned_keys_have_a_chart_each_numbers_by_size_and_words_by_name(study: dict[str, Any]):
     mixed = copy.deepcopy(study)
     for i, trial in enumerate(mixed["entries"][0]["trials"]):
-        trial["values"] = {"optim.lr": 0.01 * 2**i, "optim.direction": ("soap", "adam")[i % 2], "optim.cautious": bool(i % 2)}
+        trial["values"] = {
+            "optim.lr": 0.01 * 2**i,
+            "optim.direction": ("soap", "adam")[i % 2],
+            "optim.cautious": bool(i % 2),
+        }
     lr, direction, cautious = charts(mixed)[2:]
     assert lr["x"][0]["log"] and lr["x"][0]["categories"] is None
-    assert direction["x"][0]["categories"] == ["adam", "soap"] and cautious["x"][0]["categories"] == ["False", "True"]
+    assert direction["x"][0]["categories"] == ["adam", "soap"] and cautious["x"][0][
+        "categories"
+    ] == ["False", "True"]
     assert [line["kind"] for line in direction["lines"]] == ["dots"]
 
 
@@ -332,13 +452,22 @@ def test_tuned_keys_have_a_chart_each_numbers_by_size_and_words_by_name(study: d
 
 def test_an_answer_tells_ratio_interval_confirmation_and_n(study: dict[str, Any]):
     told = answer(study, study["pairs"][1])
-    assert (told["a"], told["b"], told["value"], told["interval"]) == ("adamw", "dualized", "0.51", "[0.49, 0.54]")
+    assert (told["a"], told["b"], told["value"], told["interval"]) == (
+        "adamw",
+        "dualized",
+        "0.51",
+        "[0.49, 0.54]",
+    )
     assert (
         "dualized reaches 1.52 in 0.51 [0.49, 0.54] times the steps of adamw (205 against 400; dualized confirmed, adamw sets the target)"
         in told["text"]
     )
     assert "both confirmed" in answer(study | {"target_from": None}, study["pairs"][1])["text"]
-    assert "p = 2.4e-05, n = 4 seeds, paired" in told["text"] and "lower than adamw's" in told["text"] and told["settled"]
+    assert (
+        "p = 2.4e-05, n = 4 seeds, paired" in told["text"]
+        and "lower than adamw's" in told["text"]
+        and told["settled"]
+    )
     doubtful = answer(study, study["pairs"][0])
     assert "not confirmed: muon" in doubtful["text"] and not doubtful["settled"]
 
@@ -349,7 +478,9 @@ def test_an_interval_around_equality_is_told_as_no_difference(study: dict[str, A
     pair["loss_difference"] = {"mean": -0.001, "low": -0.003, "high": 0.001, "p": 0.2}
     told = answer(study, pair)
     assert (
-        "which does not tell the two apart" in told["text"] and "no difference of loss can be told" in told["text"] and not told["settled"]
+        "which does not tell the two apart" in told["text"]
+        and "no difference of loss can be told" in told["text"]
+        and not told["settled"]
     )
 
 
@@ -374,12 +505,17 @@ def test_a_target_that_one_does_not_reach_is_told(study: dict[str, Any]):
     missed["entries"][0]["to_target"] = None
     missed["pairs"][1] |= {"steps_ratio": None, "seconds_ratio": None}
     told = answer(missed, missed["pairs"][1])
-    assert "dualized reaches 1.52 in 205 steps. No horizon of adamw passes the rule for 1.52." in told["text"]
+    assert (
+        "dualized reaches 1.52 in 205 steps. No horizon of adamw passes the rule for 1.52."
+        in told["text"]
+    )
     assert told["value"].startswith("−0.0") and told["unit"] == "loss of dualized − adamw"
     missed["pairs"][0]["steps_ratio"] = None
     missed["entries"] = [*study["entries"][:1], study["entries"][1] | {"to_target": None}]
     said = answer(missed, missed["pairs"][0])["text"]
-    assert said.startswith("No horizon of muon passes the rule for 1.52. adamw reaches 1.52 in 400 steps and sets the target.")
+    assert said.startswith(
+        "No horizon of muon passes the rule for 1.52. adamw reaches 1.52 in 400 steps and sets the target."
+    )
 
 
 def test_an_interval_of_a_lower_loss_is_turned_with_its_sign(study: dict[str, Any]):
@@ -387,7 +523,10 @@ def test_an_interval_of_a_lower_loss_is_turned_with_its_sign(study: dict[str, An
     for sign, side in ((-1, "lower"), (1, "higher")):
         low, high = sorted((sign * 0.06, sign * 0.08))
         pair["loss_difference"] = {"mean": sign * 0.07, "low": low, "high": high, "p": 1e-4}
-        assert f"0.0700 [0.0600, 0.0800] {side} than adamw's (p = 0.0001" in answer(study, pair)["text"]
+        assert (
+            f"0.0700 [0.0600, 0.0800] {side} than adamw's (p = 0.0001"
+            in answer(study, pair)["text"]
+        )
 
 
 def test_differences_are_the_keys_that_differ(study: dict[str, Any]):
@@ -410,9 +549,24 @@ def sparse() -> dict[str, dict[str, Any]]:
     for run in diverged["entries"][1]["runs"]:
         run |= {"loss": None, "curve": run["curve"][:3], "optimizer_seconds": None}
     gone = diverged["entries"][1]
-    gone["runs"][-1] |= {"curve": [], "training": [], "train_seconds": None, "wall_seconds": None, "peak_memory_bytes": None}
+    gone["runs"][-1] |= {
+        "curve": [],
+        "training": [],
+        "train_seconds": None,
+        "wall_seconds": None,
+        "peak_memory_bytes": None,
+    }
     gone["horizons"] = [
-        h | {"mean": None, "low": None, "high": None, "statistic": None, "passes": False, "train_seconds": None} for h in gone["horizons"]
+        h
+        | {
+            "mean": None,
+            "low": None,
+            "high": None,
+            "statistic": None,
+            "passes": False,
+            "train_seconds": None,
+        }
+        for h in gone["horizons"]
     ]
     nothing = {"mean": None, "low": None, "high": None}
     gone["at_budget"] |= {
@@ -425,7 +579,11 @@ def sparse() -> dict[str, dict[str, Any]]:
     gone["to_target"] = None
     for pair in diverged["pairs"]:
         if "muon" in (pair["a"], pair["b"]):
-            pair |= {"loss_difference": nothing | {"p": None}, "steps_ratio": None, "seconds_ratio": None}
+            pair |= {
+                "loss_difference": nothing | {"p": None},
+                "steps_ratio": None,
+                "seconds_ratio": None,
+            }
     untuned = results()
     for e in untuned["entries"]:
         e |= {"trials": [], "tuned": None, "note": "not tuned"}
@@ -433,9 +591,19 @@ def sparse() -> dict[str, dict[str, Any]]:
     flat = results(names=("adamw",))
     for e in flat["entries"]:
         e["horizons"] = e["horizons"][-1:]
-        e["runs"] = [r | {"loss": 1.5, "curve": [[400, 400 * 4096, 60.0, 1.5]], "training": []} for r in e["runs"] if r["steps"] == 400]
+        e["runs"] = [
+            r | {"loss": 1.5, "curve": [[400, 400 * 4096, 60.0, 1.5]], "training": []}
+            for r in e["runs"]
+            if r["steps"] == 400
+        ]
         e["trials"] = [e["trials"][3], e["trials"][-1] | {"loss": None}]
-    long = results(names=("a_very_long_name_of_a_configuration_that_nobody_would_choose_but_somebody_has_" * 2, "_hidden", "adamw"))
+    long = results(
+        names=(
+            "a_very_long_name_of_a_configuration_that_nobody_would_choose_but_somebody_has_" * 2,
+            "_hidden",
+            "adamw",
+        )
+    )
     return {
         "diverged": diverged,
         "no target": results(target=None),
@@ -474,25 +642,42 @@ def test_a_diverged_run_is_a_cross_where_it_ended():
 # ---- the command
 
 
-def test_the_command_draws_again_from_results_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "results.json").write_text(json.dumps(results(names=("adamw",), seeds=1)), encoding="utf-8")
+def test_the_command_draws_again_from_results_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "results.json").write_text(
+        json.dumps(results(names=("adamw",), seeds=1)), encoding="utf-8"
+    )
     assert main([str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "report.html"), str(tmp_path / "report.png")]
+    assert capsys.readouterr().out.splitlines() == [
+        str(tmp_path / "report.html"),
+        str(tmp_path / "report.png"),
+    ]
 
 
 def test_the_command_wants_a_study(tmp_path: Path):
-    with pytest.raises(ReportError, match=r"got: .*\n  allowed: the folder of a study, with its results.json\n  fix: runs/NAME"):
+    with pytest.raises(
+        ReportError,
+        match=r"got: .*\n  allowed: the folder of a study, with its results.json\n  fix: runs/NAME",
+    ):
         main([str(tmp_path)])
 
 
 def test_results_of_another_schema_are_refused(tmp_path: Path):
     with pytest.raises(ReportError, match=r"got: schema 3\n  allowed: 2; 1 in the record book"):
         write(results() | {"schema": 3}, tmp_path)
-    with pytest.raises(ReportError, match=r"got: schema 1\n.*without lines of training\n  fix: the study's command again"):
+    with pytest.raises(
+        ReportError,
+        match=r"got: schema 1\n.*without lines of training\n  fix: the study's command again",
+    ):
         write(results() | {"schema": 1}, tmp_path)
 
 
-@pytest.mark.parametrize("file", sorted(Path(report.__file__).parent.parent.glob("records/*/*/results.json")), ids=lambda f: f.parent.name)
+@pytest.mark.parametrize(
+    "file",
+    sorted(Path(report.__file__).parent.parent.glob("records/*/*/results.json")),
+    ids=lambda f: f.parent.name,
+)
 def test_a_study_in_the_record_book_has_a_page(file: Path):
     found = json.loads(file.read_text(encoding="utf-8"))
     assert found["name"] in Text(report.html(found)).text

@@ -9,7 +9,11 @@ from tests.helpers import ROOT
 
 
 def pinned(file: str) -> set[str]:
-    return {re.split(r"[=\[]", line)[0].lower().replace("_", "-") for line in (ROOT / file).read_text().splitlines() if "==" in line}
+    return {
+        re.split(r"[=\[]", line)[0].lower().replace("_", "-")
+        for line in (ROOT / file).read_text().splitlines()
+        if "==" in line
+    }
 
 
 def imported(paths: list[Path]) -> set[str]:
@@ -25,7 +29,14 @@ def imported(paths: list[Path]) -> set[str]:
 
 
 def test_requirements_are_what_runs_and_studies_import_and_the_corpus():
-    files = [*ROOT.glob("*.py"), *(p for folder in ("optim", "data", "models", "studies") for p in (ROOT / folder).rglob("*.py"))]
+    files = [
+        *ROOT.glob("*.py"),
+        *(
+            p
+            for folder in ("optim", "data", "models", "studies")
+            for p in (ROOT / folder).rglob("*.py")
+        ),
+    ]
     corpus = {"sympy", "networkx", "mpmath"}
     hub = {"datasets", "huggingface-hub"}
     of_jinja2 = {"markupsafe"}
@@ -36,6 +47,6 @@ def test_requirements_are_what_runs_and_studies_import_and_the_corpus():
 
 def test_what_tests_need_is_apart():
     assert not pinned("requirements.txt") & pinned("requirements-dev.txt")
-    assert imported([*(ROOT / "tests").glob("*.py"), *(ROOT / "examples").glob("*.py")]) <= pinned("requirements.txt") | pinned(
-        "requirements-dev.txt"
-    ) | {"playwright"}
+    assert imported([*(ROOT / "tests").glob("*.py"), *(ROOT / "examples").glob("*.py")]) <= pinned(
+        "requirements.txt"
+    ) | pinned("requirements-dev.txt") | {"playwright"}

@@ -17,7 +17,17 @@ from models.ngram import NgramCache, NgramConfig, NgramGPT, match_rows, ngram_ro
 from optim import Dualized, metrize
 from tests.helpers import ROOT
 
-SMALL = NgramConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=11, zero_init=False, ngram=3, ngram_rows=64, mlp_shift=True)
+SMALL = NgramConfig(
+    n_layer=2,
+    n_head=2,
+    n_embd=16,
+    block_size=12,
+    vocab_size=11,
+    zero_init=False,
+    ngram=3,
+    ngram_rows=64,
+    mlp_shift=True,
+)
 
 
 def small(**changes: object) -> NgramGPT:
@@ -38,7 +48,9 @@ def test_positions_see_only_the_past(options: dict):
         changed = idx.clone()
         changed[:, t:] = 2 + (changed[:, t:] + 1) % 2
         a, b = model(idx)[0], model(changed)[0]
-        assert torch.allclose(a[:, :t], b[:, :t], atol=1e-6)  # products of other shapes round otherwise
+        assert torch.allclose(
+            a[:, :t], b[:, :t], atol=1e-6
+        )  # products of other shapes round otherwise
         assert not torch.allclose(a[:, t:], b[:, t:], atol=1e-3)
 
 
@@ -58,7 +70,9 @@ def test_generation_goes_past_the_block_with_the_ngrams_of_the_text():
     model = small(n_layer=1, block_size=4, mlp_shift=False, zero_init=True, ngram_rows=4096)
     with torch.no_grad():
         model.head.weight.copy_(torch.randn(11, 16, generator=torch.Generator().manual_seed(2)))
-        model.get_parameter("ngram_embedding.weight").normal_(generator=torch.Generator().manual_seed(3))
+        model.get_parameter("ngram_embedding.weight").normal_(
+            generator=torch.Generator().manual_seed(3)
+        )
     idx = tokens(3, 9)
     out = model.generate(idx, 30, temperature=0)
     for t in range(9 + 3, 39):  # once the prompt's cut at block_size is out of reach
@@ -84,8 +98,13 @@ def test_rows_are_those_of_the_ngrams_wherever_they_stand():
 def test_tokens_in_front_are_part_of_the_ngrams(seen: int):
     idx = tokens(3, 20)
     whole = ngram_rows(idx, order=4, rows=999)
-    assert torch.equal(ngram_rows(idx[:, 10:], order=4, rows=999, before=idx[:, 10 - seen : 10])[:, 3:], whole[:, 13:])
-    assert torch.equal(ngram_rows(idx[:, 10:], order=4, rows=999, before=idx[:, :10]), whole[:, 10:])
+    assert torch.equal(
+        ngram_rows(idx[:, 10:], order=4, rows=999, before=idx[:, 10 - seen : 10])[:, 3:],
+        whole[:, 13:],
+    )
+    assert torch.equal(
+        ngram_rows(idx[:, 10:], order=4, rows=999, before=idx[:, :10]), whole[:, 10:]
+    )
 
 
 def follower(text: list[int], length: int) -> int:
@@ -104,21 +123,30 @@ def test_a_match_is_what_followed_the_last_time():
     for b in range(5):
         for t in range(90):
             text = idx[b, : t + 1].tolist()
-            assert found[b, t].tolist() == [follower(text, 4 * 2**i) + i * (vocabulary + 1) for i in range(4)]
+            assert found[b, t].tolist() == [
+                follower(text, 4 * 2**i) + i * (vocabulary + 1) for i in range(4)
+            ]
     assert (found - torch.arange(4) * (vocabulary + 1)).flatten(0, 1).count_nonzero(0).min() > 40
 
 
 def test_matches_reach_into_the_tokens_in_front():
     idx = tokens(3, 60, vocabulary=2)
     whole = match_rows(idx, matches=3, vocabulary=11)
-    assert torch.equal(match_rows(idx[:, -1:], matches=3, vocabulary=11, before=idx[:, :-1]), whole[:, -1:])
+    assert torch.equal(
+        match_rows(idx[:, -1:], matches=3, vocabulary=11, before=idx[:, :-1]), whole[:, -1:]
+    )
 
 
 def test_in_training_some_sequences_find_no_matches():
     model, idx = small(**MATCHES, match_dropout=0.5), tokens(20, 40, vocabulary=2)
     with torch.no_grad():
-        model.get_parameter("match_embedding.weight")[[*range(1, 12), *range(13, 24)]] += 1  # all rows but "never"
-    logits = {"found": model(idx)[0], "none": model(idx, cache=NgramCache(model.config, matching=False))[0]}
+        model.get_parameter("match_embedding.weight")[[*range(1, 12), *range(13, 24)]] += (
+            1  # all rows but "never"
+        )
+    logits = {
+        "found": model(idx)[0],
+        "none": model(idx, cache=NgramCache(model.config, matching=False))[0],
+    }
     model.train()
     torch.manual_seed(0)
     mixed = model(idx)[0]
@@ -135,10 +163,14 @@ def test_in_training_some_sequences_find_no_matches():
 def test_without_matching_no_text_repeats_itself():
     model, idx = small(**MATCHES), tokens(1, 40, vocabulary=2)
     with torch.no_grad():
-        model.get_parameter("match_embedding.weight")[[*range(1, 12), *range(13, 24)]] += 1  # all rows but "never"
+        model.get_parameter("match_embedding.weight")[[*range(1, 12), *range(13, 24)]] += (
+            1  # all rows but "never"
+        )
     never = small(**MATCHES)
     assert not torch.equal(model(idx)[0], never(idx)[0])
-    unmatched, never_matched = (m(idx, cache=NgramCache(m.config, matching=False))[0] for m in (model, never))
+    unmatched, never_matched = (
+        m(idx, cache=NgramCache(m.config, matching=False))[0] for m in (model, never)
+    )
     assert torch.equal(unmatched, never_matched)
     assert torch.equal(model.generate(idx, 9, temperature=0), never.generate(idx, 9, temperature=0))
 
@@ -147,7 +179,11 @@ def test_without_matching_no_text_repeats_itself():
 def test_the_hash_fills_its_rows_at_least_as_chance_would(rows: int):
     """All bigrams of 65 symbols: rows · (1 − exp(−n/rows)) rows in use, but for 4 standard deviations of balls in bins."""
     a, b = torch.meshgrid(torch.arange(65), torch.arange(65), indexing="ij")
-    used = ngram_rows(torch.stack((a.flatten(), b.flatten()), dim=1), order=2, rows=rows)[:, 1, 0].unique().numel()
+    used = (
+        ngram_rows(torch.stack((a.flatten(), b.flatten()), dim=1), order=2, rows=rows)[:, 1, 0]
+        .unique()
+        .numel()
+    )
     filling = 65**2 / rows
     deviation = math.sqrt(rows * (math.exp(-filling) - (1 + filling) * math.exp(-2 * filling)))
     assert used > rows * (1 - math.exp(-filling)) - 4 * deviation
@@ -175,8 +211,13 @@ def test_a_shifted_mlp_reaches_one_position_a_layer():
 
 def test_without_the_options_nothing_is_different():
     """The same parameters, and a table of zeros adds exactly nothing: the first logits are bit for bit those of a model without it."""
-    off, on = small(ngram=1, mlp_shift=False, zero_init=True), small(mlp_shift=False, zero_init=True)
-    assert {n for n, _ in on.named_parameters()} - {n for n, _ in off.named_parameters()} == {"ngram_embedding.weight"}
+    off, on = (
+        small(ngram=1, mlp_shift=False, zero_init=True),
+        small(mlp_shift=False, zero_init=True),
+    )
+    assert {n for n, _ in on.named_parameters()} - {n for n, _ in off.named_parameters()} == {
+        "ngram_embedding.weight"
+    }
     with torch.no_grad():
         for model in (off, on):
             model.head.weight.copy_(torch.randn(11, 16, generator=torch.Generator().manual_seed(2)))
@@ -190,7 +231,10 @@ def test_the_table_has_its_place_in_the_modular_norm():
     model = small(n_layer=1)
     norm = metrize(model, model.structure(RoleMasses(ngram=2.0)))
     assert set(norm.norms) == {n for n, _ in model.named_parameters()}
-    assert (norm.roles["ngram_embedding.weight"], str(norm.norms["ngram_embedding.weight"])) == ("ngram", "L1ToRMS")
+    assert (norm.roles["ngram_embedding.weight"], str(norm.norms["ngram_embedding.weight"])) == (
+        "ngram",
+        "L1ToRMS",
+    )
     assert norm.masses["ngram_embedding.weight"] == pytest.approx(2)
     half_mlp = 1 / 2 + 1 / 3**0.5
     for name in ("embedding.weight", "ngram_embedding.weight"):
@@ -203,7 +247,10 @@ def test_matches_have_their_place_in_the_modular_norm():
     """Masses 1 + 1 + 4 + 2 + 1 + 1 of 10: read twice, as far as the embedding, at half its radius."""
     model = small(n_layer=1, match=2)
     norm = metrize(model, model.structure())
-    assert (norm.roles["match_embedding.weight"], str(norm.norms["match_embedding.weight"])) == ("match", "L1ToRMS")
+    assert (norm.roles["match_embedding.weight"], str(norm.norms["match_embedding.weight"])) == (
+        "match",
+        "L1ToRMS",
+    )
     assert norm.radii["match_embedding.weight"] == pytest.approx(norm.radii["embedding.weight"] / 2)
     zero = NgramGPT(replace(SMALL, zero_init=True, match=2)).get_parameter("match_embedding.weight")
     assert not zero.any()
@@ -226,7 +273,10 @@ def test_only_rows_of_ngrams_that_were_met_move():
 def test_flops_are_what_torch_counts():
     """A look-up is no product."""
     model = small().train()
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
         loss = model(tokens(3, 12), tokens(3, 12))[1]
         assert loss is not None
         loss.backward()
@@ -236,9 +286,18 @@ def test_flops_are_what_torch_counts():
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"ngram": 0}, r"model.ngram\n  got: 0\n  allowed: 1 \(off\) or more\n  fix: set it in the file, or --model.ngram"),
-        ({"match": 9}, r"model.match\n  got: 9\n  allowed: 0 \(off\) to 8\n  fix: set it in the file, or --model.match"),
-        ({"ngram_rows": 0}, r"model.ngram_rows\n  got: 0\n  allowed: 1 or more\n  fix: set it in the file, or --model.ngram-rows"),
+        (
+            {"ngram": 0},
+            r"model.ngram\n  got: 0\n  allowed: 1 \(off\) or more\n  fix: set it in the file, or --model.ngram",
+        ),
+        (
+            {"match": 9},
+            r"model.match\n  got: 9\n  allowed: 0 \(off\) to 8\n  fix: set it in the file, or --model.match",
+        ),
+        (
+            {"ngram_rows": 0},
+            r"model.ngram_rows\n  got: 0\n  allowed: 1 or more\n  fix: set it in the file, or --model.ngram-rows",
+        ),
     ],
 )
 def test_impossible_tables_are_refused(changes: dict, text: str):
@@ -251,7 +310,13 @@ def test_impossible_tables_are_refused(changes: dict, text: str):
 
 @pytest.mark.parametrize(
     ("setting", "value", "default"),
-    [("ngram", 4, 1), ("ngram_rows", 8, 4096), ("match", 1, 0), ("match_dropout", 0.5, 0.0), ("mlp_shift", True, False)],
+    [
+        ("ngram", 4, 1),
+        ("ngram_rows", 8, 4096),
+        ("match", 1, 0),
+        ("match_dropout", 0.5, 0.0),
+        ("mlp_shift", True, False),
+    ],
 )
 def test_a_plain_gpt_has_no_settings_of_ngrams(setting: str, value: object, default: object):
     text = f"model.{setting}\n  got: {value}\n  allowed: {default} with model.name = 'gpt'\n  fix: --model.name ngram"
@@ -264,13 +329,18 @@ def test_a_plain_gpt_has_no_settings_of_ngrams(setting: str, value: object, defa
 def test_an_option_does_not_change_the_model_of_a_file(tmp_path: Path):
     (tmp_path / "c.toml").write_text("[model]\nn_layer = 1\n")
     assert load([str(tmp_path / "c.toml")]).model.name == "gpt"
-    with pytest.raises(ConfigError, match="model.match\n  got: 2\n  allowed: 0 with model.name = 'gpt'"):
+    with pytest.raises(
+        ConfigError, match="model.match\n  got: 2\n  allowed: 0 with model.name = 'gpt'"
+    ):
         load([str(tmp_path / "c.toml"), "--model.match", "2"])
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_name_decides_the_class(name: Literal["gpt", "ngram"]):
-    assert type(build(ModelConfig(1, 1, 8, block_size=4, vocab_size=7, name=name))) is {"gpt": GPT, "ngram": NgramGPT}[name]
+    assert (
+        type(build(ModelConfig(1, 1, 8, block_size=4, vocab_size=7, name=name)))
+        is {"gpt": GPT, "ngram": NgramGPT}[name]
+    )
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "records").rglob("*.toml")), ids=lambda p: p.stem)
@@ -286,5 +356,13 @@ def test_configurations_without_a_name_are_the_models_that_they_were(path: Path)
 def test_the_track_s_configuration_is_what_it_says():
     path = ROOT / "configs" / "shakespeare_speedrun.toml"
     config = load([str(path)])
-    assert config.train.target_loss == tomllib.loads((ROOT / "configs" / "shakespeare_char.toml").read_text())["train"]["target_loss"]
-    assert build(replace(config.model, vocab_size=65)).num_params() == 2 * 65 * 64 + 8192 * 64 + 4 * 64**2 + 8 * 64**2
+    assert (
+        config.train.target_loss
+        == tomllib.loads((ROOT / "configs" / "shakespeare_char.toml").read_text())["train"][
+            "target_loss"
+        ]
+    )
+    assert (
+        build(replace(config.model, vocab_size=65)).num_params()
+        == 2 * 65 * 64 + 8192 * 64 + 4 * 64**2 + 8 * 64**2
+    )

@@ -39,7 +39,13 @@ def base(root: Path) -> Config:
 
 def where(root: Path) -> tuple[str, ...]:
     """Configuration, text and run folders by absolute paths: runs start in the directory of the whole test."""
-    return (str(root / "small.toml"), "--data.dataset", str(root / "corpora/small"), "--run.dir", str(root / "runs"))
+    return (
+        str(root / "small.toml"),
+        "--data.dataset",
+        str(root / "corpora/small"),
+        "--run.dir",
+        str(root / "runs"),
+    )
 
 
 def call(root: Path, *argv: str) -> int:
@@ -67,11 +73,15 @@ def test_one_axis_is_one_line_of_ascending_sizes():
     assert line.values() == [16, 32, 64]
 
 
-@pytest.mark.parametrize(("axis", "place"), [("width", 0), ("depth", 1), ("context", 2), ("batch", 3), ("horizon", 4)])
+@pytest.mark.parametrize(
+    ("axis", "place"), [("width", 0), ("depth", 1), ("context", 2), ("batch", 3), ("horizon", 4)]
+)
 def test_each_axis_varies_what_it_names(axis: str, place: int):
     (line,) = lines(BASE, NONE | {axis: [2, 4]}, grid=False)
     assert [size[place] for size in line.sizes] == [2, 4]
-    assert all(size[:place] + size[place + 1 :] == BASE[:place] + BASE[place + 1 :] for size in line.sizes)
+    assert all(
+        size[:place] + size[place + 1 :] == BASE[:place] + BASE[place + 1 :] for size in line.sizes
+    )
 
 
 def test_two_axes_are_two_lines_through_the_configuration():
@@ -83,13 +93,19 @@ def test_two_axes_are_two_lines_through_the_configuration():
 
 def test_a_grid_is_each_line_of_the_product():
     found = lines(BASE, NONE | {"width": [16, 32], "depth": [2, 4, 8]}, grid=True)
-    assert [(line.axis, len(line.sizes)) for line in found] == [("width", 2)] * 3 + [("depth", 3)] * 2
-    assert {size[:2] for line in found for size in line.sizes} == {(w, d) for w in (16, 32) for d in (2, 4, 8)}
+    assert [(line.axis, len(line.sizes)) for line in found] == [("width", 2)] * 3 + [
+        ("depth", 3)
+    ] * 2
+    assert {size[:2] for line in found for size in line.sizes} == {
+        (w, d) for w in (16, 32) for d in (2, 4, 8)
+    }
     assert [line.sizes[0][1] for line in found[:3]] == [2, 4, 8], "width at each depth"
 
 
 def test_an_axis_of_one_value_sets_it_for_all():
-    assert lines(BASE, NONE | {"width": [16, 32], "depth": [4]}, grid=False) == [Line("width", ((16, 4, 16, 8, 12), (32, 4, 16, 8, 12)))]
+    assert lines(BASE, NONE | {"width": [16, 32], "depth": [4]}, grid=False) == [
+        Line("width", ((16, 4, 16, 8, 12), (32, 4, 16, 8, 12)))
+    ]
     assert lines(BASE, NONE | {"depth": [4]}, grid=False) == []
 
 
@@ -99,7 +115,11 @@ def test_a_size_keeps_the_width_of_a_head_and_the_tokens_of_a_step(base: Config)
     assert (wide["model.n_embd"], wide["model.n_head"]) == (48, 6), "8 wide, as 16 / 2"
     assert (long["model.block_size"], long["train.batch_size"]) == (32, 4)
     large = sized(base, (16, 3, 16, 24, 7))
-    assert (large["train.batch_size"], large["model.n_layer"], large["train.steps"]) == (24, 3, 7), "a larger batch has more tokens"
+    assert (large["train.batch_size"], large["model.n_layer"], large["train.steps"]) == (
+        24,
+        3,
+        7,
+    ), "a larger batch has more tokens"
     assert runs.job(base, "x", Path("runs"), **sized(base, BASE)).config.model == base.model
 
 
@@ -161,8 +181,12 @@ def test_options_of_runs_are_checked_as_strictly(root: Path):
 
 def test_the_command_ends_with_code_2_where_it_refuses(root: Path):
     command = root / "command.py"
-    command.write_text("import runpy\nrunpy.run_module('studies.transfer', run_name='__main__', alter_sys=True)\n")
-    code, _, err = run(root, "small.toml", "--widths", "16", "20", "--lrs", "1", "2", "4", script=str(command))
+    command.write_text(
+        "import runpy\nrunpy.run_module('studies.transfer', run_name='__main__', alter_sys=True)\n"
+    )
+    code, _, err = run(
+        root, "small.toml", "--widths", "16", "20", "--lrs", "1", "2", "4", script=str(command)
+    )
     assert (code, err) == (
         2,
         "error: --widths\n  got: 20\n  allowed: a multiple of 8, the width of a head\n  fix: other sizes, or another configuration\n",
@@ -177,12 +201,17 @@ def test_the_command_ends_with_code_2_where_it_refuses(root: Path):
 def test_the_cost_alone_is_printed_and_nothing_runs(root: Path, capsys: pytest.CaptureFixture[str]):
     assert call(root, "--widths", "16", "32", "--lrs", "1", "2", "4", "--dry-run") == 0
     out = capsys.readouterr().out
-    assert f"{root / 'runs/transfer-small-dualized'}: 12 runs, 0 of them done; " in out and " FLOPs to go, about " in out
+    assert (
+        f"{root / 'runs/transfer-small-dualized'}: 12 runs, 0 of them done; " in out
+        and " FLOPs to go, about " in out
+    )
     assert " GFLOP/s), 2 at a time\n" in out and out.count("\n") == 1
     assert not (root / "runs/transfer-small-dualized").exists()
 
 
-def test_a_sweep_leaves_losses_verdict_and_picture(root: Path, swept: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_sweep_leaves_losses_verdict_and_picture(
+    root: Path, swept: Path, capsys: pytest.CaptureFixture[str]
+):
     assert {p.name for p in swept.iterdir() if not p.name.startswith("w")} == {
         ".lock",
         "configs",
@@ -192,15 +221,28 @@ def test_a_sweep_leaves_losses_verdict_and_picture(root: Path, swept: Path, caps
     }
     results = json.loads((swept / "results.json").read_text())
     (line,) = results["lines"]
-    assert (line["axis"], line["sizes"], line["lrs"], line["seeds"]) == ("width", [16, 32], [1.0, 2.0, 4.0], 2)
+    assert (line["axis"], line["sizes"], line["lrs"], line["seeds"]) == (
+        "width",
+        [16, 32],
+        [1.0, 2.0, 4.0],
+        2,
+    )
     assert results["thresholds"] == vars(Thresholds())
     for s, width in enumerate((16, 32)):
         for k, lr in enumerate((1, 2, 4)):
             for seed in (0, 1):
                 folder = swept / f"w{width}.d2.t16.b8.n4.lr{lr}.s{seed}"
-                assert line["losses"][s][k][seed] == json.loads((folder / "summary.json").read_text())["val_loss"]
+                assert (
+                    line["losses"][s][k][seed]
+                    == json.loads((folder / "summary.json").read_text())["val_loss"]
+                )
                 made = configuration.load([str(folder / "config.toml")])
-                assert (made.model.n_embd, made.model.n_head, made.optim.lr, made.run.seed) == (width, width // 8, lr, seed)
+                assert (made.model.n_embd, made.model.n_head, made.optim.lr, made.run.seed) == (
+                    width,
+                    width // 8,
+                    lr,
+                    seed,
+                )
     assert line["word"] == judge(np.array(line["losses"]), [16, 32], [1.0, 2.0, 4.0]).word
     text = (swept / "verdict.txt").read_text()
     assert f"width 16 … 32 (depth 2, context 16, batch 8, horizon 4): {line['word']}\n" in text
@@ -213,7 +255,9 @@ def test_a_sweep_leaves_losses_verdict_and_picture(root: Path, swept: Path, caps
     assert (swept / "transfer.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_same_call_again_runs_nothing_and_a_seed_more_runs_its_own(root: Path, swept: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_same_call_again_runs_nothing_and_a_seed_more_runs_its_own(
+    root: Path, swept: Path, capsys: pytest.CaptureFixture[str]
+):
     there, verdict = written(swept), (swept / "verdict.txt").read_text()
     capsys.readouterr()
     assert call(root, *SWEEP) == 0
@@ -224,14 +268,20 @@ def test_the_same_call_again_runs_nothing_and_a_seed_more_runs_its_own(root: Pat
     assert call(root, *SWEEP, "--seeds", "3", "--max-drift", "10") == 0
     assert ": 18 runs, 12 of them done; " in capsys.readouterr().out
     now = written(swept)
-    assert there.items() <= now.items() and now.keys() - there.keys() == {n[:-1] + "2" for n in there if n.endswith("0")}
+    assert there.items() <= now.items() and now.keys() - there.keys() == {
+        n[:-1] + "2" for n in there if n.endswith("0")
+    }
     results = json.loads((swept / "results.json").read_text())
     assert results["thresholds"]["drift"] == 10 and results["lines"][0]["seeds"] == 3
-    with pytest.raises(StudyError, match="got: optim.beta = 0.5\n  allowed: 0.95, as the run that is there had it"):
+    with pytest.raises(
+        StudyError, match="got: optim.beta = 0.5\n  allowed: 0.95, as the run that is there had it"
+    ):
         call(root, *SWEEP, "--optim.beta", "0.5")
 
 
-def test_axes_of_all_kinds_and_a_divergence_in_one_call(root: Path, capsys: pytest.CaptureFixture[str]):
+def test_axes_of_all_kinds_and_a_divergence_in_one_call(
+    root: Path, capsys: pytest.CaptureFixture[str]
+):
     """One seed, and a learning rate that nothing survives: no PASS, and the losses say so."""
     argv = (
         "--contexts",
@@ -258,14 +308,22 @@ def test_axes_of_all_kinds_and_a_divergence_in_one_call(root: Path, capsys: pyte
     losses = np.array([line["losses"] for line in results["lines"]], dtype=object)
     assert losses.shape == (2, 2, 3, 1) and (losses[:, :, 2] == "diverged").all()
     assert np.isfinite(losses[:, :, :2].astype(float)).all()
-    assert losses[0, 1].tolist() == losses[1, 0].tolist(), "the configuration itself is in both lines, and ran once"
+    assert losses[0, 1].tolist() == losses[1, 0].tolist(), (
+        "the configuration itself is in both lines, and ran once"
+    )
     assert len(written(root / "runs/kinds")) == 6
     text = (root / "runs/kinds/verdict.txt").read_text()
     assert (root / "runs/kinds/w16.d2.t8.b8.n4.lr1e30.s0/failed.json").is_file()
-    assert "note: 2 of 6 runs diverged" in text and "noise is unknown" in text and "not bracketed" in text
+    assert (
+        "note: 2 of 6 runs diverged" in text
+        and "noise is unknown" in text
+        and "not bracketed" in text
+    )
 
 
-def test_the_coordinate_check_is_the_change_of_activations(root: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_coordinate_check_is_the_change_of_activations(
+    root: Path, capsys: pytest.CaptureFixture[str]
+):
     """Against the checkpoints: the residual stream by the model's own parts, one after the other."""
     assert call(root, "--coordinates", "3", "--widths", "32", "16", "--name", "coordinates") == 0
     out = capsys.readouterr().out.splitlines()
@@ -286,7 +344,11 @@ def test_the_coordinate_check_is_the_change_of_activations(root: Path, capsys: p
         c = configuration.from_dict(Config, checkpoint.read_state(path)["config"])
         seen = []
         for trained in (False, True):
-            model = GPT(c.model, c.optim.norms.build(c.optim.polar, c.model.n_head), torch.Generator().manual_seed(0)).eval()
+            model = GPT(
+                c.model,
+                c.optim.norms.build(c.optim.polar, c.model.n_head),
+                torch.Generator().manual_seed(0),
+            ).eval()
             if trained:
                 checkpoint.load_model(path, model)
             with torch.no_grad():
@@ -299,25 +361,48 @@ def test_the_coordinate_check_is_the_change_of_activations(root: Path, capsys: p
     for name, (small, large) in changes.items():
         assert rows[name] == pytest.approx([small, large, math.log2(large / small)], abs=6e-4), name
     worst = max(rows, key=lambda name: abs(rows[name][2]))
-    assert out[-1].startswith(f"largest slope of log change against log width: {rows[worst][2]:+.3f} ({worst})")
+    assert out[-1].startswith(
+        f"largest slope of log change against log width: {rows[worst][2]:+.3f} ({worst})"
+    )
 
 
-def test_more_seeds_of_the_smallest_size_alone(root: Path, swept: Path, capsys: pytest.CaptureFixture[str]):
+def test_more_seeds_of_the_smallest_size_alone(
+    root: Path, swept: Path, capsys: pytest.CaptureFixture[str]
+):
     """Nothing new at the larger size, and a verdict of what there is."""
     before = written(swept)
     assert call(root, *SWEEP, "--first-seeds", "4") == 0
     new = written(swept).keys() - before.keys()
     assert new and all(n.startswith("w16.") and n.endswith(("s2", "s3")) for n in new)
     (line,) = json.loads((swept / "results.json").read_text())["lines"]
-    assert np.isfinite(np.array(line["losses"][0])).all() and all(cell[2:] == [None, None] for cell in line["losses"][1])
+    assert np.isfinite(np.array(line["losses"][0])).all() and all(
+        cell[2:] == [None, None] for cell in line["losses"][1]
+    )
     assert line["noise"]["df"] == 2 * (3 + 1)
 
 
 def test_a_size_at_which_everything_diverged_is_named(root: Path):
-    wild = ("--widths", "16", "32", "--lrs", "1e30", "2e30", "4e30", "--seeds", "1", "--optim.name", "sgd", "--name", "wild")
+    wild = (
+        "--widths",
+        "16",
+        "32",
+        "--lrs",
+        "1e30",
+        "2e30",
+        "4e30",
+        "--seeds",
+        "1",
+        "--optim.name",
+        "sgd",
+        "--name",
+        "wild",
+    )
     assert call(root, *wild) == 0
     said = (root / "runs/wild/verdict.txt").read_text()
-    assert "no verdict\nlosses of size 16\n  got: no run that did not diverge\n  allowed: one or more\n  fix: smaller --lrs" in said
+    assert (
+        "no verdict\nlosses of size 16\n  got: no run that did not diverge\n  allowed: one or more\n  fix: smaller --lrs"
+        in said
+    )
     assert json.loads((root / "runs/wild/results.json").read_text())["lines"] == []
 
 
@@ -345,7 +430,11 @@ def test_a_text_tells_every_number_and_word():
     assert found.splitlines()[0].endswith(": TOO NOISY TO SAY")
     row = found.splitlines()[3]
     assert "2 [1, 4]" in row and "2.2500" in row and "0 [-0.5, 0.5]" in row
-    assert "+0.10% [+0.00%, +0.20%]" in row and "-1.00% [-2.00%, +1.00%]" in row and row.endswith("not bracketed")
+    assert (
+        "+0.10% [+0.00%, +0.20%]" in row
+        and "-1.00% [-2.00%, +1.00%]" in row
+        and row.endswith("not bracketed")
+    )
     assert (
         "larger is not worse at that lr (by more than 0.50%): TOO NOISY TO SAY" in found
         and "  note: a note\n  note: rates an octave apart" in found
