@@ -44,6 +44,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from optim import Dualized, Rival
 from optim.comm import Piece, piece_of, sharded
+from optim.errors import Refusal
 from optim.metrize import canonical
 
 SCHEMA = 2  # of state.json
@@ -54,7 +55,7 @@ warnings.filterwarnings(
 )
 
 
-class CheckpointError(ValueError):
+class CheckpointError(Refusal):
     """A checkpoint that cannot be used: what was got, what is allowed, how to fix it."""
 
 
@@ -247,8 +248,10 @@ class Saver:
                 else error
             )
             raise SaveError(
-                f"the checkpoint of step {step} could not be saved\n  got: {first}\n  allowed: a folder that can be written, with room\n  fix: see to {self.folder};"
-                " older checkpoints are as they were"
+                f"the checkpoint of step {step} could not be saved",
+                got=first,
+                allowed="a folder that can be written, with room",
+                fix=f"see to {self.folder}; older checkpoints are as they were",
             ) from error
 
     def _settle(
@@ -392,8 +395,10 @@ def check_files(checkpoint: Path) -> None:
                 else ", ".join(f"{k} {v}" for k, v in found.items() if v != signature[k])
             )
             raise CheckpointError(
-                f"{path}: damaged checkpoint\n  got: {got}\n  allowed: the file as it was written ({signature['bytes']} bytes)\n  fix: delete this checkpoint;"
-                " the one before is used"
+                f"{path}: damaged checkpoint",
+                got=got,
+                allowed=f"the file as it was written ({signature['bytes']} bytes)",
+                fix="delete this checkpoint; the one before is used",
             )
 
 
@@ -405,7 +410,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             raise ValueError(f"a {type(state).__name__}")
         if state.get("schema", SCHEMA) != SCHEMA:
             raise CheckpointError(
-                f"{checkpoint}\n  got: schema {state['schema']}\n  allowed: {SCHEMA}\n  fix: use the version that saved it"
+                checkpoint,
+                got=f"schema {state['schema']}",
+                allowed=SCHEMA,
+                fix="use the version that saved it",
             )
         missing = {
             "schema",
@@ -426,7 +434,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{checkpoint}: damaged checkpoint\n  got: {error}\n  allowed: a whole state.json\n  fix: delete this checkpoint, and the one before is used"
+            f"{checkpoint}: damaged checkpoint",
+            got=error,
+            allowed="a whole state.json",
+            fix="delete this checkpoint, and the one before is used",
         ) from error
     return state
 
@@ -442,8 +453,10 @@ def load_model(checkpoint: Path, model: nn.Module) -> None:
     if own != saved:
         name = sorted(k for k in own.keys() | saved.keys() if own.get(k) != saved.get(k))[0]
         raise CheckpointError(
-            f"{checkpoint}: another architecture\n  got: {name} {saved.get(name, 'missing')} in the checkpoint\n"
-            f"  allowed: {own.get(name, 'no such parameter')}, as the configuration has it\n  fix: resume with the configuration that the run was started with: its folder's config.toml"
+            f"{checkpoint}: another architecture",
+            got=f"{name} {saved.get(name, 'missing')} in the checkpoint",
+            allowed=f"{own.get(name, 'no such parameter')}, as the configuration has it",
+            fix="resume with the configuration that the run was started with: its folder's config.toml",
         )
     _load(checkpoint / "model", pieces)
 
@@ -458,8 +471,10 @@ def load_optimizer(checkpoint: Path, state: dict[str, Any], optimizer: Dualized 
     wrong = sorted(k for k, x in pieces.items() if saved.get(k) != x.shape)
     if wrong:
         raise CheckpointError(
-            f"{checkpoint}: another optimizer\n  got: {wrong[0]} {saved.get(wrong[0], 'missing')}\n  allowed: {pieces[wrong[0]].shape}\n"
-            "  fix: resume with the configuration that the run was started with"
+            f"{checkpoint}: another optimizer",
+            got=f"{wrong[0]} {saved.get(wrong[0], 'missing')}",
+            allowed=pieces[wrong[0]].shape,
+            fix="resume with the configuration that the run was started with",
         )
     _load(checkpoint / "optimizer", pieces)
 
@@ -476,7 +491,10 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         }  # type: ignore[union-attr]
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder}: damaged checkpoint\n  got: {error}\n  allowed: whole safetensors files\n  fix: delete this checkpoint, and the one before is used"
+            f"{folder}: damaged checkpoint",
+            got=error,
+            allowed="whole safetensors files",
+            fix="delete this checkpoint, and the one before is used",
         ) from error
 
 

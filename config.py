@@ -23,12 +23,13 @@ from models import ModelConfig, settings_of_others
 from optim import RIVALS, EscapeVelocity, Polar
 from optim.directions import DIRECTIONS
 from optim.dualized import Constraint
+from optim.errors import Refusal
 from optim.rivals import Scaling
 from optim.step_size import SCHEDULES
 from runtime import RunConfig
 
 
-class ConfigError(ValueError):
+class ConfigError(Refusal):
     """A configuration that cannot be used: the key, what was got, what is allowed."""
 
 
@@ -306,7 +307,10 @@ def require(section: str, *checks: tuple[str, object, bool, str]) -> None:
         if not fine:
             flag = f"--{section}.{key}".replace("_", "-")
             raise ConfigError(
-                f"{section}.{key}\n  got: {value!r}\n  allowed: {allowed}\n  fix: set it in the file, or {flag}"
+                f"{section}.{key}",
+                got=repr(value),
+                allowed=allowed,
+                fix=f"set it in the file, or {flag}",
             )
 
 
@@ -320,13 +324,14 @@ def from_dict(cls: type, raw: dict[str, Any], path: str = "") -> Any:
         if key not in hints:
             close = difflib.get_close_matches(key, hints, n=1)
             fix = f"nearest valid name: {path}{close[0]}" if close else "leave it out"
-            raise ConfigError(
-                f"unknown key {dotted}\n  got: {key}\n  allowed: {', '.join(hints)}\n  fix: {fix}"
-            )
+            raise ConfigError(f"unknown key {dotted}", got=key, allowed=", ".join(hints), fix=fix)
         if is_dataclass(hints[key]):
             if not isinstance(value, dict):
                 raise ConfigError(
-                    f"{dotted}\n  got: {value!r}\n  allowed: a section\n  fix: [{dotted}], with its keys below"
+                    dotted,
+                    got=repr(value),
+                    allowed="a section",
+                    fix=f"[{dotted}], with its keys below",
                 )
             values[key] = from_dict(hints[key], value, f"{dotted}.")  # type: ignore[arg-type]
             continue
@@ -334,13 +339,16 @@ def from_dict(cls: type, raw: dict[str, Any], path: str = "") -> Any:
             values[key] = TypeAdapter(hints[key]).validate_python(value, strict=True)
         except ValidationError as error:
             raise ConfigError(
-                f"{dotted}\n  got: {value!r}\n  allowed: {spell(hints[key])}\n  fix: write it so, or leave it out for the default"
+                dotted,
+                got=repr(value),
+                allowed=spell(hints[key]),
+                fix="write it so, or leave it out for the default",
             ) from error
     try:
         return cls(**values)
     except ValueError as error:  # of a section that checks itself, as Polar does
         raise ConfigError(
-            f"{path.rstrip('.')}\n  got: {raw}\n  allowed: {error}\n  fix: set it in the file, or --{path}KEY"
+            path.rstrip("."), got=raw, allowed=error, fix=f"set it in the file, or --{path}KEY"
         ) from error
 
 
@@ -379,12 +387,13 @@ def load(argv: list[str]) -> Config:
             shipped = Path(__file__).parent / "configs"
             there = ", ".join(sorted(str(p.relative_to(shipped)) for p in shipped.rglob("*.toml")))
             raise ConfigError(
-                f"configuration file\n  got: {path} ({error.strerror})\n  allowed: a TOML file\n  fix: one of those in {shipped.name}/: {there}"
+                "configuration file",
+                got=f"{path} ({error.strerror})",
+                allowed="a TOML file",
+                fix=f"one of those in {shipped.name}/: {there}",
             ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"{path}\n  got: {error}\n  allowed: TOML\n  fix: see https://toml.io"
-            ) from error
+            raise ConfigError(path, got=error, allowed="TOML", fix="see https://toml.io") from error
     # The file's own mistakes first; and its model, which options do not imply.
     raw.setdefault("model", {})["name"] = from_dict(Config, raw).model.name
     if "--help" in options or "-h" in options:
@@ -400,7 +409,10 @@ def load(argv: list[str]) -> Config:
     config = from_dict(Config, raw)
     if config.run.name is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         raise ConfigError(
-            "run.name\n  got: none, under torchrun --max-restarts\n  allowed: a name, by which a restart finds the run\n  fix: --run.name NAME"
+            "run.name",
+            got="none, under torchrun --max-restarts",
+            allowed="a name, by which a restart finds the run",
+            fix="--run.name NAME",
         )
     if config.run.name is None and path is not None and not config.run.resume:
         config.run.name = f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -439,7 +451,10 @@ def read_options(options: list[str]) -> dict[str, Any]:
                 else "--help lists them"
             )
             raise ConfigError(
-                f"unknown option {flag}\n  got: {flag}\n  allowed: --section.key, with the keys of the configuration file\n  fix: {fix}"
+                f"unknown option {flag}",
+                got=flag,
+                allowed="--section.key, with the keys of the configuration file",
+                fix=fix,
             )
         if (
             not equals
@@ -457,7 +472,7 @@ def read_options(options: list[str]) -> dict[str, Any]:
             found[name] = TypeAdapter(hints[name]).validate_strings(value)
         except ValidationError as error:
             raise ConfigError(
-                f"{flag}\n  got: {value!r}\n  allowed: {spell(hints[name])}\n  fix: {flag} VALUE"
+                flag, got=repr(value), allowed=spell(hints[name]), fix=f"{flag} VALUE"
             ) from error
     return found
 

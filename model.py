@@ -27,6 +27,7 @@ from optim import (
     concat,
     residual,
 )
+from optim.errors import Refusal
 
 
 @dataclass
@@ -105,8 +106,11 @@ class GPTConfig:
         """Raise ValueError for the first (name, fine, allowed) that is not fine."""
         for name, fine, allowed in checks:
             if not fine:
-                raise ValueError(
-                    f"model.{name}\n  got: {getattr(self, name)}\n  allowed: {allowed}\n  fix: set it in the file, or --model.{name.replace('_', '-')}"
+                raise Refusal(
+                    f"model.{name}",
+                    got=getattr(self, name),
+                    allowed=allowed,
+                    fix=f"set it in the file, or --model.{name.replace('_', '-')}",
                 )
 
 
@@ -128,8 +132,11 @@ class RoleNorms:
         for role, name in self.roles().items():
             if name not in NORMS or NORMS[name]().ndim != 2:
                 allowed = ", ".join(n for n, norm in NORMS.items() if norm().ndim == 2)
-                raise ValueError(
-                    f"optim.norms.{role}\n  got: {name!r}\n  allowed: {allowed}\n  fix: set it in the file, or --optim.norms.{role}"
+                raise Refusal(
+                    f"optim.norms.{role}",
+                    got=repr(name),
+                    allowed=allowed,
+                    fix=f"set it in the file, or --optim.norms.{role}",
                 )
 
     def build(self, polar: Polar, n_head: int) -> dict[str, Norm]:
@@ -164,12 +171,18 @@ class RoleMasses:
         """Raise ValueError for what cannot be built."""
         for role, mass in vars(self).items():
             if mass < 0:
-                raise ValueError(
-                    f"optim.masses.{role}\n  got: {mass:g}\n  allowed: 0 (never updated) or more\n  fix: set it in the file, or --optim.masses.{role}"
+                raise Refusal(
+                    f"optim.masses.{role}",
+                    got=f"{mass:g}",
+                    allowed="0 (never updated) or more",
+                    fix=f"set it in the file, or --optim.masses.{role}",
                 )
         if not any(vars(self).values()):
-            raise ValueError(
-                "optim.masses\n  got: 0 for every role\n  allowed: at least one above 0\n  fix: leave one of them out"
+            raise Refusal(
+                "optim.masses",
+                got="0 for every role",
+                allowed="at least one above 0",
+                fix="leave one of them out",
             )
 
 
@@ -383,8 +396,8 @@ class GPT(nn.Module):
         super().__init__()
         config.check()
         if config.vocab_size is None:
-            raise ValueError(
-                "model.vocab_size: got none; allowed: the tokenizer's vocabulary or more"
+            raise Refusal(
+                "model.vocab_size", got="none", allowed="the tokenizer's vocabulary or more"
             )
         self.config = config
         self.norms = norms or RoleNorms().build(Polar(), config.n_head)

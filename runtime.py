@@ -30,6 +30,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
+from optim.errors import Refusal
+
 try:
     import resource
 except ImportError:  # Windows
@@ -39,7 +41,7 @@ T = TypeVar("T")
 HUNG = 124  # exit code, as timeout(1)'s
 
 
-class RunError(ValueError):
+class RunError(Refusal):
     """A run that cannot start here: what was got, what is allowed, how to fix it."""
 
 
@@ -98,8 +100,10 @@ class Runtime:
         missing = [k for k in ("RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
         if self.size > 1 and missing:
             raise RankError(
-                f"WORLD_SIZE {self.size}\n  got: no {', '.join(missing)}\n  allowed: one process without WORLD_SIZE, or all that torchrun sets\n"
-                "  fix: torchrun --standalone --nproc_per_node=N train_gpt.py …"
+                f"WORLD_SIZE {self.size}",
+                got=f"no {', '.join(missing)}",
+                allowed="one process without WORLD_SIZE, or all that torchrun sets",
+                fix="torchrun --standalone --nproc_per_node=N train_gpt.py …",
             )
         self.parallel = config.parallel if self.size > 1 else "ddp"
         if self.parallel != config.parallel:
@@ -109,12 +113,15 @@ class Runtime:
         if config.threads is not None:
             if config.threads < 1:
                 raise RunError(
-                    f"run.threads\n  got: {config.threads}\n  allowed: 1 or more\n  fix: leave it out"
+                    "run.threads", got=config.threads, allowed="1 or more", fix="leave it out"
                 )
             torch.set_num_threads(config.threads)
         if not config.timeout > 0:
             raise RunError(
-                f"run.timeout\n  got: {config.timeout:g}\n  allowed: seconds, more than 0\n  fix: leave it out for {RunConfig.timeout:g}"
+                "run.timeout",
+                got=f"{config.timeout:g}",
+                allowed="seconds, more than 0",
+                fix=f"leave it out for {RunConfig.timeout:g}",
             )
         self.shards = self._shards(config)
         self.device = torch.device(self._device(config))
@@ -158,8 +165,10 @@ class Runtime:
         if len(set(kinds)) > 1:
             rank = next(r for r, kind in enumerate(kinds) if kind != kinds[0])
             raise RunError(
-                f"ranks that differ\n  got: (device, run.parallel, shards, ranks on the machine) {kinds[0]} on rank 0 and {kinds[rank]} on rank {rank}\n"
-                "  allowed: the same on all\n  fix: --run.device, --run.shard-size, and as many processes on every machine"
+                "ranks that differ",
+                got=f"(device, run.parallel, shards, ranks on the machine) {kinds[0]} on rank 0 and {kinds[rank]} on rank {rank}",
+                allowed="the same on all",
+                fix="--run.device, --run.shard-size, and as many processes on every machine",
             )
         machines = self.size // self.local_size
         self.choices.append(
@@ -174,8 +183,10 @@ class Runtime:
         shards = config.shard_size or self.local_size
         if not 1 <= shards <= self.size or self.size % shards:
             raise RunError(
-                f"run.shard_size\n  got: {shards}\n  allowed: a divisor of the {self.size} ranks\n  fix: --run.shard-size, or leave it out for one"
-                " group a machine"
+                "run.shard_size",
+                got=shards,
+                allowed=f"a divisor of the {self.size} ranks",
+                fix="--run.shard-size, or leave it out for one group a machine",
             )
         return shards
 
@@ -309,18 +320,30 @@ class Runtime:
             device = there[0]
             self.choices.append(f"run.device = {device} (found here: {', '.join(there)})")
         if device not in there:
-            raise (RunError if self.size == 1 else RankError)(
-                f"run.device\n  got: {device}\n  allowed: {', '.join(there)}, found here\n  fix: --run.device auto"
+            raise (
+                RunError
+                if self.size == 1
+                else RankError(
+                    "run.device",
+                    got=device,
+                    allowed=f"{', '.join(there)}, found here",
+                    fix="--run.device auto",
+                )
             )
         if device == "mps" and self.size > 1:
             raise RunError(
-                f"run.device\n  got: mps and {self.size} ranks\n  allowed: cuda, cpu\n  fix: --run.device cpu, or one process"
+                "run.device",
+                got=f"mps and {self.size} ranks",
+                allowed="cuda, cpu",
+                fix="--run.device cpu, or one process",
             )
         if device == "cuda" and self.size > 1:
             if self.local_rank >= torch.cuda.device_count():
                 raise RankError(
-                    f"LOCAL_RANK\n  got: {self.local_rank}\n  allowed: below {torch.cuda.device_count()}, the GPUs of this machine\n"
-                    "  fix: torchrun --nproc_per_node=gpu"
+                    "LOCAL_RANK",
+                    got=self.local_rank,
+                    allowed=f"below {torch.cuda.device_count()}, the GPUs of this machine",
+                    fix="torchrun --nproc_per_node=gpu",
                 )
             torch.cuda.set_device(self.local_rank)
             return f"cuda:{self.local_rank}"
@@ -484,10 +507,13 @@ class Watchdog(threading.Thread):
             if points[r] == behind
         ]
         self.leave_store(len(late))
-        return (
-            f"error: no progress for {self.timeout:g} s\n  got: {', '.join(late)} behind the others; this is rank {self.rank}, {doing} at step {step}, in {where()}\n"
-            "  allowed: run.timeout seconds between two parts of a step\n  fix: look at that rank's machine and output; --run.timeout where parts take longer"
+        refusal = RunError(
+            f"no progress for {self.timeout:g} s",
+            got=f"{', '.join(late)} behind the others; this is rank {self.rank}, {doing} at step {step}, in {where()}",
+            allowed="run.timeout seconds between two parts of a step",
+            fix="look at that rank's machine and output; --run.timeout where parts take longer",
         )
+        return f"error: {refusal}"
 
     def leave_store(self, late: int) -> None:
         """It may live in this process, and end with it: wait until all but the late ranks have read it, 10 s at most."""
@@ -617,15 +643,24 @@ class RunFolder:
         self.path, self.resume, self.main = path, resume, main
         if path.parent.exists() and not path.parent.is_dir():
             raise RunError(
-                f"run.dir\n  got: {path.parent}, a file\n  allowed: a folder, which is made where it is missing\n  fix: --run.dir FOLDER"
+                "run.dir",
+                got=f"{path.parent}, a file",
+                allowed="a folder, which is made where it is missing",
+                fix="--run.dir FOLDER",
             )
         if resume and not path.is_dir():
             raise RunError(
-                f"nothing to resume at {path}\n  got: no such run folder\n  allowed: {listing(path.parent)}\n  fix: --run.name, or leave out --run.resume"
+                f"nothing to resume at {path}",
+                got="no such run folder",
+                allowed=listing(path.parent),
+                fix="--run.name, or leave out --run.resume",
             )
         if not resume and path.exists():
             raise RunError(
-                f"run folder {path} exists\n  got: a run of this name\n  allowed: a new name, or going on with this run\n  fix: --run.name NAME, or --run.resume"
+                f"run folder {path} exists",
+                got="a run of this name",
+                allowed="a new name, or going on with this run",
+                fix="--run.name NAME, or --run.resume",
             )
         self.checkpoints = path / "checkpoints"
 
@@ -636,7 +671,10 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=self.resume)
         except FileExistsError as error:
             raise RunError(
-                f"run folder {self.path} exists\n  got: a run that started a moment ago\n  allowed: a new name\n  fix: --run.name NAME"
+                f"run folder {self.path} exists",
+                got="a run that started a moment ago",
+                allowed="a new name",
+                fix="--run.name NAME",
             ) from error
         self.checkpoints.mkdir(exist_ok=True)
 

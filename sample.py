@@ -47,18 +47,27 @@ def main(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and not least <= value < math.inf:
             raise ConfigError(
-                f"--{name.replace('_', '-')}\n  got: {value}\n  allowed: {least} or more\n  fix: another number"
+                f"--{name.replace('_', '-')}",
+                got=value,
+                allowed=f"{least} or more",
+                fix="another number",
             )
     if not options.run.is_dir():
         raise RunError(
-            f"no run at {options.run}\n  got: no such folder\n  allowed: {listing(options.run.parent)}\n  fix: python sample.py runs/NAME"
+            f"no run at {options.run}",
+            got="no such folder",
+            allowed=listing(options.run.parent),
+            fix="python sample.py runs/NAME",
         )
     newest, damage = checkpoint.newest_whole(options.run / "checkpoints")
     for line in damage:
         print(f"left out: {line}", file=sys.stderr)
     if newest is None:
         raise RunError(
-            f"{options.run}\n  got: no checkpoint\n  allowed: a run that has saved one\n  fix: python train_gpt.py {options.run}/config.toml --run.resume"
+            options.run,
+            got="no checkpoint",
+            allowed="a run that has saved one",
+            fix=f"python train_gpt.py {options.run}/config.toml --run.resume",
         )
     state = checkpoint.read_state(newest)
     config = configuration.from_dict(Config, state["config"])

@@ -32,11 +32,11 @@ from model import GPT
 from models import build
 from optim import (
     RIVALS,
-    CommError,
     CoverageError,
     Dualized,
     EscapeVelocity,
     NonFiniteError,
+    PlacementError,
     Polar,
     Rival,
     metrize,
@@ -72,7 +72,14 @@ class Stopped(Exception):
 
 
 RIVAL_SETTINGS = ("lr", "beta", "beta2", "weight_decay", "auxiliary_lr", "scaling", "polar")
-REFUSALS = (ConfigError, DataError, RunError, CommError, CoverageError, checkpoint.CheckpointError)
+REFUSALS = (
+    ConfigError,
+    DataError,
+    RunError,
+    PlacementError,
+    CoverageError,
+    checkpoint.CheckpointError,
+)
 
 
 @dataclass
@@ -131,26 +138,36 @@ def train(config: Config, runtime: Runtime) -> None:
     changes = runtime.together(lambda: keep_choices(config, folder, saved)) if resume else []
     if first > config.train.steps:
         raise ConfigError(
-            f"train.steps of a resumed run\n  got: {config.train.steps}\n  allowed: {first} or more, the steps taken\n  fix: --train.steps"
+            "train.steps of a resumed run",
+            got=config.train.steps,
+            allowed=f"{first} or more, the steps taken",
+            fix="--train.steps",
         )
     config.run.device, config.run.precision = runtime.device.type, runtime.precision  # type: ignore[assignment]
     c, o = config.train, config.optim
     parts = c.gradient_accumulation_steps
     if c.batch_size % (parts * runtime.size):
         raise ConfigError(
-            f"train.batch_size\n  got: {c.batch_size}\n  allowed: a multiple of {parts * runtime.size}, {runtime.size} ranks times"
-            f" train.gradient_accumulation_steps = {parts}\n  fix: --train.batch-size, --train.gradient-accumulation-steps, or other ranks"
+            "train.batch_size",
+            got=c.batch_size,
+            allowed=f"a multiple of {parts * runtime.size}, {runtime.size} ranks times train.gradient_accumulation_steps = {parts}",
+            fix="--train.batch-size, --train.gradient-accumulation-steps, or other ranks",
         )
     if c.sharpness_every and (
         runtime.size > 1 or o.param_dtype == "bfloat16" or runtime.device.type == "mps"
     ):
         raise ConfigError(
-            f"train.sharpness_every\n  got: {c.sharpness_every} with {runtime.size} ranks on {runtime.device.type}, optim.param_dtype = {o.param_dtype!r}\n"
-            "  allowed: one process on cpu or cuda, float32 or float64 weights\n  fix: 0, or one process with --optim.param-dtype float32"
+            "train.sharpness_every",
+            got=f"{c.sharpness_every} with {runtime.size} ranks on {runtime.device.type}, optim.param_dtype = {o.param_dtype!r}",
+            allowed="one process on cpu or cuda, float32 or float64 weights",
+            fix="0, or one process with --optim.param-dtype float32",
         )
     if config.run.compile and runtime.parallel != "ddp":
         raise ConfigError(
-            f"run.compile\n  got: true with run.parallel = {runtime.parallel!r}\n  allowed: with ddp\n  fix: leave one of them out"
+            "run.compile",
+            got=f"true with run.parallel = {runtime.parallel!r}",
+            allowed="with ddp",
+            fix="leave one of them out",
         )
 
     # ---- data
@@ -160,14 +177,18 @@ def train(config: Config, runtime: Runtime) -> None:
     config.model.vocab_size = config.model.vocab_size or tokenizer.vocab_size
     if config.model.vocab_size < tokenizer.vocab_size:
         raise ConfigError(
-            f"model.vocab_size\n  got: {config.model.vocab_size}\n  allowed: {tokenizer.vocab_size} or more, the {tokenizer.name} vocabulary"
-            f" of {config.data.dataset}\n  fix: leave it out"
+            "model.vocab_size",
+            got=config.model.vocab_size,
+            allowed=f"{tokenizer.vocab_size} or more, the {tokenizer.name} vocabulary of {config.data.dataset}",
+            fix="leave it out",
         )
     shards = [s.sha256 for s in dataset.manifest.splits["train"].shards]
     if saved and saved["shards"] != shards:
         raise DataError(
-            f"{config.data.dataset} of a resumed run\n  got: other training shards than the run was started with\n  allowed: the same text\n"
-            "  fix: prepare it again as it was, or start a new run"
+            f"{config.data.dataset} of a resumed run",
+            got="other training shards than the run was started with",
+            allowed="the same text",
+            fix="prepare it again as it was, or start a new run",
         )
     batches = TrainBatches(
         training, block_size=config.model.block_size, batch_size=c.batch_size, seed=config.run.seed
@@ -613,8 +634,10 @@ def compile_ahead(model: GPT, runtime: Runtime, batch: int) -> tuple[Any, float]
     except BackendCompilerFailed as error:
         cause = error.inner_exception
         raise RunError(
-            f"run.compile\n  got: {type(cause).__name__}: {str(cause).splitlines()[0]}\n  allowed: where a C++ compiler is, and torch in a path without spaces"
-            f" (here: {Path(torch.__file__).parent})\n  fix: leave it out, or install there"
+            "run.compile",
+            got=f"{type(cause).__name__}: {str(cause).splitlines()[0]}",
+            allowed=f"where a C++ compiler is, and torch in a path without spaces (here: {Path(torch.__file__).parent})",
+            fix="leave it out, or install there",
         ) from error
     model.zero_grad(set_to_none=True)
     runtime.synchronize()
@@ -723,8 +746,10 @@ def keep_choices(config: Config, folder: RunFolder, saved: dict[str, Any] | None
             or key in ("run.seed", "train.batch_size", "data.holdout")
         ):
             raise ConfigError(
-                f"{key} of a resumed run\n  got: {value!r}\n  allowed: {old[key]!r}, as {folder.path} has it\n"
-                f"  fix: resume with {folder.path / 'config.toml'}, or start a new run"
+                f"{key} of a resumed run",
+                got=repr(value),
+                allowed=f"{old[key]!r}, as {folder.path} has it",
+                fix=f"resume with {folder.path / 'config.toml'}, or start a new run",
             )
         if key.startswith(("optim.", "data.")) or key in (
             "run.device",

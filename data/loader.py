@@ -47,7 +47,10 @@ class Dataset:
                     config.verify and sha256_of(path) != shard.sha256
                 ):
                     raise DataError(
-                        f"{path}: corrupted shard\n  got: a file that differs from the sha256 or token count in {META}\n  allowed: the file as it was prepared\n  fix: prepare the dataset again (python -m data.prepare)"
+                        f"{path}: corrupted shard",
+                        got=f"a file that differs from the sha256 or token count in {META}",
+                        allowed="the file as it was prepared",
+                        fix="prepare the dataset again (python -m data.prepare)",
                     )
                 arrays.append(array)
             self.shards[name] = arrays
@@ -62,7 +65,10 @@ class Dataset:
         """The last tokens of the training split become the validation split. How many bytes they stand for is not in the manifest: unknown, of both."""
         if not 0 < fraction < 1:
             raise DataError(
-                f"data.holdout\n  got: {fraction!r}\n  allowed: 0, or a fraction of the training split below 1\n  fix: --data.holdout 0.05"
+                "data.holdout",
+                got=repr(fraction),
+                allowed="0, or a fraction of the training split below 1",
+                fix="--data.holdout 0.05",
             )
         whole, shards = self.manifest.splits["train"], self.manifest.splits["train"].shards
         left = kept = whole.tokens - round(fraction * whole.tokens)
@@ -81,7 +87,7 @@ class Dataset:
     def split(self, name: str) -> list[np.ndarray]:
         if name not in self.shards:
             raise DataError(
-                f"{self.folder}: got no split {name!r}; allowed: {', '.join(self.shards)}"
+                str(self.folder), got=f"no split {name!r}", allowed=", ".join(self.shards)
             )
         return self.shards[name]
 
@@ -99,7 +105,10 @@ class TrainBatches:
         if not self.ends or not self.ends[-1]:
             tokens = sum(map(len, shards))
             raise DataError(
-                f"training split too short\n  got: {tokens} tokens in {len(shards)} shards\n  allowed: a shard of at least 2 · block_size + 1 = {2 * block_size + 1} tokens\n  fix: a smaller model.block_size or more text"
+                "training split too short",
+                got=f"{tokens} tokens in {len(shards)} shards",
+                allowed=f"a shard of at least 2 · block_size + 1 = {2 * block_size + 1} tokens",
+                fix="a smaller model.block_size or more text",
             )
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
@@ -152,5 +161,8 @@ def check_validation(shards: list[np.ndarray]) -> None:
     tokens = sum(map(len, shards))
     if tokens < 2:
         raise DataError(
-            f"validation split too short\n  got: {tokens} tokens\n  allowed: 2 or more\n  fix: more text"
+            "validation split too short",
+            got=f"{tokens} tokens",
+            allowed="2 or more",
+            fix="more text",
         )

@@ -72,8 +72,10 @@ def is_there(out: Path, source: dict[str, Any], tokenizer: str, *, replace: bool
         if replace:
             return False
         raise DataError(
-            f"{out} holds another dataset\n  got: {tokenizer} of {source}\n  allowed: {there.tokenizer} of {there.source}, which is there\n"
-            "  fix: another --out, or --replace"
+            f"{out} holds another dataset",
+            got=f"{tokenizer} of {source}",
+            allowed=f"{there.tokenizer} of {there.source}, which is there",
+            fix="another --out, or --replace",
         )
     if is_whole(out, there):
         report(out, "is there already")
@@ -92,7 +94,10 @@ def build(
     for name, documents in splits.items():
         if not any(documents):
             raise DataError(
-                f"{name} split is empty\n  got: no text\n  allowed: at least one character\n  fix: more documents, or --val FILE"
+                f"{name} split is empty",
+                got="no text",
+                allowed="at least one character",
+                fix="more documents, or --val FILE",
             )
     there = is_there(out, source, tokenizer.name, replace=args.replace)
     separator = (
@@ -176,11 +181,15 @@ def package_sources(package: str) -> Iterator[tuple[str, str]]:
         files = importlib.metadata.distribution(package).files
     except importlib.metadata.PackageNotFoundError as error:
         raise DataError(
-            f"pysource: got no installed package {package!r}\n  allowed: {', '.join(PACKAGES)}\n  fix: pip install -r requirements.txt"
+            f"pysource: got no installed package {package!r}",
+            allowed=", ".join(PACKAGES),
+            fix="pip install -r requirements.txt",
         ) from error
     if not files:
         raise DataError(
-            f"pysource: got no list of files for {package!r}\n  allowed: a package that pip installed\n  fix: pip install --force-reinstall {package}"
+            f"pysource: got no list of files for {package!r}",
+            allowed="a package that pip installed",
+            fix=f"pip install --force-reinstall {package}",
         )
     for file in sorted((f for f in files if f.suffix == ".py"), key=str):
         yield (
@@ -219,12 +228,18 @@ def shakespeare(args: argparse.Namespace) -> None:
                 content = response.read()
         except OSError as error:
             raise DataError(
-                f"Tiny Shakespeare\n  got: {error}\n  allowed: a network, or a local copy\n  fix: python -m data.prepare shakespeare --file input.txt"
+                "Tiny Shakespeare",
+                got=error,
+                allowed="a network, or a local copy",
+                fix="python -m data.prepare shakespeare --file input.txt",
             ) from error
     digest = hashlib.sha256(content).hexdigest()
     if digest != SHAKESPEARE_SHA256:
         raise DataError(
-            f"Tiny Shakespeare: another file\n  got: sha256 {digest}\n  allowed: {SHAKESPEARE_SHA256}\n  fix: for a text of your own, python -m data.prepare text FILE --tokenizer chars"
+            "Tiny Shakespeare: another file",
+            got=f"sha256 {digest}",
+            allowed=SHAKESPEARE_SHA256,
+            fix="for a text of your own, python -m data.prepare text FILE --tokenizer chars",
         )
     text = content.decode()
     cut = int(0.9 * len(text))
@@ -269,7 +284,10 @@ def unescape(separator: str) -> str:
         return separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"--separator: got {separator!r} ({error.reason}); allowed: text with Python's escapes, for instance '\\n\\x1e\\n'"
+            "--separator",
+            got=f"{separator!r} ({error.reason})",
+            allowed="text with Python's escapes",
+            fix=r"for instance '\n\x1e\n'",
         ) from error
 
 
@@ -283,8 +301,10 @@ def hub(args: argparse.Namespace) -> None:
         from datasets import load_dataset
     except ModuleNotFoundError as error:
         raise DataError(
-            "hub\n  got: no package datasets, which training does not need\n  allowed: an environment that has it\n"
-            "  fix: pip install datasets, in the version of requirements-dev.txt"
+            "hub",
+            got="no package datasets, which training does not need",
+            allowed="an environment that has it",
+            fix="pip install datasets, in the version of requirements-dev.txt",
         ) from error
 
     out = args.out or CORPORA / named(args.name.split("/")[-1].lower(), args.tokenizer, "")
@@ -310,7 +330,10 @@ def hub(args: argparse.Namespace) -> None:
         )
     except (OSError, ValueError) as error:
         raise DataError(
-            f"hub: {args.name}\n  got: {error}\n  allowed: a dataset that the datasets library loads\n  fix: the name, --config, --split or --files"
+            f"hub: {args.name}",
+            got=error,
+            allowed="a dataset that the datasets library loads",
+            fix="the name, --config, --split or --files",
         ) from error
     sizes = {"train": 0, "val": 0}
     with building(out) as folder:
@@ -322,7 +345,10 @@ def hub(args: argparse.Namespace) -> None:
             made[name] = Split(sum(s.tokens for s in shards), sizes[name], shards)
             if not made[name].tokens:
                 raise DataError(
-                    f"hub: {name} split is empty\n  got: {made['val'].tokens} tokens in all\n  allowed: more than --val-tokens\n  fix: a smaller --val-tokens"
+                    f"hub: {name} split is empty",
+                    got=f"{made['val'].tokens} tokens in all",
+                    allowed="more than --val-tokens",
+                    fix="a smaller --val-tokens",
                 )
         write_manifest(folder, Manifest(tokenizer.name, tokenizer.vocab_size, made, source))
     report(out, "written")
@@ -347,19 +373,22 @@ def take(
                 row = next(rows, None)
             except (OSError, ValueError) as error:
                 raise DataError(
-                    f"hub\n  got: {error}\n  allowed: rows that the datasets library reads\n  fix: the data"
+                    "hub", got=error, allowed="rows that the datasets library reads", fix="the data"
                 ) from error
             if row is None:
                 return
             if column not in row:
                 raise DataError(
-                    f"hub: got no column {column!r}; allowed: {', '.join(row)}\n  fix: --column NAME"
+                    f"hub: got no column {column!r}", allowed=", ".join(row), fix="--column NAME"
                 )
             if not row[column]:
                 continue
             if not isinstance(row[column], str):
                 raise DataError(
-                    f"hub: column {column!r}\n  got: {type(row[column]).__name__}\n  allowed: text\n  fix: --column NAME"
+                    f"hub: column {column!r}",
+                    got=type(row[column]).__name__,
+                    allowed="text",
+                    fix="--column NAME",
                 )
             tokens = np.concatenate([separator, tokenizer.encode(row[column])])
             sizes[name] += len(row[column].encode()) + (tokenizer.name == "bytes")
@@ -378,21 +407,27 @@ def adopt(args: argparse.Namespace) -> None:
         ours = False  # damaged, and written anew below
     if ours:
         raise DataError(
-            f"{folder}: got a dataset that was prepared here\n  allowed: shards of another program\n  fix: nothing to adopt, train on it"
+            f"{folder}: got a dataset that was prepared here",
+            allowed="shards of another program",
+            fix="nothing to adopt, train on it",
         )
     made = {}
     for name in ("train", "val"):
         paths = sorted(p for p in folder.glob("*.bin") if re.search(rf"(^|_){name}(_|\.)", p.name))
         if not paths:
             raise DataError(
-                f"{folder}: got no file named {name}_….bin or …_{name}_….bin\n  allowed: a folder with train and val shards\n  fix: python -m data.prepare adopt FOLDER"
+                f"{folder}: got no file named {name}_….bin or …_{name}_….bin",
+                allowed="a folder with train and val shards",
+                fix="python -m data.prepare adopt FOLDER",
             )
         size, shards, lengths = 0, [], tokenizer.byte_lengths()
         for path in tqdm(paths, desc=f"adopt {name}", unit="shard", disable=None):
             tokens = read_shard(path)
             if len(tokens) and int(tokens.max()) >= tokenizer.vocab_size:
                 raise DataError(
-                    f"{path}: got token {tokens.max()}; allowed: below {tokenizer.vocab_size}, the vocabulary of {args.tokenizer}\n  fix: --tokenizer"
+                    f"{path}: got token {tokens.max()}",
+                    allowed=f"below {tokenizer.vocab_size}, the vocabulary of {args.tokenizer}",
+                    fix="--tokenizer",
                 )
             size += int(lengths[tokens].sum())
             shards.append(Shard(path.name, len(tokens), sha256_of(path)))
@@ -419,7 +454,7 @@ def make_tokenizer(name: str, splits: Splits) -> Tokenizer:
 
 def read_bytes(path: Path) -> bytes:
     if not path.is_file():
-        raise DataError(f"got no file {path}; allowed: a text file that exists")
+        raise DataError(str(path), got="no such file", allowed="a text file that exists")
     return path.read_bytes()
 
 
@@ -427,7 +462,7 @@ def read_text(path: Path) -> str:
     try:
         return read_bytes(path).decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: got {error}; allowed: UTF-8 text") from error
+        raise DataError(str(path), got=error, allowed="UTF-8 text") from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -492,10 +527,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(
-            f"error: {error.filename}\n  got: {error.strerror}\n  allowed: a place that can be read and written\n  fix: --out FOLDER",
-            file=sys.stderr,
+        refusal = DataError(
+            str(error.filename),
+            got=error.strerror,
+            allowed="a place that can be read and written",
+            fix="--out FOLDER",
         )
+        print(f"error: {refusal}", file=sys.stderr)
         return 2
     return 0
 

@@ -18,13 +18,15 @@ from typing import Any
 
 import numpy as np
 
+from optim.errors import Refusal
+
 MAGIC, VERSION, HEADER = 20240520, 1, 256  # HEADER in int32
 SHARD_TOKENS = 100_000_000  # as llm.c's FineWeb shards
 META = "meta.json"
 SCHEMA = 1  # of meta.json
 
 
-class DataError(ValueError):
+class DataError(Refusal):
     """A dataset, shard or text that cannot be used: what was got, what is allowed, how to fix it."""
 
 
@@ -81,7 +83,9 @@ def write_shard(path: Path, tokens: np.ndarray) -> Shard:
     """Tokens (n,), each below 65,536, as one shard."""
     if len(tokens) and not (int(tokens.min()) >= 0 and int(tokens.max()) < 2**16):
         raise DataError(
-            f"{path}: got tokens {tokens.min()} … {tokens.max()}; allowed: 0 … 65535, the format's uint16"
+            str(path),
+            got=f"tokens {tokens.min()} … {tokens.max()}",
+            allowed="0 … 65535, the format's uint16",
         )
     header = np.zeros(HEADER, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
@@ -94,19 +98,28 @@ def read_shard(path: Path) -> np.ndarray:
     """The tokens of a shard, memory-mapped (n,) uint16. Raises DataError on a wrong header or length."""
     if not path.is_file():
         raise DataError(
-            f"{path}: no such shard\n  got: no file\n  allowed: the file as it was prepared\n  fix: prepare the dataset again (python -m data.prepare)"
+            f"{path}: no such shard",
+            got="no file",
+            allowed="the file as it was prepared",
+            fix="prepare the dataset again (python -m data.prepare)",
         )
     size = path.stat().st_size
     header = np.fromfile(path, dtype="<i4", count=HEADER)
     if len(header) < HEADER or header[0] != MAGIC or header[1] != VERSION:
         got = f"magic {header[0]}, version {header[1]}" if len(header) > 1 else f"{size} bytes"
         raise DataError(
-            f"{path}: not a token shard\n  got: {got}\n  allowed: magic {MAGIC}, version {VERSION}\n  fix: prepare the dataset again (python -m data.prepare)"
+            f"{path}: not a token shard",
+            got=got,
+            allowed=f"magic {MAGIC}, version {VERSION}",
+            fix="prepare the dataset again (python -m data.prepare)",
         )
     expected = HEADER * 4 + 2 * int(header[2])
     if size != expected:
         raise DataError(
-            f"{path}: truncated or damaged shard\n  got: {size} bytes\n  allowed: {expected}, for the {header[2]} tokens its header promises\n  fix: prepare the dataset again (python -m data.prepare)"
+            f"{path}: truncated or damaged shard",
+            got=f"{size} bytes",
+            allowed=f"{expected}, for the {header[2]} tokens its header promises",
+            fix="prepare the dataset again (python -m data.prepare)",
         )
     if not header[2]:
         return np.zeros(0, dtype="<u2")
@@ -158,13 +171,18 @@ def read_manifest(folder: Path) -> Manifest:
             else f"python -m data.prepare {own} (in the repository's folder)"
         )
         raise DataError(
-            f"no dataset at {folder}\n  got: {'shards without a ' + META if shards else 'no ' + META}\n  allowed: a folder made by python -m data.prepare\n  fix: {fix}"
+            f"no dataset at {folder}",
+            got="shards without a " + META if shards else "no " + META,
+            allowed="a folder made by python -m data.prepare",
+            fix=fix,
         )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw["schema"] != SCHEMA:
             raise DataError(
-                f"{path}: got schema {raw['schema']}; allowed: {SCHEMA}\n  fix: prepare the dataset again"
+                f"{path}: got schema {raw['schema']}",
+                allowed=SCHEMA,
+                fix="prepare the dataset again",
             )
         raw["splits"] = {
             k: Split(**{**s, "shards": [Shard(**x) for x in s["shards"]]})
@@ -173,7 +191,10 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest(**raw)
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(
-            f"{path}: damaged manifest\n  got: {error!r}\n  allowed: what python -m data.prepare writes\n  fix: prepare the dataset again"
+            f"{path}: damaged manifest",
+            got=repr(error),
+            allowed="what python -m data.prepare writes",
+            fix="prepare the dataset again",
         ) from error
 
 
@@ -221,7 +242,10 @@ def building(folder: Path) -> Iterator[Path]:
     if (folder.exists() and not (folder / META).is_file()) or foreign:
         got = f"other files in it, {foreign[0]} for one" if foreign else f"no {META} in it"
         raise DataError(
-            f"{folder} is there and is not a dataset\n  got: {got}\n  allowed: a new folder, or a dataset's\n  fix: another --out"
+            f"{folder} is there and is not a dataset",
+            got=got,
+            allowed="a new folder, or a dataset's",
+            fix="another --out",
         )
     partial, old = _beside(folder)
     partial.mkdir(parents=True)

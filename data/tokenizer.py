@@ -29,11 +29,14 @@ class Tokenizer:
             tokens = self.encode(text).tolist()
         except DataError as error:
             raise DataError(
-                f"{option}\n  got: {text!r}\n  allowed: text of this vocabulary: {error}\n  fix: another prompt"
+                option,
+                got=repr(text),
+                allowed=f"text of this vocabulary: {error}",
+                fix="another prompt",
             ) from error
         if not tokens:
             raise DataError(
-                f"{option}\n  got: no tokens\n  allowed: at least one character\n  fix: another prompt"
+                option, got="no tokens", allowed="at least one character", fix="another prompt"
             )
         return tokens
 
@@ -65,7 +68,9 @@ class Characters(Tokenizer):
     def __init__(self, characters: str) -> None:
         if not characters or "".join(sorted(set(characters))) != characters:
             raise DataError(
-                f"characters: got {characters!r}; allowed: distinct, in code point order, at least one"
+                "characters",
+                got=repr(characters),
+                allowed="distinct, in code point order, at least one",
             )
         self.characters, self.vocab_size = characters, len(characters)
         self.separator = max(0, characters.find("\n"))
@@ -77,7 +82,9 @@ class Characters(Tokenizer):
         unknown = self._codes[tokens] != codes
         if unknown.any():
             raise DataError(
-                f"character {chr(codes[unknown][0])!r} is not in the vocabulary; allowed: {self.characters!r}"
+                "a character that is not in the vocabulary",
+                got=repr(chr(codes[unknown][0])),
+                allowed=repr(self.characters),
             )
         return tokens.astype(np.uint16)
 
@@ -101,7 +108,10 @@ class GPT2(Tokenizer):
             return tiktoken.get_encoding("gpt2")
         except Exception as error:  # whatever its HTTP client raises
             raise DataError(
-                f"GPT-2's vocabulary files\n  got: {type(error).__name__}\n  allowed: a network, or tiktoken's two files in TIKTOKEN_CACHE_DIR\n  fix: set TIKTOKEN_CACHE_DIR to a folder that holds them"
+                "GPT-2's vocabulary files",
+                got=type(error).__name__,
+                allowed="a network, or tiktoken's two files in TIKTOKEN_CACHE_DIR",
+                fix="set TIKTOKEN_CACHE_DIR to a folder that holds them",
             ) from error
 
     def encode(self, text: str) -> np.ndarray:
@@ -129,7 +139,7 @@ def get_tokenizer(name: str, characters: str | None = None) -> Tokenizer:
         return GPT2()
     if name == "chars":
         return Characters(characters or "")
-    raise DataError(f"tokenizer: got {name!r}; allowed: {', '.join(NAMES)}")
+    raise DataError("tokenizer", got=repr(name), allowed=", ".join(NAMES))
 
 
 def tokenizer_of(manifest: Manifest) -> Tokenizer:

@@ -7,6 +7,7 @@ import torch
 
 from model import GPT, GPTConfig
 from optim import Norm
+from optim.errors import Refusal
 
 from .ngram import NgramConfig, NgramGPT
 
@@ -32,9 +33,11 @@ class ModelConfig(NgramConfig):
         for f in settings_of_others(self.name):
             value = getattr(self, f.name)
             if value != f.default:
-                raise ValueError(
-                    f"model.{f.name}\n  got: {value}\n  allowed: {f.default} with model.name ="
-                    f" {self.name!r}\n  fix: --model.name {' or '.join(models_with(f.name))}"
+                raise Refusal(
+                    f"model.{f.name}",
+                    got=value,
+                    allowed=f"{f.default} with model.name = {self.name!r}",
+                    fix=f"--model.name {' or '.join(models_with(f.name))}",
                 )
 
 

@@ -1,22 +1,11 @@
 """The dualized optimizer: norms, their composition into the modular norm of a network, and steepest descent in it."""
 
-from .comm import CommError
 from .curvature import Hessian, along, eigenvalues, loss_smoothness, modular_sharpness
 from .directions import DIRECTIONS, Direction, register_direction
 from .dualized import Dualized, Normalized
-from .metrize import CoverageError, Rule, metrize
-from .modular import (
-    Atom,
-    Bond,
-    ModularNorm,
-    Module,
-    NonFiniteError,
-    atom,
-    attention,
-    bond,
-    concat,
-    residual,
-)
+from .errors import CoverageError, NonFiniteError, PlacementError
+from .metrize import Rule, metrize
+from .modular import Atom, Bond, ModularNorm, Module, atom, attention, bond, concat, residual
 from .norms import (
     NORMS,
     Blocks,
@@ -47,7 +36,6 @@ __all__ = [
     "Atom",
     "Blocks",
     "Bond",
-    "CommError",
     "ConvRMSToRMS",
     "CoverageError",
     "Direction",
@@ -66,6 +54,7 @@ __all__ = [
     "NonFiniteError",
     "Norm",
     "Normalized",
+    "PlacementError",
     "Polar",
     "RMSToLinf",
     "RMSToRMS",

@@ -20,16 +20,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from .errors import BackwardError, PlacementError
+
 # What leaves together; gradients in the order in which a backward pass makes them. DDP's default (Li et al., arXiv 2006.15704).
 BUCKET_BYTES = 25 * 2**20
 # Buckets under way before the first of them is waited for, so that what has come does not fill the memory.
 IN_FLIGHT = 4
 
 Job = Generator[None, None, Any]
-
-
-class CommError(ValueError):
-    """A distribution that is not supported: what was got, what is allowed, how to fix it."""
 
 
 @dataclass(frozen=True)
@@ -345,9 +343,11 @@ class Replicas(Alone):
             return
         heard = self.heard[self.bucket_of[p]]
         if p in heard or not self.open:
-            raise RuntimeError(
-                "last_backward()\n  got: a further backward pass before step()\n  allowed: one in it, the last of a step\n  fix: accumulate the others before;"
-                " the optimizer's zero_grad() forgets a step that is not to be taken"
+            raise BackwardError(
+                "last_backward()",
+                got="a further backward pass before step()",
+                allowed="one in it, the last of a step",
+                fix="accumulate the others before; the optimizer's zero_grad() forgets a step that is not to be taken",
             )
         heard.add(p)
         # In the order of buckets, whatever the order of gradients: every rank must take the same.
@@ -436,12 +436,14 @@ class Shards(Alone):
 
     @staticmethod
     def check(name: str, p: DTensor) -> None:
-        """Raise CommError for what is not supported."""
+        """Raise PlacementError for what is not supported."""
         placed = tuple(type(x) for x in p.placements)
         if placed not in ((Shard,), (Replicate, Shard)) or p.placements[-1].dim != 0:  # type: ignore[attr-defined]
-            raise CommError(
-                f"{name}\n  got: a DTensor of placements {tuple(p.placements)}\n  allowed: (Shard(0),) of fully_shard, or (Replicate(), Shard(0)) of a"
-                " replicate × shard mesh\n  fix: fully_shard without tensor parallelism and without shard_placement_fn"
+            raise PlacementError(
+                name,
+                got=f"a DTensor of placements {tuple(p.placements)}",
+                allowed="(Shard(0),) of fully_shard, or (Replicate(), Shard(0)) of a replicate × shard mesh",
+                fix="fully_shard without tensor parallelism and without shard_placement_fn",
             )
 
     def place(self, entries: list[tuple[Tensor, float, bool]]) -> None:
@@ -527,8 +529,11 @@ def ranks_of(params: Iterable[Tensor], *, local: bool) -> Ranks:
     if not meshes:
         return Ranks.of(_world() if local else None)
     if len(meshes) > 1:
-        raise CommError(
-            f"sharded weights\n  got: {len(meshes)} meshes\n  allowed: one for all weights\n  fix: pass the same mesh to every fully_shard"
+        raise PlacementError(
+            "sharded weights",
+            got=f"{len(meshes)} meshes",
+            allowed="one for all weights",
+            fix="pass the same mesh to every fully_shard",
         )
     mesh = meshes.pop()
     if mesh.ndim == 1:
@@ -536,14 +541,18 @@ def ranks_of(params: Iterable[Tensor], *, local: bool) -> Ranks:
     elif mesh.ndim == 2 and mesh.mesh.flatten().tolist() == list(range(dist.get_world_size())):
         ranks = Ranks.of(dist.group.WORLD)
     else:
-        raise CommError(
-            f"sharded weights\n  got: the mesh {mesh}\n  allowed: one dimension, or replicate × shard over all ranks in order\n"
-            '  fix: init_device_mesh(device, (replicas, shards), mesh_dim_names=("replicate", "shard"))'
+        raise PlacementError(
+            "sharded weights",
+            got=f"the mesh {mesh}",
+            allowed="one dimension, or replicate × shard over all ranks in order",
+            fix='init_device_mesh(device, (replicas, shards), mesh_dim_names=("replicate", "shard"))',
         )
     if local and ranks.size != dist.get_world_size():
-        raise CommError(
-            f'grads="local" beside sharded weights\n  got: a mesh of {ranks.size} in a world of {dist.get_world_size()}\n  allowed: a mesh of all ranks\n'
-            '  fix: grads="reduced", which sharded gradients are anyway'
+        raise PlacementError(
+            'grads="local" beside sharded weights',
+            got=f"a mesh of {ranks.size} in a world of {dist.get_world_size()}",
+            allowed="a mesh of all ranks",
+            fix='grads="reduced", which sharded gradients are anyway',
         )
     return ranks
 
@@ -552,9 +561,11 @@ def _world() -> dist.ProcessGroup | None:
     if dist.is_available() and dist.is_initialized():
         return dist.group.WORLD
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise CommError(
-            f'grads="local"\n  got: WORLD_SIZE {os.environ["WORLD_SIZE"]} and no process group\n  allowed: torch.distributed.init_process_group() before\n'
-            "  fix: call it, or start one process"
+        raise PlacementError(
+            'grads="local"',
+            got=f"WORLD_SIZE {os.environ['WORLD_SIZE']} and no process group",
+            allowed="torch.distributed.init_process_group() before",
+            fix="call it, or start one process",
         )
     return None
 

@@ -19,7 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .metrize import MASSES, CoverageError, Rule, metrize
+from .errors import CoverageError, Refusal
+from .metrize import MASSES, Rule, metrize
 from .modular import ModularNorm
 from .norms import NORMS, SCALES, Norm, Spectral
 
@@ -125,8 +126,11 @@ def convert(
     for name, own in norm.norms.items():
         shape = norm.shapes.get(name)
         if shape is None:
-            raise ValueError(
-                f"convert\n  got: a modular norm without the shape of {name}\n  allowed: one with shapes\n  fix: metrize(model)"
+            raise Refusal(
+                "convert",
+                got=f"a modular norm without the shape of {name}",
+                allowed="one with shapes",
+                fix="metrize(model)",
             )
         try:
             unit[name] = norm.radii[name] * own.update_rms(shape)
@@ -145,9 +149,11 @@ def convert(
         if taken and unit[name]:
             matched.append(name)
     if not matched:
-        raise ValueError(
-            f"convert from {NAMES[rival]}\n  got: no hidden weight{' of 2 dimensions' * (rival == 'muon')} that moves, so nothing to match\n"
-            "  allowed: one or more\n  fix: name them, metrize(model, rules=[Rule(pattern, role='hidden')])"
+        raise Refusal(
+            f"convert from {NAMES[rival]}",
+            got=f"no hidden weight{' of 2 dimensions' * (rival == 'muon')} that moves, so nothing to match",
+            allowed="one or more",
+            fix="name them, metrize(model, rules=[Rule(pattern, role='hidden')])",
         )
     sizes = [math.prod(norm.shapes[n]) for n in matched]
     ours = _ratio(sizes, [theirs[n] for n in matched], [unit[n] for n in matched])
@@ -203,8 +209,8 @@ def _validate(rival: str, **given: Any) -> None:
         return isinstance(x, int | float) and low <= x < high
 
     if rival not in NAMES:
-        raise ValueError(
-            f"convert: rival\n  got: {rival!r}\n  allowed: {', '.join(NAMES)}\n  fix: one of those"
+        raise Refusal(
+            "convert: rival", got=repr(rival), allowed=", ".join(NAMES), fix="one of those"
         )
     foreign = (
         ("betas",) if rival == "muon" else ("momentum", "nesterov", "adjust_lr_fn", "adamw_lr")
@@ -226,12 +232,18 @@ def _validate(rival: str, **given: Any) -> None:
     ):
         value = given[what]
         if value is not None and what in foreign:
-            raise ValueError(
-                f"convert: {what}\n  got: {value!r}, with {NAMES[rival]}\n  allowed: only with the other rival\n  fix: leave it out"
+            raise Refusal(
+                f"convert: {what}",
+                got=f"{value!r}, with {NAMES[rival]}",
+                allowed="only with the other rival",
+                fix="leave it out",
             )
         if not (value is None and what not in ("lr", "weight_decay")) and not fine(value):
-            raise ValueError(
-                f"convert: {what}\n  got: {value!r}\n  allowed: {allowed}\n  fix: {what}=… as the rival's run had it"
+            raise Refusal(
+                f"convert: {what}",
+                got=repr(value),
+                allowed=allowed,
+                fix=f"{what}=… as the rival's run had it",
             )
 
 
@@ -240,12 +252,15 @@ def build(spec: str) -> nn.Module:
     path, _, name = spec.partition(":")
     fix = "--model package.module:callable, which is called without arguments and returns an nn.Module"
     if not path or not name:
-        raise ValueError(f"--model\n  got: {spec!r}\n  allowed: module:callable\n  fix: {fix}")
+        raise Refusal("--model", got=repr(spec), allowed="module:callable", fix=fix)
     try:
         make: Any = reduce(getattr, name.split("."), importlib.import_module(path))
     except Exception as error:  # the user's module may raise anything
-        raise ValueError(
-            f"--model {spec}\n  got: {type(error).__name__}: {error}\n  allowed: what Python can import from here\n  fix: {fix}"
+        raise Refusal(
+            f"--model {spec}",
+            got=f"{type(error).__name__}: {error}",
+            allowed="what Python can import from here",
+            fix=fix,
         ) from error
     note = None
     try:
@@ -258,12 +273,15 @@ def build(spec: str) -> nn.Module:
         try:
             model = make()
         except Exception as again:
-            raise ValueError(
-                f"--model {spec}\n  got: {type(again).__name__}: {again}\n  allowed: a callable that works\n  fix: {fix}"
+            raise Refusal(
+                f"--model {spec}",
+                got=f"{type(again).__name__}: {again}",
+                allowed="a callable that works",
+                fix=fix,
             ) from again
     if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"--model {spec}\n  got: a {type(model).__name__}\n  allowed: an nn.Module\n  fix: {fix}"
+        raise Refusal(
+            f"--model {spec}", got=f"a {type(model).__name__}", allowed="an nn.Module", fix=fix
         )
     if note:
         print(note, file=sys.stderr)
@@ -276,8 +294,11 @@ def sketch(specs: list[str]) -> tuple[nn.Module, list[Rule]]:
     for spec in specs:
         found = re.fullmatch(r"([\w.]+)=(\d+(?:x\d+)*):(\w+)", spec)
         if found is None or found[3] not in MASSES or found[1] in model._parameters:
-            raise ValueError(
-                f"--shapes\n  got: {spec!r}\n  allowed: name=OxI:role, each name once, role one of {', '.join(MASSES)}\n  fix: for instance h.0.up=3072x768:hidden"
+            raise Refusal(
+                "--shapes",
+                got=repr(spec),
+                allowed=f"name=OxI:role, each name once, role one of {', '.join(MASSES)}",
+                fix="for instance h.0.up=3072x768:hidden",
             )
         model._parameters[found[1]] = nn.Parameter(
             torch.empty(*map(int, found[2].split("x")), device="meta")
@@ -300,9 +321,11 @@ def parsed(text: str) -> Rule:
         or pairs.keys() - {"role", "mass", "norm"}
         or mass != mass
     ):
-        raise ValueError(
-            f"--rule\n  got: {text!r}\n  allowed: pattern,key=value,… with the keys role, mass (a number), norm ({', '.join(NORMS)})\n"
-            "  fix: for instance 'lm_head.weight,role=head'"
+        raise Refusal(
+            "--rule",
+            got=repr(text),
+            allowed=f"pattern,key=value,… with the keys role, mass (a number), norm ({', '.join(NORMS)})",
+            fix="for instance 'lm_head.weight,role=head'",
         )
     return Rule(pattern, norm=pairs.get("norm"), mass=mass, role=pairs.get("role"))
 
@@ -369,8 +392,11 @@ def main(argv: list[str] | None = None) -> int:
     spec, shapes, rules = args.pop("model"), args.pop("shapes"), args.pop("rule")
     try:
         if shapes and rules:
-            raise ValueError(
-                "--rule\n  got: --shapes as well\n  allowed: with --model\n  fix: leave it out; --shapes names the roles"
+            raise Refusal(
+                "--rule",
+                got="--shapes as well",
+                allowed="with --model",
+                fix="leave it out; --shapes names the roles",
             )
         model, rules = sketch(shapes) if shapes else (build(spec), [parsed(r) for r in rules])
         norm = metrize(model, rules=rules)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .modular import ModularNorm, NonFiniteError
+from .errors import NonFiniteError, Refusal
+from .modular import ModularNorm
 
 Direction = Mapping[str, Tensor]
 
@@ -64,9 +65,11 @@ class Hessian:
                 if drawn
                 else f"{self.value!r}, then {float(again)!r} with a gradient {far:.3g} away"
             )
-            raise ValueError(
-                f"Hessian of a loss\n  got: {got}\n  allowed: a loss that gives the same twice\n"
-                "  fix: model.eval(), so that dropout is off, and one fixed batch"
+            raise Refusal(
+                "Hessian of a loss",
+                got=got,
+                allowed="a loss that gives the same twice",
+                fix="model.eval(), so that dropout is off, and one fixed batch",
             )
 
     def _random_state(self) -> list[Tensor]:
@@ -102,9 +105,11 @@ class Hessian:
             else None
         )
         if got:
-            raise ValueError(
-                f"Hessian\n  got: {got}\n  allowed: weights that require gradients, all float32 or all float64, on one device; scales of some of them"
-                "\n  fix: dict(model.float().named_parameters())"
+            raise Refusal(
+                "Hessian",
+                got=got,
+                allowed="weights that require gradients, all float32 or all float64, on one device; scales of some of them",
+                fix="dict(model.float().named_parameters())",
             )
 
     def _evaluate(
@@ -116,11 +121,14 @@ class Hessian:
         ):  # fused attention has no second derivative
             value = loss()
             if value.numel() != 1:
-                raise ValueError(
-                    f"Hessian of a loss\n  got: shape {tuple(value.shape)}\n  allowed: a scalar\n  fix: its mean"
+                raise Refusal(
+                    "Hessian of a loss",
+                    got=f"shape {tuple(value.shape)}",
+                    allowed="a scalar",
+                    fix="its mean",
                 )
             if not torch.isfinite(value).all():
-                raise NonFiniteError(f"the loss is {value.item()}; allowed: finite numbers")
+                raise NonFiniteError("the loss", got=value.item(), allowed="finite numbers")
             weights = list(self.weights.values())
             grads = (
                 torch.autograd.grad(
@@ -138,8 +146,11 @@ class Hessian:
                 allowed = (
                     tuple(self.weights[k].shape) if k in self.weights else ", ".join(self.weights)
                 )
-                raise ValueError(
-                    f"direction {k!r}\n  got: shape {tuple(d.shape)}\n  allowed: {allowed}\n  fix: the names and shapes of the weights"
+                raise Refusal(
+                    f"direction {k!r}",
+                    got=f"shape {tuple(d.shape)}",
+                    allowed=allowed,
+                    fix="the names and shapes of the weights",
                 )
         moved = [k for k in self._differentiable if k in direction]
         if not moved:
@@ -186,7 +197,7 @@ def _finite(what: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise NonFiniteError(
-                f"{what} of {name} has entries that are not finite; allowed: finite numbers"
+                f"{what} of {name}", got="entries that are not finite", allowed="finite numbers"
             )
     return tensors
 

@@ -16,10 +16,11 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .comm import Alone, CommError, Job, Piece, Replicas, Shards, ranks_of, run, sharded
+from .comm import Alone, Job, Piece, Replicas, Shards, ranks_of, run, sharded
 from .directions import DIRECTIONS
-from .metrize import CoverageError, canonical, check_distinct, metrize
-from .modular import ModularNorm, NonFiniteError
+from .errors import CopyError, CoverageError, NonFiniteError, PlacementError, Refusal
+from .metrize import canonical, check_distinct, metrize
+from .modular import ModularNorm
 from .norms import Norm
 from .step_size import EscapeVelocity
 
@@ -164,8 +165,11 @@ def _validate(settings: dict[str, Any], *, auto: bool = False) -> None:
         except TypeError:
             good = False
         if not good:
-            raise ValueError(
-                f"Dualized: {what}\n  got: {settings[what]!r}\n  allowed: {allowed}\n  fix: Dualized(…, {what}=…), or the same key of its parameter group"
+            raise Refusal(
+                f"Dualized: {what}",
+                got=repr(settings[what]),
+                allowed=allowed,
+                fix=f"Dualized(…, {what}=…), or the same key of its parameter group",
             )
 
 
@@ -233,7 +237,10 @@ class Dualized(torch.optim.Optimizer):
                 named = [(n, p) for n, p in _pairs(named) if p.requires_grad]
             if norm is None:
                 raise CoverageError(
-                    "Dualized of named parameters: got no norm\n  fix: pass norm=ModularNorm(...), or the model itself"
+                    "Dualized of named parameters",
+                    got="no norm",
+                    allowed="named parameters with a norm, or a module",
+                    fix="pass norm=ModularNorm(...), or the model itself",
                 )
         # Copied: groups added later bring norms and radii of their own.
         self.norm = replace(
@@ -253,16 +260,21 @@ class Dualized(torch.optim.Optimizer):
             tuple[bool, ...], Tensor
         ] = {}  # on the device: which weights have a gradient on this rank
         if grads not in ("reduced", "local"):
-            raise ValueError(
-                f"Dualized: grads\n  got: {grads!r}\n  allowed: reduced, local\n  fix: Dualized(…, grads=…)"
+            raise Refusal(
+                "Dualized: grads",
+                got=repr(grads),
+                allowed="reduced, local",
+                fix="Dualized(…, grads=…)",
             )
         if (
             grads == "local"
             and type(model_or_named_parameters).__name__ == "DistributedDataParallel"
         ):
-            raise CommError(
-                'Dualized(DistributedDataParallel(…), grads="local")\n  got: gradients that DDP has reduced already\n  allowed: the bare module, or'
-                ' grads="reduced"\n  fix: one of them'
+            raise PlacementError(
+                'Dualized(DistributedDataParallel(…), grads="local")',
+                got="gradients that DDP has reduced already",
+                allowed='the bare module, or grads="reduced"',
+                fix="one of them",
             )
         tensors = [
             p for x in named for _, p in (_pairs(x["params"]) if isinstance(x, dict) else [x])
@@ -306,16 +318,25 @@ class Dualized(torch.optim.Optimizer):
             known = self.norm.norms.get(name)
             if known is not None and (norm is not None or radius is not None):
                 raise CoverageError(
-                    f"{name} has the norm {known} and radius {self.norm.radii[name]:g} already; fix: leave norm and radius out of its group"
+                    name,
+                    got="a second norm or radius",
+                    allowed=f"the norm {known} and radius {self.norm.radii[name]:g} that it has already",
+                    fix="leave norm and radius out of its group",
                 )
             if known is None and (norm is None or radius is None):
                 raise CoverageError(
-                    f'{name} has no norm; fix: give its group "norm" and "radius" (got {norm!r} and {radius!r})'
+                    name,
+                    got=f"no norm or no radius ({norm!r} and {radius!r})",
+                    allowed="both, for a parameter that is added",
+                    fix='give its group "norm" and "radius"',
                 )
             placed = known or norm
             if not isinstance(placed, Norm) or (radius is not None and not 0 <= radius < inf):
                 raise CoverageError(
-                    f"{name}\n  got: norm {norm!r}, radius {radius!r}\n  allowed: a Norm and a finite number >= 0\n  fix: RMSToRMS() and 0.1, say"
+                    name,
+                    got=f"norm {norm!r}, radius {radius!r}",
+                    allowed="a Norm and a finite number >= 0",
+                    fix="RMSToRMS() and 0.1, say",
                 )
             wrong = placed.check(p.shape)
             if wrong or p.is_complex():
@@ -361,14 +382,19 @@ class Dualized(torch.optim.Optimizer):
             Shards.check(name, p)  # type: ignore[arg-type]
             if not DIRECTIONS[group["direction"]].entrywise:
                 fine = ", ".join(k for k, d in DIRECTIONS.items() if d.entrywise)
-                raise CommError(
-                    f"{name}\n  got: the direction {group['direction']!r} of a sharded weight\n  allowed: {fine}, entry by entry\n"
-                    '  fix: one of them, or replicas (grads="local"), whose owners have whole weights'
+                raise PlacementError(
+                    name,
+                    got=f"the direction {group['direction']!r} of a sharded weight",
+                    allowed=f"{fine}, entry by entry",
+                    fix='one of them, or replicas (grads="local"), whose owners have whole weights',
                 )
             mesh = p.device_mesh  # type: ignore[attr-defined]
             if (self._shards and mesh not in self._shards) or mesh.size() != self._ranks.size:
-                raise CommError(
-                    f"{name}\n  got: a mesh that no weight before it has\n  allowed: one mesh\n  fix: build Dualized with sharded weights"
+                raise PlacementError(
+                    name,
+                    got="a mesh that no weight before it has",
+                    allowed="one mesh",
+                    fix="build Dualized with sharded weights",
                 )
 
     def _new_step_size(self, params: list[Tensor], value: float | Tensor | None = None) -> Tensor:
@@ -380,8 +406,10 @@ class Dualized(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         if self._ranks.size > 1:
-            raise TypeError(
-                "Dualized of several processes: got a copy or pickle of it; allowed: state_dict() of one, loaded into another"
+            raise CopyError(
+                "Dualized of several processes",
+                got="a copy or pickle of it",
+                allowed="state_dict() of one, loaded into another",
             )
         kept = {k: getattr(self, k) for k in ("norm", "escape", "_ranks", "_plain", "_shards")}
         return super().__getstate__() | kept | {"_watch": None, "_radii": {}, "_here": {}}
@@ -401,9 +429,11 @@ class Dualized(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None, *, loss: Tensor | None = None) -> Any:  # type: ignore[override]
         """One step. loss: this rank's, 0-dim; one that is not finite stops the step as such a gradient does. Returns what closure does."""
         if self._plain.owned and hasattr(self, "found_inf"):
-            raise CommError(
-                'GradScaler with grads="local"\n  got: a decision of each rank by itself\n  allowed: bfloat16, which needs no scaler, or grads="reduced" behind DDP\n'
-                "  fix: one of them"
+            raise PlacementError(
+                'GradScaler with grads="local"',
+                got="a decision of each rank by itself",
+                allowed='bfloat16, which needs no scaler, or grads="reduced" behind DDP',
+                fix="one of them",
             )
         self.check_finite()
         result = None
@@ -418,8 +448,11 @@ class Dualized(torch.optim.Optimizer):
             ) or lr != 0  # without waiting for a device
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if p.grad is not None and p.grad.is_sparse:
-                    raise ValueError(
-                        f"{name}\n  got: a sparse gradient\n  allowed: dense ones\n  fix: sparse=False in its module"
+                    raise Refusal(
+                        name,
+                        got="a sparse gradient",
+                        allowed="dense ones",
+                        fix="sparse=False in its module",
                     )
                 # What other ranks have is not known here: with several, every weight takes part, and those without any gradient are masked.
                 if p.grad is not None or self._ranks.size > 1:
@@ -427,9 +460,11 @@ class Dualized(torch.optim.Optimizer):
                     if moves:
                         entries.append((group, name, p))
                     if self._at(p).splits(p) and not _by_rows(self.norm.norms[name], group):
-                        raise CommError(
-                            f"{name}\n  got: a direction, scale or constraint that needs whole weights, set after its rows were given to ranks\n"
-                            "  allowed: those that it was built with\n  fix: build Dualized with them"
+                        raise PlacementError(
+                            name,
+                            got="a direction, scale or constraint that needs whole weights, set after its rows were given to ranks",
+                            allowed="those that it was built with",
+                            fix="build Dualized with them",
                         )
         if not entries:
             self._plain.forget()
@@ -869,13 +904,19 @@ class Dualized(torch.optim.Optimizer):
         for group, own in zip(groups, self.param_groups, strict=True):
             if self.escape:
                 if "step_size" not in group or any("start" not in s for s in state.values()):
-                    raise ValueError(
-                        'optimizer state\n  got: one saved with a fixed lr\n  allowed: one saved with lr="auto"\n  fix: Dualized(model, lr=…), or start anew'
+                    raise Refusal(
+                        "optimizer state",
+                        got="one saved with a fixed lr",
+                        allowed='one saved with lr="auto"',
+                        fix="Dualized(model, lr=…), or start anew",
                     )
                 group["step_size"] = self._new_step_size(own["params"], groups[0]["step_size"])
             elif "step_size" in group:
-                raise ValueError(
-                    'optimizer state\n  got: one saved with lr="auto"\n  allowed: one saved with a fixed lr\n  fix: Dualized(model, lr="auto")'
+                raise Refusal(
+                    "optimizer state",
+                    got='one saved with lr="auto"',
+                    allowed="one saved with a fixed lr",
+                    fix='Dualized(model, lr="auto")',
                 )
             group.update(
                 {k: v for k, v in own.items() if k not in group}
@@ -928,7 +969,7 @@ class Normalized(torch.optim.Optimizer):
         kind, groups = type(base_optimizer).__name__, base_optimizer.param_groups
 
         def refuse(got: str, allowed: str, fix: str) -> None:
-            raise CoverageError(f"Normalized\n  got: {got}\n  allowed: {allowed}\n  fix: {fix}")
+            raise CoverageError("Normalized", got=got, allowed=allowed, fix=fix)
 
         if isinstance(lr, str) or (not isinstance(lr, Tensor) and not 0 <= lr < inf):
             refuse(f"lr {lr!r}", "a finite number >= 0", "Normalized(base, norm, lr=0.1)")
@@ -1053,7 +1094,10 @@ class Normalized(torch.optim.Optimizer):
         """Refused once built: the base would not know it."""
         if hasattr(self, "state") and self.state is self.base.state:
             raise CoverageError(
-                "Normalized\n  got: a group of parameters after construction\n  allowed: before\n  fix: add it to the base and build Normalized anew"
+                "Normalized",
+                got="a group of parameters after construction",
+                allowed="before",
+                fix="add it to the base and build Normalized anew",
             )
         super().add_param_group({k: v for k, v in param_group.items() if k != "param_names"})
 
@@ -1075,12 +1119,18 @@ def by_name(
 ) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
     """(groups, state) of a saved optimizer for these groups of parameter names, tensors copied. Raises ValueError before anything changes."""
     if any("param_names" not in g for g in state_dict["param_groups"]):
-        raise ValueError(
-            "optimizer state\n  got: groups without param_names\n  allowed: the state of an optimizer of named parameters\n  fix: save Dualized's own"
+        raise Refusal(
+            "optimizer state",
+            got="groups without param_names",
+            allowed="the state of an optimizer of named parameters",
+            fix="save Dualized's own",
         )
     if schema is not None and not 1 <= state_dict.get("schema", schema) <= schema:
-        raise ValueError(
-            f"optimizer state\n  got: schema {state_dict['schema']}\n  allowed: 1 to {schema}\n  fix: use the version that saved it"
+        raise Refusal(
+            "optimizer state",
+            got=f"schema {state_dict['schema']}",
+            allowed=f"1 to {schema}",
+            fix="use the version that saved it",
         )
     saved = {
         canonical(n): (g, i)
@@ -1090,15 +1140,19 @@ def by_name(
     ours = [n for group in names for n in group]
     if saved.keys() != set(ours):
         odd = sorted(saved.keys() ^ set(ours))
-        raise ValueError(
-            f"optimizer state\n  got: other parameters; {odd[0]!r} is {'missing' if odd[0] in ours else 'unknown'}\n  allowed: the same names\n"
-            "  fix: load it into the model that it was saved with"
+        raise Refusal(
+            "optimizer state",
+            got=f"other parameters; {odd[0]!r} is {('missing' if odd[0] in ours else 'unknown')}",
+            allowed="the same names",
+            fix="load it into the model that it was saved with",
         )
     for group in names:
         if any(saved[n][0] is not saved[group[0]][0] for n in group):
-            raise ValueError(
-                f"optimizer state\n  got: parameters of one group here in several there, {group[0]!r} among them\n  allowed: the same groups\n"
-                "  fix: build the optimizer with the groups that it was saved with"
+            raise Refusal(
+                "optimizer state",
+                got=f"parameters of one group here in several there, {group[0]!r} among them",
+                allowed="the same groups",
+                fix="build the optimizer with the groups that it was saved with",
             )
     groups = [
         {**saved[group[0]][0], "params": [saved[n][1] for n in group], "param_names": group}
@@ -1118,8 +1172,10 @@ def _pairs(named: Any) -> list[tuple[str, Tensor]]:
     pairs = [named] if one else list(named)
     if any(not (isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str)) for x in pairs):
         raise CoverageError(
-            "Dualized of a list of tensors\n  got: tensors without names\n  allowed: a module, or (name, parameter) pairs with norm=\n"
-            "  fix: Dualized(model, ...) or Dualized(model.named_parameters(), ..., norm=metrize(model))"
+            "Dualized of a list of tensors",
+            got="tensors without names",
+            allowed="a module, or (name, parameter) pairs with norm=",
+            fix="Dualized(model, ...) or Dualized(model.named_parameters(), ..., norm=metrize(model))",
         )
     return pairs
 

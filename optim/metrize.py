@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .errors import CoverageError
 from .modular import Atom, ModularNorm, Module, atom, bond, concat
 from .norms import (
     NORMS,
@@ -49,10 +50,6 @@ GAINS, BIASES = (
 )  # 1-D weights of modules of unknown type, by name
 
 
-class CoverageError(ValueError):
-    """A parameter without a place in the structure, or a place without a parameter."""
-
-
 @dataclass(frozen=True)
 class Rule:
     """What the user decides: for parameters whose name matches `pattern` (as file names do: * and ?), norm, mass and role; None leaves the default.
@@ -71,22 +68,34 @@ class Rule:
     def __post_init__(self) -> None:
         if not (self.norm is None or isinstance(self.norm, str | Norm)):
             raise CoverageError(
-                f"rule {self.pattern!r}\n  got: norm {self.norm!r}\n  allowed: a Norm, or a name in NORMS\n  fix: RMSToRMS(), with brackets, say"
+                f"rule {self.pattern!r}",
+                got=f"norm {self.norm!r}",
+                allowed="a Norm, or a name in NORMS",
+                fix="RMSToRMS(), with brackets, say",
             )
         if isinstance(self.norm, str):
             if self.norm not in NORMS:
                 raise CoverageError(
-                    f"rule {self.pattern!r}\n  got: norm {self.norm!r}\n  allowed: {', '.join(NORMS)}\n  fix: one of those, or a Norm"
+                    f"rule {self.pattern!r}",
+                    got=f"norm {self.norm!r}",
+                    allowed=", ".join(NORMS),
+                    fix="one of those, or a Norm",
                 )
             object.__setattr__(self, "norm", NORMS[self.norm]())
         if self.mass is not None and not 0 <= self.mass < inf:
             raise CoverageError(
-                f"rule {self.pattern!r}\n  got: mass {self.mass}\n  allowed: 0 (never updated) or more\n  fix: Rule(…, mass=1)"
+                f"rule {self.pattern!r}",
+                got=f"mass {self.mass}",
+                allowed="0 (never updated) or more",
+                fix="Rule(…, mass=1)",
             )
 
         if self.maps is not None and not (isinstance(self.maps, int) and self.maps >= 1):
             raise CoverageError(
-                f"rule {self.pattern!r}\n  got: maps {self.maps}\n  allowed: 1 or more\n  fix: Rule(…, maps=3)"
+                f"rule {self.pattern!r}",
+                got=f"maps {self.maps}",
+                allowed="1 or more",
+                fix="Rule(…, maps=3)",
             )
 
     def matches(self, name: str) -> bool:
@@ -110,7 +119,10 @@ def _rule(fields: Mapping[str, Any]) -> Rule:
     except TypeError as error:
         allowed = ", ".join(Rule.__dataclass_fields__)
         raise CoverageError(
-            f"rule\n  got: {dict(fields)}\n  allowed: {allowed}\n  fix: {{'pattern': 'lm_head.weight', 'role': 'head'}}, say"
+            "rule",
+            got=dict(fields),
+            allowed=allowed,
+            fix="{'pattern': 'lm_head.weight', 'role': 'head'}, say",
         ) from error
 
 
@@ -125,7 +137,10 @@ def check_distinct(names: Iterable[str]) -> None:
     twice = [n for n, count in Counter(names).items() if count > 1]
     if twice:
         raise CoverageError(
-            f"two parameters are named {twice[0]!r}\n  got: one name twice, wrappers' prefixes taken off\n  allowed: one name a parameter\n  fix: rename one"
+            f"two parameters are named {twice[0]!r}",
+            got="one name twice, wrappers' prefixes taken off",
+            allowed="one name a parameter",
+            fix="rename one",
         )
 
 
@@ -157,7 +172,10 @@ def metrize(
     for name, m in tables.items():
         if m.sparse and m.weight.requires_grad:
             raise CoverageError(
-                f"{name}\n  got: sparse gradients\n  allowed: dense ones\n  fix: build its {type(m).__name__} with sparse=False"
+                name,
+                got="sparse gradients",
+                allowed="dense ones",
+                fix=f"build its {type(m).__name__} with sparse=False",
             )
     if structure is None and declare is not None and not isinstance(declare, nn.Module):
         structure = declare()
@@ -166,7 +184,10 @@ def metrize(
     for name, p in trainable.items():
         if p.is_complex():
             raise CoverageError(
-                f"{name}\n  got: complex numbers\n  allowed: real ones\n  fix: keep real and imaginary parts in two parameters, or freeze it"
+                name,
+                got="complex numbers",
+                allowed="real ones",
+                fix="keep real and imaginary parts in two parameters, or freeze it",
             )
     if structure is None:
         tree = _by_type(plain, trainable, rules, alias, notes)
@@ -181,19 +202,24 @@ def metrize(
         norm = found.norms.get(name)
         if norm is None:
             raise CoverageError(
-                f"{name} {tuple(p.shape)} has no place in the modular structure{_nearest(name, found.norms)}\n"
-                "  allowed: every trainable parameter named by exactly one atom\n  fix: add an atom for it, or freeze it (requires_grad=False)"
+                f"{name} {tuple(p.shape)} has no place in the modular structure{_nearest(name, found.norms)}",
+                allowed="every trainable parameter named by exactly one atom",
+                fix="add an atom for it, or freeze it (requires_grad=False)",
             )
         wrong = norm.check(p.shape)
         if wrong:
             raise CoverageError(
-                f"{name}\n  got: shape {tuple(p.shape)}\n  allowed by {norm}: {wrong}\n  fix: metrize(model, rules=[Rule({name!r}, norm=…)])"
+                name,
+                got=f"shape {tuple(p.shape)}\n  allowed by {norm}: {wrong}",
+                fix=f"metrize(model, rules=[Rule({name!r}, norm=…)])",
             )
     absent = sorted(found.norms.keys() - {n for n, _ in every})
     if absent:
         raise CoverageError(
-            f"the structure names {absent[0]!r}, which the model does not have{_nearest(absent[0], unique)}\n  got: {absent[0]}\n"
-            "  allowed: names of the model's parameters\n  fix: rename the atom"
+            f"the structure names {absent[0]!r}, which the model does not have{_nearest(absent[0], unique)}",
+            got=absent[0],
+            allowed="names of the model's parameters",
+            fix="rename the atom",
         )
     frozen = len(unique) - len(trainable)
     if frozen:
@@ -261,7 +287,10 @@ def _by_type(
         role = rule.role or ("head" if id(p) in heads else place.role if place else None)
         if role is not None and role not in MASSES and _nearest(role, MASSES):
             raise CoverageError(
-                f"rule {rule.pattern!r}\n  got: role {role!r}{_nearest(role, MASSES)}\n  allowed: {', '.join(MASSES)}\n  fix: one of those, or a name that is not nearly one"
+                f"rule {rule.pattern!r}",
+                got=f"role {role!r}{_nearest(role, MASSES)}",
+                allowed=", ".join(MASSES),
+                fix="one of those, or a name that is not nearly one",
             )
         norm = rule.norm
         if norm is None and role is not None and (place is None or role != place.role):
@@ -269,7 +298,7 @@ def _by_type(
         elif norm is None and place:
             norm = place.norm
         if norm is None or isinstance(norm, str):
-            raise CoverageError(_unplaced(name, module, p))
+            raise _unplaced(name, module, p)
         as_placed = place is not None and (
             norm is place.norm or (rule.norm is not None and rule.role is None)
         )
@@ -394,14 +423,19 @@ def _role_norm(role: str, p: Tensor, place: Place | None) -> Norm | None:
     return place.norm if place else None
 
 
-def _unplaced(name: str, module: nn.Module, p: Tensor) -> str:
+def _unplaced(name: str, module: nn.Module, p: Tensor) -> CoverageError:
     shape, kind = tuple(p.shape), type(module).__name__
     fix = f"metrize(model, rules=[Rule({name!r}, norm=…, role=…)]), or freeze it"
     if p.ndim == 3:
         fix += "; for experts norm=Experts(RMSToRMS()), stored (E, in, out) Experts(Transposed(RMSToRMS())); for vectors (1, T, D) Experts(L1ToRMS())"
     elif p.ndim == 2:
         fix += "; several maps fused in one weight are norm=Blocks(RMSToRMS(), (rows of each, …)), maps=…"
-    return f"{name} {shape} of a {kind} has no place\n  got: a weight whose role its module's type and its name do not tell\n  allowed: one that a rule places\n  fix: {fix}"
+    return CoverageError(
+        f"{name} {shape} of a {kind} has no place",
+        got="a weight whose role its module's type and its name do not tell",
+        allowed="one that a rule places",
+        fix=fix,
+    )
 
 
 def _declared_heads(model: nn.Module) -> set[int]:
@@ -437,8 +471,10 @@ def _check_head(
             and not any(r.matches(name) for r in rules)
         ):
             raise CoverageError(
-                f"{name} {tuple(shape)} looks like the head\n  got: a map to as many outputs as an embedding has rows, and no head\n  allowed: a head by rule\n"
-                f"  fix: metrize(model, rules=[Rule({name!r}, role='head')]), or role='hidden' if it is not"
+                f"{name} {tuple(shape)} looks like the head",
+                got="a map to as many outputs as an embedding has rows, and no head",
+                allowed="a head by rule",
+                fix=f"metrize(model, rules=[Rule({name!r}, role='head')]), or role='hidden' if it is not",
             )
     notes.append(
         "no head: every linear map is a hidden one; Rule(pattern, role='head') names one that ends in logits"
@@ -456,7 +492,10 @@ def _check_rules(rules: list[Rule], names: list[str]) -> None:
                 else f"matches no parameter{_nearest(rule.pattern, names)}"
             )
             raise CoverageError(
-                f"rule {rule.pattern!r}\n  got: a pattern that {got}\n  allowed: one that decides something\n  fix: correct it, move it up, or leave it out"
+                f"rule {rule.pattern!r}",
+                got=f"a pattern that {got}",
+                allowed="one that decides something",
+                fix="correct it, move it up, or leave it out",
             )
         left = [n for n in left if not rule.matches(n)]
 
@@ -488,8 +527,10 @@ def _check_ties(
         one_norm = (rule is not None and rule.norm is not None) or {name, other} <= embeddings
         if twin is not p or not one_norm:
             raise CoverageError(
-                f"{name} shares its storage with {other}\n  got: one tensor in two roles\n  allowed: one role a tensor, or one norm by rule\n"
-                f"  fix: untie them (transformers: tie_word_embeddings=False in the config, before the model is built), or metrize(model, rules=[Rule({other!r}, norm={'VectorRMS' if p.ndim == 1 else 'RMSToRMS'!r})])"
+                f"{name} shares its storage with {other}",
+                got="one tensor in two roles",
+                allowed="one role a tensor, or one norm by rule",
+                fix=f"untie them (transformers: tie_word_embeddings=False in the config, before the model is built), or metrize(model, rules=[Rule({other!r}, norm={('VectorRMS' if p.ndim == 1 else 'RMSToRMS')!r})])",
             )
         alias.setdefault(other, set()).add(name)
     return alias

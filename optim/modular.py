@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .errors import NonFiniteError, Refusal
 from .norms import Norm
 
 Sharpness = tuple[
@@ -51,8 +52,11 @@ class Module:
     def __mul__(self, scalar: float) -> Module:
         """The output times a scalar."""
         if scalar == 0:
-            raise ValueError(
-                "a module times 0\n  got: scalar 0\n  allowed: any other number\n  fix: leave the module out instead"
+            raise Refusal(
+                "a module times 0",
+                got="scalar 0",
+                allowed="any other number",
+                fix="leave the module out instead",
             )
         return bond(f"× {scalar:.4g}", sensitivity=abs(scalar), sharpness=0) @ self
 
@@ -61,16 +65,22 @@ class Module:
     def __pow__(self, times: int) -> Module:
         """The module after itself, `times` times; the i-th copy has its atoms' last "{}" filled with i, counted from the input."""
         if not isinstance(times, int) or times < 1:
-            raise ValueError(
-                f"a module's power\n  got: {times!r}\n  allowed: an integer of at least 1\n  fix: module ** 1 is the module itself"
+            raise Refusal(
+                "a module's power",
+                got=repr(times),
+                allowed="an integer of at least 1",
+                fix="module ** 1 is the module itself",
             )
         return Power.of(self, times)
 
     def tare(self, mass: float) -> Module:
         """The same module with its total mass set to `mass`, shared as before."""
         if mass < 0 or (self.mass == 0 and mass > 0):
-            raise ValueError(
-                f"tare\n  got: mass {mass:g} for a module of mass {self.mass:g}\n  allowed: mass >= 0, on a module that has some\n  fix: give its atoms a mass"
+            raise Refusal(
+                "tare",
+                got=f"mass {mass:g} for a module of mass {self.mass:g}",
+                allowed="mass >= 0, on a module that has some",
+                fix="give its atoms a mass",
             )
         return self.scaled(mass / self.mass if mass else 0.0)
 
@@ -165,8 +175,11 @@ def atom(
     """
     if not 0 <= mass < math.inf or not 0 <= sensitivity < math.inf:
         what, got = ("mass", mass) if not 0 <= mass < math.inf else ("sensitivity", sensitivity)
-        raise ValueError(
-            f"{what} of {name}\n  got: {got:g}\n  allowed: 0 or more (a weight of mass 0 is never updated)\n  fix: atom({name!r}, …, {what}=…)"
+        raise Refusal(
+            f"{what} of {name}",
+            got=f"{got:g}",
+            allowed="0 or more (a weight of mass 0 is never updated)",
+            fix=f"atom({name!r}, …, {what}=…)",
         )
     return Atom(
         mass,
@@ -197,9 +210,11 @@ def bond(
     sharpness: γ, a bound on its second derivative there, 0 for linear maps; None where there is none, as for every typical bond.
     """
     if not sensitivity > 0 or (sharpness is not None and (typical or not sharpness >= 0)):
-        raise ValueError(
-            f"bond {label}\n  got: sensitivity {sensitivity:g}, sharpness {sharpness}, typical {typical}\n  allowed: sensitivity more than 0;"
-            " sharpness 0 or more, or None; a typical bond has none\n  fix: bond(label, sensitivity=…, sharpness=…)"
+        raise Refusal(
+            f"bond {label}",
+            got=f"sensitivity {sensitivity:g}, sharpness {sharpness}, typical {typical}",
+            allowed="sensitivity more than 0; sharpness 0 or more, or None; a typical bond has none",
+            fix="bond(label, sensitivity=…, sharpness=…)",
         )
     if sharpness is None:
         return Bond(0.0, sensitivity, typical, None, (label,), label=label)
@@ -253,9 +268,11 @@ class Composite(Module):
     @staticmethod
     def of(outer: Module, inner: Module) -> Composite:
         if outer.sensitivity == 0 and inner.mass:
-            raise ValueError(
-                "a module after others\n  got: sensitivity 0, which no step of those before it can pass\n  allowed: more than 0\n"
-                "  fix: a bias belongs beside its map: bond('add') @ concat(map, bias)"
+            raise Refusal(
+                "a module after others",
+                got="sensitivity 0, which no step of those before it can pass",
+                allowed="more than 0",
+                fix="a bias belongs beside its map: bond('add') @ concat(map, bias)",
             )
         typical = outer.typical or inner.typical
         gain = outer.sensitivity * inner.sensitivity
@@ -405,8 +422,11 @@ class Power(Module):
 def residual(block: Module, depth: int) -> Module:
     """(1 − 1/depth) x + (1/depth) block(x): `depth` of them in a row have sensitivity 1 where the block has 1, and at most exp(μ − 1) where it has μ [MN]."""
     if depth < 1:
-        raise ValueError(
-            f"residual\n  got: depth {depth}\n  allowed: 1 or more\n  fix: the number of residual blocks in a row"
+        raise Refusal(
+            "residual",
+            got=f"depth {depth}",
+            allowed="1 or more",
+            fix="the number of residual blocks in a row",
         )
     return (
         block
@@ -437,8 +457,11 @@ class ModularNorm:
         resolved = ModularNorm({}, {}, tree=tree)
         for node, radius in tree.radii():
             if node.name in resolved.norms:
-                raise ValueError(
-                    f"the tree names {node.name!r} twice; allowed: once; use '{{}}' in names under **"
+                raise Refusal(
+                    "names in a tree",
+                    got=f"{node.name!r} twice",
+                    allowed="once",
+                    fix="'{}' in names under **",
                 )
             resolved.norms[node.name], resolved.radii[node.name] = node.norm, radius
             resolved.roles[node.name], resolved.masses[node.name] = node.role, node.mass
@@ -453,8 +476,11 @@ class ModularNorm:
                 if odd
                 else f"radius {self.radii[str(bad)]} of {bad!r}"
             )
-            raise ValueError(
-                f"ModularNorm\n  got: {got}\n  allowed: a norm and a finite radius >= 0 for each name\n  fix: metrize(model), or both by name"
+            raise Refusal(
+                "ModularNorm",
+                got=got,
+                allowed="a norm and a finite radius >= 0 for each name",
+                fix="metrize(model), or both by name",
             )
 
     def norm(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -535,13 +561,11 @@ class ModularNorm:
     def _checked(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors.items():
             if name not in self.norms:
-                raise ValueError(f"no norm for {name!r}; allowed: {', '.join(self.norms)}")
+                raise Refusal(
+                    "a tensor without a norm", got=repr(name), allowed=", ".join(self.norms)
+                )
             if not torch.isfinite(tensor).all():
                 raise NonFiniteError(
-                    f"{name} has entries that are not finite; allowed: finite numbers"
+                    name, got="entries that are not finite", allowed="finite numbers"
                 )
             yield name, tensor
-
-
-class NonFiniteError(ValueError):
-    """A NaN or an infinity, with the name of its tensor."""

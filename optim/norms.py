@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .errors import Refusal
 from .polar import SCHEDULES, Polar, plain
 
 
@@ -170,8 +171,8 @@ class Spectral(Norm):
 
     def __post_init__(self) -> None:
         if self.scale not in SCALES:
-            raise ValueError(
-                f"{type(self).__name__}.scale: got {self.scale!r}; allowed: {', '.join(SCALES)}"
+            raise Refusal(
+                f"{type(self).__name__}.scale", got=repr(self.scale), allowed=", ".join(SCALES)
             )
 
     def norm(self, W: Tensor) -> Tensor:
@@ -394,8 +395,10 @@ class _View(Norm):
 
     def __post_init__(self) -> None:
         if self.inner.ndim not in self._inner_dimensions():
-            raise ValueError(
-                f"{type(self).__name__}: got {self.inner}, of {self.inner.ndim} dimensions; allowed: {self._inner_dimensions()}"
+            raise Refusal(
+                type(self).__name__,
+                got=f"{self.inner}, of {self.inner.ndim} dimensions",
+                allowed=self._inner_dimensions(),
             )
 
     def _inner_dimensions(self) -> tuple[int, ...]:

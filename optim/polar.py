@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .errors import Refusal
+
 Coefficients = tuple[tuple[float, float, float], ...]
 
 
@@ -136,8 +138,8 @@ class Polar:
             ("dtype", ("auto", "float32", "bfloat16")),
         ):
             if getattr(self, field) not in allowed:
-                raise ValueError(
-                    f"Polar.{field}: got {getattr(self, field)!r}; allowed: {', '.join(allowed)}"
+                raise Refusal(
+                    f"Polar.{field}", got=repr(getattr(self, field)), allowed=", ".join(allowed)
                 )
 
     @property

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import _muon
 
-from .comm import CommError, Piece, Ranks, piece_of, ranks_of, sharded
+from .comm import Piece, Ranks, piece_of, ranks_of, sharded
 from .dualized import Normalized, _finite
+from .errors import NonFiniteError, PlacementError, Refusal
 from .metrize import canonical
-from .modular import ModularNorm, NonFiniteError
+from .modular import ModularNorm
 from .polar import Polar, plain
 
 Scaling = Literal["standard", "ntk", "modular"]
@@ -260,8 +261,11 @@ class Rival:
             group["param_names"] = [canonical(n) for n in group["param_names"]]
         for name, p in self._weights():
             if sharded(p):
-                raise CommError(
-                    f"{name}\n  got: a sharded weight (DTensor) for {type(optimizer).__name__}\n  allowed: whole ones\n  fix: --run.parallel ddp, or Dualized"
+                raise PlacementError(
+                    name,
+                    got=f"a sharded weight (DTensor) for {type(optimizer).__name__}",
+                    allowed="whole ones",
+                    fix="--run.parallel ddp, or Dualized",
                 )
         self._ranks: Ranks = ranks_of([], local=True)
         self._bad: str | None = None
@@ -345,8 +349,11 @@ class Rival:
         if [g["param_names"] for g in self.param_groups] != [
             g["param_names"] for g in state_dict["param_groups"]
         ]:
-            raise ValueError(
-                "optimizer state\n  got: other parameters\n  allowed: those of this model\n  fix: resume with the run's own configuration"
+            raise Refusal(
+                "optimizer state",
+                got="other parameters",
+                allowed="those of this model",
+                fix="resume with the run's own configuration",
             )
 
     @torch.no_grad()

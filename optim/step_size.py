@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import Refusal
+
 
 def wsd(step: int, total: int, *, warmup: float, cooldown: float, power: float = 1.0) -> float:
     """Warm-up, stable, decay: linear to 1 over `warmup` steps, then 1, then to 0 over the last `cooldown` fraction of all steps (Hägele et al., arXiv 2405.18392),
@@ -61,8 +63,11 @@ class EscapeVelocity:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not 0 < value < math.inf:
-                raise ValueError(
-                    f"EscapeVelocity.{name}\n  got: {value!r}\n  allowed: a finite number more than 0\n  fix: EscapeVelocity({name}=…)"
+                raise Refusal(
+                    f"EscapeVelocity.{name}",
+                    got=repr(value),
+                    allowed="a finite number more than 0",
+                    fix=f"EscapeVelocity({name}=…)",
                 )
 
     def grow(self, eta: Tensor, travelled: Tensor, dual_norm: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from optim.errors import Refusal
+
 COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     **{
         ast.Eq: operator.eq,
@@ -37,7 +39,7 @@ COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
 }
 
 
-class BundleError(ValueError):
+class BundleError(Refusal):
     """Code that no single file can be made of: what was got, what is allowed, how to fix it."""
 
 
@@ -84,7 +86,10 @@ class Specialise(ast.NodeTransformer):
             name = text.rpartition(".")[2].upper()
             if self.constants.setdefault(name, value) != value:
                 raise BundleError(
-                    f"{text}\n  got: {value}\n  allowed: {self.constants[name]}, as {name} is already\n  fix: another name"
+                    text,
+                    got=value,
+                    allowed=f"{self.constants[name]}, as {name} is already",
+                    fix="another name",
                 )
             return ast.Name(name, ast.Load())
         return ast.Constant(value)
@@ -364,7 +369,10 @@ def bundle(
         twice = names & {n for i in items for n in i.names}
         if twice:
             raise BundleError(
-                f"{file}: {min(twice)}\n  got: a second definition\n  allowed: one in a file\n  fix: rename one of them"
+                f"{file}: {min(twice)}",
+                got="a second definition",
+                allowed="one in a file",
+                fix="rename one of them",
             )
         names |= {n for i in items for n in i.names}
         if items:
@@ -377,11 +385,17 @@ def bundle(
     numbers = "".join(f"{k} = {v!r}\n" for k, v in constants.items() if k in used)
     if GONE in used:
         raise BundleError(
-            "an erased name\n  got: a use of it that is left\n  allowed: as an argument, a parameter, a statement\n  fix: what is known"
+            "an erased name",
+            got="a use of it that is left",
+            allowed="as an argument, a parameter, a statement",
+            fix="what is known",
         )
     if twice := names & {k for k in constants if k in used}:
         raise BundleError(
-            f"{min(twice)}\n  got: a definition and a number\n  allowed: one of them\n  fix: rename the definition"
+            min(twice),
+            got="a definition and a number",
+            allowed="one of them",
+            fix="rename the definition",
         )
     top = _imports({name: found for name, found in reach.externals.items() if name in used})
     return formatted(f"{top}\n\n# ---- Hyperparameters\n\n{numbers}\n\n{body}")
@@ -495,7 +509,10 @@ class _Reach:
             return (exact or found)[0]
         if ours:
             raise BundleError(
-                f"{name}, which {file} needs\n  got: {len(found)} definitions of it\n  allowed: one in {', '.join(self.sources)}\n  fix: decide the branch that needs it, or add its file"
+                f"{name}, which {file} needs",
+                got=f"{len(found)} definitions of it",
+                allowed=f"one in {', '.join(self.sources)}",
+                fix="decide the branch that needs it, or add its file",
             )
         return None
 

@@ -33,6 +33,7 @@ from data.shards import DataError, Manifest, read_manifest
 from model import GPT
 from models import MODELS, build
 from optim import DIRECTIONS, RIVALS, ModularNorm, Norm, Polar, metrize
+from optim.errors import Refusal
 from optim.rivals import UNNORMED
 from runtime import git_state
 
@@ -65,7 +66,7 @@ NEUTRAL = re.compile(
 )
 
 
-class ExportError(ValueError):
+class ExportError(Refusal):
     """A run that no script can be made of: what was got, what is allowed, how to fix it."""
 
 
@@ -86,7 +87,10 @@ def read(source: Path) -> Run:
     file = source / "config.toml" if folder else source
     if not file.is_file():
         raise ExportError(
-            f"{source}\n  got: no {'config.toml in it' if folder else 'such file'}\n  allowed: a run's folder, or a configuration file\n  fix: another path"
+            source,
+            got=f"no {('config.toml in it' if folder else 'such file')}",
+            allowed="a run's folder, or a configuration file",
+            fix="another path",
         )
     config = configuration.load([str(file)])
     if folder is None:
@@ -101,7 +105,10 @@ def read(source: Path) -> Run:
     found = summary(source)
     if found is None:
         raise ExportError(
-            f"{source}\n  got: no summary.json\n  allowed: a run that came to its end\n  fix: train_gpt.py … --run.resume"
+            source,
+            got="no summary.json",
+            allowed="a run that came to its end",
+            fix="train_gpt.py … --run.resume",
         )
     return Run(
         source.name,
@@ -155,7 +162,10 @@ def check(config: Config) -> None:
 
 def _refusal(key: str, value: object, allowed: str) -> ExportError:
     return ExportError(
-        f"{key} of an exported run\n  got: {value!r}\n  allowed: {allowed}\n  fix: another run, or studies/script.py, which has to do what it asks for"
+        f"{key} of an exported run",
+        got=repr(value),
+        allowed=allowed,
+        fix="another run, or studies/script.py, which has to do what it asks for",
     )
 
 
@@ -209,7 +219,10 @@ def script(run: Run, *, track: bool = False) -> str:
         )
     except BundleError as error:
         raise ExportError(
-            f"the code of this run\n  got: {error}\n  allowed: what studies/bundle.py can put into one file\n  fix: see there"
+            "the code of this run",
+            got=error,
+            allowed="what studies/bundle.py can put into one file",
+            fix="see there",
         ) from error
     order = "the optimization track's order" if track else "the run's order"
     return f'"""{run.name}: {run.origin}\n\nData: {data}/, in {order}. Alone, or under torchrun with a number of processes that divides {slots}.\n"""\n\n{code}'
@@ -335,7 +348,10 @@ def _weights(model: GPT, norm: ModularNorm, config: Config) -> dict[str, str]:
     before, after = rows[:start], rows[start + L * len(inside) :]
     if rows != [*before, *(n.format(i) for i in range(L) for n in inside), *after]:
         raise ExportError(
-            "the model's structure\n  got: blocks that differ\n  allowed: L blocks with the same weights, one after the other\n  fix: studies/export.py, _weights"
+            "the model's structure",
+            got="blocks that differ",
+            allowed="L blocks with the same weights, one after the other",
+            fix="studies/export.py, _weights",
         )
 
     def radii(name: str) -> str:
@@ -450,7 +466,10 @@ def _write(flag: str, file: Path, text: str) -> None:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ExportError(
-            f"{flag}\n  got: {file} ({error.strerror})\n  allowed: a file in a folder that is there\n  fix: mkdir, or another path"
+            flag,
+            got=f"{file} ({error.strerror})",
+            allowed="a file in a folder that is there",
+            fix="mkdir, or another path",
         ) from error
 
 
@@ -470,7 +489,10 @@ def main(argv: list[str] | None = None) -> int:
         code = script(run, track=args.format == "track3")
         if args.log and run.folder is None:
             raise ExportError(
-                f"--log\n  got: {args.run}, a configuration\n  allowed: with a run's folder\n  fix: leave it out, or train it first"
+                "--log",
+                got=f"{args.run}, a configuration",
+                allowed="with a run's folder",
+                fix="leave it out, or train it first",
             )
         if args.out:
             _write("--out", args.out, code)

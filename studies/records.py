@@ -33,6 +33,7 @@ from scipy import stats
 import config as configuration
 from config import Config, ConfigError
 from data.shards import DataError, read_manifest
+from optim.errors import Refusal
 from runtime import RunError, git_state
 
 from . import export, runs, statistics
@@ -63,7 +64,7 @@ RULE = {
 DOUBT = 0.01  # two-sided level at which means of other machines differ: one check in a hundred fails by chance
 
 
-class RecordError(ValueError):
+class RecordError(Refusal):
     """A record that cannot be made or read: what was got, what is allowed, how to fix it."""
 
 
@@ -102,7 +103,10 @@ class Track:
         for what, got, allowed in checks:
             if got != allowed:
                 raise RecordError(
-                    f"{what} of a record of {name}\n  got: {got!r}\n  allowed: {allowed!r}\n  fix: {self.fixed or 'another --track'}, or other runs"
+                    f"{what} of a record of {name}",
+                    got=repr(got),
+                    allowed=repr(allowed),
+                    fix=f"{self.fixed or 'another --track'}, or other runs",
                 )
 
     def keys(self) -> dict[str, Any]:
@@ -214,11 +218,17 @@ def claims_of_study(folder: Path, results: dict[str, Any], track: Track) -> list
     rule = {key: results["rule"][key] for key in ("test_level", "sigma_from")}
     if rule != RULE:
         raise RecordError(
-            f"rule of {folder}\n  got: {rule}\n  allowed: {RULE}\n  fix: python -m studies.speedrun … with 2 seeds or more, without --threshold, --level and --sigma"
+            f"rule of {folder}",
+            got=rule,
+            allowed=RULE,
+            fix="python -m studies.speedrun … with 2 seeds or more, without --threshold, --level and --sigma",
         )
     if results["target"] is None or abs(results["target"] - track.target) > ROUNDING:
         raise RecordError(
-            f"target of {folder}\n  got: {results['target']}\n  allowed: {track.target}\n  fix: python -m studies.speedrun … --target {track.target}"
+            f"target of {folder}",
+            got=results["target"],
+            allowed=track.target,
+            fix=f"python -m studies.speedrun … --target {track.target}",
         )
     found = []
     for e in results["entries"]:
@@ -228,7 +238,10 @@ def claims_of_study(folder: Path, results: dict[str, Any], track: Track) -> list
         diverged = [r["path"] for r in judged if r["loss"] is None]
         if diverged:
             raise RecordError(
-                f"{e['name']}\n  got: runs that diverged: {', '.join(diverged)}\n  allowed: a loss of each\n  fix: other settings"
+                e["name"],
+                got=f"runs that diverged: {', '.join(diverged)}",
+                allowed="a loss of each",
+                fix="other settings",
             )
         horizon = next(h for h in e["horizons"] if h["steps"] == steps)
         figure = low = high = None
@@ -311,7 +324,10 @@ def count(claims: Sequence[Claim], trials: Sequence[str]) -> None:
                 or "none, where nothing was run"
             )
             raise RecordError(
-                f"--trials\n  got: {text}\n  allowed: {allowed}\n  fix: all that were made, a study's own among them"
+                "--trials",
+                got=text,
+                allowed=allowed,
+                fix="all that were made, a study's own among them",
             )
         claim.trials = int(number)
 
@@ -324,11 +340,14 @@ def check_alike(claim: Claim) -> None:
         for key, value in configuration.flat(run.config).items():
             if value != first[key] and key not in ("run.seed", "run.name", "run.dir"):
                 raise RecordError(
-                    f"{key} of {run.name}\n  got: {value!r}\n  allowed: {first[key]!r}, as {claim.runs[0].name} has it\n  fix: runs of one configuration"
+                    f"{key} of {run.name}",
+                    got=repr(value),
+                    allowed=f"{first[key]!r}, as {claim.runs[0].name} has it",
+                    fix="runs of one configuration",
                 )
     if len(set(seeds)) < len(seeds):
         raise RecordError(
-            f"seeds of {claim.name}\n  got: {seeds}\n  allowed: each once\n  fix: one run a seed"
+            f"seeds of {claim.name}", got=seeds, allowed="each once", fix="one run a seed"
         )
 
 
@@ -347,7 +366,10 @@ def check_clean(found: Sequence[Run], *, allow: bool) -> tuple[str | None, bool]
         got = _changed(str(commit))
     if got is not None and not allow:
         raise RecordError(
-            f"the code of the record\n  got: {got}\n  allowed: one commit, the present code\n  fix: commit, and run it again; --allow-dirty records it as it is"
+            "the code of the record",
+            got=got,
+            allowed="one commit, the present code",
+            fix="commit, and run it again; --allow-dirty records it as it is",
         )
     return commit, got is not None
 
@@ -394,7 +416,7 @@ def add(
         day = date.fromisoformat(day).isoformat()
     except ValueError as error:
         raise RecordError(
-            f"--date\n  got: {day}\n  allowed: YYYY-MM-DD\n  fix: leave it out, for today"
+            "--date", got=day, allowed="YYYY-MM-DD", fix="leave it out, for today"
         ) from error
     for what, got, fine, allowed, fix in (
         (
@@ -428,11 +450,14 @@ def add(
         ("sources", said, ran or len(names) == len(sources), "one of each name", "rename a file"),
     ):
         if not fine:
-            raise RecordError(f"{what}\n  got: {got}\n  allowed: {allowed}\n  fix: {fix}")
+            raise RecordError(what, got=got, allowed=allowed, fix=fix)
     folder = BOOK / track / f"{day}_{slug}"
     if folder.exists():
         raise RecordError(
-            f"{folder.relative_to(BOOK.parent)}\n  got: a record of that name\n  allowed: a new one\n  fix: another --slug"
+            folder.relative_to(BOOK.parent),
+            got="a record of that name",
+            allowed="a new one",
+            fix="another --slug",
         )
     results, claims, scripts = None, [], {}
     if not ran:
@@ -445,7 +470,10 @@ def add(
             )
             if wrong:
                 raise RecordError(
-                    f"{wrong} of {name}\n  got: {there[wrong]!r}\n  allowed: {rules.keys()[wrong]!r}\n  fix: {rules.fixed}"
+                    f"{wrong} of {name}",
+                    got=repr(there[wrong]),
+                    allowed=repr(rules.keys()[wrong]),
+                    fix=rules.fixed,
                 )
     elif study:
         results = json.loads((sources[0] / "results.json").read_text(encoding="utf-8"))
@@ -523,7 +551,10 @@ def add(
     )
     if size > LIMIT:
         raise RecordError(
-            f"{track}/{day}_{slug}\n  got: {size:,} bytes\n  allowed: {LIMIT:,}\n  fix: fewer evaluations, train.log_every higher, or fewer entries"
+            f"{track}/{day}_{slug}",
+            got=f"{size:,} bytes",
+            allowed=f"{LIMIT:,}",
+            fix="fewer evaluations, train.log_every higher, or fewer entries",
         )
     folder.mkdir(parents=True)
     for name, text in files.items():
@@ -616,7 +647,10 @@ def write_tables(*, check_only: bool) -> list[str]:
     text = readme.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise RecordError(
-            f"README.md\n  got: no place for the tables\n  allowed: {BEGIN} and {END}, once each\n  fix: put them in"
+            "README.md",
+            got="no place for the tables",
+            allowed=f"{BEGIN} and {END}, once each",
+            fix="put them in",
         )
     before, rest = text.split(BEGIN)
     wanted = {
@@ -642,25 +676,22 @@ def check(
     """Train a record's entries again, by their first seeds, with the code of now, and say PASS or FAIL with the figures."""
     if not (folder / "record.json").is_file():
         there = ", ".join(str(f.relative_to(BOOK.parent)) for f, _ in records())
-        raise RecordError(
-            f"{folder}\n  got: no record.json in it\n  allowed: {there}\n  fix: one of them"
-        )
+        raise RecordError(folder, got="no record.json in it", allowed=there, fix="one of them")
     if seeds is not None and seeds < 1:
-        raise RecordError(
-            f"--seeds\n  got: {seeds}\n  allowed: 1 or more\n  fix: leave it out, for all"
-        )
+        raise RecordError("--seeds", got=seeds, allowed="1 or more", fix="leave it out, for all")
     record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
     state = commit, dirty = git_state()
     out = out or Path("runs") / f"check-{folder.resolve().name}-{(commit or 'no-commit')[:8]}"
     if record["corpus_sha256"] is None:
         raise RecordError(
-            f"{folder}\n  got: a script that was not run\n  allowed: a record with runs\n  fix: torchrun it where the data and the GPUs are"
+            folder,
+            got="a script that was not run",
+            allowed="a record with runs",
+            fix="torchrun it where the data and the GPUs are",
         )
     names = [e["name"] for e in record["entries"]]
     if entry is not None and entry not in names:
-        raise RecordError(
-            f"--entry\n  got: {entry}\n  allowed: {', '.join(names)}\n  fix: one of them"
-        )
+        raise RecordError("--entry", got=entry, allowed=", ".join(names), fix="one of them")
     good = True
     for e in record["entries"]:
         if entry not in (None, e["name"]):
@@ -669,7 +700,10 @@ def check(
         got = read_manifest(Path(config.data.dataset)).sha256
         if got != record["corpus_sha256"]:
             raise RecordError(
-                f"the data of {config.data.dataset}\n  got: {got}\n  allowed: {record['corpus_sha256']}\n  fix: python -m data.prepare, with the versions of requirements.txt"
+                f"the data of {config.data.dataset}",
+                got=got,
+                allowed=record["corpus_sha256"],
+                fix="python -m data.prepare, with the versions of requirements.txt",
             )
         quiet = {
             "data.dataset": str(Path(config.data.dataset).resolve()),
@@ -690,7 +724,10 @@ def check(
                 )  # one that diverged does not say by which code
             elif dirty is not False or (made["commit"], made["dirty"]) != state:
                 raise RecordError(
-                    f"{path}\n  got: a run that is there already, of code that is not known to be this\n  allowed: one of commit {commit}, without changes\n  fix: delete it, or another --out"
+                    path,
+                    got="a run that is there already, of code that is not known to be this",
+                    allowed=f"one of commit {commit}, without changes",
+                    fix="delete it, or another --out",
                 )
         runs.sweep(jobs, out, workers=runs.places(workers), dry_run=False)
         found = [runs.summary(out / j.name) for j in jobs]

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from optim.errors import Refusal
+
 Json = dict[str, Any]
 HERE = Path(__file__).parent
 # Okabe & Ito's palette, which the colour-blind tell apart (jfly.uni-koeln.de/color), by brightness on each ground; entries differ in dash and marker too.
@@ -39,7 +41,7 @@ OWN = ("run.name", "run.dir", "run.seed")  # of a run, not of an entry
 AT_BUDGET, TO_TARGET, ALL = "at the budget", "to the target", "every horizon"
 
 
-class ReportError(ValueError):
+class ReportError(Refusal):
     """Results that no report can be of: what was got, what is allowed, how to fix it."""
 
 
@@ -51,8 +53,10 @@ def write(results: Json, folder: Path) -> list[Path]:
         schema == 1 and any(run.get("training") for e in results["entries"] for run in e["runs"])
     ):
         raise ReportError(
-            f"results of a study\n  got: schema {schema!r}\n  allowed: 2; 1 in the record book, without lines of training\n"
-            "  fix: the study's command again, which runs nothing that is there, or the version of the program that wrote them"
+            "results of a study",
+            got=f"schema {schema!r}",
+            allowed="2; 1 in the record book, without lines of training",
+            fix="the study's command again, which runs nothing that is there, or the version of the program that wrote them",
         )
     page, image = folder / "report.html", folder / "report.png"
     page.write_text(html(results), encoding="utf-8")
@@ -729,7 +733,10 @@ def main(argv: list[str]) -> int:
     file = Path(argv[0]) / "results.json" if len(argv) == 1 else None
     if file is None or not file.is_file():
         raise ReportError(
-            f"python -m studies.report\n  got: {' '.join(argv)}\n  allowed: the folder of a study, with its results.json\n  fix: runs/NAME"
+            "python -m studies.report",
+            got=" ".join(argv),
+            allowed="the folder of a study, with its results.json",
+            fix="runs/NAME",
         )
     for path in write(json.loads(file.read_text(encoding="utf-8")), file.parent):
         print(path)

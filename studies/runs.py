@@ -35,6 +35,7 @@ from config import Config
 from data.loader import Dataset
 from models import build
 from optim import metrize
+from optim.errors import Refusal
 from optim.rivals import UNNORMED
 from runtime import RunConfig
 
@@ -77,7 +78,7 @@ NOT_FINITE = (
 )  # train_gpt.py's exit code and last words
 
 
-class StudyError(ValueError):
+class StudyError(Refusal):
     """A study that cannot go on: what was got, what is allowed, how to fix it."""
 
 
@@ -152,12 +153,15 @@ def places(workers: int, ranks: int = 1, gpus: Sequence[str] = ()) -> list[Place
     if not gpus:
         if workers < 1:
             raise StudyError(
-                f"--workers\n  got: {workers}\n  allowed: 1 or more\n  fix: --workers 1, or leave it out"
+                "--workers", got=workers, allowed="1 or more", fix="--workers 1, or leave it out"
             )
         return [Place(ranks)] * workers
     if len(gpus) < ranks:
         raise StudyError(
-            f"--gpus, --nproc\n  got: {len(gpus)} GPUs, {ranks} ranks a run\n  allowed: a GPU a rank\n  fix: fewer ranks"
+            "--gpus, --nproc",
+            got=f"{len(gpus)} GPUs, {ranks} ranks a run",
+            allowed="a GPU a rank",
+            fix="fewer ranks",
         )
     return [
         Place(ranks, ",".join(gpus[i : i + ranks])) for i in range(0, len(gpus) - ranks + 1, ranks)
@@ -211,7 +215,10 @@ def _alone(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise StudyError(
-                f"{folder}\n  got: another call that is at work in it\n  allowed: one at a time\n  fix: wait for it, or another --name"
+                folder,
+                got="another call that is at work in it",
+                allowed="one at a time",
+                fix="wait for it, or another --name",
             ) from error
         yield
 
@@ -269,7 +276,10 @@ def _execute(
                 process.join()
     if failures:
         raise StudyError(
-            f"a run of the study failed\n  got: {failures[0]}\n  allowed: runs that end\n  fix: see above, and call the study again: what is done stays"
+            "a run of the study failed",
+            got=failures[0],
+            allowed="runs that end",
+            fix="see above, and call the study again: what is done stays",
         )
 
 
@@ -290,7 +300,10 @@ def done(job: Job, folder: Path) -> bool:
             and (key not in FILLED_IN or value != FILLED_IN[key])
         ):
             raise StudyError(
-                f"{path}\n  got: {key} = {value!r}\n  allowed: {there[key]!r}, as the run that is there had it\n  fix: another --name, or delete {path}"
+                path,
+                got=f"{key} = {value!r}",
+                allowed=f"{there[key]!r}, as the run that is there had it",
+                fix=f"another --name, or delete {path}",
             )
     return True
 

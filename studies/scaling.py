@@ -23,6 +23,7 @@ from model import GPT
 from models import ModelConfig, build
 from optim import DIRECTIONS, Dualized, Polar
 from optim.comm import IN_FLIGHT, Alone, Ranks, Replicas, Shards, bucketed
+from optim.errors import Refusal
 from runtime import PEAK_FLOPS
 
 ROOT = Path(__file__).parent.parent
@@ -107,8 +108,11 @@ class Case:
             ),
         ):
             if not fine:
-                raise ValueError(
-                    f"{path}: {key}\n  got: {got!r}\n  allowed: {allowed}\n  fix: a copy of the file with it"
+                raise Refusal(
+                    f"{path}: {key}",
+                    got=repr(got),
+                    allowed=allowed,
+                    fix="a copy of the file with it",
                 )
         return Case(name or path.stem, c.model, c.train.batch_size, o)
 
@@ -544,12 +548,15 @@ def rows(
     tokens = float(case.sequences * case.model.block_size)
     for w in args.gpus:
         if w < 1:
-            raise ValueError(f"--gpus\n  got: {w}\n  allowed: 1 or more\n  fix: --gpus 8")
+            raise Refusal("--gpus", got=w, allowed="1 or more", fix="--gpus 8")
         for mode in args.parallel if w > 1 else ["ddp"]:
             s = {"ddp": 1, "fsdp": w, "hsdp": min(w, args.shards)}[mode]
             if s < 1 or w % s:
-                raise ValueError(
-                    f"--shards\n  got: {s}\n  allowed: a divisor of the {w} GPUs\n  fix: another number of GPUs, or --shards"
+                raise Refusal(
+                    "--shards",
+                    got=s,
+                    allowed=f"a divisor of the {w} GPUs",
+                    fix="another number of GPUs, or --shards",
                 )
             for optimizer in args.optimizer:
                 model, weights = made[optimizer]
@@ -598,9 +605,11 @@ def report(found: Iterable[Case], args: argparse.Namespace) -> Iterator[str]:
         if args.tokens_per_step is not None:
             length = case.model.block_size
             if args.tokens_per_step < 1 or args.tokens_per_step % length:
-                raise ValueError(
-                    f"--tokens-per-step\n  got: {args.tokens_per_step}\n  allowed: a multiple of {case.name}'s {length} tokens a sequence\n"
-                    f"  fix: {length * max(1, args.tokens_per_step // length)}"
+                raise Refusal(
+                    "--tokens-per-step",
+                    got=args.tokens_per_step,
+                    allowed=f"a multiple of {case.name}'s {length} tokens a sequence",
+                    fix=length * max(1, args.tokens_per_step // length),
                 )
             case = replace(case, sequences=args.tokens_per_step // length)
         made = {optimizer: weights_of(case, optimizer) for optimizer in {OURS, *args.optimizer}}

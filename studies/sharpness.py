@@ -208,7 +208,10 @@ def read_methods(options: list[str]) -> dict[str, float]:
             found[method] = math.nan
         if method not in runs.METHODS or not 0 < found[method] < math.inf:
             raise runs.StudyError(
-                f"--methods\n  got: {option}\n  allowed: METHOD=LR, of {', '.join(runs.METHODS)}\n  fix: --methods dualized=4 ntk=8; studies.transfer finds the rates"
+                "--methods",
+                got=option,
+                allowed=f"METHOD=LR, of {', '.join(runs.METHODS)}",
+                fix="--methods dualized=4 ntk=8; studies.transfer finds the rates",
             )
     return found
 
@@ -250,7 +253,10 @@ def main(argv: list[str]) -> int:
     )
     if not found or options.seeds < 1:
         raise runs.StudyError(
-            f"python -m studies.sharpness\n  got: {len(found)} axes, {options.seeds} seeds\n  allowed: 1 or more\n  fix: --widths 64 128 256"
+            "python -m studies.sharpness",
+            got=f"{len(found)} axes, {options.seeds} seeds",
+            allowed="1 or more",
+            fix="--widths 64 128 256",
         )
 
     def name(method: str, size: Size, seed: int) -> str:

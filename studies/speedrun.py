@@ -103,19 +103,24 @@ def load(paths: Sequence[str], options: Sequence[str], *, allow_different: bool)
     names = [e.name for e in entries]
     if len(set(names)) < len(names):
         raise runs.StudyError(
-            f"entries\n  got: {', '.join(names)}\n  allowed: one of each name\n  fix: rename a file"
+            "entries", got=", ".join(names), allowed="one of each name", fix="rename a file"
         )
     first = entries[0]
     for entry in entries:
         if entry.config.data.holdout:
             raise runs.StudyError(
-                f"{entry.path}\n  got: data.holdout = {entry.config.data.holdout}\n  allowed: 0; tuning holds out for itself\n  fix: leave it out, and --holdout"
+                entry.path,
+                got=f"data.holdout = {entry.config.data.holdout}",
+                allowed="0; tuning holds out for itself",
+                fix="leave it out, and --holdout",
             )
         for what, of in MUST_AGREE.items():
             if of(entry.config) != of(first.config) and not allow_different:
                 raise runs.StudyError(
-                    f"{what} of the entries\n  got: {of(entry.config)} of {entry.name}\n  allowed: {of(first.config)}, as {first.name} has it\n"
-                    f"  fix: the same for all, or --allow-different"
+                    f"{what} of the entries",
+                    got=f"{of(entry.config)} of {entry.name}",
+                    allowed=f"{of(first.config)}, as {first.name} has it",
+                    fix="the same for all, or --allow-different",
                 )
         there = configuration.flat(first.config)
         apart = [
@@ -158,8 +163,10 @@ def budget_of(text: str | None, entries: Sequence[Entry]) -> tuple[str, float]:
         steps = {e.config.train.steps for e in entries}
         if len(steps) > 1:
             raise runs.StudyError(
-                f"--budget\n  got: none, and train.steps {', '.join(f'{e.config.train.steps} of {e.name}' for e in entries)}\n  allowed: one budget for all\n"
-                "  fix: --budget steps=400"
+                "--budget",
+                got=f"none, and train.steps {', '.join(f'{e.config.train.steps} of {e.name}' for e in entries)}",
+                allowed="one budget for all",
+                fix="--budget steps=400",
             )
         text = f"steps={steps.pop()}"
     found = re.fullmatch(r"(steps|tokens|seconds)=([\d.e+]+)", text)
@@ -175,8 +182,10 @@ def budget_of(text: str | None, entries: Sequence[Entry]) -> tuple[str, float]:
         }.get(kind, 1)
     if not fine or min(e.steps for e in entries) < 1:
         raise runs.StudyError(
-            f"--budget\n  got: {text}\n  allowed: steps=N, tokens=N or seconds=N, of one step or more; steps and tokens are whole numbers\n"
-            "  fix: --budget steps=400"
+            "--budget",
+            got=text,
+            allowed="steps=N, tokens=N or seconds=N, of one step or more; steps and tokens are whole numbers",
+            fix="--budget steps=400",
         )
     return kind, value
 
@@ -202,7 +211,10 @@ def probed(job: runs.Job, folder: Path, seconds: float) -> int:
     """Steps of so many training seconds, by the second half of a probe. The probe is run once: a study that goes on has the same steps."""
     if runs.summary(folder / job.name) is None:
         raise runs.StudyError(
-            f"{folder / job.name}\n  got: a probe that diverged\n  allowed: one that ends\n  fix: a smaller optim.lr to begin with, or --budget steps=N"
+            folder / job.name,
+            got="a probe that diverged",
+            allowed="one that ends",
+            fix="a smaller optim.lr to begin with, or --budget steps=N",
         )
     at = {r["step"]: r["train_seconds"] for r in runs.metrics(folder / job.name) if "loss" in r}
     return max(1, int(seconds * (PROBE - PROBE // 2) / (at[PROBE] - at[PROBE // 2])))
@@ -321,7 +333,10 @@ class Study:
         steps = next(e.steps for e in self.entries if e.name == self.target_entry)
         if math.isinf(mean := self.mean(self.target_entry, steps)):
             raise runs.StudyError(
-                f"--target-entry\n  got: {self.target_entry}, of which a run diverged at the budget\n  allowed: one that ends\n  fix: tune it, or --target"
+                "--target-entry",
+                got=f"{self.target_entry}, of which a run diverged at the budget",
+                allowed="one that ends",
+                fix="tune it, or --target",
             )
         return mean
 
@@ -421,7 +436,10 @@ def tune(
         best = min(entry.trials, key=lambda t: t["loss"])
         if math.isinf(best["loss"]):
             raise runs.StudyError(
-                f"the trials of {entry.name}\n  got: {len(entry.trials)} that diverged\n  allowed: one that ends\n  fix: another --tune, and another --name"
+                f"the trials of {entry.name}",
+                got=f"{len(entry.trials)} that diverged",
+                allowed="one that ends",
+                fix="another --tune, and another --name",
             )
         entry.tuned = best["values"]
         for r in tuning.of(ranges, entry.name):
@@ -462,7 +480,10 @@ def trial_jobs(
     made = Counter(j.name for trials in found.values() for jobs in trials for j in jobs)
     if twice := [name for name, times in made.items() if times > 1]:
         raise runs.StudyError(
-            f"--tune\n  got: two trials named {twice[0]}\n  allowed: values that differ in their first six digits, letters or digits\n  fix: others"
+            "--tune",
+            got=f"two trials named {twice[0]}",
+            allowed="values that differ in their first six digits, letters or digits",
+            fix="others",
         )
     return found
 
@@ -1054,7 +1075,7 @@ def check(options: argparse.Namespace, names: Sequence[str]) -> None:
     ):
         if not fine:
             raise runs.StudyError(
-                f"{flag}\n  got: {value!r}\n  allowed: {allowed}\n  fix: another, or leave it out"
+                flag, got=repr(value), allowed=allowed, fix="another, or leave it out"
             )
 
 
@@ -1113,7 +1134,10 @@ def main(argv: list[str]) -> int:
     shortest = min(e.steps for e in entries)
     if options.grid and options.grid > shortest:
         raise runs.StudyError(
-            f"--grid\n  got: {options.grid}\n  allowed: 1 to {shortest}, the steps of the budget\n  fix: another, or leave it out"
+            "--grid",
+            got=options.grid,
+            allowed=f"1 to {shortest}, the steps of the budget",
+            fix="another, or leave it out",
         )
     trials = trial_jobs(
         entries,
@@ -1168,7 +1192,7 @@ def _gpus() -> list[str]:
         else [str(i) for i in range(torch.cuda.device_count())]
     )
     if not found or not torch.cuda.is_available():
-        raise runs.StudyError("--gpus\n  got: no GPU\n  allowed: one or more\n  fix: --workers")
+        raise runs.StudyError("--gpus", got="no GPU", allowed="one or more", fix="--workers")
     return found
 
 
@@ -1187,7 +1211,10 @@ def _known(study: Study) -> Noise:
     found = statistics.pooled([np.array(losses) for losses in there])
     if found is None:
         raise runs.StudyError(
-            "--power\n  got: no σ\n  allowed: --sigma, or 2 runs of an entry at the budget that are there\n  fix: --sigma 0.002"
+            "--power",
+            got="no σ",
+            allowed="--sigma, or 2 runs of an entry at the budget that are there",
+            fix="--sigma 0.002",
         )
     return found
 

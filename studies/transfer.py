@@ -74,7 +74,7 @@ def sized(base: Config, size: Size) -> dict[str, Any]:
                 else f"a divisor of {tokens}, the tokens of a step"
             )
             raise runs.StudyError(
-                f"{what}\n  got: {got}\n  allowed: {allowed}\n  fix: other sizes, or another configuration"
+                what, got=got, allowed=allowed, fix="other sizes, or another configuration"
             )
     return {
         "model.n_embd": width,
@@ -250,7 +250,10 @@ def coordinate_check(
         newest = checkpoint.newest_whole(folder / job.name / "checkpoints")[0]
         if newest is None:
             raise runs.StudyError(
-                f"{job.name}\n  got: no checkpoint\n  allowed: a run that ended\n  fix: a smaller --optim.lr; see {folder}/configs/{job.name}.log"
+                job.name,
+                got="no checkpoint",
+                allowed="a run that ended",
+                fix=f"a smaller --optim.lr; see {folder}/configs/{job.name}.log",
             )
         config = configuration.from_dict(Config, checkpoint.read_state(newest)["config"])
         model = build(
@@ -356,12 +359,18 @@ def main(argv: list[str]) -> int:
     thresholds = Thresholds(options.max_drift, options.max_cost, options.max_worse)
     if options.seeds < 1 or options.workers < 1:
         raise runs.StudyError(
-            f"--seeds, --workers\n  got: {options.seeds}, {options.workers}\n  allowed: 1 or more\n  fix: leave them out"
+            "--seeds, --workers",
+            got=f"{options.seeds}, {options.workers}",
+            allowed="1 or more",
+            fix="leave them out",
         )
     if options.coordinates is not None:
         if options.coordinates < 1:
             raise runs.StudyError(
-                f"--coordinates\n  got: {options.coordinates}\n  allowed: 1 step or more\n  fix: --coordinates 10"
+                "--coordinates",
+                got=options.coordinates,
+                allowed="1 step or more",
+                fix="--coordinates 10",
             )
         return print_coordinates(
             base, folder, sorted(set(options.widths)), options.coordinates, options.workers
@@ -374,8 +383,10 @@ def main(argv: list[str]) -> int:
     )
     if not found or len(lrs) < 3 or lrs[0] <= 0:
         raise runs.StudyError(
-            f"python -m studies.transfer {options.config}\n  got: {len(found)} axes with two sizes or more, --lrs {' '.join(f'{lr:g}' for lr in lrs)}\n"
-            "  allowed: one or more, and 3 or more learning rates above 0\n  fix: --widths 64 128 256 --lrs 2.83 4 5.66 8 11.3"
+            f"python -m studies.transfer {options.config}",
+            got=f"{len(found)} axes with two sizes or more, --lrs {' '.join(f'{lr:g}' for lr in lrs)}",
+            allowed="one or more, and 3 or more learning rates above 0",
+            fix="--widths 64 128 256 --lrs 2.83 4 5.66 8 11.3",
         )
     jobs = []
     sizes = dict.fromkeys(size for line in found for size in line.sizes)
@@ -452,7 +463,10 @@ def print_coordinates(
 ) -> int:
     if len(widths) < 2:
         raise runs.StudyError(
-            "--coordinates\n  got: fewer than 2 --widths\n  allowed: 2 or more\n  fix: --widths 64 128 256"
+            "--coordinates",
+            got="fewer than 2 --widths",
+            allowed="2 or more",
+            fix="--widths 64 128 256",
         )
     changes, slopes = coordinate_check(base, folder, widths, steps, workers)
     print(

@@ -78,8 +78,10 @@ def typed(key: str, text: str, *, whole: bool = False) -> Any:
 def parse(text: str, entries: Sequence[str]) -> Range:
     """[ENTRY:]section.key=log(a,b,n) | lin(a,b,n) | {a,b,…}. Raises StudyError, and ConfigError for a key or a value that there is not."""
     bad = StudyError(
-        f"--tune\n  got: {text!r}\n  allowed: [ENTRY:]section.key=log(a,b,n), lin(a,b,n) with n of 2 or more and finite a below b (log: above 0), or {{a,b,…}}\n"
-        '  fix: --tune "optim.lr=log(0.01,1,8)"'
+        "--tune",
+        got=repr(text),
+        allowed="[ENTRY:]section.key=log(a,b,n), lin(a,b,n) with n of 2 or more and finite a below b (log: above 0), or {a,b,…}",
+        fix='--tune "optim.lr=log(0.01,1,8)"',
     )
     found = re.fullmatch(
         r"(?:(?P<entry>[^:=]+):)?(?P<key>[\w.-]+)=(?:(?P<scale>log|lin)\((?P<range>[^()]*)\)|\{(?P<choices>[^{}]*)\})",
@@ -90,11 +92,17 @@ def parse(text: str, entries: Sequence[str]) -> Range:
     entry, key = found["entry"], found["key"].replace("-", "_")
     if entry is not None and entry not in entries:
         raise StudyError(
-            f"--tune {text}\n  got: {entry}\n  allowed: {', '.join(entries)}, the entries\n  fix: one of these before the colon"
+            f"--tune {text}",
+            got=entry,
+            allowed=f"{', '.join(entries)}, the entries",
+            fix="one of these before the colon",
         )
     if not key.startswith(("optim.", "model.")) or key == "model.block_size":
         raise StudyError(
-            f"--tune {text}\n  got: {key}\n  allowed: optim.… and model.… but block_size: data, batch and budget are the same for all trials\n  fix: another key"
+            f"--tune {text}",
+            got=key,
+            allowed="optim.… and model.… but block_size: data, batch and budget are the same for all trials",
+            fix="another key",
         )
     if found["choices"] is not None:
         choices = tuple(typed(key, c.strip()) for c in found["choices"].split(","))
@@ -112,7 +120,10 @@ def parse(text: str, entries: Sequence[str]) -> Range:
     made = Range(entry, key, found["scale"], (low, high, count))
     if len(set(made.points())) < count:
         raise StudyError(
-            f"--tune {text}\n  got: {made.points()}\n  allowed: {count} values that differ\n  fix: a wider range, or fewer"
+            f"--tune {text}",
+            got=made.points(),
+            allowed=f"{count} values that differ",
+            fix="a wider range, or fewer",
         )
     return made
 
@@ -137,7 +148,10 @@ def trials(ranges: Sequence[Range], count: int | None) -> list[dict[str, Any]]:
         return [{ranges[0].key: value} for value in ranges[0].points()]
     if count is None:
         raise StudyError(
-            f"--trials\n  got: none, with {len(ranges)} keys to tune\n  allowed: how many trials every entry gets\n  fix: --trials 16"
+            "--trials",
+            got=f"none, with {len(ranges)} keys to tune",
+            allowed="how many trials every entry gets",
+            fix="--trials 16",
         )
     sequence, found = qmc.Sobol(len(ranges), scramble=True, rng=SEED), {}
     for _ in range(FURTHER):  # several points may fall on the same values
@@ -150,7 +164,10 @@ def trials(ranges: Sequence[Range], count: int | None) -> list[dict[str, Any]]:
     if len(found) < count:
         keys = ", ".join(r.key for r in ranges)
         raise StudyError(
-            f"--trials\n  got: {count} of {keys}\n  allowed: {len(found)}, as many as differ\n  fix: --trials {len(found)}, or wider ranges"
+            "--trials",
+            got=f"{count} of {keys}",
+            allowed=f"{len(found)}, as many as differ",
+            fix=f"--trials {len(found)}, or wider ranges",
         )
     return [
         {r.key: v for r, v in zip(ranges, values, strict=True)} for values in list(found)[:count]
@@ -166,7 +183,9 @@ def schedule(
     if len({*numbers.values(), *([count] if count is not None and numbers else [])}) > 1:
         wanted = f", --trials {count}" if count is not None else ""
         raise StudyError(
-            f"--tune, --trials\n  got: {', '.join(f'{n} trials of {e}' for e, n in numbers.items())}{wanted}\n  allowed: as many for every entry, which is what makes it fair\n"
-            "  fix: the same number of points, and --trials that number where an entry has several keys"
+            "--tune, --trials",
+            got=f"{', '.join((f'{n} trials of {e}' for e, n in numbers.items()))}{wanted}",
+            allowed="as many for every entry, which is what makes it fair",
+            fix="the same number of points, and --trials that number where an entry has several keys",
         )
     return found

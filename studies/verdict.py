@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from optim.errors import Refusal
+
 Array = NDArray[np.float64]
 Word = Literal["PASS", "FAIL", "TOO NOISY TO SAY"]
 DRAWS = 4000
@@ -28,7 +30,7 @@ POINTS, WINDOW = 5, 1.5
 NEAR = 3  # learning rates of a size that tell its noise, the lowest ones: where it grows with the rate, it is that near the minimum
 
 
-class VerdictError(ValueError):
+class VerdictError(Refusal):
     """Losses that no verdict can be of: what was got, what is allowed, how to fix it."""
 
 
@@ -107,8 +109,10 @@ def judge(
     S, K, N = losses.shape
     if S < 2 or K < 3 or list(lrs) != sorted(set(lrs)) or list(sizes) != sorted(set(sizes)):
         raise VerdictError(
-            f"a transfer verdict\n  got: {S} sizes {sizes}, {K} learning rates {lrs}\n  allowed: 2 or more sizes and 3 or more learning rates, ascending\n"
-            "  fix: --widths or --depths, and --lrs"
+            "a transfer verdict",
+            got=f"{S} sizes {sizes}, {K} learning rates {lrs}",
+            allowed="2 or more sizes and 3 or more learning rates, ascending",
+            fix="--widths or --depths, and --lrs",
         )
     x = np.log2(np.asarray(lrs, dtype=np.float64))
     y, far = zip(*(_whole(losses[s], sizes[s]) for s in range(S)), strict=True)  # (K, N) each
@@ -341,7 +345,10 @@ def _whole(losses: Array, size: int) -> tuple[Array, NDArray[np.bool_]]:
             else "no run that did not diverge"
         )
         raise VerdictError(
-            f"losses of size {size}\n  got: {got}\n  allowed: one or more\n  fix: {'run the rest' if not y.size else 'smaller --lrs'}"
+            f"losses of size {size}",
+            got=got,
+            allowed="one or more",
+            fix="run the rest" if not y.size else "smaller --lrs",
         )
     limit = np.minimum(y.min(0), finite.max()) + FAR
     return np.minimum(y, limit), y >= limit

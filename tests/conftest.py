@@ -16,9 +16,7 @@ _seconds: defaultdict[str, float] = defaultdict(float)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--write-seconds",
-        action="store_true",
-        help=f"write {SECONDS.name}, by which files of tests are ordered",
+        "--write-seconds", action="store_true", help=f"write {SECONDS.name}, by which files of tests are ordered"
     )
 
 
@@ -30,9 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     _seconds[Path(report.location[0]).name] += report.duration
     reason = (
-        report.longrepr[2].removeprefix("Skipped: ")
-        if report.skipped and isinstance(report.longrepr, tuple)
-        else None
+        report.longrepr[2].removeprefix("Skipped: ") if report.skipped and isinstance(report.longrepr, tuple) else None
     )
     if reason is not None and reason not in REASONS:
         _unexplained.append(f"{report.nodeid}: {reason}")
@@ -46,10 +42,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.config.getoption("--write-seconds") and not hasattr(session.config, "workerinput"):
         SECONDS.write_text(
-            json.dumps(
-                {name: round(s, 1) for name, s in sorted(_seconds.items(), key=lambda x: -x[1])},
-                indent=1,
-            )
+            json.dumps({name: round(s, 1) for name, s in sorted(_seconds.items(), key=lambda x: -x[1])}, indent=1)
             + "\n"
         )
     if _unexplained:

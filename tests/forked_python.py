@@ -125,9 +125,7 @@ def _keep(client: socket.socket, folder: Path) -> None:
             os.kill(pid, s)
 
 
-def _become(
-    argv: list[str], cwd: str, environ: dict[str, str], namespaces: list[int], fds: list[int]
-) -> None:
+def _become(argv: list[str], cwd: str, environ: dict[str, str], namespaces: list[int], fds: list[int]) -> None:
     """Be `python argv…`; does not return."""
     code: object = 1
     try:
@@ -139,20 +137,12 @@ def _become(
             os.dup2(fd, target)
         for fd in fds:
             os.close(fd)
-        sys.stdin, sys.stdout, sys.stderr = (
-            open(i, m, buffering=1, closefd=False) for i, m in enumerate("rww")
-        )  # noqa: SIM115 - as long as it lives
+        sys.stdin, sys.stdout, sys.stderr = (open(i, m, buffering=1, closefd=False) for i, m in enumerate("rww"))  # noqa: SIM115 - as long as it lives
         current_process()._config["daemon"] = False  # type: ignore[attr-defined] - unlike the server, it may have children
         os.chdir(cwd)
         os.environ.clear()
         os.environ.update(environ)
-        for number in (
-            signal.SIGCHLD,
-            signal.SIGTERM,
-            signal.SIGHUP,
-            signal.SIGUSR1,
-            signal.SIGUSR2,
-        ):
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         while argv[0] in ("-u", "-W", "-B"):

@@ -53,16 +53,7 @@ pictures = false  # they take longer than all else in such a run
 """
 
 # Options of a study whose runs are quick: they keep nothing and say little.
-QUICK = (
-    "--train.keep-checkpoints",
-    "0",
-    "--train.sample-tokens",
-    "0",
-    "--train.eval-tokens",
-    "256",
-    "--workers",
-    "2",
-)
+QUICK = ("--train.keep-checkpoints", "0", "--train.sample-tokens", "0", "--train.eval-tokens", "256", "--workers", "2")
 
 
 def small_dataset(root: Path) -> Path:
@@ -73,16 +64,7 @@ def small_dataset(root: Path) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     (root / "small.txt").write_text(TEXT)
     assert (
-        prepare.main(
-            [
-                "text",
-                str(root / "small.txt"),
-                "--tokenizer",
-                "chars",
-                "--out",
-                str(root / "corpora/small"),
-            ]
-        )
+        prepare.main(["text", str(root / "small.txt"), "--tokenizer", "chars", "--out", str(root / "corpora/small")])
         == 0
     )
     (root / "small.toml").write_text(SMALL)
@@ -93,9 +75,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.loaded"])
 
 
-def _join(
-    processes: Sequence[BaseProcess], deadline: float, *, together: bool = False
-) -> list[int]:
+def _join(processes: Sequence[BaseProcess], deadline: float, *, together: bool = False) -> list[int]:
     """Wait until all have ended, or with `together` until one has failed; kill those left, at the deadline at the latest, and return their places."""
     end, running = time.monotonic() + deadline, {p.sentinel: i for i, p in enumerate(processes)}
     try:
@@ -122,9 +102,7 @@ def descendants(pid: int) -> list[int]:
 # ---- functions in the ranks of a process group
 
 
-def _rank(
-    folder: str, rank: int, world: int, function: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
+def _rank(folder: str, rank: int, world: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """In a child: what the function returns in <folder>/<rank>, or a traceback in <folder>/<rank>.failed."""
     import torch
     import torch.distributed as dist
@@ -133,9 +111,7 @@ def _rank(
     torch.set_num_threads(1)
     try:
         store = dist.FileStore(f"{folder}/store", world)  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=30)
-        )
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=30))
         torch.save(function(rank, world, *args), f"{folder}/{rank}")
         dist.barrier()
         dist.destroy_process_group()
@@ -152,10 +128,7 @@ def ranks(world: int, function: Callable[..., Any], *args: Any, deadline: float 
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            _context.Process(target=_rank, args=(folder, r, world, function, args))
-            for r in range(world)
-        ]
+        processes = [_context.Process(target=_rank, args=(folder, r, world, function, args)) for r in range(world)]
         for process in processes:
             process.start()
         killed = _join(processes, deadline, together=True)
@@ -166,16 +139,11 @@ def ranks(world: int, function: Callable[..., Any], *args: Any, deadline: float 
             if p.exitcode and i not in killed
         ]
         hung = (
-            [
-                f"ranks {killed} of {world} were still running"
-                + ("" if died else f" after {deadline} s")
-            ]
+            [f"ranks {killed} of {world} were still running" + ("" if died else f" after {deadline} s")]
             if killed
             else []
         )
-        assert not died + hung, "\n".join(
-            died + hung + [f"rank {f.stem}: {f.read_text()}" for f in failed]
-        )
+        assert not died + hung, "\n".join(died + hung + [f"rank {f.stem}: {f.read_text()}" for f in failed])
         return [torch.load(f"{folder}/{r}", weights_only=False) for r in range(world)]
 
 
@@ -193,9 +161,7 @@ def server_key() -> object:
     return getattr(forkserver._forkserver, "_forkserver_authkey", None)
 
 
-def _run(
-    script: str, argv: list[str], cwd: str, env: dict[str, str], suffix: str, key: object
-) -> None:
+def _run(script: str, argv: list[str], cwd: str, env: dict[str, str], suffix: str, key: object) -> None:
     """In a child: the script as __main__, its output in <cwd>/stdout<suffix> and <cwd>/stderr<suffix>."""
     share_server(key)
     os.chdir(cwd)
@@ -207,54 +173,34 @@ def _run(
     runpy.run_path(script, run_name="__main__")
 
 
-def _start(
-    cwd: Path, argv: Sequence[str], script: str, env: dict[str, str] | None, suffix: str = ""
-) -> BaseProcess:
+def _start(cwd: Path, argv: Sequence[str], script: str, env: dict[str, str] | None, suffix: str = "") -> BaseProcess:
     process = _context.Process(
-        target=_run,
-        args=(str(ROOT / script), list(argv), str(cwd), env or {}, suffix, server_key()),
+        target=_run, args=(str(ROOT / script), list(argv), str(cwd), env or {}, suffix, server_key())
     )
     process.start()
     return process
 
 
-def _finish(
-    cwd: Path, processes: Sequence[BaseProcess], suffixes: Sequence[str]
-) -> list[tuple[int, str, str]]:
+def _finish(cwd: Path, processes: Sequence[BaseProcess], suffixes: Sequence[str]) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of each."""
     hanging = _join(processes, 120)
-    texts = [
-        [(cwd / f"{stream}{suffix}").read_text() for stream in ("stdout", "stderr")]
-        for suffix in suffixes
-    ]
-    assert not hanging, f"processes {hanging} of {len(processes)} hang:\n" + "\n".join(
-        texts[i][1] for i in hanging
-    )
-    return [
-        (int(p.exitcode or 0), out, err) for p, (out, err) in zip(processes, texts, strict=True)
-    ]
+    texts = [[(cwd / f"{stream}{suffix}").read_text() for stream in ("stdout", "stderr")] for suffix in suffixes]
+    assert not hanging, f"processes {hanging} of {len(processes)} hang:\n" + "\n".join(texts[i][1] for i in hanging)
+    return [(int(p.exitcode or 0), out, err) for p, (out, err) in zip(processes, texts, strict=True)]
 
 
-def start(
-    cwd: Path, *argv: str, script: str = "train_gpt.py", env: dict[str, str] | None = None
-) -> BaseProcess:
+def start(cwd: Path, *argv: str, script: str = "train_gpt.py", env: dict[str, str] | None = None) -> BaseProcess:
     """`python train_gpt.py argv…` in cwd, in a real process that is forked from one with torch imported. env: added to the environment."""
     return _start(cwd, argv, script, env)
 
 
-def run(
-    cwd: Path, *argv: str, script: str = "train_gpt.py", env: dict[str, str] | None = None
-) -> tuple[int, str, str]:
+def run(cwd: Path, *argv: str, script: str = "train_gpt.py", env: dict[str, str] | None = None) -> tuple[int, str, str]:
     """The same to its end: (exit code, stdout, stderr)."""
     return _finish(cwd, [_start(cwd, argv, script, env)], [""])[0]
 
 
 def start_ranks(
-    cwd: Path,
-    world: int,
-    *argv: str,
-    script: str = "train_gpt.py",
-    env: dict[str, str] | None = None,
+    cwd: Path, world: int, *argv: str, script: str = "train_gpt.py", env: dict[str, str] | None = None
 ) -> list[BaseProcess]:
     """`torchrun --nproc_per_node=world train_gpt.py argv…` in cwd, without torchrun: each rank's output in cwd/stdout.<rank> and cwd/stderr.<rank>."""
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
@@ -266,25 +212,13 @@ def start_ranks(
         "MASTER_PORT": str(port),
     }
     return [
-        _start(
-            cwd,
-            argv,
-            script,
-            common | {"RANK": str(r), "LOCAL_RANK": str(r)} | (env or {}),
-            f".{r}",
-        )
+        _start(cwd, argv, script, common | {"RANK": str(r), "LOCAL_RANK": str(r)} | (env or {}), f".{r}")
         for r in range(world)
     ]
 
 
 def run_ranks(
-    cwd: Path,
-    world: int,
-    *argv: str,
-    script: str = "train_gpt.py",
-    env: dict[str, str] | None = None,
+    cwd: Path, world: int, *argv: str, script: str = "train_gpt.py", env: dict[str, str] | None = None
 ) -> list[tuple[int, str, str]]:
     """The same to the end of all: (exit code, stdout, stderr) of each rank."""
-    return _finish(
-        cwd, start_ranks(cwd, world, *argv, script=script, env=env), [f".{r}" for r in range(world)]
-    )
+    return _finish(cwd, start_ranks(cwd, world, *argv, script=script, env=env), [f".{r}" for r in range(world)])

@@ -19,26 +19,11 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parent.parent
-TORCH = (
-    "norms",
-    "polar",
-    "directions",
-    "points",
-    "curvature",
-    "modular",
-    "dualized",
-    "smoothness",
-    "comm",
-)
+TORCH = ("norms", "polar", "directions", "points", "curvature", "modular", "dualized", "smoothness", "comm")
 NUMPY = ("statistics", "verdict")
 
 # What a library is told about the processor or about threads, and by which variable.
-ATEN, MKL, ONEDNN, THREADS = (
-    "ATEN_CPU_CAPABILITY",
-    "MKL_CBWR",
-    "ONEDNN_MAX_CPU_ISA",
-    "OMP_NUM_THREADS",
-)
+ATEN, MKL, ONEDNN, THREADS = "ATEN_CPU_CAPABILITY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS"
 FEATURES = "NPY_DISABLE_CPU_FEATURES"
 UNSET = (ATEN, MKL, ONEDNN, THREADS, FEATURES)
 
@@ -72,9 +57,7 @@ SETTINGS = (
     Setting("MKL compatible", ONE | {MKL: "COMPATIBLE"}),
     Setting("MKL AVX2", ONE | {MKL: "AVX2"}),
     Setting("oneDNN AVX2", ONE | {ONEDNN: "AVX2"}),
-    Setting(
-        "oldest processor, 1 thread", ONE | {ATEN: "default", MKL: "COMPATIBLE", ONEDNN: "SSE41"}
-    ),
+    Setting("oldest processor, 1 thread", ONE | {ATEN: "default", MKL: "COMPATIBLE", ONEDNN: "SSE41"}),
     Setting("AVX2 processor, 2 threads", {THREADS: "2", ATEN: "avx2", MKL: "AVX2", ONEDNN: "AVX2"}),
     Setting("numpy without vectors", ONE | {FEATURES: ""}, NUMPY),
 )
@@ -84,16 +67,12 @@ ELSEWHERE = ("as it is", "oldest processor, 1 thread")
 
 def environment(variables: dict[str, str]) -> dict[str, str]:
     """This process's, without UNSET and what a pytest around it has set, and with `variables`."""
-    return {
-        k: v for k, v in os.environ.items() if k not in UNSET and not k.startswith("PYTEST_")
-    } | variables
+    return {k: v for k, v in os.environ.items() if k not in UNSET and not k.startswith("PYTEST_")} | variables
 
 
 def probe(python: str, variables: dict[str, str]) -> dict:
     """Versions and kernels of this interpreter under these variables."""
-    done = subprocess.run(
-        [python, "-c", PROBE], env=environment(variables), capture_output=True, text=True
-    )
+    done = subprocess.run([python, "-c", PROBE], env=environment(variables), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -124,19 +103,8 @@ def run_tests(python: str, variables: dict[str, str], arguments: Sequence[str]) 
     """pytest's outcome under these variables, from its XML."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [
-            python,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            f"--junitxml={report}",
-            *arguments,
-        ]
-        done = subprocess.run(
-            command, env=environment(variables), cwd=ROOT, capture_output=True, text=True
-        )
+        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
+        done = subprocess.run(command, env=environment(variables), cwd=ROOT, capture_output=True, text=True)
         assert report.exists(), done.stdout + done.stderr
         cases = list(ElementTree.parse(report).iter("testcase"))
     seconds: dict[str, float] = {}
@@ -177,22 +145,16 @@ def report(python: str, setting: Setting, plain: dict, files: Sequence[str]) -> 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pythons", nargs="*", help="interpreters with other versions of torch")
     parser.add_argument("--only", default="", help="settings whose name holds this word")
-    parser.add_argument(
-        "--files", nargs="+", default=[*TORCH, *NUMPY], help="such as norms for tests/test_norms.py"
-    )
+    parser.add_argument("--files", nargs="+", default=[*TORCH, *NUMPY], help="such as norms for tests/test_norms.py")
     options = parser.parse_args()
     failed = False
     for python in (sys.executable, *options.pythons):
         plain = probe(python, {})
         for setting in SETTINGS:
-            if options.only in setting.name and (
-                python == sys.executable or setting.name in ELSEWHERE
-            ):
+            if options.only in setting.name and (python == sys.executable or setting.name in ELSEWHERE):
                 outcome = report(python, setting, plain, options.files)
                 failed |= outcome is not None and bool(outcome.failures)
     return int(failed)

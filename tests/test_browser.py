@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.image import imread
-
 from studies import report
+
 from tests.test_report import HOSTILE, results, sparse
 
 FLAGS = [
@@ -55,9 +55,7 @@ def browser() -> Iterator[Any]:
     with importlib.import_module("playwright.sync_api").sync_playwright() as playwright:
         # Its sandbox does not run as root.
         started = playwright.chromium.launch(
-            executable_path=where,
-            args=FLAGS,
-            chromium_sandbox=os.name != "posix" or os.geteuid() != 0,
+            executable_path=where, args=FLAGS, chromium_sandbox=os.name != "posix" or os.geteuid() != 0
         )
         yield started
         started.close()
@@ -81,17 +79,13 @@ class Opened:
     """A page in a window, and what went wrong in it."""
 
     def __init__(self, browser: Any, path: Path, *, width: int = 1280, **options: Any) -> None:
-        self.context = browser.new_context(
-            offline=True, viewport={"width": width, "height": 900}, **options
-        )
+        self.context = browser.new_context(offline=True, viewport={"width": width, "height": 900}, **options)
         self.page = self.context.new_page()
         self.complaints: list[str] = []
         self.requests: list[str] = []
         self.page.on("console", lambda m: self.complaints.append(m.text))
         self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
-        self.page.on(
-            "dialog", lambda d: (self.complaints.append(f"dialog {d.message}"), d.dismiss())
-        )
+        self.page.on("dialog", lambda d: (self.complaints.append(f"dialog {d.message}"), d.dismiss()))
         self.page.on("request", lambda r: self.requests.append(r.url))
         self.page.goto(path.as_uri())
 
@@ -102,9 +96,7 @@ class Opened:
         self.context.close()
 
     def paths(self, chart: str = "curves", of: str = "line") -> list[str]:
-        return self.page.eval_on_selector_all(
-            f"#{chart} path.{of}", "found => found.map(p => p.getAttribute('d'))"
-        )
+        return self.page.eval_on_selector_all(f"#{chart} path.{of}", "found => found.map(p => p.getAttribute('d'))")
 
     def press(self, name: str, chart: str = "curves") -> None:
         self.page.locator(f"#{chart}").get_by_role("button", name=name, exact=True).click()
@@ -114,16 +106,12 @@ class Opened:
 
 
 @pytest.mark.parametrize("name", ["race", "hostile", *sparse()])
-def test_a_report_opens_from_disk_without_a_complaint_and_fits(
-    browser: Any, pages: dict[str, Path], name: str
-):
+def test_a_report_opens_from_disk_without_a_complaint_and_fits(browser: Any, pages: dict[str, Path], name: str):
     for width in WIDTHS:
         with Opened(browser, pages[name], width=width) as opened:
             assert opened.complaints == [] and opened.requests == [pages[name].as_uri()]
             assert opened.overflow() <= 0, width
-            opened.page.evaluate(
-                "document.querySelectorAll('details').forEach(d => { d.open = true })"
-            )
+            opened.page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
             assert opened.overflow() <= 0, f"{width}, everything unfolded"
             assert opened.page.evaluate(
                 "[...document.querySelectorAll('svg.chart')].every(s => s.clientWidth > 300 && s.clientHeight >= 250)"
@@ -141,9 +129,7 @@ def test_the_curves_have_a_line_for_each_seed_of_each_entry(browser: Any, pages:
     with Opened(browser, pages["one seed"]) as opened:
         assert len(opened.paths()) == 3 and opened.paths(of="band") == []
     with Opened(browser, pages["one point"]) as opened:  # nothing to choose from
-        assert (
-            opened.page.locator("#curves").get_by_role("button", name="at the budget").count() == 0
-        )
+        assert opened.page.locator("#curves").get_by_role("button", name="at the budget").count() == 0
 
 
 def test_diverged_runs_and_trials_are_crosses(browser: Any, pages: dict[str, Path]):
@@ -168,10 +154,7 @@ def test_buttons_change_axes_and_lines(browser: Any, pages: dict[str, Path]):
         assert opened.paths() == seen[0]
         opened.press("tokens")
         assert opened.paths() == seen[0]  # as many a step for all
-        assert (
-            "M" in opened.page.locator("#curves svg.chart").text_content()
-            and opened.complaints == []
-        )
+        assert "M" in opened.page.locator("#curves svg.chart").text_content() and opened.complaints == []
 
 
 def test_the_legend_hides_an_entry_in_all_charts(browser: Any, pages: dict[str, Path]):
@@ -205,14 +188,11 @@ def test_the_wheel_zooms_with_ctrl_alone(browser: Any, pages: dict[str, Path]):
         opened.page.keyboard.down("Control")
         opened.page.mouse.wheel(0, -100)
         opened.page.wait_for_function(
-            "before => document.querySelector('#curves path.line').getAttribute('d') !== before",
-            arg=before[0],
+            "before => document.querySelector('#curves path.line').getAttribute('d') !== before", arg=before[0]
         )
 
 
-def test_a_point_tells_entry_seed_step_and_loss_to_pointer_and_keyboard(
-    browser: Any, pages: dict[str, Path]
-):
+def test_a_point_tells_entry_seed_step_and_loss_to_pointer_and_keyboard(browser: Any, pages: dict[str, Path]):
     with Opened(browser, pages["race"]) as opened:
         tip = opened.page.locator("#curves .tip")
         opened.page.locator("#curves svg.chart").scroll_into_view_if_needed()
@@ -220,13 +200,8 @@ def test_a_point_tells_entry_seed_step_and_loss_to_pointer_and_keyboard(
         opened.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
         told, there = tip.text_content(), tip.bounding_box()
         off = [there[k] - box[k] - box[size] / 2 for k, size in (("x", "width"), ("y", "height"))]
-        assert -there["width"] <= off[0] <= 15 and 13 <= off[1] <= 15, (
-            "14 pixels below, and within the page"
-        )
-        assert (
-            told.startswith("dualized, seed")
-            and "steps 400 · tokens 1,638,400 · seconds 75\nloss 1.47" in told
-        )
+        assert -there["width"] <= off[0] <= 15 and 13 <= off[1] <= 15, "14 pixels below, and within the page"
+        assert told.startswith("dualized, seed") and "steps 400 · tokens 1,638,400 · seconds 75\nloss 1.47" in told
         opened.page.locator("#curves svg.chart").focus()
         opened.page.keyboard.press("Escape")
         assert tip.text_content() == ""
@@ -238,10 +213,7 @@ def test_a_point_tells_entry_seed_step_and_loss_to_pointer_and_keyboard(
 def test_a_chart_of_many_points_has_a_span(browser: Any, pages: dict[str, Path]):
     """More than a browser takes as the arguments of one call."""
     with Opened(browser, pages["one seed"]) as opened:
-        assert opened.page.evaluate("span(Array.from({ length: 1_000_000 }, (_, i) => i - 3))") == [
-            -3,
-            999_996,
-        ]
+        assert opened.page.evaluate("span(Array.from({ length: 1_000_000 }, (_, i) => i - 3))") == [-3, 999_996]
 
 
 def test_without_script_the_charts_are_pictures(browser: Any, pages: dict[str, Path]):

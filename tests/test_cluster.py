@@ -16,11 +16,11 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import get_type_hints
 
+import checkpoint
 import pytest
 import torch
-
-import checkpoint
 from config import Config
+
 from tests.forked_python import forked_python, program
 from tests.helpers import ROOT, descendants, run, run_ranks, small_dataset
 from tests.test_ranks import EXACT, losses, until
@@ -82,30 +82,20 @@ def adapted(python: Path, command: Sequence[str], changes: dict[str, str], *more
 
 @contextmanager
 def started(
-    root: Path,
-    python: Path,
-    name: str,
-    argvs: Sequence[Sequence[str]],
-    env: dict[str, str] | None = None,
+    root: Path, python: Path, name: str, argvs: Sequence[Sequence[str]], env: dict[str, str] | None = None
 ) -> Iterator[list[Agent]]:
     """Processes with their output in root/<name>.<i>.log, ended with their children at the end of the block. torchrun starts workers by $PYTHON_EXEC."""
     processes: list[Agent] = []
     try:
         for i, argv in enumerate(argvs):
             with (root / f"{name}.{i}.log").open("w") as log:
-                common = (
-                    os.environ | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": str(python)} | (env or {})
-                )
+                common = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON_EXEC": str(python)} | (env or {})
                 processes.append(
-                    subprocess.Popen(
-                        argv, cwd=root, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=common
-                    )
+                    subprocess.Popen(argv, cwd=root, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=common)
                 )
         yield processes
     finally:
-        for pid in [
-            pid for p in processes if p.poll() is None for pid in [*descendants(p.pid), p.pid]
-        ]:
+        for pid in [pid for p in processes if p.poll() is None for pid in [*descendants(p.pid), p.pid]]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         for p in processes:
@@ -174,11 +164,7 @@ def namespaces() -> Iterator[tuple[list[int], str]]:
     command = ["unshare", "--user", "--map-root-user", "--net", "bash", "-c", NAMESPACES]
     try:
         shell = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
     except FileNotFoundError as error:
         yield [], str(error)
@@ -186,11 +172,7 @@ def namespaces() -> Iterator[tuple[list[int], str]]:
     assert shell.stdout and shell.stderr
     second = shell.stdout.readline()
     try:
-        yield (
-            ([shell.pid, int(second)], "")
-            if second
-            else ([], f"exit code {shell.wait()}: {shell.stderr.read()}")
-        )
+        yield ([shell.pid, int(second)], "") if second else ([], f"exit code {shell.wait()}: {shell.stderr.read()}")
     finally:
         shell.communicate()
 
@@ -204,13 +186,7 @@ def test_two_network_namespaces_train_together_by_the_explicit_commands(
     assert variables == {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "=eth0"}
     found = commands("--rdzv_conf=is_host")
     argvs = [
-        adapted(
-            python,
-            command,
-            {"--rdzv_id=NAME": "--rdzv_id=spaces", "NAME": "spaces"},
-            *EXACT,
-            *HALVES,
-        )
+        adapted(python, command, {"--rdzv_id=NAME": "--rdzv_id=spaces", "NAME": "spaces"}, *EXACT, *HALVES)
         for command in found
     ]
     assert [[w for w in argv if "10.0.0." in w][-1] for argv in argvs] == [
@@ -222,20 +198,11 @@ def test_two_network_namespaces_train_together_by_the_explicit_commands(
             assert reason and not reason.startswith("exit code 0")
             print(f"this machine gives no network namespaces: {reason}")
             return
-        inside = [
-            ["nsenter", "--target", str(pid), "--user", "--net", "--preserve-credentials", "--"]
-            for pid in pids
-        ]
+        inside = [["nsenter", "--target", str(pid), "--user", "--net", "--preserve-credentials", "--"] for pid in pids]
         with started(
-            root,
-            python,
-            "spaces",
-            [[*a, *b] for a, b in zip(inside, argvs, strict=True)],
-            variables,
+            root, python, "spaces", [[*a, *b] for a, b in zip(inside, argvs, strict=True)], variables
         ) as agents:
-            assert codes(root, "spaces", agents) == [0, 0], said(root, "spaces", 0) + said(
-                root, "spaces", 1
-            )
+            assert codes(root, "spaces", agents) == [0, 0], said(root, "spaces", 0) + said(root, "spaces", 1)
     assert TWO in log(root, "spaces")
     assert losses(root, "spaces") == pytest.approx(alone, abs=1e-9)
 
@@ -251,34 +218,21 @@ def test_two_agents_restart_a_run_when_a_worker_of_one_was_killed(root: Path, py
         f"--rdzv_endpoint=127.0.0.1:{free_port()}",
     ]
     common += ["--rdzv_id=restarted", "--local_addr=127.0.0.1"]
-    script = [
-        "train_gpt.py",
-        "small.toml",
-        "--run.name",
-        "restarted",
-        *HALVES,
-        "--train.sample-tokens",
-        "0",
-    ]
+    script = ["train_gpt.py", "small.toml", "--run.name", "restarted", *HALVES, "--train.sample-tokens", "0"]
     script += ["--train.steps", "100", "--train.checkpoint-every", "10"]
     argvs = [
-        [str(python), "-m", "torch.distributed.run", *common, f"--rdzv_conf=is_host={i}", *script]
-        for i in range(2)
+        [str(python), "-m", "torch.distributed.run", *common, f"--rdzv_conf=is_host={i}", *script] for i in range(2)
     ]
     with started(root, python, "restarted", argvs) as agents:
         until(lambda: checkpoint.steps(folder) or any(a.poll() is not None for a in agents))
-        assert [a.poll() for a in agents] == [None, None], said(root, "restarted", 0) + said(
-            root, "restarted", 1
-        )
+        assert [a.poll() for a in agents] == [None, None], said(root, "restarted", 0) + said(root, "restarted", 1)
         ours, theirs = (program(python, a.pid) for a in agents)
         (worker,), (other,) = (descendants(p) for p in (ours, theirs))
         os.kill(ours, signal.SIGSTOP)
         os.kill(worker, signal.SIGKILL)
         until(lambda: other not in descendants(theirs))
         os.kill(ours, signal.SIGCONT)
-        assert codes(root, "restarted", agents) == [0, 0], said(root, "restarted", 0) + said(
-            root, "restarted", 1
-        )
+        assert codes(root, "restarted", agents) == [0, 0], said(root, "restarted", 0) + said(root, "restarted", 1)
     assert "resumed from runs/restarted/checkpoints/step_" in log(root, "restarted")
     assert list(losses(root, "restarted")) == list(range(1, 101)), "each step once"
 
@@ -338,21 +292,11 @@ def slurm(folder: Path, python: str, **standins: str) -> dict[str, str]:
     }
 
 
-def test_the_sbatch_file_saves_before_its_time_is_over_queues_itself_again_and_goes_on(
-    root: Path, python: Path
-):
+def test_the_sbatch_file_saves_before_its_time_is_over_queues_itself_again_and_goes_on(root: Path, python: Path):
     assert subprocess.run(["bash", "-n", str(SBATCH)]).returncode == 0
     fake, name = root / "standins", "job"
     env, folder = slurm(fake, str(python)), root / "runs" / name / "checkpoints"
-    options = (
-        "--train.steps",
-        "100",
-        "--train.checkpoint-every",
-        "10",
-        "--train.sample-prompt",
-        "times is",
-        *HALVES,
-    )
+    options = ("--train.steps", "100", "--train.checkpoint-every", "10", "--train.sample-prompt", "times is", *HALVES)
     argv = ["bash", str(SBATCH), "small.toml", name, *options]
     with started(root, python, "job", [argv], env) as (job,):
         until(lambda: checkpoint.steps(folder) or job.poll() is not None)
@@ -364,40 +308,25 @@ def test_the_sbatch_file_saves_before_its_time_is_over_queues_itself_again_and_g
     step = int(checkpoint.steps(folder)[-1].name[5:])
     assert f"SIGTERM: saved step {step} in runs/{name};" in log(root, name)
     asked = (fake / "words").read_text().splitlines()
-    assert asked[:4] == [
-        "--ntasks-per-node=1",
-        "--cpus-per-task=1",
-        "--kill-on-bad-exit=1",
-        "torchrun",
-    ]
+    assert asked[:4] == ["--ntasks-per-node=1", "--cpus-per-task=1", "--kill-on-bad-exit=1", "torchrun"]
     assert asked[-len(options) :] == list(options), "words stay whole"
 
     with started(root, python, "job", [argv], env) as (job,):
-        assert codes(root, "job", [job]) == [0], (
-            said(root, "job", 0) + (fake / "task.1").read_text()
-        )
+        assert codes(root, "job", [job]) == [0], said(root, "job", 0) + (fake / "task.1").read_text()
     assert TWO in log(root, name)
     assert f"resumed from runs/{name}/checkpoints/step_{step:08d} at step {step}" in log(root, name)
     assert list(losses(root, name)) == list(range(1, 101)), "each step once"
-    assert (fake / "requeued").read_text() == f"{env['SLURM_JOB_ID']}\n", (
-        "a run at its end is not queued again"
-    )
+    assert (fake / "requeued").read_text() == f"{env['SLURM_JOB_ID']}\n", "a run at its end is not queued again"
 
 
 def test_a_job_that_fails_by_itself_is_not_queued_again(tmp_path: Path):
     env = slurm(tmp_path / "standins", sys.executable, srun="exit 7\n")
     found = subprocess.run(
-        ["bash", SBATCH, "small.toml", "name"],
-        env=os.environ | env,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+        ["bash", SBATCH, "small.toml", "name"], env=os.environ | env, cwd=tmp_path, capture_output=True, text=True
     )
     assert (found.returncode, found.stderr) == (7, "")
     assert not (tmp_path / "standins/requeued").exists()
-    found = subprocess.run(
-        ["bash", SBATCH], env=os.environ | env, cwd=tmp_path, capture_output=True, text=True
-    )
+    found = subprocess.run(["bash", SBATCH], env=os.environ | env, cwd=tmp_path, capture_output=True, text=True)
     assert found.returncode != 0
     assert "usage: sbatch docs/cluster/train.sbatch CONFIG NAME" in found.stderr
 
@@ -424,9 +353,9 @@ def test_the_programs_of_the_page_train_on_two_ranks(tmp_path: Path):
 
 
 def test_options_files_and_variables_that_the_page_names_exist():
-    for section, key in set(
-        re.findall(r"\b(run|train)[.]([a-z_]+[a-z])\b", PAGE.replace("-", "_"))
-    ) - {("train", "sbatch")}:
+    for section, key in set(re.findall(r"\b(run|train)[.]([a-z_]+[a-z])\b", PAGE.replace("-", "_"))) - {
+        ("train", "sbatch")
+    }:
         assert key in get_type_hints(get_type_hints(Config)[section]), f"{section}.{key}"
     for path in re.findall(r"\]\((?!http)(.*?)\)", PAGE):
         assert (ROOT / "docs" / path).exists(), path
@@ -436,15 +365,8 @@ def test_options_files_and_variables_that_the_page_names_exist():
         *(installed / "include/torch/csrc/distributed/c10d").glob("*.hpp"),
     ]
     text = "".join(p.read_text(encoding="utf-8") for p in sources)
-    inside = (
-        (installed / "lib/libtorch_cpu.so").read_bytes()
-        if (installed / "lib/libtorch_cpu.so").is_file()
-        else b""
-    )
-    for variable in set(re.findall(r"\bTORCH_\w+\b", PAGE + SBATCH.read_text())) - {
-        "TORCH_",
-        "TORCH_INDEX",
-    }:
+    inside = (installed / "lib/libtorch_cpu.so").read_bytes() if (installed / "lib/libtorch_cpu.so").is_file() else b""
+    for variable in set(re.findall(r"\bTORCH_\w+\b", PAGE + SBATCH.read_text())) - {"TORCH_", "TORCH_INDEX"}:
         assert variable in text or variable.encode() in inside, variable
 
 
@@ -454,15 +376,9 @@ def test_options_files_and_variables_that_the_page_names_exist():
 def instructions() -> list[tuple[str, str]]:
     """The Dockerfile's."""
     text = re.sub(
-        r"\\\n",
-        "",
-        "\n".join(
-            x for x in (ROOT / "Dockerfile").read_text().splitlines() if not x.startswith("#")
-        ),
+        r"\\\n", "", "\n".join(x for x in (ROOT / "Dockerfile").read_text().splitlines() if not x.startswith("#"))
     )
-    return [
-        (word, rest) for word, rest in (line.split(" ", 1) for line in text.splitlines() if line)
-    ]
+    return [(word, rest) for word, rest in (line.split(" ", 1) for line in text.splitlines() if line)]
 
 
 def ignored(path: str) -> bool:
@@ -474,9 +390,7 @@ def ignored(path: str) -> bool:
             heads = ["/".join(parts[: i + 1]) for i in range(len(parts))]
             deep = pattern.removeprefix("**/")
             if any(
-                x == pattern
-                or ("/" not in x and fnmatch.fnmatch(x, pattern))
-                or (deep != pattern and x.endswith(deep))
+                x == pattern or ("/" not in x and fnmatch.fnmatch(x, pattern)) or (deep != pattern and x.endswith(deep))
                 for x in heads
             ):
                 found = not line.startswith("!")
@@ -499,9 +413,7 @@ def test_the_image_gets_what_a_run_needs_and_nothing_else(root: Path, tmp_path: 
                     shutil.copytree(
                         path,
                         to,
-                        ignore=lambda at, names: [
-                            n for n in names if ignored(f"{os.path.relpath(at, ROOT)}/{n}")
-                        ],
+                        ignore=lambda at, names: [n for n in names if ignored(f"{os.path.relpath(at, ROOT)}/{n}")],
                     )
     for name in (".git", ".venv", "corpora", "runs", "tests", "optim/__pycache__"):
         assert ignored(name), name
@@ -528,14 +440,9 @@ def test_the_image_installs_torch_first_and_then_the_rest_as_the_makefile_does(t
     for command in (rest for word, rest in instructions() if word == "RUN"):
         subprocess.run(["sh", "-euc", command], cwd=tmp_path, env=env, check=True)
     calls = [line.split("\t")[:-1] for line in (tmp_path / "calls").read_text().splitlines()]
-    torch_line = next(
-        x for x in (ROOT / "requirements.txt").read_text().splitlines() if x.startswith("torch==")
-    )
+    torch_line = next(x for x in (ROOT / "requirements.txt").read_text().splitlines() if x.startswith("torch=="))
     pip = ["pip", "install", "--no-cache-dir"]
-    assert calls[:2] == [
-        [*pip, "--index-url", "https://pypi.org/simple", torch_line],
-        [*pip, "-r", "requirements.txt"],
-    ]
+    assert calls[:2] == [[*pip, "--index-url", "https://pypi.org/simple", torch_line], [*pip, "-r", "requirements.txt"]]
     made = re.findall(r"^\t@\$\(PIP\) (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     index = '$(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") '
     assert made == [
@@ -552,8 +459,4 @@ def test_the_image_is_pinned_and_runs_torchrun_without_rights():
     assert found["USER"] == "nanodual"
     assert json.loads(found["ENTRYPOINT"]) == ["torchrun"]
     words = [word for word, _ in instructions()]
-    assert (
-        max(i for i, w in enumerate(words) if w == "RUN")
-        < words.index("USER")
-        < words.index("ENTRYPOINT")
-    )
+    assert max(i for i, w in enumerate(words) if w == "RUN") < words.index("USER") < words.index("ENTRYPOINT")

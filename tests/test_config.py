@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
 from config import Config, ConfigError, flat, flat_hints, from_dict, load, read_options, to_toml
+
 from tests.helpers import ROOT
 
 
@@ -30,25 +30,19 @@ def test_a_file_sets_values_and_the_command_line_overrides_them(tmp_path: Path):
             "x",
         ]
     )
-    assert (
-        config.optim.lr,
-        config.optim.beta,
-        config.optim.masses.head,
-        config.optim.masses.mlp,
-    ) == (0.25, 0.8, 3.0, 7.0)
+    assert (config.optim.lr, config.optim.beta, config.optim.masses.head, config.optim.masses.mlp) == (
+        0.25,
+        0.8,
+        3.0,
+        7.0,
+    )
     assert (config.train.batch_size, config.run.compile, config.run.name) == (4, True, "x")
     assert load([file]).run.name.startswith("c-"), "the name of a run follows its file and the time"  # type: ignore[union-attr]
 
 
 def test_the_written_configuration_is_the_configuration(tmp_path: Path):
     config = load(
-        [
-            str(ROOT / "configs/shakespeare_char.toml"),
-            "--run.name",
-            "x",
-            "--train.sample-prompt",
-            'a "b"\n\t\\',
-        ]
+        [str(ROOT / "configs/shakespeare_char.toml"), "--run.name", "x", "--train.sample-prompt", 'a "b"\n\t\\']
     )
     assert load([write(tmp_path, to_toml(config))]) == config
 
@@ -74,10 +68,7 @@ def test_shipped_configurations_load(file: Path):
         ("[optim]\nlr = '0.1'", "optim.lr\n  got: '0.1'\n  allowed: a number"),
         ("[train]\nsteps = 1.5", "train.steps\n  got: 1.5\n  allowed: an integer"),
         ("[run]\ncompile = 1", "run.compile\n  got: 1\n  allowed: true or false"),
-        (
-            "[run]\ndevice = 'tpu'",
-            "run.device\n  got: 'tpu'\n  allowed: 'auto', 'cpu', 'cuda', 'mps'",
-        ),
+        ("[run]\ndevice = 'tpu'", "run.device\n  got: 'tpu'\n  allowed: 'auto', 'cpu', 'cuda', 'mps'"),
         ("optim = 3", "optim\n  got: 3\n  allowed: a section\n  fix: [optim]"),
         ("[optim]\nlr = inf", "optim.lr\n  got: inf\n  allowed: a finite number"),
         ("[optim.masses]\nmlp = nan", "optim.masses.mlp\n  got: nan\n  allowed: a finite number"),
@@ -93,10 +84,7 @@ def test_shipped_configurations_load(file: Path):
             "[optim]\nname = 'adam'",
             "optim.name\n  got: 'adam'\n  allowed: dualized, normalized_adam, normalized_sgd, adamw, muon_adamw, sgd\n  fix: ",
         ),
-        (
-            "[optim]\nname = 'adamw'\nlr = 'auto'",
-            "optim.lr\n  got: 'auto'\n  allowed: a number for adamw\n  fix: ",
-        ),
+        ("[optim]\nname = 'adamw'\nlr = 'auto'", "optim.lr\n  got: 'auto'\n  allowed: a number for adamw\n  fix: "),
         (
             "[optim]\nname = 'adamw'\nconstraint = 'sphere'",
             "optim.constraint\n  got: 'sphere'\n  allowed: None with optim.name = 'adamw', which has no choice",
@@ -105,40 +93,22 @@ def test_shipped_configurations_load(file: Path):
             "[optim]\nscaling = 'ntk'",
             "optim.scaling\n  got: 'ntk'\n  allowed: 'standard' with optim.name = 'dualized', which has no choice",
         ),
-        (
-            "[optim]\nscaling = 'mup'",
-            "optim.scaling\n  got: 'mup'\n  allowed: 'standard', 'ntk', 'modular'",
-        ),
-        (
-            "[model]\ninit = 'zero'",
-            "model.init\n  got: 'zero'\n  allowed: 'norm', 'gpt2', 'fan_in'",
-        ),
-        (
-            "[train]\nkeep_checkpoints = -1",
-            "train.keep_checkpoints\n  got: -1\n  allowed: 0 or more",
-        ),
+        ("[optim]\nscaling = 'mup'", "optim.scaling\n  got: 'mup'\n  allowed: 'standard', 'ntk', 'modular'"),
+        ("[model]\ninit = 'zero'", "model.init\n  got: 'zero'\n  allowed: 'norm', 'gpt2', 'fan_in'"),
+        ("[train]\nkeep_checkpoints = -1", "train.keep_checkpoints\n  got: -1\n  allowed: 0 or more"),
         ("[optim]\nbeta = 1.0", "optim.beta\n  got: 1.0\n  allowed: 0 <= beta < 1"),
         ("[optim]\nschedule = 'step'", "optim.schedule\n  got: 'step'\n  allowed: wsd, cosine"),
         (
             "[optim.norms]\nhead = 'Nuclear'",
             "optim.norms.head\n  got: 'Nuclear'\n  allowed: Spectral, MuonSpectral, MoonlightSpectral, RMSToRMS, L1ToRMS, RMSToLinf, L1ToLinf, MeanToLinf, Frobenius\n  fix: ",
         ),
-        (
-            "[optim.norms]\nhead = 'VectorRMS'",
-            "optim.norms.head\n  got: 'VectorRMS'\n  allowed: Spectral",
-        ),
-        (
-            "[optim.masses]\nmlp = -1.0",
-            "optim.masses.mlp\n  got: -1\n  allowed: 0 (never updated) or more",
-        ),
+        ("[optim.norms]\nhead = 'VectorRMS'", "optim.norms.head\n  got: 'VectorRMS'\n  allowed: Spectral"),
+        ("[optim.masses]\nmlp = -1.0", "optim.masses.mlp\n  got: -1\n  allowed: 0 (never updated) or more"),
         (
             "[optim.polar]\nschedule = 'newton'",
             "optim.polar\n  got: {'schedule': 'newton'}\n  allowed: Polar.schedule: got 'newton'; allowed: exact, cubic",
         ),
-        (
-            "[model]\nn_head = 5",
-            "model.n_head\n  got: 5\n  allowed: a divisor of n_embd = 768\n  fix: ",
-        ),
+        ("[model]\nn_head = 5", "model.n_head\n  got: 5\n  allowed: a divisor of n_embd = 768\n  fix: "),
         ("[run]\nname = 'a/b'", "run.name\n  got: 'a/b'\n  allowed: the name of a run folder"),
         ("[optim\n", "allowed: TOML"),
     ],
@@ -152,13 +122,11 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, text: str, message: str):
 
 def test_the_command_line_is_as_strict():
     with pytest.raises(
-        ConfigError,
-        match="unknown option --optim.lrr\n  got: --optim.lrr(.|\n)*fix: nearest valid name: --optim.lr",
+        ConfigError, match="unknown option --optim.lrr\n  got: --optim.lrr(.|\n)*fix: nearest valid name: --optim.lr"
     ):
         load(["--run.name", "x", "--optim.lrr", "3"])
     with pytest.raises(
-        ConfigError,
-        match="--optim.lr\n  got: 'fast'\n  allowed: a number or 'auto'\n  fix: --optim.lr VALUE",
+        ConfigError, match="--optim.lr\n  got: 'fast'\n  allowed: a number or 'auto'\n  fix: --optim.lr VALUE"
     ):
         load(["--run.name", "x", "--optim.lr", "fast"])
     with pytest.raises(ConfigError, match="--optim.lr\n  got: ''"):
@@ -184,14 +152,8 @@ def test_every_key_is_an_option_of_its_own_type():
 
 
 def test_switches_stand_alone_or_take_a_value_and_values_may_look_like_options():
-    assert read_options(["--run.compile", "--optim.lr", "-1"]) == {
-        "run.compile": True,
-        "optim.lr": -1.0,
-    }
-    assert read_options(["--run.no-compile", "--run.resume=False"]) == {
-        "run.compile": False,
-        "run.resume": False,
-    }
+    assert read_options(["--run.compile", "--optim.lr", "-1"]) == {"run.compile": True, "optim.lr": -1.0}
+    assert read_options(["--run.no-compile", "--run.resume=False"]) == {"run.compile": False, "run.resume": False}
     assert read_options(["--run.compile", "True"]) == {"run.compile": True}
     assert read_options(["--train.sample-prompt", "--x"]) == {"train.sample_prompt": "--x"}
     for stray in (["word"], ["-x"], ["--"]):
@@ -202,6 +164,4 @@ def test_switches_stand_alone_or_take_a_value_and_values_may_look_like_options()
 
 
 def test_integers_do_for_numbers():
-    assert from_dict(Config, {"optim": {"lr": 1}}) == replace(
-        Config(), optim=replace(Config().optim, lr=1.0)
-    )
+    assert from_dict(Config, {"optim": {"lr": 1}}) == replace(Config(), optim=replace(Config().optim, lr=1.0))

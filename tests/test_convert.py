@@ -8,23 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from optim import NORMS, Dualized, ModularNorm, Module, Norm, Polar, RMSToRMS, Rule, VectorRMS, atom, concat, metrize
+from optim.convert import convert, main
 from torch import nn
 
-from optim import (
-    NORMS,
-    Dualized,
-    ModularNorm,
-    Module,
-    Norm,
-    Polar,
-    RMSToRMS,
-    Rule,
-    VectorRMS,
-    atom,
-    concat,
-    metrize,
-)
-from optim.convert import convert, main
 from tests.test_metrize import exact
 
 HEAD = [Rule("head.weight", role="head")]
@@ -58,9 +45,7 @@ def rms(x: torch.Tensor) -> float:
     return x.detach().square().mean().sqrt().item()
 
 
-def stepped(
-    model: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 0
-) -> dict[str, torch.Tensor]:
+def stepped(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 0) -> dict[str, torch.Tensor]:
     """W_before − W_after of a step on Gaussian gradients."""
     g = torch.Generator().manual_seed(seed)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -101,37 +86,22 @@ def test_muons_predicted_step_is_torchs(shape: tuple[int, int], adjust: str | No
     for tolerance, settings in ((0.02, converging), (0.2, {})):
         model = Hidden(*shape)
         found = convert(metrize(model), "muon", lr=0.02, weight_decay=0.0, adjust_lr_fn=adjust)
-        optimizer = torch.optim.Muon(
-            model.parameters(), lr=0.02, weight_decay=0.0, adjust_lr_fn=adjust, **settings
-        )
-        assert found.rows[0].rival == pytest.approx(
-            rms(stepped(model, optimizer)["up.weight"]), rel=tolerance
-        )
+        optimizer = torch.optim.Muon(model.parameters(), lr=0.02, weight_decay=0.0, adjust_lr_fn=adjust, **settings)
+        assert found.rows[0].rival == pytest.approx(rms(stepped(model, optimizer)["up.weight"]), rel=tolerance)
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize(
-    ("adjust", "norm"), [("original", "MuonSpectral"), ("match_rms_adamw", "MoonlightSpectral")]
-)
-def test_in_muons_own_norm_its_settings_are_its_own_and_train_alike(
-    adjust: str, norm: str, nesterov: bool
-):
+@pytest.mark.parametrize(("adjust", "norm"), [("original", "MuonSpectral"), ("match_rms_adamw", "MoonlightSpectral")])
+def test_in_muons_own_norm_its_settings_are_its_own_and_train_alike(adjust: str, norm: str, nesterov: bool):
     """The conventions of momentum, Nesterov and decay are one. The ways differ by bfloat16's rounding, 3% of their length."""
     ours, theirs = Hidden(), Hidden()
     theirs.load_state_dict(ours.state_dict())
     start = ours.up.weight.detach().clone()
     spectral: Norm = replace(NORMS[norm](), polar=Polar("jordan", dtype="bfloat16"))  # type: ignore[type-var]
-    muon: dict[str, Any] = dict(
-        lr=0.02, weight_decay=0.5, momentum=0.9, nesterov=nesterov, adjust_lr_fn=adjust
-    )
+    muon: dict[str, Any] = dict(lr=0.02, weight_decay=0.5, momentum=0.9, nesterov=nesterov, adjust_lr_fn=adjust)
     found = convert(metrize(ours, rules=[Rule("*", norm=spectral)]), "muon", **muon)
     assert found.settings == pytest.approx(
-        {
-            "lr": 0.02,
-            "direction": "nesterov" if nesterov else "momentum",
-            "beta": 0.9,
-            "weight_decay": 0.5,
-        }
+        {"lr": 0.02, "direction": "nesterov" if nesterov else "momentum", "beta": 0.9, "weight_decay": 0.5}
     )
     a = Dualized(ours, norm=metrize(ours, rules=[Rule("*", norm=spectral)]), **found.settings)
     b = torch.optim.Muon(theirs.parameters(), **muon)
@@ -144,11 +114,7 @@ def test_in_muons_own_norm_its_settings_are_its_own_and_train_alike(
 
 @pytest.mark.parametrize(
     ("rival", "settings"),
-    [
-        ("adamw", dict(betas=(0.8, 0.95))),
-        ("muon", {}),
-        ("muon", dict(adjust_lr_fn="match_rms_adamw")),
-    ],
+    [("adamw", dict(betas=(0.8, 0.95))), ("muon", {}), ("muon", dict(adjust_lr_fn="match_rms_adamw"))],
 )
 def test_hidden_steps_agree_in_the_geometric_mean_weighted_by_size(rival, settings):
     found = convert(metrize(Net(), rules=HEAD), rival, lr=3e-3, weight_decay=0.0, **settings)
@@ -157,9 +123,7 @@ def test_hidden_steps_agree_in_the_geometric_mean_weighted_by_size(rival, settin
     assert {r.name for r in hidden} == (names | {"conv.weight"} if rival == "adamw" else names), (
         "torch's Muon takes matrices alone"
     )
-    logs = torch.cat(
-        [torch.full(r.shape, math.log(r.ours) - math.log(r.rival)).flatten() for r in hidden]
-    )  # type: ignore[arg-type]
+    logs = torch.cat([torch.full(r.shape, math.log(r.ours) - math.log(r.rival)).flatten() for r in hidden])  # type: ignore[arg-type]
     assert logs.mean().abs() < 1e-5, "one entry, one vote"
 
 
@@ -176,14 +140,8 @@ def test_a_lone_hidden_weight_decays_as_under_adamw():
             steps.append(stepped(twin, make(twin, wd))["up.weight"])
         return steps[1] - steps[0]
 
-    theirs = decayed(
-        lambda m, wd: torch.optim.AdamW(m.parameters(), lr=lr, weight_decay=wd * decay)
-    )
-    ours = decayed(
-        lambda m, wd: Dualized(
-            m, norm=norm, **found.settings | {"weight_decay": wd * found.weight_decay}
-        )
-    )
+    theirs = decayed(lambda m, wd: torch.optim.AdamW(m.parameters(), lr=lr, weight_decay=wd * decay))
+    ours = decayed(lambda m, wd: Dualized(m, norm=norm, **found.settings | {"weight_decay": wd * found.weight_decay}))
     assert theirs.abs().min() > 0 and torch.allclose(ours, theirs, rtol=1e-6)
 
 
@@ -204,22 +162,11 @@ def test_muon_matched_to_adamws_rms_converts_as_adamw_does():
 
 def test_what_muon_does_not_take_steps_by_its_adamw_where_that_is_given():
     norm = metrize(Net(), rules=HEAD)
-    without, given = (
-        convert(norm, "muon", lr=0.02, weight_decay=0.0, adamw_lr=lr) for lr in (None, 3e-4)
-    )
+    without, given = (convert(norm, "muon", lr=0.02, weight_decay=0.0, adamw_lr=lr) for lr in (None, 3e-4))
     assert without.settings == given.settings
     for a, b in zip(without.rows, given.rows, strict=True):
-        assert (a.rival, b.rival) == (
-            (b.rival, a.rival) if a.matched else (None, pytest.approx(0.2 * 3e-4))
-        )
-    assert {r.role for r in given.rows if not r.matched} == {
-        "embedding",
-        "hidden",
-        "head",
-        "gain",
-        "bias",
-        "scalar",
-    }
+        assert (a.rival, b.rival) == ((b.rival, a.rival) if a.matched else (None, pytest.approx(0.2 * 3e-4)))
+    assert {r.role for r in given.rows if not r.matched} == {"embedding", "hidden", "head", "gain", "bias", "scalar"}
 
 
 def test_in_a_declared_structure_the_spectral_weights_that_move_are_matched():
@@ -229,14 +176,9 @@ def test_in_a_declared_structure_the_spectral_weights_that_move_are_matched():
 
     model = nn.Module()
     for name in "abcd":
-        model.register_parameter(
-            name, nn.Parameter(torch.ones(4) if name == "c" else torch.ones(4, 4))
-        )
+        model.register_parameter(name, nn.Parameter(torch.ones(4) if name == "c" else torch.ones(4, 4)))
     tree = concat(
-        atom("a", RMSToRMS(), role="mlp"),
-        atom("b", RMSToRMS(), mass=0),
-        atom("c", VectorRMS()),
-        atom("d", Odd()),
+        atom("a", RMSToRMS(), role="mlp"), atom("b", RMSToRMS(), mass=0), atom("c", VectorRMS()), atom("d", Odd())
     )
     found = convert(metrize(model, tree), "adamw", lr=1e-3, weight_decay=0.1)
     assert {r.name: (r.ours is not None, r.matched) for r in found.rows} == {
@@ -271,23 +213,11 @@ def test_the_table_reads_so():
         ("adam", {}, "convert: rival\n  got: 'adam'\n  allowed: adamw, muon\n"),
         ("adamw", dict(lr=0.0), "convert: lr\n  got: 0.0\n  allowed: a finite number > 0\n"),
         ("adamw", dict(lr=math.nan), "convert: lr\n  got: nan"),
-        (
-            "adamw",
-            dict(weight_decay=-0.1),
-            "convert: weight_decay\n  got: -0.1\n  allowed: a finite number >= 0\n",
-        ),
+        ("adamw", dict(weight_decay=-0.1), "convert: weight_decay\n  got: -0.1\n  allowed: a finite number >= 0\n"),
         ("adamw", dict(weight_decay=None), "convert: weight_decay\n  got: None"),
-        (
-            "adamw",
-            dict(betas=(0.9, 1.0)),
-            "convert: betas\n  got: (0.9, 1.0)\n  allowed: two numbers, 0 <= beta < 1\n",
-        ),
+        ("adamw", dict(betas=(0.9, 1.0)), "convert: betas\n  got: (0.9, 1.0)\n  allowed: two numbers, 0 <= beta < 1\n"),
         ("adamw", dict(betas=0.9), "convert: betas\n  got: 0.9"),
-        (
-            "muon",
-            dict(momentum=1.0),
-            "convert: momentum\n  got: 1.0\n  allowed: 0 <= momentum < 1\n",
-        ),
+        ("muon", dict(momentum=1.0), "convert: momentum\n  got: 1.0\n  allowed: 0 <= momentum < 1\n"),
         ("muon", dict(nesterov="no"), "convert: nesterov\n  got: 'no'\n  allowed: True, False\n"),
         (
             "muon",
@@ -311,17 +241,12 @@ def test_impossible_settings_are_refused_by_name(rival, settings, text):
 
 def test_a_network_with_nothing_to_match_is_refused():
     with pytest.raises(
-        ValueError,
-        match=r"^convert from AdamW\n  got: no hidden weight that moves, so nothing to match\n",
+        ValueError, match=r"^convert from AdamW\n  got: no hidden weight that moves, so nothing to match\n"
     ):
         convert(metrize(nn.LayerNorm(3)), "adamw", lr=0.1, weight_decay=0)
-    with pytest.raises(
-        ValueError, match=r"^convert from Muon\n  got: no hidden weight of 2 dimensions that moves"
-    ):
+    with pytest.raises(ValueError, match=r"^convert from Muon\n  got: no hidden weight of 2 dimensions that moves"):
         convert(metrize(nn.Conv2d(3, 4, 3)), "muon", lr=0.1, weight_decay=0)
-    with pytest.raises(
-        ValueError, match=r"^convert\n  got: a modular norm without the shape of a\n"
-    ):
+    with pytest.raises(ValueError, match=r"^convert\n  got: a modular norm without the shape of a\n"):
         convert(ModularNorm.of(Module() @ atom("a", RMSToRMS())), "adamw", lr=0.1, weight_decay=0)
 
 
@@ -360,66 +285,31 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "convertible"
 
 
-def test_the_command_prints_the_table_and_the_guesses(
-    module: str, capsys: pytest.CaptureFixture[str]
-):
+def test_the_command_prints_the_table_and_the_guesses(module: str, capsys: pytest.CaptureFixture[str]):
     rules = ["--rule", "head.*,role=head,mass=2", "--rule", "up.*,norm=MuonSpectral"]
-    assert (
-        main(
-            ["adamw", "--model", f"{module}:Outer.Small", *rules, *ADAMW, "--betas", "0.8", "0.95"]
-        )
-        == 0
-    )
+    assert main(["adamw", "--model", f"{module}:Outer.Small", *rules, *ADAMW, "--betas", "0.8", "0.95"]) == 0
     from convertible import Outer  # type: ignore[import-not-found]
 
-    norm = metrize(
-        Outer.Small(),
-        rules=[Rule("head.*", role="head", mass=2), Rule("up.*", norm="MuonSpectral")],
-    )
+    norm = metrize(Outer.Small(), rules=[Rule("head.*", role="head", mass=2), Rule("up.*", norm="MuonSpectral")])
     out, err = capsys.readouterr()
+    assert out == f"{convert(norm, 'adamw', lr=6e-4, weight_decay=0.1, betas=(0.8, 0.95))}\n" and not err
     assert (
-        out == f"{convert(norm, 'adamw', lr=6e-4, weight_decay=0.1, betas=(0.8, 0.95))}\n"
-        and not err
-    )
-    assert (
-        main(
-            [
-                "muon",
-                "--model",
-                f"{module}:reads_its_weights",
-                "--lr",
-                "0.02",
-                "--weight-decay",
-                "0",
-                "--no-nesterov",
-            ]
-        )
+        main(["muon", "--model", f"{module}:reads_its_weights", "--lr", "0.02", "--weight-decay", "0", "--no-nesterov"])
         == 0
     )
     out, err = capsys.readouterr()
-    assert out.startswith(
-        "Dualized(…, lr=0.02167, direction='momentum', beta=0.95, weight_decay=0)\n"
-    )
+    assert out.startswith("Dualized(…, lr=0.02167, direction='momentum', beta=0.95, weight_decay=0)\n")
     built, note = err.splitlines()
-    assert built.startswith("note: built on the CPU; on the meta device: ") and note.startswith(
-        "note: no head: "
-    )
+    assert built.startswith("note: built on the CPU; on the meta device: ") and note.startswith("note: no head: ")
 
 
-def test_a_model_that_fits_no_memory_is_built_on_the_meta_device(
-    module: str, capsys: pytest.CaptureFixture[str]
-):
+def test_a_model_that_fits_no_memory_is_built_on_the_meta_device(module: str, capsys: pytest.CaptureFixture[str]):
     assert main(["adamw", "--model", f"{module}:large", *ADAMW]) == 0
     assert "0.weight   1000000×1000000  hidden  0.00012" in capsys.readouterr().out
 
 
 def test_shapes_alone_convert_as_the_model_does(module: str, capsys: pytest.CaptureFixture[str]):
-    assert (
-        main(
-            ["adamw", "--model", f"{module}:Outer.Small", "--rule", "head.weight,role=head", *ADAMW]
-        )
-        == 0
-    )
+    assert main(["adamw", "--model", f"{module}:Outer.Small", "--rule", "head.weight,role=head", *ADAMW]) == 0
     by_model = capsys.readouterr().out
     assert (
         main(
@@ -454,28 +344,16 @@ def test_shapes_alone_convert_as_the_model_does(module: str, capsys: pytest.Capt
             ["--model", "convertible:needs_more"],
             "--model convertible:needs_more\n  got: TypeError: needs_more() missing 1 required",
         ),
-        (
-            ["--model", "convertible:other"],
-            "--model convertible:other\n  got: a str\n  allowed: an nn.Module\n",
-        ),
+        (["--model", "convertible:other"], "--model convertible:other\n  got: a str\n  allowed: an nn.Module\n"),
         (["--model", "convertible:Outer.Small"], "head.weight (5, 16) looks like the head\n"),
         (
             ["--model", "convertible:large", "--rule", "0.*"],
             "--rule\n  got: '0.*'\n  allowed: pattern,key=value,… with the keys role, mass",
         ),
         (["--model", "convertible:large", "--rule", "0.*,role"], "--rule\n  got: '0.*,role'\n"),
-        (
-            ["--model", "convertible:large", "--rule", "0.*,mass=much"],
-            "--rule\n  got: '0.*,mass=much'\n",
-        ),
-        (
-            ["--model", "convertible:large", "--rule", "0.*,rolle=head"],
-            "--rule\n  got: '0.*,rolle=head'\n",
-        ),
-        (
-            ["--model", "convertible:large", "--rule", "0.*,norm=L3"],
-            "rule '0.*'\n  got: norm 'L3'\n",
-        ),
+        (["--model", "convertible:large", "--rule", "0.*,mass=much"], "--rule\n  got: '0.*,mass=much'\n"),
+        (["--model", "convertible:large", "--rule", "0.*,rolle=head"], "--rule\n  got: '0.*,rolle=head'\n"),
+        (["--model", "convertible:large", "--rule", "0.*,norm=L3"], "rule '0.*'\n  got: norm 'L3'\n"),
         (
             ["--shapes", "up=16x4"],
             "--shapes\n  got: 'up=16x4'\n  allowed: name=OxI:role, each name once, role one of embedding, hidden, ",
@@ -484,10 +362,7 @@ def test_shapes_alone_convert_as_the_model_does(module: str, capsys: pytest.Capt
         (["--shapes", "up=4x4:hidden", "up=8x4:hidden"], "--shapes\n  got: 'up=8x4:hidden'\n"),
         (["--shapes", "up=4:hidden"], "up (4,) of a Module has no place\n"),
         (["--shapes", "up=4x4:hidden", "--rule", "up,mass=2"], "--rule\n  got: --shapes as well\n"),
-        (
-            ["--shapes", "up=4x4:hidden", "--betas", "0.9", "2"],
-            "convert: betas\n  got: [0.9, 2.0]\n",
-        ),
+        (["--shapes", "up=4x4:hidden", "--betas", "0.9", "2"], "convert: betas\n  got: [0.9, 2.0]\n"),
     ],
 )
 def test_bad_input_exits_with_2_and_says_what_is_allowed(
@@ -495,22 +370,11 @@ def test_bad_input_exits_with_2_and_says_what_is_allowed(
 ):
     assert main(["adamw", *arguments, *ADAMW]) == 2
     out, err = capsys.readouterr()
-    assert (
-        not out
-        and err.startswith(f"error: {text}")
-        and "\n  allowed: " in err
-        and "\n  fix: " in err
-    )
+    assert not out and err.startswith(f"error: {text}") and "\n  allowed: " in err and "\n  fix: " in err
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["sgd"],
-        ["adamw", *ADAMW],
-        ["adamw", "--shapes", "a=2x2:hidden", *ADAMW, "--momentum", "0.9"],
-    ],
+    "arguments", [[], ["sgd"], ["adamw", *ADAMW], ["adamw", "--shapes", "a=2x2:hidden", *ADAMW, "--momentum", "0.9"]]
 )
 def test_an_incomplete_command_line_exits_with_2(arguments, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as exit:

@@ -9,11 +9,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, jacfwd, jacrev
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy
-
 from model import GPT, GPTConfig
 from optim import (
     Frobenius,
@@ -34,6 +29,10 @@ from optim import (
     modular_sharpness,
 )
 from optim.curvature import ModularSharpness
+from torch import Tensor, nn
+from torch.func import functional_call, jacfwd, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
 
 EXACT = RMSToRMS(Polar("exact"))
 ROUNDING = 1e-9  # of some hundred float64 operations on numbers of order 1 to 100
@@ -60,15 +59,7 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
 def gpt(dtype: torch.dtype = torch.float64, **options) -> tuple[GPT, Callable[[], Tensor]]:
     """A GPT and its loss on a batch of 2 × 6 tokens."""
     config = GPTConfig(
-        **{
-            "n_layer": 2,
-            "n_head": 2,
-            "n_embd": 16,
-            "block_size": 8,
-            "vocab_size": 11,
-            "zero_init": False,
-        }
-        | options
+        **{"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 11, "zero_init": False} | options
     )
     model = GPT(config, generator=generator()).to(dtype)
     idx, target = torch.randint(11, (2, 2, 6), generator=generator(1))
@@ -94,9 +85,7 @@ def mlp(
     return model, lambda: cross_entropy(model(x), y)
 
 
-def dense(
-    make: Callable[[], tuple[nn.Module, Callable[[], Tensor]]], names: Sequence[str]
-) -> Tensor:
+def dense(make: Callable[[], tuple[nn.Module, Callable[[], Tensor]]], names: Sequence[str]) -> Tensor:
     """The Hessian in these weights, forward over reverse."""
     model, loss = make()
     weights = [model.get_parameter(k).detach() for k in names]
@@ -113,10 +102,7 @@ def dense(
     with sdpa_kernel(SDPBackend.MATH):
         rows = jacfwd(jacrev(of, indices), indices)(*weights)
     return torch.cat(
-        [
-            torch.cat([b.reshape(w.numel(), -1) for b in row], 1)
-            for row, w in zip(rows, weights, strict=True)
-        ]
+        [torch.cat([b.reshape(w.numel(), -1) for b in row], 1) for row, w in zip(rows, weights, strict=True)]
     ).detach()
 
 
@@ -129,10 +115,7 @@ class Quadratic:
     b: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.weights = {
-            k: torch.zeros(s, dtype=self.A.dtype, requires_grad=True)
-            for k, s in self.shapes.items()
-        }
+        self.weights = {k: torch.zeros(s, dtype=self.A.dtype, requires_grad=True) for k, s in self.shapes.items()}
         self.b = torch.ones(len(self.A), dtype=self.A.dtype) if self.b is None else self.b
 
     def loss(self) -> Tensor:
@@ -177,18 +160,13 @@ def test_both_ends_of_the_spectrum_are_the_dense_hessians(name: str):
     for dtype, tolerance in ((torch.float64, 1e-8), (torch.float32, F32)):
         model, loss = make(dtype)
         found = eigenvalues(
-            Hessian(loss, {k: model.get_parameter(k) for k in names}),
-            generator=generator(),
-            tolerance=0,
-            steps=60,
+            Hessian(loss, {k: model.get_parameter(k) for k in names}), generator=generator(), tolerance=0, steps=60
         )
         assert found.largest == pytest.approx(float(spectrum[-1]), rel=tolerance)
         assert found.smallest == pytest.approx(float(spectrum[0]), rel=tolerance)
 
 
-@pytest.mark.parametrize(
-    "make", [gpt, mlp, lambda: mlp(middle=nn.LayerNorm)], ids=["GPT", "MLP", "LayerNorm"]
-)
+@pytest.mark.parametrize("make", [gpt, mlp, lambda: mlp(middle=nn.LayerNorm)], ids=["GPT", "MLP", "LayerNorm"])
 def test_a_product_is_the_difference_of_gradients(make: Callable):
     """With a LayerNorm this is the only oracle: torch 2.13's forward mode gives it an asymmetric Hessian."""
     model, loss = make()
@@ -211,9 +189,7 @@ def test_a_direction_may_leave_names_out_and_the_quadratic_form_is_its_product()
     hessian = Hessian(loss, dict(model.named_parameters()))
     d = {"3.weight": gaussian(5, 9)}
     full = {k: torch.zeros_like(w) for k, w in hessian.weights.items()} | d
-    assert all(
-        torch.equal(a, b) for a, b in zip(hessian(d).values(), hessian(full).values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(hessian(d).values(), hessian(full).values(), strict=True))
     assert hessian.quadratic(d) == pytest.approx(
         float(d["3.weight"].flatten() @ hessian(d)["3.weight"].flatten()), rel=ROUNDING
     )
@@ -228,10 +204,7 @@ def test_scales_are_those_of_another_parametrization():
     v = {k: (w / scales.get(k, 1)).detach().requires_grad_() for k, w in weights.items()}
     x, y = gaussian(12, 6, seed=7), torch.randint(5, (12,), generator=generator())
     other = Hessian(
-        lambda: cross_entropy(
-            functional_call(model, {k: scales.get(k, 1) * t for k, t in v.items()}, (x,)), y
-        ),
-        v,
+        lambda: cross_entropy(functional_call(model, {k: scales.get(k, 1) * t for k, t in v.items()}, (x,)), y), v
     )
     scaled = Hessian(loss, weights, scales)
     d = scaled.random(generator())
@@ -257,10 +230,7 @@ def test_weights_that_the_loss_does_not_use_get_zeros():
         hessian = Hessian(loss, {"used": used, "unused": unused})
         product = hessian({"used": torch.ones(3), "unused": torch.ones(3)})
         assert not hessian.gradient["unused"].any() and not product["unused"].any()
-        assert torch.equal(
-            product["used"],
-            6 * torch.ones(3) if hessian.gradient["used"][0] == 3 else torch.zeros(3),
-        )
+        assert torch.equal(product["used"], 6 * torch.ones(3) if hessian.gradient["used"][0] == 3 else torch.zeros(3))
 
 
 @pytest.mark.parametrize("zero_init", [True, False])
@@ -269,8 +239,7 @@ def test_dropout_is_refused_even_where_loss_and_gradient_stay_the_same(zero_init
     model, loss = gpt(dropout=0.1, zero_init=zero_init)
     assert (loss() == loss()) == zero_init
     with pytest.raises(
-        ValueError,
-        match=r"(?s)^Hessian of a loss.*got: one that draws random numbers.*fix: model\.eval\(\)",
+        ValueError, match=r"(?s)^Hessian of a loss.*got: one that draws random numbers.*fix: model\.eval\(\)"
     ):
         Hessian(loss, dict(model.named_parameters()))
     model.eval()
@@ -283,8 +252,7 @@ def test_a_changing_batch_is_refused_even_where_the_loss_stays_the_same(zero_ini
     model, _ = gpt(zero_init=zero_init)
     batches = iter(torch.randint(11, (9, 2, 2, 6), generator=generator()))
     with pytest.raises(
-        ValueError,
-        match=r"(?s)^Hessian of a loss.*got: .*, then .* away\n  allowed: a loss that gives the same twice",
+        ValueError, match=r"(?s)^Hessian of a loss.*got: .*, then .* away\n  allowed: a loss that gives the same twice"
     ):
         Hessian(lambda: model(*next(batches))[1], dict(model.named_parameters()))
 
@@ -307,20 +275,14 @@ def test_what_cannot_be_differentiated_is_refused():
         ({"w": torch.ones(2)}, None, "'w', which requires no gradient"),
         ({"w": w}, {"u": 2.0}, "a scale for 'u', which is no weight"),
         ({"w": w}, {"w": torch.ones(3)}, "a scale of another shape than 'w'"),
-        (
-            {"w": torch.ones(2, dtype=torch.bfloat16, requires_grad=True)},
-            None,
-            "weights of torch.bfloat16 on cpu",
-        ),
+        ({"w": torch.ones(2, dtype=torch.bfloat16, requires_grad=True)}, None, "weights of torch.bfloat16 on cpu"),
         (
             {"w": w, "v": torch.ones(2, dtype=torch.float64, requires_grad=True)},
             None,
             "weights of torch.float32 on cpu, torch.float64 on cpu",
         ),
     ):
-        with pytest.raises(
-            ValueError, match=rf"(?s)^Hessian\n  got: {got}\n  allowed: .*\n  fix: "
-        ):
+        with pytest.raises(ValueError, match=rf"(?s)^Hessian\n  got: {got}\n  allowed: .*\n  fix: "):
             Hessian(lambda: w.sum(), weights, scales)
     with pytest.raises(ValueError, match=r"(?s)got: shape \(2,\).*allowed: a scalar"):
         Hessian(lambda: w, {"w": w})
@@ -390,10 +352,7 @@ def test_residuals_bound_errors_and_unconverged_is_said():
     errors = []
     for steps in (1, 3, 10, 30, 60):
         found = eigenvalues(hessian, generator=generator(), steps=steps, tolerance=1e-3)
-        assert (
-            found.steps <= steps
-            and -3 - ROUNDING <= found.smallest <= found.largest <= 5 + ROUNDING
-        )
+        assert found.steps <= steps and -3 - ROUNDING <= found.smallest <= found.largest <= 5 + ROUNDING
         assert (values - found.largest).abs().min() <= found.largest_residual + ROUNDING
         assert (values - found.smallest).abs().min() <= found.smallest_residual + ROUNDING
         residual = hessian.flat(hessian(found.vector)) - found.largest * hessian.flat(found.vector)
@@ -426,12 +385,7 @@ SHAPES: dict[str, tuple[int, ...]] = {"W": (2, 2), "E": (2, 2), "s": (2,)}
 
 def symmetric(n: int, kind: str, seed: int) -> Tensor:
     A = gaussian(n, n, seed=seed)
-    plus = {
-        "positive semidefinite": n,
-        "of rank 3": 3,
-        "indefinite": n // 2,
-        "mostly negative": max(1, n // 5),
-    }[kind]
+    plus = {"positive semidefinite": n, "of rank 3": 3, "indefinite": n // 2, "mostly negative": max(1, n // 5)}[kind]
     minus = 0 if kind in ("positive semidefinite", "of rank 3") else n
     return A[:, :plus] @ A[:, :plus].T - A[:, plus:minus] @ A[:, plus:minus].T
 
@@ -465,9 +419,7 @@ def by_faces(A: Tensor) -> float:
         F, fixed = torch.tensor(free), n - sum(free)
         if F.any() and torch.linalg.eigvalsh(A[F][:, F])[-1] > -FLAT * A.abs().max():
             continue
-        signs = torch.tensor(
-            list(itertools.product((-1.0, 1.0), repeat=fixed)), dtype=A.dtype
-        ).reshape(2**fixed, fixed)
+        signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=fixed)), dtype=A.dtype).reshape(2**fixed, fixed)
         X = torch.zeros(2**fixed, n, dtype=A.dtype)
         X[:, ~F] = signs
         if F.any():
@@ -489,16 +441,12 @@ def climb(
     A: Tensor, norm: ModularNorm, shapes: dict[str, tuple[int, ...]], **options
 ) -> tuple[Hessian, ModularSharpness]:
     hessian = Quadratic(A, shapes).hessian()
-    return hessian, modular_sharpness(
-        hessian, norm, **{"generator": generator(), "restarts": 3} | options
-    )
+    return hessian, modular_sharpness(hessian, norm, **{"generator": generator(), "restarts": 3} | options)
 
 
 def ratios(found: Sequence[float], true: Sequence[float]) -> Tensor:
     """Found over true maxima; 1 where both are 0."""
-    return torch.tensor(
-        [f / t if t else 1 + f for f, t in zip(found, true, strict=True)], dtype=torch.float64
-    )
+    return torch.tensor([f / t if t else 1 + f for f, t in zip(found, true, strict=True)], dtype=torch.float64)
 
 
 def attained(r: Tensor) -> float:
@@ -507,8 +455,7 @@ def attained(r: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("kind", "oracle", "size"),
-    [("positive semidefinite", by_signs, 10), *((kind, by_faces, 5) for kind in KINDS)],
+    ("kind", "oracle", "size"), [("positive semidefinite", by_signs, 10), *((kind, by_faces, 5) for kind in KINDS)]
 )
 def test_the_largest_curvature_among_signs_is_that_of_all_corners_or_faces(
     kind: str, oracle: Callable[[Tensor], float], size: int
@@ -526,13 +473,9 @@ def test_the_largest_curvature_among_signs_is_that_of_all_corners_or_faces(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_largest_curvature_of_a_matrix_an_embedding_and_gains_is_that_of_projected_ascent(
-    kind: str,
-):
+def test_the_largest_curvature_of_a_matrix_an_embedding_and_gains_is_that_of_projected_ascent(kind: str):
     problems = [symmetric(10, kind, seed) for seed in range(PROBLEMS)]
-    r = ratios(
-        [climb(A, SMALL, SHAPES)[1].value for A in problems], [by_projection(A) for A in problems]
-    )
+    r = ratios([climb(A, SMALL, SHAPES)[1].value for A in problems], [by_projection(A) for A in problems])
     assert attained(r) >= KINDS[kind] and r.min() >= FAR and r.max() <= 1 + PROJECTED
 
 
@@ -541,15 +484,9 @@ def test_in_the_frobenius_norm_it_is_the_largest_eigenvalue_or_0(name: str):
     values = SPECTRA[name]
     hessian = quadratic(with_spectrum(values))
     found = modular_sharpness(
-        hessian,
-        ModularNorm({"w": Frobenius(1)}, {"w": 2.0}),
-        generator=generator(),
-        tolerance=1e-6,
-        steps=100,
+        hessian, ModularNorm({"w": Frobenius(1)}, {"w": 2.0}), generator=generator(), tolerance=1e-6, steps=100
     )
-    assert found.value == pytest.approx(
-        4 * max(0, *values, 0), rel=1e-5, abs=ROUNDING * max(map(abs, values))
-    )
+    assert found.value == pytest.approx(4 * max(0, *values, 0), rel=1e-5, abs=ROUNDING * max(map(abs, values)))
 
 
 class Astray(MaxEntry):
@@ -563,16 +500,10 @@ class Astray(MaxEntry):
 @pytest.mark.parametrize("seed", range(3))
 def test_more_steps_never_lower_the_value(seed: int, gains: MaxEntry):
     norm = replace(SMALL, norms=SMALL.norms | {"s": gains}, radii=SMALL.radii | {"s": 3.0})
-    found = [
-        climb(symmetric(10, "indefinite", seed), norm, SHAPES, steps=steps)[1]
-        for steps in (1, 2, 3, 5, 8, 13)
-    ]
+    found = [climb(symmetric(10, "indefinite", seed), norm, SHAPES, steps=steps)[1] for steps in (1, 2, 3, 5, 8, 13)]
     for before, after in itertools.pairwise(found):
         assert all(a >= b - ROUNDING for a, b in zip(after.values, before.values, strict=True))
-    assert (
-        max(after - before for before, after in zip(found[0].values, found[-1].values, strict=True))
-        > 1
-    )
+    assert max(after - before for before, after in zip(found[0].values, found[-1].values, strict=True)) > 1
     assert all(f.steps <= 13 * len(f.values) + 1 for f in found)
 
 
@@ -587,9 +518,7 @@ class Overshooting(MaxEntry):
 
 
 @pytest.mark.parametrize(
-    "rough",
-    [RMSToRMS(Polar("jordan")), RMSToRMS(Polar("polar_express")), RMSToRMS(Polar("cubic"))],
-    ids=str,
+    "rough", [RMSToRMS(Polar("jordan")), RMSToRMS(Polar("polar_express")), RMSToRMS(Polar("cubic"))], ids=str
 )
 def test_an_approximate_polar_factor_leaves_a_lower_bound_and_hardly_lowers_it(rough: RMSToRMS):
     shapes: dict[str, tuple[int, ...]] = {"W": (6, 4), "V": (3, 6)}
@@ -600,9 +529,7 @@ def test_an_approximate_polar_factor_leaves_a_lower_bound_and_hardly_lowers_it(r
         hessian, found = climb(A, norm, shapes)
         assert true.norm(found.direction) <= 1 + ROUNDING
         assert hessian.quadratic(found.direction) == pytest.approx(found.value, rel=ROUNDING)
-        assert (
-            found.value >= 0.97 * climb(A, true, shapes)[1].value
-        )  # another local maximum, at worst
+        assert found.value >= 0.97 * climb(A, true, shapes)[1].value  # another local maximum, at worst
 
 
 def test_a_norm_whose_steps_are_too_large_leaves_a_lower_bound():
@@ -626,11 +553,7 @@ def test_a_weight_of_radius_0_does_not_move_and_one_without_a_norm_is_refused():
     A = symmetric(10, "positive semidefinite", 0)
     still = replace(SMALL, radii=SMALL.radii | {"W": 0.0})
     moved, found = climb(A, SMALL, SHAPES)[1], climb(A, still, SHAPES)[1]
-    assert (
-        not found.direction["W"].any()
-        and found.direction["E"].any()
-        and 0 < found.value < moved.value
-    )
+    assert not found.direction["W"].any() and found.direction["E"].any() and 0 < found.value < moved.value
     with pytest.raises(ValueError, match="no norm for 'E'"):
         climb(A, ModularNorm({"W": EXACT}, {"W": 1.0}), SHAPES)
 
@@ -641,15 +564,11 @@ def test_of_a_network_it_exceeds_what_the_eigenvector_and_many_random_steps_have
     hessian = Hessian(loss, dict(model.named_parameters()))
     top = eigenvalues(hessian, generator=generator())
     found = modular_sharpness(hessian, norm, generator=generator(), top=top)
-    others = [norm.normalize(hessian.random(generator(seed))) for seed in range(30)] + [
-        norm.normalize(top.vector)
-    ]
+    others = [norm.normalize(hessian.random(generator(seed))) for seed in range(30)] + [norm.normalize(top.vector)]
     assert found.converged and found.value > max(map(hessian.quadratic, others))
     assert found.value >= top.largest / float(norm.norm(top.vector)) ** 2
     assert (
-        len(found.values) == 4
-        and 0 <= found.spread < 0.2
-        and max(found.values) == pytest.approx(found.value, rel=1e-5)
+        len(found.values) == 4 and 0 <= found.spread < 0.2 and max(found.values) == pytest.approx(found.value, rel=1e-5)
     )
 
 
@@ -658,13 +577,9 @@ def test_of_a_network_it_exceeds_what_the_eigenvector_and_many_random_steps_have
 
 @pytest.mark.parametrize("polar", ["exact", "polar_express"])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_step_beyond_the_stable_one_raises_a_quadratic_and_one_below_it_lowers_it(
-    polar: str, seed: int
-):
+def test_a_step_beyond_the_stable_one_raises_a_quadratic_and_one_below_it_lowers_it(polar: str, seed: int):
     norm = ModularNorm({"W": RMSToRMS(Polar(polar)), "E": L1ToRMS(), "s": MaxEntry()}, SMALL.radii)
-    problem = Quadratic(
-        symmetric(10, "positive semidefinite", seed), SHAPES, gaussian(10, seed=9 + seed)
-    )
+    problem = Quadratic(symmetric(10, "positive semidefinite", seed), SHAPES, gaussian(10, seed=9 + seed))
     hessian = problem.hessian()
     found = along(hessian, norm)
     d, start = norm.dualize(hessian.gradient), hessian.value
@@ -691,11 +606,7 @@ def test_no_step_is_too_large_where_the_loss_is_concave_along_it():
 
 def chain(scale: float) -> tuple[ModularNorm, Callable[[dict[str, Tensor], Tensor], Tensor]]:
     """scale · head ∘ map ∘ embedding, masses 1, 1, 2, and its cross-entropy for every token as input and the next one as target."""
-    tree: Module = (
-        (scale * atom("head", RMSToLinf()))
-        @ atom("map", EXACT)
-        @ atom("embedding", L1ToRMS(), mass=2)
-    )
+    tree: Module = (scale * atom("head", RMSToLinf())) @ atom("map", EXACT) @ atom("embedding", L1ToRMS(), mass=2)
 
     def loss(w: dict[str, Tensor], target: Tensor) -> Tensor:
         return cross_entropy(scale * (w["embedding"] @ w["map"].mT @ w["head"].mT), target)
@@ -720,9 +631,7 @@ def test_no_curvature_exceeds_the_bound_derived_from_the_tree(scale: float):
         }
         for sign in (1, -1):
             hessian = Hessian(lambda w=w, sign=sign: sign * loss(w, target), w)
-            largest = max(
-                largest, modular_sharpness(hessian, norm, generator=generator(), steps=15).value
-            )
+            largest = max(largest, modular_sharpness(hessian, norm, generator=generator(), steps=15).value)
     print(f"{largest / bound:.3f} of the bound", end=" ")
     assert 0.0 < largest <= bound + ROUNDING
 
@@ -734,13 +643,9 @@ def test_a_large_logit_scale_leaves_cross_entropys_own_curvature_and_it_is_attai
     row = torch.eye(4, dtype=torch.float64)
     w = {"embedding": 2 * row[:1], "map": row.clone(), "head": torch.stack([row[1], -row[1]]) / 2}
     assert all(norm.norms[k].norm(t) == pytest.approx(1) for k, t in w.items())
-    hessian = Hessian(
-        lambda: loss(w, torch.tensor([0])), {k: t.requires_grad_() for k, t in w.items()}
-    )
+    hessian = Hessian(lambda: loss(w, torch.tensor([0])), {k: t.requires_grad_() for k, t in w.items()})
     bound, shares = loss_smoothness(norm), (1 / 4, 1 / 4, 1 / 2)
-    alpha = (
-        2 * sum(a * b for a, b in itertools.combinations(shares, 2)) / scale
-    )  # of three maps in a row, by hand
+    alpha = 2 * sum(a * b for a, b in itertools.combinations(shares, 2)) / scale  # of three maps in a row, by hand
     assert bound is not None and bound == pytest.approx(2 * alpha + 1)
     found = modular_sharpness(hessian, norm, generator=generator()).value
     print(f"{found:.4f} of {bound:.4f}", end=" ")
@@ -752,13 +657,6 @@ def test_the_bound_is_the_trees_times_sigma_plus_tau_and_none_where_a_bond_decla
     constants = norm.smoothness()
     assert constants is not None and constants[0] > 0
     assert loss_smoothness(norm, sigma=3.0, tau=0.25) == pytest.approx(3 * constants[0] + 0.25)
-    assert (
-        loss_smoothness(ModularNorm.of(atom("w", RMSToLinf()))) == 1
-    )  # linear in its weight: cross-entropy's own
-    assert (
-        loss_smoothness(
-            ModularNorm.of(atom("b", EXACT) @ bond("relu²", typical=True) @ atom("a", EXACT))
-        )
-        is None
-    )
+    assert loss_smoothness(ModularNorm.of(atom("w", RMSToLinf()))) == 1  # linear in its weight: cross-entropy's own
+    assert loss_smoothness(ModularNorm.of(atom("b", EXACT) @ bond("relu²", typical=True) @ atom("a", EXACT))) is None
     assert loss_smoothness(ModularNorm({}, {})) is None

@@ -15,20 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
 from data import prepare
 from data.loader import DataConfig, Dataset, TrainBatches, validation_batches
-from data.shards import (
-    DataError,
-    Manifest,
-    Split,
-    read_manifest,
-    read_shard,
-    write_manifest,
-    write_shard,
-    write_split,
-)
+from data.shards import DataError, Manifest, Split, read_manifest, read_shard, write_manifest, write_shard, write_split
 from data.tokenizer import Characters, get_tokenizer
+
 from tests.helpers import ROOT, TEXT
 
 TEXTS = os.environ.get("NANODUAL_DATA")
@@ -57,26 +48,18 @@ def test_long_splits_are_cut_into_shards_without_losing_a_token(tmp_path: Path):
     chunks = [np.arange(i, i + 7, dtype=np.uint16) for i in range(0, 70, 7)]
     shards = write_split(tmp_path, "train", chunks, shard_tokens=16)
     assert [s.tokens for s in shards] == [16, 16, 16, 16, 6]
-    assert np.concatenate([read_shard(tmp_path / s.file) for s in shards]).tolist() == list(
-        range(70)
-    )
+    assert np.concatenate([read_shard(tmp_path / s.file) for s in shards]).tolist() == list(range(70))
 
 
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
-        (
-            lambda b: b[:-2],
-            r"truncated or damaged shard\n  got: 1028 bytes\n  allowed: 1030, for the 3 tokens",
-        ),
+        (lambda b: b[:-2], r"truncated or damaged shard\n  got: 1028 bytes\n  allowed: 1030, for the 3 tokens"),
         (
             lambda b: b"\0" * 4 + b[4:],
             r"not a token shard\n  got: magic 0, version 1\n  allowed: magic 20240520, version 1",
         ),
-        (
-            lambda b: b[:10],
-            r"not a token shard\n  got: 10 bytes|not a token shard\n  got: magic 20240520, version 1",
-        ),
+        (lambda b: b[:10], r"not a token shard\n  got: 10 bytes|not a token shard\n  got: magic 20240520, version 1"),
         (lambda b: b"", r"not a token shard\n  got: 0 bytes"),
     ],
     ids=["truncated", "magic", "header", "empty"],
@@ -147,9 +130,7 @@ def test_text_files_become_a_dataset_that_remembers_them(here: Path):
         lzma.LZMACompressor(lzma.FORMAT_XZ, preset=9 | lzma.PRESET_EXTREME),
     )
     for bits, packer in zip(told.values(), packers, strict=True):
-        assert bits == 8 * len(packer.compress(TEXT[cut:].encode()) + packer.flush()) / len(
-            TEXT[cut:]
-        )
+        assert bits == 8 * len(packer.compress(TEXT[cut:].encode()) + packer.flush()) / len(TEXT[cut:])
 
 
 def test_preparing_twice_leaves_the_dataset_alone_and_another_text_needs_replace(
@@ -167,9 +148,7 @@ def test_preparing_twice_leaves_the_dataset_alone_and_another_text_needs_replace
     assert "out holds another dataset\n  got: bytes of {'kind': 'text'" in capsys.readouterr().err
     assert Path("out/meta.json").stat().st_mtime_ns == before
     assert prepare.main([*args, "--replace"]) == 0
-    assert read_manifest(Path("out")).splits["val"].bytes == len(TEXT + "more") - int(
-        0.9 * len(TEXT + "more")
-    )
+    assert read_manifest(Path("out")).splits["val"].bytes == len(TEXT + "more") - int(0.9 * len(TEXT + "more"))
     assert sorted(p.name for p in here.iterdir()) == ["a.txt", "out"], "nothing half-made is left"
 
 
@@ -179,8 +158,7 @@ def test_documents_are_separated_and_split_by_hash(here: Path):
     prepare.main(["text", "a.txt", "--separator", r"\n\x1e\n", "--out", "out"])
     dataset = Dataset(DataConfig("out"))
     texts = {
-        n: dataset.tokenizer.decode(np.concatenate(dataset.split(n)).tolist()).split("\0")
-        for n in ("train", "val")
+        n: dataset.tokenizer.decode(np.concatenate(dataset.split(n)).tolist()).split("\0") for n in ("train", "val")
     }
     assert sorted(texts["train"] + texts["val"]) == sorted(documents)
     assert 1 <= len(texts["val"]) <= 20
@@ -194,15 +172,10 @@ def test_a_killed_preparation_leaves_nothing_half_made(here: Path):
         "def dies(*a, **k): os.kill(os.getpid(), signal.SIGKILL)\n"
         "prepare.write_manifest = dies\nprepare.main(['text', 'a.txt', '--out', 'out'])"
     )
-    process = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    process = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert process.returncode == -signal.SIGKILL
     assert not Path("out").exists()
-    with pytest.raises(
-        DataError,
-        match=r"no dataset at out\n  got: no meta.json(.|\n)*python -m data.prepare --help",
-    ):
+    with pytest.raises(DataError, match=r"no dataset at out\n  got: no meta.json(.|\n)*python -m data.prepare --help"):
         Dataset(DataConfig("out"))
     assert prepare.main(["text", "a.txt", "--out", "out"]) == 0
     assert sorted(p.name for p in here.iterdir()) == ["a.txt", "out"]
@@ -235,9 +208,7 @@ def test_preparing_again_repairs_a_damaged_dataset(here: Path, damage: str):
     assert (shard.read_bytes(), manifest.read_bytes()) == whole
 
 
-def test_folders_and_files_that_are_no_datasets_are_left_alone(
-    here: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_folders_and_files_that_are_no_datasets_are_left_alone(here: Path, capsys: pytest.CaptureFixture[str]):
     Path("mine").mkdir()
     Path("mine/a.txt").write_text(TEXT)
     for out in ("mine", "mine/a.txt", "."):
@@ -246,9 +217,7 @@ def test_folders_and_files_that_are_no_datasets_are_left_alone(
     assert [p.name for p in here.rglob("*")] == ["mine", "a.txt"]
 
 
-def test_a_folder_with_files_of_its_own_is_never_replaced(
-    here: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_folder_with_files_of_its_own_is_never_replaced(here: Path, capsys: pytest.CaptureFixture[str]):
     Path("a.txt").write_text(TEXT)
     Path("mine").mkdir()
     Path("mine/meta.json").write_text('{"my": "project"}')
@@ -263,9 +232,7 @@ def test_a_replacement_killed_between_its_renames_gives_the_old_dataset_back(her
     assert prepare.main(["text", "a.txt", "--out", "out"]) == 0
     Path("out").rename(".out.old")
     Path("a.txt").write_text(TEXT + "more")
-    assert prepare.main(["text", "a.txt", "--out", "out"]) == 2, (
-        "another text still needs --replace"
-    )
+    assert prepare.main(["text", "a.txt", "--out", "out"]) == 2, "another text still needs --replace"
     assert read_manifest(Path("out")).splits["train"].bytes == int(0.9 * len(TEXT))
 
 
@@ -326,10 +293,7 @@ def test_pysource_is_tens_of_megabytes_and_always_the_same(pysource: Path):
     manifest = read_manifest(pysource)
     assert manifest.splits["train"].tokens == 34_155_956
     assert manifest.splits["val"].tokens == 429_293
-    assert (
-        manifest.source["corpus_sha256"]
-        == "54c03156685a85e82575b3c862d0fadbc33612e61ab651164942efca20d80063"
-    )
+    assert manifest.source["corpus_sha256"] == "54c03156685a85e82575b3c862d0fadbc33612e61ab651164942efca20d80063"
     assert manifest.splits["val"].bytes == manifest.splits["val"].tokens
     dataset = Dataset(DataConfig(str(pysource)))
     text = dataset.tokenizer.decode(np.asarray(dataset.split("val")[0]).tolist())
@@ -340,11 +304,7 @@ def test_pysource_is_tens_of_megabytes_and_always_the_same(pysource: Path):
 
 def test_a_dataset_of_before_knows_gzip_alone_and_one_without_bytes_nothing():
     assert Split(100, 200, [], gzip9_bytes=50).compressors() == {"gzip -9": 2.0}
-    assert (
-        Split(100, None, [], gzip9_bytes=50).compressors()
-        == Split(100, 200, []).compressors()
-        == {}
-    )
+    assert Split(100, None, [], gzip9_bytes=50).compressors() == Split(100, 200, []).compressors() == {}
 
 
 @needs_texts
@@ -352,11 +312,11 @@ def test_shakespeare_is_split_as_nanogpt_splits_it(here: Path):
     source = Path(str(TEXTS)) / "tinyshakespeare.txt"
     assert prepare.main(["shakespeare", "--file", str(source)]) == 0
     manifest = read_manifest(Path("corpora/shakespeare"))
-    assert (
-        manifest.splits["train"].tokens,
-        manifest.splits["val"].tokens,
-        manifest.vocab_size,
-    ) == (1_003_854, 111_540, 65)
+    assert (manifest.splits["train"].tokens, manifest.splits["val"].tokens, manifest.vocab_size) == (
+        1_003_854,
+        111_540,
+        65,
+    )
 
 
 def test_another_text_is_not_taken_for_shakespeare(here: Path, capsys: pytest.CaptureFixture[str]):
@@ -377,47 +337,25 @@ def test_hub_without_its_package_says_what_to_install(
 def test_hub_streams_documents_of_a_local_file(here: Path):
     rows = [{"text": f"row number {i}, with some words"} for i in range(50)]
     Path("a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    args = [
-        "hub",
-        "json",
-        "--files",
-        "a.jsonl",
-        "--tokenizer",
-        "bytes",
-        "--val-tokens",
-        "100",
-        "--out",
-        "out",
-    ]
+    args = ["hub", "json", "--files", "a.jsonl", "--tokenizer", "bytes", "--val-tokens", "100", "--out", "out"]
     assert prepare.main(args) == 0
     dataset = Dataset(DataConfig("out"))
-    texts = [
-        dataset.tokenizer.decode(np.concatenate(dataset.split(n)).tolist())
-        for n in ("val", "train")
-    ]
+    texts = [dataset.tokenizer.decode(np.concatenate(dataset.split(n)).tolist()) for n in ("val", "train")]
     assert "".join(texts) == "".join("\0" + r["text"] for r in rows)
     assert 100 <= len(texts[0]) < 140
-    assert prepare.main([*args[:-2], "--val-tokens", "50", "--out", "out"]) == 2, (
-        "other options make another dataset"
-    )
+    assert prepare.main([*args[:-2], "--val-tokens", "50", "--out", "out"]) == 2, "other options make another dataset"
     assert prepare.main([*args[:-2], "--column", "body", "--out", "other"]) == 2
     assert not Path("other").exists()
 
 
 @needs_texts
-def test_adopted_shards_get_a_manifest(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_adopted_shards_get_a_manifest(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", f"{TEXTS}/tiktoken")
     Path("fineweb").mkdir()
-    write_shard(
-        Path("fineweb/fineweb_train_000001.bin"),
-        np.array([50256, 15496, 995] * 40, dtype=np.uint16),
-    )
+    write_shard(Path("fineweb/fineweb_train_000001.bin"), np.array([50256, 15496, 995] * 40, dtype=np.uint16))
     write_shard(Path("fineweb/fineweb_val_000000.bin"), np.array([50256, 15496], dtype=np.uint16))
     with pytest.raises(
-        DataError,
-        match=r"shards without a meta.json(.|\n)*python -m data.prepare adopt fineweb --tokenizer gpt2",
+        DataError, match=r"shards without a meta.json(.|\n)*python -m data.prepare adopt fineweb --tokenizer gpt2"
     ):
         Dataset(DataConfig("fineweb"))
     assert prepare.main(["adopt", "fineweb", "--tokenizer", "gpt2"]) == 0
@@ -425,12 +363,8 @@ def test_adopted_shards_get_a_manifest(
     assert dataset.manifest.splits["train"].bytes == 40 * len("Hello world")
     Path("fineweb/meta.json").write_text("{")
     write_shard(Path("fineweb/retrieval_train_000002.bin"), np.array([1, 2], dtype=np.uint16))
-    assert prepare.main(["adopt", "fineweb", "--tokenizer", "gpt2"]) == 0, (
-        "a damaged manifest is written anew"
-    )
-    assert [s.file for s in read_manifest(Path("fineweb")).splits["val"].shards] == [
-        "fineweb_val_000000.bin"
-    ]
+    assert prepare.main(["adopt", "fineweb", "--tokenizer", "gpt2"]) == 0, "a damaged manifest is written anew"
+    assert [s.file for s in read_manifest(Path("fineweb")).splits["val"].shards] == ["fineweb_val_000000.bin"]
     Path("fineweb/meta.json").unlink()
     write_shard(Path("fineweb/fineweb_val_000000.bin"), np.array([50300], dtype=np.uint16))
     assert prepare.main(["adopt", "fineweb", "--tokenizer", "gpt2"]) == 2
@@ -445,19 +379,14 @@ def test_a_corrupted_shard_is_found_by_its_hash(here: Path):
     raw[2000] ^= 1
     path.write_bytes(raw)
     with pytest.raises(
-        DataError,
-        match=r"out/train_000000.bin: corrupted shard\n  got: a file that differs from the sha256",
+        DataError, match=r"out/train_000000.bin: corrupted shard\n  got: a file that differs from the sha256"
     ):
         Dataset(DataConfig("out"))
 
 
 # ---- batches
 
-SHARDS = [
-    np.arange(0, 1000, dtype=np.uint16),
-    np.arange(5000, 5300, dtype=np.uint16),
-    np.zeros(0, dtype=np.uint16),
-]
+SHARDS = [np.arange(0, 1000, dtype=np.uint16), np.arange(5000, 5300, dtype=np.uint16), np.zeros(0, dtype=np.uint16)]
 
 
 def test_targets_are_the_next_tokens_of_one_shard():
@@ -501,9 +430,7 @@ def test_validation_scores_every_token_but_the_first_once():
         targets = torch.cat([y[y >= 0] for _, y in pairs])
         assert targets.tolist() == list(range(1, 131))
         assert all(torch.equal(x[y >= 0] + 1, y[y >= 0]) for x, y in pairs)
-    some = torch.cat(
-        [y[y >= 0] for _, y in validation_batches(stream, block_size=8, batch_size=3, tokens=20)]
-    )
+    some = torch.cat([y[y >= 0] for _, y in validation_batches(stream, block_size=8, batch_size=3, tokens=20)])
     assert some.tolist() == list(range(1, 21))
 
 
@@ -518,22 +445,16 @@ def test_texts_that_are_too_short_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("fraction", "held"),
-    [(0.1, 103), (0.5, 515), (0.999, 1029)],
-    ids=["in a shard", "over shards", "nearly all"],
+    ("fraction", "held"), [(0.1, 103), (0.5, 515), (0.999, 1029)], ids=["in a shard", "over shards", "nearly all"]
 )
-def test_a_holdout_is_the_end_of_the_training_split_and_is_not_trained_on(
-    here: Path, fraction: float, held: int
-):
+def test_a_holdout_is_the_end_of_the_training_split_and_is_not_trained_on(here: Path, fraction: float, held: int):
     """103 tokens of 1030 in shards of 400, 400, 230; 515 take the last shard and some of the one before."""
     stream = np.arange(1030, dtype=np.uint16)
     shards = {
         "train": write_split(here, "train", [stream], shard_tokens=400),
         "val": write_split(here, "val", [stream[:7]]),
     }
-    splits = {
-        name: Split(sum(s.tokens for s in found), 99, found, 50) for name, found in shards.items()
-    }
+    splits = {name: Split(sum(s.tokens for s in found), 99, found, 50) for name, found in shards.items()}
     write_manifest(here, Manifest("gpt2", 50257, splits, {}))
     dataset = Dataset(DataConfig(str(here), holdout=fraction))
     train, val = (np.concatenate(dataset.split(name)).tolist() for name in ("train", "val"))
@@ -554,8 +475,7 @@ def test_a_holdout_is_the_end_of_the_training_split_and_is_not_trained_on(
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, 2.0])
 def test_a_holdout_that_is_no_fraction_is_refused(pysource: Path, fraction: float):
     with pytest.raises(
-        DataError,
-        match=f"data.holdout\n  got: {fraction}\n  allowed: 0, or a fraction of the training split below 1",
+        DataError, match=f"data.holdout\n  got: {fraction}\n  allowed: 0, or a fraction of the training split below 1"
     ):
         Dataset(DataConfig(str(pysource), verify=False, holdout=fraction))
 

@@ -10,16 +10,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from optim import DIRECTIONS, Dualized, ModularNorm, Polar, RMSToRMS
+from torch import Tensor, nn
 
 PERTURBATION = 1e-15  # of ‖G‖_F: some five roundings of every entry
 TURN = 1e-6  # 1 − cos: 1e-3 of the step's length, so that condition numbers up to 1e12 are let pass
 STEPS = 10
-SEEDS = (
-    40 if os.environ.get("NANODUAL_SOAK") == "1" else 6
-)  # not by tests.helpers, which Windows cannot import
+SEEDS = 40 if os.environ.get("NANODUAL_SOAK") == "1" else 6  # not by tests.helpers, which Windows cannot import
 # These divide entry by entry, or take each entry's sign: of an entry that is rounding alone they make a full one. Only gradients without zeros.
 ENTRYWISE = ("adam", "lion")
 
@@ -54,18 +51,12 @@ def stream(kind: str, shape: tuple[int, int], seed: int) -> list[Tensor]:
 def perturbed(gradients: list[Tensor], seed: int) -> list[Tensor]:
     g = torch.Generator().manual_seed(seed)
     noise = [torch.randn(G.shape, generator=g, dtype=G.dtype) for G in gradients]
-    return [
-        G + PERTURBATION * G.norm() / E.norm() * E for G, E in zip(gradients, noise, strict=True)
-    ]
+    return [G + PERTURBATION * G.norm() / E.norm() * E for G, E in zip(gradients, noise, strict=True)]
 
 
-def steps_taken(
-    streams: dict[str, list[Tensor]], direction: str, polar: Polar
-) -> list[dict[str, Tensor]]:
+def steps_taken(streams: dict[str, list[Tensor]], direction: str, polar: Polar) -> list[dict[str, Tensor]]:
     """By step and stream: what is taken off a weight of that name."""
-    named = {
-        name: nn.Parameter(torch.zeros_like(gradients[0])) for name, gradients in streams.items()
-    }
+    named = {name: nn.Parameter(torch.zeros_like(gradients[0])) for name, gradients in streams.items()}
     norm = ModularNorm(dict.fromkeys(named, RMSToRMS(polar)), dict.fromkeys(named, 1.0))
     # The basis of SOAP is renewed in steps 1, 4, 7 and 10.
     optimizer = Dualized(list(named.items()), 1.0, norm=norm, direction=direction, refresh_every=3)
@@ -85,24 +76,13 @@ def steps_taken(
 def test_a_perturbation_of_a_few_roundings_does_not_turn_the_step(direction: str, polar: Polar):
     kinds = [k for k in KINDS if direction not in ENTRYWISE or k != "rows of zeros"]
     cases = [(kind, name, seed) for kind in kinds for name in SHAPES for seed in range(SEEDS)]
-    streams = {
-        f"{kind}, {name}, seed {seed}": stream(kind, SHAPES[name], seed=seed)
-        for kind, name, seed in cases
-    }
-    others = {
-        name: perturbed(gradients, seed=math.prod(gradients[0].shape))
-        for name, gradients in streams.items()
-    }
+    streams = {f"{kind}, {name}, seed {seed}": stream(kind, SHAPES[name], seed=seed) for kind, name, seed in cases}
+    others = {name: perturbed(gradients, seed=math.prod(gradients[0].shape)) for name, gradients in streams.items()}
     plain, moved = (steps_taken(s, direction, polar) for s in (streams, others))
     for step in (0, STEPS - 1):
         turns = {
             name: 1
-            - nn.functional.cosine_similarity(
-                plain[step][name].flatten(), moved[step][name].flatten(), dim=0
-            ).item()
+            - nn.functional.cosine_similarity(plain[step][name].flatten(), moved[step][name].flatten(), dim=0).item()
             for name in streams
         }
-        assert max(turns.values()) < TURN, (
-            step + 1,
-            {name: turn for name, turn in turns.items() if turn >= TURN},
-        )
+        assert max(turns.values()) < TURN, (step + 1, {name: turn for name, turn in turns.items() if turn >= TURN})

@@ -27,21 +27,13 @@ def example(name: str, *argv: str) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(
-    "argv",
-    [
-        "--model gpt2",
-        "--model llama",
-        "--model llama --accumulate 2",
-        "--model llama --compile eager",
-    ],
+    "argv", ["--model gpt2", "--model llama", "--model llama --accumulate 2", "--model llama --compile eager"]
 )
 def test_the_plain_loop_learns(argv: str, capsys: pytest.CaptureFixture[str]):
     before, after = example("hf_plain_loop", *argv.split(), "--steps", "12")
     assert after < before - NATS
     out = capsys.readouterr().out
-    assert "RMSToLinf" in out and f"test loss {before:.3f} → {after:.3f}" in out, (
-        "the receipt and the loss"
-    )
+    assert "RMSToLinf" in out and f"test loss {before:.3f} → {after:.3f}" in out, "the receipt and the loss"
 
 
 def test_the_trainer_learns_and_resumes_from_its_checkpoint(tmp_path: Path):

@@ -7,17 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import config as configuration
 import numpy as np
 import pytest
 import torch
+from config import Config
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import config as configuration
-from config import Config
 from studies import bundle, export, script
 from studies.bundle import ERASED, BundleError, Code, Specialise
 from studies.export import LINE, ExportError
+
 from tests.helpers import ROOT, run, run_ranks, small_dataset
 
 # The log has five digits of a validation loss: half of the last one is 5e-6. What is left is for sums in another order.
@@ -84,16 +84,7 @@ CASES = {
         "--optim.masses.ngram",
         "3.0",
     ),
-    "adamw": (
-        "--optim.name",
-        "adamw",
-        "--optim.lr",
-        "0.003",
-        "--optim.weight-decay",
-        "0.1",
-        "--model.init",
-        "gpt2",
-    ),
+    "adamw": ("--optim.name", "adamw", "--optim.lr", "0.003", "--optim.weight-decay", "0.1", "--model.init", "gpt2"),
     "muon_adamw": (
         "--optim.name",
         "muon_adamw",
@@ -107,16 +98,7 @@ CASES = {
         "bfloat16",
         *TRACK3,
     ),
-    "sgd": (
-        "--optim.name",
-        "sgd",
-        "--optim.scaling",
-        "ntk",
-        "--model.init",
-        "fan_in",
-        "--optim.max-grad-norm",
-        "0.5",
-    ),
+    "sgd": ("--optim.name", "sgd", "--optim.scaling", "ntk", "--model.init", "fan_in", "--optim.max-grad-norm", "0.5"),
     "recipe": (
         *(
             "--optim.weight-decay",
@@ -136,14 +118,7 @@ CASES = {
             "1.2",
             "--optim.norms.per-head",
         ),
-        *(
-            "--optim.norms.head",
-            "L1ToLinf",
-            "--optim.norms.mlp",
-            "MuonSpectral",
-            "--optim.polar.schedule",
-            "you",
-        ),
+        *("--optim.norms.head", "L1ToLinf", "--optim.norms.mlp", "MuonSpectral", "--optim.polar.schedule", "you"),
     ),
     "stiefel": (
         "--optim.constraint",
@@ -194,19 +169,14 @@ def exported(root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *options
 def lines(log: str) -> dict[tuple[int, str], float]:
     """{(step, "val" or "train"): loss}."""
     found = re.findall(
-        r"^step:(\d+)/\d+ (val|train)_loss:([\d.]+) train_time:[\d.]+s step_avg:[\d.]+ms$",
-        log,
-        re.MULTILINE,
+        r"^step:(\d+)/\d+ (val|train)_loss:([\d.]+) train_time:[\d.]+s step_avg:[\d.]+ms$", log, re.MULTILINE
     )
     return {(int(step), kind): float(loss) for step, kind, loss in found}
 
 
 def recorded(folder: Path) -> dict[tuple[int, str], float]:
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return {
-        (r["step"], "val" if "val_loss" in r else "train"): r.get("val_loss", r.get("loss"))
-        for r in records
-    }
+    return {(r["step"], "val" if "val_loss" in r else "train"): r.get("val_loss", r.get("loss")) for r in records}
 
 
 def logged(bare: Path) -> str:
@@ -220,46 +190,32 @@ def assert_close(found: dict[tuple[int, str], float], wanted: dict[tuple[int, st
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_script_gives_every_loss_of_its_run(
-    case: str, root: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_script_gives_every_loss_of_its_run(case: str, root: Path, monkeypatch: pytest.MonkeyPatch):
     folder = trained(root, case, *CASES[case])
     file = exported(root, folder, monkeypatch)
     code, out, err = run(file.parent, script=str(file))
     assert code == 0, err
     assert_close(lines(logged(file.parent)), recorded(folder))
-    assert lines(out).keys() == {
-        k for k in recorded(folder) if k[1] == "val"
-    }  # those of training are in the log alone
+    assert lines(out).keys() == {k for k in recorded(folder) if k[1] == "val"}  # those of training are in the log alone
     tree = ast.parse(file.read_text(encoding="utf-8"))
     imports = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     imports |= {str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     assert {name.split(".")[0] for name in imports} <= {"torch", *sys.stdlib_module_names}
     assert len(file.read_text().splitlines()) < 1000
-    names = {
-        str(getattr(n, "id", getattr(n, "arg", getattr(n, "name", None)))) for n in ast.walk(tree)
-    }
+    names = {str(getattr(n, "id", getattr(n, "arg", getattr(n, "name", None)))) for n in ast.walk(tree)}
     assert not names & {"past", "cache", "before", "generate"}, "no text is generated"
     assert {"NgramGPT", "ngram_rows", "match_rows", "ShiftedMLP"} & names == (
         {"NgramGPT", "ngram_rows", "match_rows", "ShiftedMLP"} if case == "speedrun" else set()
     )
 
 
-def test_the_script_runs_in_isolation_and_logs_its_own_code_first(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_script_runs_in_isolation_and_logs_its_own_code_first(root: Path, monkeypatch: pytest.MonkeyPatch):
     folder = trained(root, "isolated", "--train.steps", "2")
     file = exported(root, folder, monkeypatch)
     told = "import runpy, sys; sys.argv = ['script.py', '2']; runpy.run_path('script.py', run_name='__main__'); print(*(m.__file__ for m in sys.modules.values() if getattr(m, '__file__', None)), sep='\\n')"
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", told], cwd=file.parent, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-I", "-c", told], cwd=file.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    ours = [
-        m
-        for m in done.stdout.splitlines()
-        if Path(m).is_relative_to(ROOT) and ".venv" not in Path(m).parts
-    ]
+    ours = [m for m in done.stdout.splitlines() if Path(m).is_relative_to(ROOT) and ".venv" not in Path(m).parts]
     assert not ours
     code, versions, trials = logged(file.parent).split(f"\n{LINE}\n")
     assert code == file.read_text()
@@ -277,16 +233,11 @@ def test_processes_share_the_micro_batches(root: Path, monkeypatch: pytest.Monke
     assert_close(lines(logged(file.parent)), recorded(folder))
 
 
-def test_the_log_of_the_run_has_the_form_of_the_script_s(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_log_of_the_run_has_the_form_of_the_script_s(root: Path, monkeypatch: pytest.MonkeyPatch):
     folder = trained(root, "told", "--train.steps", "3")
     file = exported(root, folder, monkeypatch, "--log", str(root / "told.txt"))
     code, versions, rest = (root / "told.txt").read_text(encoding="utf-8").split(f"\n{LINE}\n")
-    assert (
-        code == file.read_text(encoding="utf-8")
-        and "seed 0, by train_gpt.py of nanodual" in versions
-    )
+    assert code == file.read_text(encoding="utf-8") and "seed 0, by train_gpt.py of nanodual" in versions
     assert_close(lines(rest), recorded(folder))
 
 
@@ -305,17 +256,13 @@ def test_other_data_is_refused_by_the_script(root: Path, monkeypatch: pytest.Mon
 # ---- the optimization track's form
 
 
-def test_the_track_s_script_takes_its_files_and_evaluates_at_its_steps(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_track_s_script_takes_its_files_and_evaluates_at_its_steps(root: Path, monkeypatch: pytest.MonkeyPatch):
     folder = trained(root, "track", *TRACK3, "--train.steps", "30", "--train.log-every", "0")
     file = exported(root, folder, monkeypatch, "--format", "track3")
     data = file.parent / "data/fineweb10B"
     data.mkdir(parents=True)
     for split in ("train", "val"):
-        (data / f"fineweb_{split}_000001.bin").write_bytes(
-            (root / f"corpora/small/{split}_000000.bin").read_bytes()
-        )
+        (data / f"fineweb_{split}_000001.bin").write_bytes((root / f"corpora/small/{split}_000000.bin").read_bytes())
     code, _, err = run(file.parent, script=str(file))
     assert code == 0, err
     found = lines(logged(file.parent))
@@ -323,9 +270,7 @@ def test_the_track_s_script_takes_its_files_and_evaluates_at_its_steps(
         0,
         30,
     ]  # every 125, in the last tenth every 25, and the last
-    assert found[0, "val"] == pytest.approx(
-        recorded(folder)[0, "val"], abs=CLOSE
-    )  # the same weights, the same text
+    assert found[0, "val"] == pytest.approx(recorded(folder)[0, "val"], abs=CLOSE)  # the same weights, the same text
     assert found[30, "val"] < found[0, "val"] - 0.1
 
 
@@ -335,12 +280,7 @@ def test_batches_in_order_are_the_track_s(lengths: list[int]):
     """Its rule: batches of B·T tokens side by side in a file, as long as B·T + 1 more are there behind the position."""
     B, T, slots = 2, 5, 2
     shards = [torch.arange(n, dtype=torch.int16) + 100 * i for i, n in enumerate(lengths)]
-    wanted = [
-        s[p : p + B * T + 1]
-        for s in shards
-        for p in range(0, len(s), B * T)
-        if p + B * T + 1 < len(s)
-    ]
+    wanted = [s[p : p + B * T + 1] for s in shards for p in range(0, len(s), B * T) if p + B * T + 1 < len(s)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "config", Config())
         script.config.train.batch_size, script.config.model.block_size = B, T
@@ -353,22 +293,11 @@ def test_batches_in_order_are_the_track_s(lengths: list[int]):
             stream.batch(len(wanted), 0, slots)
 
 
-def test_the_track_s_configuration_is_exported_without_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_track_s_configuration_is_exported_without_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    assert (
-        export.main(
-            [str(ROOT / "configs/track3_124m.toml"), "--format", "track3", "--out", "script.py"]
-        )
-        == 0
-    )
+    assert export.main([str(ROOT / "configs/track3_124m.toml"), "--format", "track3", "--out", "script.py"]) == 0
     text = (tmp_path / "script.py").read_text()
-    assert (
-        "which was not run" in text
-        and "data/fineweb10B" in text
-        and "GRADIENT_ACCUMULATION_STEPS = 8" in text
-    )
+    assert "which was not run" in text and "data/fineweb10B" in text and "GRADIENT_ACCUMULATION_STEPS = 8" in text
     compile(text, "script.py", "exec")
 
 
@@ -386,29 +315,16 @@ def test_the_track_s_configuration_is_exported_without_a_run(
     ],
 )
 def test_a_setting_that_the_script_lacks_is_refused(options: tuple[str, ...], key: str, root: Path):
-    config = configuration.load(
-        [str(root / "small.toml"), *options, "--run.name", "x", "--model.vocab-size", "18"]
-    )
-    with pytest.raises(
-        ExportError, match=f"{key} of an exported run\n  got: .*\n  allowed: .*\n  fix: "
-    ):
+    config = configuration.load([str(root / "small.toml"), *options, "--run.name", "x", "--model.vocab-size", "18"])
+    with pytest.raises(ExportError, match=f"{key} of an exported run\n  got: .*\n  allowed: .*\n  fix: "):
         export.check(config)
 
 
 def test_every_setting_is_carried_neutral_or_refused_when_it_is_changed():
     """One that a later version adds is refused until somebody decides."""
-    both = [
-        k
-        for k in configuration.flat(Config())
-        if export.CARRIED.fullmatch(k) and export.NEUTRAL.fullmatch(k)
-    ]
+    both = [k for k in configuration.flat(Config()) if export.CARRIED.fullmatch(k) and export.NEUTRAL.fullmatch(k)]
     assert not both
-    read = set(
-        re.findall(
-            r"config\.((?:run|data|model|optim|train)\.\w+)",
-            (ROOT / "studies/script.py").read_text(),
-        )
-    )
+    read = set(re.findall(r"config\.((?:run|data|model|optim|train)\.\w+)", (ROOT / "studies/script.py").read_text()))
     assert read <= {k for k in configuration.flat(Config()) if export.CARRIED.fullmatch(k)}
 
 
@@ -421,27 +337,19 @@ def test_a_run_that_did_not_end_is_refused(root: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    ("content", "got"),
-    [(b"[model\n", "got: Expected ']'"), ("# für\n".encode("latin-1"), "got: 'utf-8' codec")],
+    ("content", "got"), [(b"[model\n", "got: Expected ']'"), ("# für\n".encode("latin-1"), "got: 'utf-8' codec")]
 )
 def test_a_file_that_is_no_toml_is_refused(
     content: bytes, got: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "x.toml").write_bytes(content)
     assert export.main([str(tmp_path / "x.toml")]) == 2
-    assert re.search(
-        rf"error: .*x.toml\n  {got}.*\n  allowed: TOML\n  fix: ", capsys.readouterr().err
-    )
+    assert re.search(rf"error: .*x.toml\n  {got}.*\n  allowed: TOML\n  fix: ", capsys.readouterr().err)
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = tmp_path / "no/such/x.py"
-    assert (
-        export.main(
-            [str(ROOT / "configs/track3_124m.toml"), "--format", "track3", "--out", str(file)]
-        )
-        == 2
-    )
+    assert export.main([str(ROOT / "configs/track3_124m.toml"), "--format", "track3", "--out", str(file)]) == 2
     assert (
         f"--out\n  got: {file} (No such file or directory)\n  allowed: a file in a folder that is there\n"
         in capsys.readouterr().err
@@ -459,10 +367,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.Ca
 )
 def test_random_draws_what_numpy_does(numbers: list[int], n: int, most: int):
     ours, numpys = script.Random(*numbers), np.random.default_rng(numbers)
-    assert (
-        script.seed_words(tuple(numbers), 9)
-        == np.random.SeedSequence(numbers).generate_state(9).tolist()
-    )
+    assert script.seed_words(tuple(numbers), 9) == np.random.SeedSequence(numbers).generate_state(9).tolist()
     assert ours.below(most) == int(numpys.integers(most))
     assert ours.permutation(n) == numpys.permutation(n).tolist()
 
@@ -511,9 +416,7 @@ def f(x):
 def make(root: Path, **files: str) -> str:
     for name, text in files.items():
         (root / f"{name}.py").write_text(f'"""{name}"""\n{text}')
-    return bundle.bundle(
-        root, {f"{name}.py": name for name in files}, known={}, filled={}, packages=tuple(files)
-    )
+    return bundle.bundle(root, {f"{name}.py": name for name in files}, known={}, filled={}, packages=tuple(files))
 
 
 def test_only_what_is_used_is_left(tmp_path: Path):

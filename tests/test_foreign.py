@@ -11,12 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers  # loads its parts when they are used
-from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-
 from optim import (
     Blocks,
     CoverageError,
@@ -29,6 +23,11 @@ from optim import (
     Transposed,
     metrize,
 )
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 V, T, D = 32, 8, 16
 LR = 0.3
@@ -41,13 +40,7 @@ def gpt2(seed: int = 0, *, tied: bool = False) -> "transformers.GPT2LMHeadModel"
     torch.manual_seed(seed)
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            **COMMON,
-            **NO_DROPOUT,
-            n_positions=T,
-            n_embd=D,
-            n_layer=1,
-            n_head=2,
-            tie_word_embeddings=tied,
+            **COMMON, **NO_DROPOUT, n_positions=T, n_embd=D, n_layer=1, n_head=2, tie_word_embeddings=tied
         )
     )
 
@@ -55,15 +48,9 @@ def gpt2(seed: int = 0, *, tied: bool = False) -> "transformers.GPT2LMHeadModel"
 def llama(seed: int = 0) -> "transformers.LlamaForCausalLM":
     torch.manual_seed(seed)
     sizes: dict[str, Any] = dict(
-        hidden_size=D,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        hidden_size=D, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
     )
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**COMMON, **sizes, max_position_embeddings=T)
-    )
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**COMMON, **sizes, max_position_embeddings=T))
 
 
 def tokens(seed: int = 0, batch: int = 4) -> Tensor:
@@ -84,9 +71,7 @@ def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 0)
     return loss.item()
 
 
-def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 30
-) -> tuple[float, float]:
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 30) -> tuple[float, float]:
     losses = [take_step(model, optimizer, seed) for seed in range(steps)]
     return losses[0], losses[-1]
 
@@ -101,11 +86,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 def buffers(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     """State by parameter name."""
-    named = [
-        (n, p)
-        for g in optimizer.param_groups
-        for n, p in zip(g["param_names"], g["params"], strict=True)
-    ]
+    named = [(n, p) for g in optimizer.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)]
     return {n: dict(optimizer.state[p]) for n, p in named}
 
 
@@ -113,27 +94,20 @@ def same_state(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> bool:
     """Bit for bit, dtypes included."""
     one, two = buffers(a), buffers(b)
     settings = [
-        [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in o.param_groups]
-        for o in (a, b)
+        [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in o.param_groups] for o in (a, b)
     ]
     return (
         settings[0] == settings[1]
         and one.keys() == two.keys()
         and all(one[n].keys() == two[n].keys() for n in one)
-        and all(
-            t.dtype == two[n][k].dtype and torch.equal(t, two[n][k])
-            for n, s in one.items()
-            for k, t in s.items()
-        )
+        and all(t.dtype == two[n][k].dtype and torch.equal(t, two[n][k]) for n, s in one.items() for k, t in s.items())
     )
 
 
 def placed(model: nn.Module, *rules: Rule) -> dict[str, tuple[str, str]]:
     """{name: (role, norm)}, the polar schedule's name left out."""
     norm = metrize(model, rules=rules)
-    return {
-        n: (norm.roles[n], str(norm.norms[n]).replace("[polar_express]", "")) for n in norm.norms
-    }
+    return {n: (norm.roles[n], str(norm.norms[n]).replace("[polar_express]", "")) for n in norm.norms}
 
 
 # ---- placing
@@ -141,11 +115,7 @@ def placed(model: nn.Module, *rules: Rule) -> dict[str, tuple[str, str]]:
 
 def test_gpt2_is_placed_without_a_rule():
     layer = "transformer.h.0"
-    vector, gain, matrix = (
-        ("bias", "VectorRMS"),
-        ("gain", "MaxEntry"),
-        ("hidden", "Transposed(RMSToRMS)"),
-    )
+    vector, gain, matrix = ("bias", "VectorRMS"), ("gain", "MaxEntry"), ("hidden", "Transposed(RMSToRMS)")
     assert placed(gpt2()) == {
         "transformer.wte.weight": ("embedding", "L1ToRMS"),
         "transformer.wpe.weight": ("embedding", "L1ToRMS"),
@@ -179,10 +149,7 @@ def test_llama_is_placed_without_a_rule():
         **{f"{m}.weight": ("gain", "MaxEntry") for m in norms},
         "lm_head.weight": ("head", "RMSToLinf"),
     }
-    assert (
-        "model.norm.weight: 1-D and named weight, of a LlamaRMSNorm: taken for a gain"
-        in metrize(llama()).receipt()
-    )
+    assert "model.norm.weight: 1-D and named weight, of a LlamaRMSNorm: taken for a gain" in metrize(llama()).receipt()
 
 
 class Inside(nn.Module):
@@ -219,17 +186,10 @@ class Maps(nn.Module):
             self.q, self.k, self.v = (nn.Linear(D, D) for _ in range(3))
             for i, m in enumerate((self.q, self.k, self.v)):
                 own = slice(i * D, (i + 1) * D)
-                m.weight.data, m.bias.data = (
-                    fused.weight.data[:, own].T.clone(),
-                    fused.bias.data[own].clone(),
-                )
+                m.weight.data, m.bias.data = fused.weight.data[:, own].T.clone(), fused.bias.data[own].clone()
 
     def forward(self, x: Tensor) -> Tensor:
-        return (
-            self.c_attn(x)
-            if hasattr(self, "c_attn")
-            else torch.cat([self.q(x), self.k(x), self.v(x)], -1)
-        )
+        return self.c_attn(x) if hasattr(self, "c_attn") else torch.cat([self.q(x), self.k(x), self.v(x)], -1)
 
 
 @pytest.mark.parametrize("schedule", ["exact", "polar_express"])
@@ -239,11 +199,7 @@ def test_a_fused_weight_steps_as_its_three_maps_do(schedule: str):
     split = Maps(fused.c_attn).double()
     fused.double()
     norm = RMSToRMS(Polar(schedule))
-    one = Dualized(
-        fused,
-        LR,
-        norm=metrize(fused, rules=[Rule("c_attn.weight", norm=Transposed(Blocks(norm, 3)))]),
-    )
+    one = Dualized(fused, LR, norm=metrize(fused, rules=[Rule("c_attn.weight", norm=Transposed(Blocks(norm, 3)))]))
     three = Dualized(split, LR, norm=metrize(split, rules=[Rule("*.weight", norm=norm)]))
     for seed in range(3):
         x = torch.randn(64, D, generator=torch.Generator().manual_seed(seed)).double()
@@ -263,29 +219,20 @@ def test_a_step_of_c_attn_is_the_polar_factor_of_each_block_of_its_transpose():
     optimizer = Dualized(
         model,
         LR,
-        norm=metrize(
-            model,
-            rules=[Rule("*.c_attn.weight", norm=Transposed(Blocks(RMSToRMS(Polar("exact")), 3)))],
-        ),
+        norm=metrize(model, rules=[Rule("*.c_attn.weight", norm=Transposed(Blocks(RMSToRMS(Polar("exact")), 3)))]),
     )
     before = c_attn.weight.detach().clone()
     take_step(model, optimizer)
     radii = optimizer.norm.radii
-    assert radii["transformer.h.0.attn.c_attn.weight"] == pytest.approx(
-        radii["transformer.h.0.attn.c_proj.weight"]
-    ), "a share for each map"
-    for moved, g in zip(
-        (before - c_attn.weight).split(D, dim=1), c_attn.weight.grad.split(D, dim=1), strict=True
-    ):
+    assert radii["transformer.h.0.attn.c_attn.weight"] == pytest.approx(radii["transformer.h.0.attn.c_proj.weight"]), (
+        "a share for each map"
+    )
+    for moved, g in zip((before - c_attn.weight).split(D, dim=1), c_attn.weight.grad.split(D, dim=1), strict=True):
         U, _, Vh = torch.linalg.svd(g.T)
-        rank = torch.linalg.matrix_rank(
-            g, rtol=1e-9
-        ).item()  # a layer norm's outputs have one linear relation
+        rank = torch.linalg.matrix_rank(g, rtol=1e-9).item()  # a layer norm's outputs have one linear relation
         assert rank in (D - 1, D)
         polar = U[:, :rank] @ Vh[:rank]
-        assert (
-            moved.T - LR * radii["transformer.h.0.attn.c_attn.weight"] * polar
-        ).abs().max() < 1e-9
+        assert (moved.T - LR * radii["transformer.h.0.attn.c_attn.weight"] * polar).abs().max() < 1e-9
 
 
 def test_tied_gpt2_is_refused_and_told_how_to_untie_it():
@@ -303,20 +250,14 @@ def test_tied_gpt2_is_refused_and_told_how_to_untie_it():
 def test_a_model_without_a_head_has_none_whatever_its_sizes():
     """As many positions as channels: c_attn.weight (D, 3D) is no map to positions."""
     torch.manual_seed(0)
-    model = transformers.GPT2Model(
-        transformers.GPT2Config(**COMMON, n_positions=D, n_embd=D, n_layer=1, n_head=2)
-    )
+    model = transformers.GPT2Model(transformers.GPT2Config(**COMMON, n_positions=D, n_embd=D, n_layer=1, n_head=2))
     assert set(metrize(model).roles.values()) == {"embedding", "hidden", "gain", "bias"}
 
 
 def test_queries_with_fewer_keys_and_values_in_one_weight_are_asked_for():
     """Blocks of as many rows as columns would be queries, and keys with values."""
     sizes: dict[str, Any] = dict(
-        hidden_size=D,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        hidden_size=D, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
     )
     model = transformers.Phi3ForCausalLM(transformers.Phi3Config(**COMMON, **sizes, pad_token_id=0))
     name = "model.layers.0.self_attn.qkv_proj.weight"
@@ -350,9 +291,7 @@ def test_llama_trains():
 
 
 # peft asks transformers for a name that it has given up.
-FORGETFUL = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)
+FORGETFUL = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 @FORGETFUL
@@ -361,10 +300,7 @@ def test_only_adapters_are_placed_and_trained():
 
     model = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
     optimizer = Dualized(model, 4.0)
-    assert (
-        all(".lora_A." in n or ".lora_B." in n for n in optimizer.norm.norms)
-        and len(optimizer.norm.norms) == 4
-    )
+    assert all(".lora_A." in n or ".lora_B." in n for n in optimizer.norm.norms) and len(optimizer.norm.norms) == 4
     frozen = sum(not p.requires_grad for p in model.parameters())
     assert f"note: {frozen} frozen parameters left out\n" in optimizer.norm.receipt()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -378,9 +314,7 @@ def test_only_adapters_are_placed_and_trained():
 def test_tied_weights_that_are_frozen_need_no_fix():
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(
-        gpt2(tied=True), LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
-    )
+    model = get_peft_model(gpt2(tied=True), LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True))
     assert set(metrize(model).roles.values()) == {"hidden"}
 
 
@@ -389,8 +323,7 @@ def test_adapters_without_a_module_type_are_refused_until_a_rule_places_them():
     from peft import IA3Config, get_peft_model
 
     model = get_peft_model(
-        llama(),
-        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        llama(), IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     )
     with pytest.raises(
         CoverageError,
@@ -416,16 +349,13 @@ def alone(tmp_path: Path) -> Iterator[None]:
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "compile": lambda m: torch.compile(m, backend="eager"),  # type: ignore[dict-item, return-value]
     "DDP": nn.parallel.DistributedDataParallel,
-    "FSDP": lambda m: FullyShardedDataParallel(
-        m, use_orig_params=True, device_id=torch.device("cpu")
-    ),
+    "FSDP": lambda m: FullyShardedDataParallel(m, use_orig_params=True, device_id=torch.device("cpu")),
 }
 
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.filterwarnings(
-    "ignore:FSDP is switching to use `NO_SHARD`:UserWarning",
-    "ignore:FSDP.state_dict_type:FutureWarning",
+    "ignore:FSDP is switching to use `NO_SHARD`:UserWarning", "ignore:FSDP.state_dict_type:FutureWarning"
 )
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("saved_under_it", [True, False])
@@ -455,8 +385,7 @@ def test_a_sharded_model_keeps_its_names_and_takes_a_plain_models_state():
     take_step(plain, saving)
     loading.load_state_dict(saving.state_dict())
     whole = {
-        n: {k: getattr(t, "full_tensor", lambda t=t: t)() for k, t in s.items()}
-        for n, s in buffers(loading).items()
+        n: {k: getattr(t, "full_tensor", lambda t=t: t)() for k, t in s.items()} for n, s in buffers(loading).items()
     }
     assert whole.keys() == buffers(saving).keys()
     assert all(torch.equal(whole[n]["momentum"], s["momentum"]) for n, s in buffers(saving).items())
@@ -464,10 +393,7 @@ def test_a_sharded_model_keeps_its_names_and_takes_a_plain_models_state():
 
 def test_state_loads_into_reordered_parameters():
     a, b = gpt2(), gpt2()
-    saving, loading = (
-        Dualized(a, LR),
-        Dualized(list(b.named_parameters())[::-1], LR, norm=metrize(b)),
-    )
+    saving, loading = Dualized(a, LR), Dualized(list(b.named_parameters())[::-1], LR, norm=metrize(b))
     for seed in range(2):
         take_step(a, saving, seed)
     b.load_state_dict(a.state_dict())
@@ -504,9 +430,7 @@ def build(settings: str, seed: int = 0) -> tuple[nn.Module, Dualized]:
 
 
 def assert_twins(
-    a: tuple[nn.Module, torch.optim.Optimizer],
-    b: tuple[nn.Module, torch.optim.Optimizer],
-    steps: int = 3,
+    a: tuple[nn.Module, torch.optim.Optimizer], b: tuple[nn.Module, torch.optim.Optimizer], steps: int = 3
 ) -> None:
     """Equal now and after further steps, bit for bit."""
     for seed in range(steps):
@@ -525,17 +449,13 @@ def test_torch_save_and_load_without_pickled_objects_change_nothing(settings: st
     assert_twins(a, b)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"
-)
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_distributed_checkpoints_load_into_a_fresh_optimizer(settings: str, tmp_path: Path):
     a, b = build(settings), build(settings, seed=1)
     train(*a, 4)
     model_state, optimizer_state = get_state_dict(*a)
-    state_dict_saver.save(
-        {"model": model_state, "optimizer": optimizer_state}, checkpoint_id=tmp_path
-    )
+    state_dict_saver.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=tmp_path)
     before = weights(b[0])
     model_state, optimizer_state = get_state_dict(*b)  # makes the state by a step with lr = 0
     assert same(before, weights(b[0])), "a no-op"
@@ -574,9 +494,7 @@ def trainer(
         dataloader_pin_memory=False,
     )
     data = [{"input_ids": x, "labels": x} for x in tokens(batch=24)]
-    return transformers.Trainer(
-        model, settings, train_dataset=data, optimizers=(optimizer, scheduler)
-    )  # type: ignore[arg-type]
+    return transformers.Trainer(model, settings, train_dataset=data, optimizers=(optimizer, scheduler))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("make", TRAINED.values(), ids=TRAINED)
@@ -638,9 +556,7 @@ def schedulers(optimizer: torch.optim.Optimizer) -> dict[str, Callable[[], Any]]
         "step": lambda: lr.StepLR(optimizer, 2, 0.1),
         "one cycle": lambda: lr.OneCycleLR(optimizer, LR, total_steps=6, cycle_momentum=False),
         "sequence": lambda: lr.SequentialLR(
-            optimizer,
-            [lr.LinearLR(optimizer, 0.1, 1.0, 2), lr.CosineAnnealingLR(optimizer, 4)],
-            [2],
+            optimizer, [lr.LinearLR(optimizer, 0.1, 1.0, 2), lr.CosineAnnealingLR(optimizer, 4)], [2]
         ),
     }
 
@@ -702,9 +618,7 @@ def test_a_compiled_model_trains_as_the_plain_one():
 
 def small() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Embedding(V, D), nn.Linear(D, D), nn.LayerNorm(D), nn.Tanh(), nn.Linear(D, V, bias=False)
-    )
+    return nn.Sequential(nn.Embedding(V, D), nn.Linear(D, D), nn.LayerNorm(D), nn.Tanh(), nn.Linear(D, V, bias=False))
 
 
 def test_a_compiled_step_gives_the_eager_steps_numbers_and_reports_a_gradient_that_is_not_finite():
@@ -717,9 +631,7 @@ def test_a_compiled_step_gives_the_eager_steps_numbers_and_reports_a_gradient_th
         for model, optimizer in ((a, one), (b, two)):
             optimizer.zero_grad()
             x = tokens(seed)
-            nn.functional.cross_entropy(
-                model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten()
-            ).backward()
+            nn.functional.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten()).backward()
         one.step()
         compiled()
         assert same(weights(a), weights(b)), seed
@@ -729,8 +641,7 @@ def test_a_compiled_step_gives_the_eager_steps_numbers_and_reports_a_gradient_th
     (b(tokens()).square().mean() * math.nan).backward()
     compiled()
     with pytest.raises(
-        NonFiniteError,
-        match=r"the gradient of 0.weight and of 5 more was not finite in call 13 of step\(\)",
+        NonFiniteError, match=r"the gradient of 0.weight and of 5 more was not finite in call 13 of step\(\)"
     ):
         two.check_finite()
 
@@ -781,9 +692,7 @@ def test_a_base_that_decays_is_refused():
         Normalized(torch.optim.AdamW(model.named_parameters()), model, LR)
 
 
-@pytest.mark.parametrize(
-    "make", [BASES["Adam"], BASES["SGD"], BASES["Adagrad"]], ids=["Adam", "SGD", "Adagrad"]
-)
+@pytest.mark.parametrize("make", [BASES["Adam"], BASES["SGD"], BASES["Adagrad"]], ids=["Adam", "SGD", "Adagrad"])
 def test_the_state_of_a_base_survives(make: Base, tmp_path: Path):
     a, b = gpt2(), gpt2(1)
     one, two = Normalized(make(a), a, LR), Normalized(make(b), b, LR)
@@ -803,15 +712,12 @@ def test_a_base_sees_no_gradient_that_is_not_finite(make: Base):
     optimizer.zero_grad()
     loss_of(model, tokens()).backward()
     model.lm_head.weight.grad[3, 4] = math.nan  # type: ignore[index]
-    with pytest.raises(
-        NonFiniteError, match="the gradient of lm_head.weight is not finite; the step was not taken"
-    ):
+    with pytest.raises(NonFiniteError, match="the gradient of lm_head.weight is not finite; the step was not taken"):
         optimizer.step()
     assert same(weights(model), before)
     for name, held in buffers(optimizer).items():
         assert all(
-            torch.equal(v, state[name][k]) if isinstance(v, Tensor) else v == state[name][k]
-            for k, v in held.items()
+            torch.equal(v, state[name][k]) if isinstance(v, Tensor) else v == state[name][k] for k, v in held.items()
         )
     optimizer.zero_grad()
     train(model, optimizer, 1)

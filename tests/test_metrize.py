@@ -9,8 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
-
 from optim import (
     Blocks,
     CoverageError,
@@ -35,6 +33,7 @@ from optim import (
     residual,
 )
 from optim.metrize import MASSES
+from torch import nn
 
 R = "RMSToRMS[polar_express]"
 NO_HEAD = "no head: every linear map is a hidden one; Rule(pattern, role='head') names one that ends in logits"
@@ -92,9 +91,7 @@ class Two(nn.Module):
         self.a, self.b = nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False)
 
     def structure(self) -> Module:
-        return atom("b.weight", RMSToRMS(), role="out") @ atom(
-            "a.weight", RMSToRMS(), mass=3, role="in"
-        )
+        return atom("b.weight", RMSToRMS(), role="out") @ atom("a.weight", RMSToRMS(), mass=3, role="in")
 
 
 class Conv1D(nn.Module):
@@ -102,20 +99,13 @@ class Conv1D(nn.Module):
 
     def __init__(self, out: int, into: int):
         super().__init__()
-        self.weight, self.bias = (
-            nn.Parameter(torch.randn(into, out)),
-            nn.Parameter(torch.zeros(out)),
-        )
+        self.weight, self.bias = nn.Parameter(torch.randn(into, out)), nn.Parameter(torch.zeros(out))
 
 
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embed, self.up, self.head = (
-            nn.Embedding(7, 6),
-            nn.Linear(6, 6),
-            nn.Linear(6, 7, bias=False),
-        )
+        self.embed, self.up, self.head = nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 7, bias=False)
         self.head.weight = self.embed.weight
 
     def forward(self, idx: torch.Tensor) -> torch.Tensor:
@@ -148,10 +138,7 @@ def test_a_parameter_without_a_place_is_an_error_that_names_it():
 
 
 def test_a_place_without_a_parameter_is_an_error_with_the_nearest_name():
-    with pytest.raises(
-        CoverageError,
-        match=r"names 'a.weigth', which the model does not have \(nearest: 'a.weight'\)",
-    ):
+    with pytest.raises(CoverageError, match=r"names 'a.weigth', which the model does not have \(nearest: 'a.weight'\)"):
         metrize(Two(), atom("a.weigth", Frobenius()) @ Two().structure())
 
 
@@ -166,8 +153,7 @@ def test_a_norm_of_other_dimensions_is_refused():
 
 def test_an_empty_parameter_is_refused():
     with pytest.raises(
-        CoverageError,
-        match=r"^a\n  got: shape \(0, 3\)\n  allowed by Frobenius: 2 dimensions, none of them 0\n",
+        CoverageError, match=r"^a\n  got: shape \(0, 3\)\n  allowed by Frobenius: 2 dimensions, none of them 0\n"
     ):
         metrize(holding(a=parameter(0, 3)), atom("a", Frobenius()))
 
@@ -206,10 +192,7 @@ def gates(n: int, *suffixes: str) -> dict[str, str]:
         (nn.Conv2d(4, 4, 3, groups=4), LINEAR | {"weight": f"hidden Conv({R}, 2d, 4 groups)"}),
         (nn.Conv3d(2, 3, 2, bias=False), {"weight": f"hidden Conv({R}, 3d)"}),
         (nn.ConvTranspose1d(4, 6, 3), LINEAR | {"weight": f"hidden Conv({R}, 1d, transposed)"}),
-        (
-            nn.ConvTranspose2d(4, 6, 3, groups=2),
-            LINEAR | {"weight": f"hidden Conv({R}, 2d, 2 groups, transposed)"},
-        ),
+        (nn.ConvTranspose2d(4, 6, 3, groups=2), LINEAR | {"weight": f"hidden Conv({R}, 2d, 2 groups, transposed)"}),
         (nn.ConvTranspose3d(2, 3, 2), LINEAR | {"weight": f"hidden Conv({R}, 3d, transposed)"}),
         (nn.LayerNorm(4), AFFINE),
         (nn.LayerNorm([2, 3]), AFFINE | {"bias": "bias Flattened(VectorRMS)"}),
@@ -219,10 +202,7 @@ def gates(n: int, *suffixes: str) -> dict[str, str]:
         (nn.BatchNorm3d(4), AFFINE),
         (nn.InstanceNorm2d(4, affine=True), AFFINE),
         (nn.RNN(3, 4), gates(1, "_l0")),
-        (
-            nn.GRU(3, 4, num_layers=2, bidirectional=True),
-            gates(3, "_l0", "_l0_reverse", "_l1", "_l1_reverse"),
-        ),
+        (nn.GRU(3, 4, num_layers=2, bidirectional=True), gates(3, "_l0", "_l0_reverse", "_l1", "_l1_reverse")),
         (nn.LSTM(3, 4, proj_size=2), gates(4, "_l0") | {"weight_hr_l0": f"hidden {R}"}),
         (nn.RNNCell(3, 4), gates(1, "")),
         (nn.GRUCell(3, 4, bias=False), {k: v for k, v in gates(3, "").items() if "bias" not in k}),
@@ -289,45 +269,25 @@ def test_the_receipt_predicts_the_steps_that_dualized_takes():
     norm = exact(metrize(model, rules=ZOO))
     delta = gaussian_step(model, Dualized(model, 1.0, norm=norm))
     header, *rows = norm.receipt().split("\nnote:")[0].splitlines()
-    assert re.split("  +", header) == [
-        "parameter",
-        "shape",
-        "role",
-        "norm",
-        "mass",
-        "radius",
-        "update RMS",
-    ]
+    assert re.split("  +", header) == ["parameter", "shape", "role", "norm", "mass", "radius", "update RMS"]
     assert len(rows) == len(delta)
     for row in rows:
         name, shape, role, norm_name, mass, radius, predicted = re.split("  +", row)
-        assert (
-            shape == ("×".join(map(str, delta[name].shape)) or "scalar")
-            and role == norm.roles[name]
-        )
+        assert shape == ("×".join(map(str, delta[name].shape)) or "scalar") and role == norm.roles[name]
         assert (norm_name, mass, radius) == (
             str(norm.norms[name]),
             f"{norm.masses[name]:.4g}",
             f"{norm.radii[name]:.4g}",
         )
-        assert float(predicted) == pytest.approx(
-            delta[name].square().mean().sqrt().item(), rel=6e-4
-        ), name
-        assert norm.norms[name].norm(delta[name]).item() == pytest.approx(
-            norm.radii[name], rel=1e-6
-        ), name
+        assert float(predicted) == pytest.approx(delta[name].square().mean().sqrt().item(), rel=6e-4), name
+        assert norm.norms[name].norm(delta[name]).item() == pytest.approx(norm.radii[name], rel=1e-6), name
 
 
 def test_what_is_not_known_is_a_question_mark_in_the_receipt():
     class Odd(Norm):
         pass
 
-    norm = ModularNorm(
-        {"a": Odd(), "b": Frobenius()},
-        {"a": 0.5, "b": 1.0},
-        shapes={"a": (2, 3)},
-        notes=("one", "two"),
-    )
+    norm = ModularNorm({"a": Odd(), "b": Frobenius()}, {"a": 0.5, "b": 1.0}, shapes={"a": (2, 3)}, notes=("one", "two"))
     assert norm.receipt() == (
         "parameter  shape  role  norm       mass  radius  update RMS\n"
         "a          2×3          Odd        0     0.5     ?\n"
@@ -384,10 +344,7 @@ def test_a_fused_weight_steps_as_its_maps_would_apart(label: str, parts: int, la
     fused = holding(embed=nn.Embedding(5, 6), **{label: layer}, out=nn.Linear(6, 6)).double()
     apart = split_apart(fused, label, parts)
     norm, theirs = exact(metrize(fused)), exact(metrize(apart))
-    assert norm.notes == (
-        f"{label}.weight: {parts} maps fused in one weight, by its name ({label})",
-        NO_HEAD,
-    )
+    assert norm.notes == (f"{label}.weight: {parts} maps fused in one weight, by its name ({label})", NO_HEAD)
     assert norm.masses[f"{label}.weight"] == pytest.approx(parts * norm.masses["out.weight"])
     for kind in ("weight", "bias"):
         radii = [theirs.radii[f"part{i}.{kind}"] for i in range(parts)]
@@ -406,20 +363,14 @@ def test_a_fused_weight_steps_as_its_maps_would_apart(label: str, parts: int, la
     joined = torch.cat([parted[f"part{i}.weight"] for i in range(parts)])
     assert torch.allclose(delta[f"{label}.weight"], joined.mT if stored else joined, atol=1e-12)
     assert torch.allclose(
-        delta[f"{label}.bias"],
-        torch.cat([parted[f"part{i}.bias"] for i in range(parts)]),
-        atol=1e-12,
+        delta[f"{label}.bias"], torch.cat([parted[f"part{i}.bias"] for i in range(parts)]), atol=1e-12
     )
 
 
 def test_packed_attention_and_gates_have_the_radii_of_separate_maps():
     packed = metrize(nn.MultiheadAttention(6, 2)).radii
-    apart = metrize(
-        holding(q=nn.Linear(6, 6), k=nn.Linear(6, 6), v=nn.Linear(6, 6), out_proj=nn.Linear(6, 6))
-    ).radii
-    assert (packed["in_proj_weight"], packed["in_proj_bias"]) == pytest.approx(
-        (apart["q.weight"], apart["q.bias"])
-    )
+    apart = metrize(holding(q=nn.Linear(6, 6), k=nn.Linear(6, 6), v=nn.Linear(6, 6), out_proj=nn.Linear(6, 6))).radii
+    assert (packed["in_proj_weight"], packed["in_proj_bias"]) == pytest.approx((apart["q.weight"], apart["q.bias"]))
     assert packed["out_proj.weight"] == pytest.approx(apart["out_proj.weight"])
     gru = metrize(nn.GRUCell(4, 4)).radii
     maps = metrize(holding(**{f"m{i}": nn.Linear(4, 4) for i in range(6)})).radii
@@ -429,9 +380,7 @@ def test_packed_attention_and_gates_have_the_radii_of_separate_maps():
 
 
 def test_a_fused_name_of_grouped_queries_is_refused_and_a_rule_places_it():
-    model = holding(
-        c_attn=nn.Linear(8, 12, bias=False)
-    )  # 8 rows of queries, 2 of keys, 2 of values
+    model = holding(c_attn=nn.Linear(8, 12, bias=False))  # 8 rows of queries, 2 of keys, 2 of values
     with pytest.raises(
         CoverageError,
         match=r"^c_attn.weight \(12, 8\) of a Linear has no place\n(.|\n)*Blocks\(RMSToRMS\(\), \(rows of each, …\)\), maps=…$",
@@ -450,10 +399,7 @@ def test_a_square_weight_of_a_fused_name_is_one_map():
 
 @pytest.mark.parametrize(
     ("name", "role"),
-    [
-        *((n, "gain") for n in ("weight", "gamma", "gain", "scale", "g")),
-        *((n, "bias") for n in ("bias", "beta", "b")),
-    ],
+    [*((n, "gain") for n in ("weight", "gamma", "gain", "scale", "g")), *((n, "bias") for n in ("bias", "beta", "b"))],
 )
 def test_vectors_of_unknown_modules_are_placed_by_name_with_a_note(name: str, role: str):
     class SomeNorm(nn.Module):
@@ -483,10 +429,7 @@ def test_scalars_have_a_role_of_their_own():
     ("weight", "hint"),
     [
         (parameter(3), ""),
-        (
-            parameter(3, 4),
-            "; several maps fused in one weight are norm=Blocks(RMSToRMS(), (rows of each, …)), maps=…",
-        ),
+        (parameter(3, 4), "; several maps fused in one weight are norm=Blocks(RMSToRMS(), (rows of each, …)), maps=…"),
         (
             parameter(3, 4, 5),
             "; for experts norm=Experts(RMSToRMS()), stored (E, in, out) Experts(Transposed(RMSToRMS())); for vectors (1, T, D) Experts(L1ToRMS())",
@@ -508,18 +451,11 @@ def test_weights_that_neither_type_nor_name_tell_are_refused(weight: nn.Paramete
 
 def test_a_rule_decides_norm_mass_or_role_and_leaves_the_rest():
     model = nn.Linear(3, 4)
-    assert places(model, Rule("weight", norm=Frobenius())) == LINEAR | {
-        "weight": "hidden Frobenius"
-    }
+    assert places(model, Rule("weight", norm=Frobenius())) == LINEAR | {"weight": "hidden Frobenius"}
     assert places(model, Rule("weight", role="mine")) == LINEAR | {"weight": f"mine {R}"}
-    assert places(model, Rule("weight", norm="L1ToRMS", role="mine")) == LINEAR | {
-        "weight": "mine L1ToRMS"
-    }
+    assert places(model, Rule("weight", norm="L1ToRMS", role="mine")) == LINEAR | {"weight": "mine L1ToRMS"}
     norm = metrize(model, rules=[Rule("weight", mass=2)])
-    assert places(model, Rule("weight", mass=2)) == LINEAR and norm.masses == {
-        "weight": 2,
-        "bias": MASSES["bias"],
-    }
+    assert places(model, Rule("weight", mass=2)) == LINEAR and norm.masses == {"weight": 2, "bias": MASSES["bias"]}
 
 
 @pytest.mark.parametrize(
@@ -540,27 +476,16 @@ def test_a_role_brings_its_norm(role: str, shape: tuple[int, ...], expected: Nor
 
 
 def test_a_role_keeps_how_the_weight_is_stored():
-    assert (
-        places(Conv1D(4, 3), Rule("weight", role="head"))["weight"] == "head Transposed(RMSToLinf)"
-    )
-    assert places(holding(x=parameter(5, 4)), Rule("x", role="bias")) == {
-        "x": "bias Flattened(VectorRMS)"
-    }
+    assert places(Conv1D(4, 3), Rule("weight", role="head"))["weight"] == "head Transposed(RMSToLinf)"
+    assert places(holding(x=parameter(5, 4)), Rule("x", role="bias")) == {"x": "bias Flattened(VectorRMS)"}
 
 
 def test_norms_by_name_and_rules_as_mappings_are_the_same():
     norms = [
         metrize(nn.Linear(3, 4), rules=[r])
-        for r in (
-            Rule("w*", norm=Frobenius()),
-            Rule("w*", norm="Frobenius"),
-            {"pattern": "w*", "norm": "Frobenius"},
-        )
+        for r in (Rule("w*", norm=Frobenius()), Rule("w*", norm="Frobenius"), {"pattern": "w*", "norm": "Frobenius"})
     ]
-    assert (
-        norms[0].norms == norms[1].norms == norms[2].norms
-        and norms[0].radii == norms[1].radii == norms[2].radii
-    )
+    assert norms[0].norms == norms[1].norms == norms[2].norms and norms[0].radii == norms[1].radii == norms[2].radii
 
 
 def test_the_first_rule_that_matches_wins():
@@ -600,13 +525,10 @@ def test_an_impossible_rule_is_refused():
         Rule("w", norm="RMS2RMS")
     for mass in (-1.0, float("nan")):
         with pytest.raises(
-            CoverageError,
-            match=rf"^rule 'w'\n  got: mass {mass}\n  allowed: 0 \(never updated\) or more\n",
+            CoverageError, match=rf"^rule 'w'\n  got: mass {mass}\n  allowed: 0 \(never updated\) or more\n"
         ):
             Rule("w", mass=mass)
-    with pytest.raises(
-        CoverageError, match=r"^weight\n  got: shape \(4, 3\)\n  allowed by VectorRMS: 1 dimensions"
-    ):
+    with pytest.raises(CoverageError, match=r"^weight\n  got: shape \(4, 3\)\n  allowed by VectorRMS: 1 dimensions"):
         metrize(nn.Linear(3, 4), rules=[Rule("weight", norm="VectorRMS")])
 
 
@@ -616,8 +538,7 @@ class Stacked(nn.Module):
     def __init__(self):
         super().__init__()
         self.blocks = nn.ModuleList(
-            holding(up=nn.Linear(4, 4, bias=False), down=nn.Linear(4, 4, bias=False))
-            for _ in range(3)
+            holding(up=nn.Linear(4, 4, bias=False), down=nn.Linear(4, 4, bias=False)) for _ in range(3)
         )
 
     def structure(self) -> Module:
@@ -632,32 +553,23 @@ class Stacked(nn.Module):
 def test_rules_reach_numbered_atoms_of_a_declared_structure():
     plain = metrize(Stacked())
     ruled = metrize(
-        Stacked(),
-        rules=[
-            Rule("blocks.1.up.*", norm="Frobenius", role="odd"),
-            Rule("*.down.weight", role="down"),
-        ],
+        Stacked(), rules=[Rule("blocks.1.up.*", norm="Frobenius", role="odd"), Rule("*.down.weight", role="down")]
     )
     assert ruled.radii == pytest.approx(plain.radii), "neither norm nor role changes a radius"
     changed = {n for n in plain.norms if plain.norms[n] != ruled.norms[n]}
     assert changed == {"blocks.1.up.weight"} and ruled.roles["blocks.1.up.weight"] == "odd"
     assert [ruled.roles[f"blocks.{i}.down.weight"] for i in range(3)] == ["down"] * 3
     light = metrize(Stacked(), rules=[Rule("blocks.1.*", mass=0)])
-    assert [n for n, r in light.radii.items() if r == 0] == [
-        "blocks.1.up.weight",
-        "blocks.1.down.weight",
-    ]
-    assert light.radii["blocks.0.up.weight"] == pytest.approx(
-        1.5 * plain.radii["blocks.0.up.weight"]
-    ), "the others share what it had"
+    assert [n for n, r in light.radii.items() if r == 0] == ["blocks.1.up.weight", "blocks.1.down.weight"]
+    assert light.radii["blocks.0.up.weight"] == pytest.approx(1.5 * plain.radii["blocks.0.up.weight"]), (
+        "the others share what it had"
+    )
 
 
 @pytest.mark.parametrize("model", [nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)), Two()])
 def test_mass_zero_never_moves(model: nn.Module):
     name = next(n for n, _ in model.named_parameters())
-    optimizer = Dualized(
-        model, 1.0, norm=metrize(model, rules=[Rule(name, mass=0)]), weight_decay=0.5
-    )
+    optimizer = Dualized(model, 1.0, norm=metrize(model, rules=[Rule(name, mass=0)]), weight_decay=0.5)
     delta = gaussian_step(model, optimizer)
     assert not delta.pop(name).any() and all(d.any() for d in delta.values())
 
@@ -667,25 +579,17 @@ def test_mass_zero_never_moves(model: nn.Module):
 
 def test_each_role_has_its_total_mass_shared_by_its_maps():
     norm = metrize(zoo(), rules=[Rule("*.bias", role="bias"), *ZOO])
-    totals = {
-        role: sum(m for n, m in norm.masses.items() if norm.roles[n] == role) for role in MASSES
-    }
+    totals = {role: sum(m for n, m in norm.masses.items() if norm.roles[n] == role) for role in MASSES}
     assert totals == pytest.approx(MASSES)
     assert norm.masses["lstm.weight_ih_l0"] == pytest.approx(4 * norm.masses["linear.weight"])
     assert norm.masses["conv.weight"] == pytest.approx(norm.masses["experts"])
     hidden = {n: r for n, r in norm.radii.items() if norm.roles[n] == "hidden"}
-    assert len({round(r, 12) for r in hidden.values()}) == 1, (
-        "every map has the same radius, fused or not"
-    )
+    assert len({round(r, 12) for r in hidden.values()}) == 1, "every map has the same radius, fused or not"
 
 
 def test_a_mass_by_rule_is_beside_the_totals():
     model = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(3)))
-    assert metrize(model, rules=[Rule("1.weight", mass=4)]).masses == {
-        "0.weight": 3,
-        "1.weight": 4,
-        "2.weight": 3,
-    }
+    assert metrize(model, rules=[Rule("1.weight", mass=4)]).masses == {"0.weight": 3, "1.weight": 4, "2.weight": 3}
     norm = metrize(model, rules=[Rule("1.weight", role="mine")])
     assert norm.masses == {"0.weight": 3, "1.weight": 6, "2.weight": 3}, (
         "a role of the user's own has a hidden one's total"
@@ -723,10 +627,7 @@ def test_the_output_embeddings_of_transformers_are_the_head():
         def get_output_embeddings(self) -> nn.Module | None:
             return getattr(self, self.head) if self.head else None
 
-    assert places(Transformer("lm_head")) == {
-        "embed.weight": "embedding L1ToRMS",
-        "lm_head.weight": "head RMSToLinf",
-    }
+    assert places(Transformer("lm_head")) == {"embed.weight": "embedding L1ToRMS", "lm_head.weight": "head RMSToLinf"}
     with pytest.raises(CoverageError, match="^lm_head.weight .* looks like the head"):
         metrize(Transformer(None))
 
@@ -757,11 +658,7 @@ def test_overlapping_views_are_refused_and_views_side_by_side_are_fine():
     flat = torch.zeros(40)
     parts = {"a": flat[:12].view(4, 3), "b": flat[12:20].view(2, 4), "c": flat[20:]}
     tree = concat(*(atom(n, Frobenius(p.ndim)) for n, p in parts.items()))
-    assert list(metrize(holding(**{n: nn.Parameter(p) for n, p in parts.items()}), tree).norms) == [
-        "a",
-        "b",
-        "c",
-    ]
+    assert list(metrize(holding(**{n: nn.Parameter(p) for n, p in parts.items()}), tree).norms) == ["a", "b", "c"]
     parts["b"] = flat[11:19].view(2, 4)
     with pytest.raises(CoverageError, match="^b shares its storage with a\n"):
         metrize(holding(**{n: nn.Parameter(p) for n, p in parts.items()}), tree)
@@ -779,10 +676,7 @@ def test_weights_on_the_meta_device_are_no_tie_and_cost_nothing():
 def test_a_tie_with_one_norm_by_rule_under_either_name_trains(pattern: str):
     model = Tied()
     norm = metrize(model, rules=[Rule(pattern, norm="RMSToLinf", role="head")])
-    assert (
-        set(norm.norms) == {"embed.weight", "up.weight", "up.bias"}
-        and norm.norms["embed.weight"] == RMSToLinf()
-    )
+    assert set(norm.norms) == {"embed.weight", "up.weight", "up.bias"} and norm.norms["embed.weight"] == RMSToLinf()
     optimizer = Dualized(model, 0.5, norm=norm)
     x, y = torch.randint(7, (2, 64), generator=torch.Generator().manual_seed(0))
     y = (x * 2 + 1) % 7
@@ -827,9 +721,7 @@ def test_sparse_gradients_are_refused():
 
 @pytest.mark.parametrize("tree", [None, atom("weight", RMSToRMS())])
 def test_complex_weights_are_refused(tree: Module | None):
-    with pytest.raises(
-        CoverageError, match=r"^weight\n  got: complex numbers\n  allowed: real ones\n  fix: "
-    ):
+    with pytest.raises(CoverageError, match=r"^weight\n  got: complex numbers\n  allowed: real ones\n  fix: "):
         metrize(nn.Linear(3, 4, bias=False, dtype=torch.complex64), tree)
 
 
@@ -868,9 +760,7 @@ def test_the_tree_is_drawn_in_the_order_of_the_forward_pass():
         @ bond("relu²", sensitivity=2, typical=True)
         @ atom("{}.up", RMSToRMS(), mass=3, role="in")
     )
-    biased = bond("add", sharpness=0) @ concat(
-        atom("w", RMSToRMS()), atom("b", VectorRMS(), sensitivity=0)
-    )
+    biased = bond("add", sharpness=0) @ concat(atom("w", RMSToRMS()), atom("b", VectorRMS(), sensitivity=0))
     tree = (
         10
         * atom("head", RMSToLinf())
@@ -883,43 +773,25 @@ def test_the_tree_is_drawn_in_the_order_of_the_forward_pass():
     assert str(tree) == DRAWN
     radii = ModularNorm.of(tree).radii
     last = 4 / 11 / 10 / 4 / 0.5
-    assert (radii["0.down"], radii["1.down"]) == pytest.approx((last / 1.5, last)), (
-        "the first block's is the smaller"
-    )
+    assert (radii["0.down"], radii["1.down"]) == pytest.approx((last / 1.5, last)), "the first block's is the smaller"
 
 
 def test_a_foreign_models_tree_is_its_weights_side_by_side():
-    assert (
-        str(metrize(nn.Sequential(nn.Embedding(5, 4), nn.GRUCell(4, 4, bias=False))).tree)
-        == FOREIGN
-    )
+    assert str(metrize(nn.Sequential(nn.Embedding(5, 4), nn.GRUCell(4, 4, bias=False))).tree) == FOREIGN
     assert metrize(nn.Linear(3, 4)).smoothness() is None, "nothing is known of its forward pass"
 
 
 def test_the_picture_is_the_drawing_with_a_bar_beside_every_weight():
-    tree = (
-        atom("head", RMSToLinf(), mass=3) @ bond("a < b & c") @ atom("embed", L1ToRMS(), role="in")
-    )
+    tree = atom("head", RMSToLinf(), mass=3) @ bond("a < b & c") @ atom("embed", L1ToRMS(), role="in")
     svg = tree.svg()
     root = ET.fromstring(svg)
     space = "{http://www.w3.org/2000/svg}"
     texts = [t.text for t in root.iter(f"{space}text")]
-    assert texts == [
-        "embed: L1ToRMS, in, mass 1",
-        "0.25",
-        "a < b & c",
-        "head: RMSToLinf, mass 3",
-        "0.75",
-    ]
-    assert " ".join(str(t) for t in texts).split() == str(tree).replace("radius", "").split(), (
-        "word for word"
-    )
+    assert texts == ["embed: L1ToRMS, in, mass 1", "0.25", "a < b & c", "head: RMSToLinf, mass 3", "0.75"]
+    assert " ".join(str(t) for t in texts).split() == str(tree).replace("radius", "").split(), "word for word"
     background, *bars = root.iter(f"{space}rect")
     assert [float(b.get("width", "nan")) for b in bars] == pytest.approx([220 / 3, 220], abs=0.1)
-    assert (
-        int(root.get("height", "0")) == 20 * len(str(tree).splitlines()) + 20
-        and background.get("fill") == "white"
-    )
+    assert int(root.get("height", "0")) == 20 * len(str(tree).splitlines()) + 20 and background.get("fill") == "white"
     assert ET.fromstring(bond("nothing").svg()) is not None
 
 
@@ -939,7 +811,5 @@ def test_queries_keys_and_values_interleaved_by_head_need_a_rule():
     model.query_key_value = nn.Linear(4, 12, bias=False)
     with pytest.raises(CoverageError, match="^query_key_value.weight .* has no place"):
         metrize(model)
-    norm = metrize(
-        model, rules=[Rule("query_key_value.weight", norm=Blocks(RMSToRMS(), 6), maps=3)]
-    )
+    norm = metrize(model, rules=[Rule("query_key_value.weight", norm=Blocks(RMSToRMS(), 6), maps=3)])
     assert str(norm.norms["query_key_value.weight"]) == "6 × RMSToRMS[polar_express]"

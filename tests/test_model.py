@@ -6,8 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from config import load
 from model import (
     ATTENTION_GAIN,
@@ -22,6 +20,8 @@ from model import (
     rotary,
 )
 from optim import Dualized, Polar, metrize
+from torch.utils.flop_counter import FlopCounterMode
+
 from tests.helpers import ROOT, SOAK
 
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=11, zero_init=False)
@@ -39,33 +39,25 @@ def tokens(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("depth", [1, 2, 12])
 def test_every_parameter_has_its_role_and_masses_add_up(residual: str, depth: int):
     model = build(
-        n_layer=depth,
-        residual=residual,
-        **dict.fromkeys(("bias", "norm_gains", "embedding_norm"), residual == "plain"),
+        n_layer=depth, residual=residual, **dict.fromkeys(("bias", "norm_gains", "embedding_norm"), residual == "plain")
     )
     norm = metrize(model)
     assert set(norm.norms) == {n for n, _ in model.named_parameters()}
     totals = {
-        role: sum(norm.masses[n] for n in norm.norms if norm.roles[n] == role)
-        for role in set(norm.roles.values())
+        role: sum(norm.masses[n] for n in norm.norms if norm.roles[n] == role) for role in set(norm.roles.values())
     }
     assert totals == pytest.approx({role: getattr(RoleMasses(), role) for role in totals})
     assert set(totals) == (
-        {"embedding", "attention", "mlp", "head"}
-        | ({"gain", "bias"} if residual == "plain" else set())
+        {"embedding", "attention", "mlp", "head"} | ({"gain", "bias"} if residual == "plain" else set())
     )
 
 
 def test_convex_radii_hardly_depend_on_depth():
     """(1 − 1/2L) + μ/2L per half keeps the whole within exp(μ − 1): no radius may drift by more from depth 1 to 64."""
     first = {d: metrize(build(n_layer=d)).radii["blocks.0.attention.q.weight"] for d in (2, 8, 64)}
-    last = {
-        d: metrize(build(n_layer=d)).radii[f"blocks.{d - 1}.mlp.down.weight"] for d in (2, 8, 64)
-    }
+    last = {d: metrize(build(n_layer=d)).radii[f"blocks.{d - 1}.mlp.down.weight"] for d in (2, 8, 64)}
     for radii in (first, last):
-        assert max(radii.values()) / min(radii.values()) < math.exp(
-            RELU2_SENSITIVITY * MLP_GAIN - 1
-        )
+        assert max(radii.values()) / min(radii.values()) < math.exp(RELU2_SENSITIVITY * MLP_GAIN - 1)
 
 
 @pytest.mark.parametrize("zero_init", [False, True])
@@ -73,9 +65,7 @@ def test_weights_start_at_norm_one_or_zero(zero_init: bool):
     model = build(zero_init=zero_init)
     norm = metrize(model)
     for name, p in model.named_parameters():
-        expected = (
-            0 if zero_init and name.endswith(("out.weight", "down.weight", "head.weight")) else 1
-        )
+        expected = 0 if zero_init and name.endswith(("out.weight", "down.weight", "head.weight")) else 1
         assert norm.norms[name].norm(p.detach()).item() == pytest.approx(expected, abs=1e-5), name
     assert torch.equal(
         GPT(SMALL, generator=torch.Generator().manual_seed(5)).head.weight,
@@ -87,9 +77,7 @@ def test_the_gains_are_the_gaussian_values_they_claim():
     x = torch.randn(4_000_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     y = x.relu().square()
     assert (MLP_GAIN * y).square().mean().sqrt().item() == pytest.approx(1, rel=3e-3)
-    assert (2 * x.relu()).square().mean().sqrt().item() == pytest.approx(
-        RELU2_SENSITIVITY, rel=3e-3
-    )
+    assert (2 * x.relu()).square().mean().sqrt().item() == pytest.approx(RELU2_SENSITIVITY, rel=3e-3)
     assert pytest.approx(1 / 3) == ATTENTION_GAIN
 
 
@@ -104,9 +92,7 @@ def reference(model: GPT, idx: torch.Tensor) -> torch.Tensor:
 
     def turn(x: torch.Tensor, t: int) -> torch.Tensor:
         angle = t * 10_000.0 ** (-torch.arange(K // 2).double() / (K // 2))
-        z = torch.complex(x[: K // 2], x[K // 2 :]) * torch.polar(
-            torch.ones(K // 2).double(), angle
-        )
+        z = torch.complex(x[: K // 2], x[K // 2 :]) * torch.polar(torch.ones(K // 2).double(), angle)
         return torch.cat((z.real, z.imag))
 
     def attend(x: torch.Tensor, at: str) -> torch.Tensor:
@@ -121,9 +107,7 @@ def reference(model: GPT, idx: torch.Tensor) -> torch.Tensor:
         return (out / 3) @ w[f"{at}.out.weight"].mT
 
     def mlp(x: torch.Tensor, at: str) -> torch.Tensor:
-        return ((2 / 3) ** 0.5 * (x @ w[f"{at}.up.weight"].mT).clamp(min=0) ** 2) @ w[
-            f"{at}.down.weight"
-        ].mT
+        return ((2 / 3) ** 0.5 * (x @ w[f"{at}.up.weight"].mT).clamp(min=0) ** 2) @ w[f"{at}.down.weight"].mT
 
     rows = []
     for row in idx:
@@ -150,23 +134,15 @@ def test_radii_of_a_convex_model_by_hand():
     assert norm.radii["head.weight"] == pytest.approx(1 / 8 / 10)
     assert norm.radii["blocks.0.mlp.down.weight"] == pytest.approx(1 / 8 / 10 / (1 / 2))
     assert norm.radii["blocks.0.mlp.up.weight"] == pytest.approx(1 / 8 / 10 / (1 / 2) / mlp)
-    assert norm.radii["blocks.0.attention.out.weight"] == pytest.approx(
-        1 / 8 / 10 / half_mlp / (1 / 2)
-    )
-    assert norm.radii["blocks.0.attention.q.weight"] == pytest.approx(
-        1 / 8 / 10 / half_mlp / (1 / 2) / (1 / 3)
-    )
-    assert norm.radii["embedding.weight"] == pytest.approx(
-        1 / 8 / 10 / half_mlp / (1 / 2 + attention / 2)
-    )
+    assert norm.radii["blocks.0.attention.out.weight"] == pytest.approx(1 / 8 / 10 / half_mlp / (1 / 2))
+    assert norm.radii["blocks.0.attention.q.weight"] == pytest.approx(1 / 8 / 10 / half_mlp / (1 / 2) / (1 / 3))
+    assert norm.radii["embedding.weight"] == pytest.approx(1 / 8 / 10 / half_mlp / (1 / 2 + attention / 2))
 
 
 def test_top_k_leaves_the_k_likeliest():
     model, idx = build(), tokens(64, 1)
     logits = model(idx)[0][:, -1]
-    drawn = model.generate(
-        idx, 1, top_k=2, temperature=5.0, generator=torch.Generator().manual_seed(0)
-    )[:, -1]
+    drawn = model.generate(idx, 1, top_k=2, temperature=5.0, generator=torch.Generator().manual_seed(0))[:, -1]
     ranks = (logits > logits.gather(1, drawn[:, None])).sum(1)
     assert set(ranks.tolist()) == {0, 1}
 
@@ -231,9 +207,7 @@ def test_cached_generation_is_what_the_whole_forward_would_say(prompt: int):
 
 def test_generation_goes_past_the_block_and_stays_in_the_tokenizers_vocabulary():
     model = build(block_size=4)
-    out = model.generate(
-        tokens(3, 9) % 7, 30, vocab_size=7, top_k=3, generator=torch.Generator().manual_seed(0)
-    )
+    out = model.generate(tokens(3, 9) % 7, 30, vocab_size=7, top_k=3, generator=torch.Generator().manual_seed(0))
     assert out.shape == (3, 39)
     assert int(out.max()) < 7
 
@@ -249,17 +223,12 @@ def test_one_layer_sees_exactly_the_last_block_size_tokens(window: int):
 
 def test_tiny_temperatures_are_greedy_and_do_not_overflow():
     model, idx = build(), tokens(1, 3)
-    assert torch.equal(
-        model.generate(idx, 8, temperature=1e-45), model.generate(idx, 8, temperature=0)
-    )
+    assert torch.equal(model.generate(idx, 8, temperature=1e-45), model.generate(idx, 8, temperature=0))
 
 
 def test_flops_are_what_torch_counts():
     model = build(block_size=12).train()
-    with (
-        FlopCounterMode(display=False) as counter,
-        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-    ):
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         loss = model(tokens(3, 12), tokens(3, 12))[1]
         loss.backward()
     # torch counts no gradient of the embedding's input and the whole attention matrix, as the convention does.
@@ -291,8 +260,7 @@ def test_impossible_shapes_are_refused(changes: dict, text: str):
 
 
 @pytest.mark.parametrize(
-    ("name", "params"),
-    [("gpt2_124m", 162_201_600), ("gpt2_350m", 405_012_480), ("gpt2_1.5b", 1_635_532_800)],
+    ("name", "params"), [("gpt2_124m", 162_201_600), ("gpt2_350m", 405_012_480), ("gpt2_1.5b", 1_635_532_800)]
 )
 def test_gpt2_configurations_have_their_size(name: str, params: int):
     config = load([str(ROOT / f"configs/{name}.toml")])
@@ -319,15 +287,11 @@ def test_gpt2_124m_builds_and_steps_within_8_gigabytes():
     assert model.num_params() == 162_201_600 - (12 - layers) * 7_077_888
     norm = metrize(model, model.structure(config.optim.masses))
     assert len(norm.receipt().splitlines()) == 1 + layers * 6 + 2
-    optimizer = Dualized(
-        model, config.optim.lr, norm=norm, direction=config.optim.direction, beta=config.optim.beta
-    )
+    optimizer = Dualized(model, config.optim.lr, norm=norm, direction=config.optim.direction, beta=config.optim.beta)
     before = model.head.weight.detach().clone()
     idx = torch.randint(50257, (1, 129), generator=torch.Generator().manual_seed(0))
     first = model(idx[:, :-1], idx[:, 1:])[1]
-    assert first.item() == pytest.approx(math.log(50304), rel=1e-6), (
-        "a zero head predicts uniformly"
-    )
+    assert first.item() == pytest.approx(math.log(50304), rel=1e-6), "a zero head predicts uniformly"
     first.backward()
     optimizer.step()
     step = norm.norms["head.weight"].norm(model.head.weight.detach() - before).item()
@@ -335,10 +299,7 @@ def test_gpt2_124m_builds_and_steps_within_8_gigabytes():
     assert step == pytest.approx(config.optim.lr * norm.radii["head.weight"], rel=1e-5)
     assert model(idx[:, :-1], idx[:, 1:])[1] < first
     unit = 1 if sys.platform == "darwin" else 1024
-    assert (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        < 8 * 10**9 * model.num_params() / 162_201_600
-    )
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit < 8 * 10**9 * model.num_params() / 162_201_600
 
 
 def track3(w: dict[str, torch.Tensor], idx: torch.Tensor, layers: int, heads: int) -> torch.Tensor:
@@ -349,12 +310,8 @@ def track3(w: dict[str, torch.Tensor], idx: torch.Tensor, layers: int, heads: in
         return x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
 
     def turned(x: torch.Tensor, t: int) -> torch.Tensor:
-        angle = torch.cat(
-            (t * (1 / 1024) ** torch.linspace(0, 1, K // 4).double(), torch.zeros(K // 4).double())
-        )
-        z = torch.complex(x[: K // 2], x[K // 2 :]) * torch.polar(
-            torch.ones(K // 2).double(), -angle
-        )
+        angle = torch.cat((t * (1 / 1024) ** torch.linspace(0, 1, K // 4).double(), torch.zeros(K // 4).double()))
+        z = torch.complex(x[: K // 2], x[K // 2 :]) * torch.polar(torch.ones(K // 2).double(), -angle)
         return torch.cat((z.real, z.imag))
 
     def linear(x: torch.Tensor, name: str) -> torch.Tensor:
@@ -375,9 +332,7 @@ def track3(w: dict[str, torch.Tensor], idx: torch.Tensor, layers: int, heads: in
                     mixed[t, s] = scores.softmax(0) @ v[: t + 1, s]
             x = x + linear(mixed, f"blocks.{i}.attn.proj")
             y = norm(x) * w[f"blocks.{i}.norm2.gains"]
-            x = x + linear(
-                linear(y, f"blocks.{i}.mlp.fc").clamp(min=0) ** 2, f"blocks.{i}.mlp.proj"
-            )
+            x = x + linear(linear(y, f"blocks.{i}.mlp.fc").clamp(min=0) ** 2, f"blocks.{i}.mlp.proj")
         logits = linear(norm(x) * w["norm2.gains"], "proj")
         rows.append(15 * logits / (logits.square() + 15**2).sqrt())
     return torch.stack(rows)
@@ -408,11 +363,7 @@ def test_track3_config_is_the_tracks_function_and_shapes():
     config = load([str(ROOT / "configs" / "track3_124m.toml")]).model
     with torch.device("meta"):
         shapes = {track3_name(n): tuple(p.shape) for n, p in GPT(config).named_parameters()}
-    block = {
-        f"attn.{n}.{k}": s
-        for n in ("q", "k", "v", "proj")
-        for k, s in (("weight", (768, 768)), ("bias", (768,)))
-    }
+    block = {f"attn.{n}.{k}": s for n in ("q", "k", "v", "proj") for k, s in (("weight", (768, 768)), ("bias", (768,)))}
     block |= {
         "mlp.fc.weight": (3072, 768),
         "mlp.fc.bias": (3072,),
@@ -429,9 +380,7 @@ def test_track3_config_is_the_tracks_function_and_shapes():
     }
     assert shapes == outside | {f"blocks.{i}.{n}": s for i in range(12) for n, s in block.items()}
 
-    small = replace(
-        config, n_layer=2, n_embd=256, n_head=2, block_size=8, vocab_size=19
-    )  # heads of width 128 as there
+    small = replace(config, n_layer=2, n_embd=256, n_head=2, block_size=8, vocab_size=19)  # heads of width 128 as there
     model = GPT(small, generator=torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
         for p in model.parameters():  # none at 0 or 1, where an error could hide
@@ -447,8 +396,7 @@ def test_track3_config_is_the_tracks_function_and_shapes():
 
 def test_the_tracks_initialization():
     model = GPT(
-        replace(SMALL, n_embd=64, init="track", bias=True, norm_gains=True),
-        generator=torch.Generator().manual_seed(0),
+        replace(SMALL, n_embd=64, init="track", bias=True, norm_gains=True), generator=torch.Generator().manual_seed(0)
     )
     for name, p in model.named_parameters():
         if name.endswith(("out.weight", "down.weight", "head.weight", "bias")):

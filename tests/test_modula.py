@@ -14,7 +14,6 @@ from modula import abstract, compound
 from modula import atom as atoms
 from modula import bond as bonds
 from modula.vector import Vector
-
 from optim import L1ToRMS, ModularNorm, Module, RMSToRMS, atom, bond, concat, residual
 from optim.norms import ConvRMSToRMS
 
@@ -40,9 +39,7 @@ def normalized(module: Theirs, update: list[torch.Tensor]) -> list[torch.Tensor]
     for _ in range(3000):
         w = [u.clone() for u in update]
         module.normalize(Vector(w), target_norm=LR)
-        if last and all(
-            torch.allclose(a, b, rtol=SETTLED, atol=0) for a, b in zip(w, last, strict=True)
-        ):
+        if last and all(torch.allclose(a, b, rtol=SETTLED, atol=0) for a, b in zip(w, last, strict=True)):
             return [leaf.scale * t for leaf, t in zip(leaves(module), w, strict=True)]
         last = w
     raise AssertionError("Modula's power iteration has not converged")
@@ -53,10 +50,7 @@ def declared(label: str, module: Theirs) -> Module:
     return bond(label, sensitivity=module.sensitivity)
 
 
-LAYER_NORM, IDENTITY = (
-    declared("layer norm", bonds.LayerNorm()),
-    declared("identity", bonds.Identity()),
-)
+LAYER_NORM, IDENTITY = declared("layer norm", bonds.LayerNorm()), declared("identity", bonds.Identity())
 
 
 def linear(name: str) -> Module:
@@ -66,32 +60,19 @@ def linear(name: str) -> Module:
 def gpt(n_layer: int, blocks_mass: float) -> Module:
     """compound.GPT, line by line."""
     initial = (
-        0.5 * atom("wte", L1ToRMS())
-        + 0.5 * (atom("wpe", L1ToRMS()) @ declared("enumerate", bonds.Enumerate()))
+        0.5 * atom("wte", L1ToRMS()) + 0.5 * (atom("wpe", L1ToRMS()) @ declared("enumerate", bonds.Enumerate()))
     ).tare(1)
     split, merge = declared("split", bonds.AddHeads(1)), declared("merge", bonds.RemoveHeads())
     qkv = concat(*(split @ linear(f"{{}}.{name}") for name in "qkv"))
     inner = declared("attention", bonds.FunctionalAttention(causal=True)) @ (1 / 3 * IDENTITY)
     attention = linear("{}.out") @ merge @ inner @ qkv @ LAYER_NORM
-    mlp = (
-        linear("{}.down")
-        @ declared("scaled gelu", bonds.ScaledGELU())
-        @ linear("{}.up")
-        @ LAYER_NORM
-    )
-    blocks = ((residual(mlp, 2 * n_layer) @ residual(attention, 2 * n_layer)) ** n_layer).tare(
-        blocks_mass
-    )
+    mlp = linear("{}.down") @ declared("scaled gelu", bonds.ScaledGELU()) @ linear("{}.up") @ LAYER_NORM
+    blocks = ((residual(mlp, 2 * n_layer) @ residual(attention, 2 * n_layer)) ** n_layer).tare(blocks_mass)
     return (linear("head") @ LAYER_NORM) @ blocks @ initial
 
 
 def resnet(
-    initial: Module,
-    layer: Module,
-    final: Module,
-    num_blocks: int,
-    block_depth: int,
-    blocks_mass: float,
+    initial: Module, layer: Module, final: Module, num_blocks: int, block_depth: int, blocks_mass: float
 ) -> Module:
     """compound.ResMLP and compound.ResCNN: the same bonds around other atoms."""
     residue = (
@@ -100,11 +81,7 @@ def resnet(
         @ layer
         @ declared("rms", bonds.RMSDivide())
     )
-    return (
-        final
-        @ (residual(residue**block_depth, num_blocks) ** num_blocks).tare(blocks_mass)
-        @ initial
-    )
+    return final @ (residual(residue**block_depth, num_blocks) ** num_blocks).tare(blocks_mass) @ initial
 
 
 def resmlp(num_blocks: int, block_depth: int) -> Module:
@@ -113,18 +90,9 @@ def resmlp(num_blocks: int, block_depth: int) -> Module:
 
 
 def rescnn(num_blocks: int, block_depth: int, blocks_mass: float) -> Module:
-    final = (
-        linear("final")
-        @ declared("flatten", bonds.Flatten())
-        @ declared("average", bonds.AvgPool())
-    )
+    final = linear("final") @ declared("flatten", bonds.Flatten()) @ declared("average", bonds.AvgPool())
     return resnet(
-        atom("initial", ConvRMSToRMS()),
-        atom("{}.{}", ConvRMSToRMS()),
-        final,
-        num_blocks,
-        block_depth,
-        blocks_mass,
+        atom("initial", ConvRMSToRMS()), atom("{}.{}", ConvRMSToRMS()), final, num_blocks, block_depth, blocks_mass
     )
 
 
@@ -142,22 +110,11 @@ PAIRS: dict[str, tuple[Theirs, Any]] = {
         NETWORKS.GPT(num_heads=3, d_query=2, d_value=5, num_blocks=2, blocks_mass=0.7, **GPT),
         gpt(2, 0.7),
     ),
-    "GPT, mass 40": (
-        NETWORKS.GPT(num_heads=4, d_query=3, d_value=3, num_blocks=4, blocks_mass=40, **GPT),
-        gpt(4, 40),
-    ),
-    "ResMLP": (
-        NETWORKS.ResMLP(width=8, num_blocks=3, block_depth=2, input_dim=5, output_dim=4),
-        resmlp(3, 2),
-    ),
-    "ResCNN": (
-        NETWORKS.ResCNN(width=6, num_blocks=2, block_depth=3, input_dim=3, output_dim=4),
-        rescnn(2, 3, 20),
-    ),
+    "GPT, mass 40": (NETWORKS.GPT(num_heads=4, d_query=3, d_value=3, num_blocks=4, blocks_mass=40, **GPT), gpt(4, 40)),
+    "ResMLP": (NETWORKS.ResMLP(width=8, num_blocks=3, block_depth=2, input_dim=5, output_dim=4), resmlp(3, 2)),
+    "ResCNN": (NETWORKS.ResCNN(width=6, num_blocks=2, block_depth=3, input_dim=3, output_dim=4), rescnn(2, 3, 20)),
     "ResCNN, mass 0.5": (
-        NETWORKS.ResCNN(
-            width=6, num_blocks=4, block_depth=1, input_dim=3, output_dim=4, blocks_mass=0.5
-        ),
+        NETWORKS.ResCNN(width=6, num_blocks=4, block_depth=1, input_dim=3, output_dim=4, blocks_mass=0.5),
         rescnn(4, 1, 0.5),
     ),
 }
@@ -186,12 +143,7 @@ def test_masses_and_sensitivities_are_modulas(name: str):
         [leaf.mass for leaf in leaves(theirs)], rel=1e-12
     )
     first, (blocks, final) = theirs.children[0], theirs.children[1].children
-    pairs = [
-        (theirs, tree),
-        (first, tree.inner),
-        (blocks, tree.outer.inner),
-        (final, tree.outer.outer),
-    ]
+    pairs = [(theirs, tree), (first, tree.inner), (blocks, tree.outer.inner), (final, tree.outer.outer)]
     for a, b in pairs:
         assert (b.mass, b.sensitivity) == pytest.approx((a.mass, a.sensitivity), rel=1e-12)
 
@@ -201,22 +153,16 @@ def test_initial_weights_have_norm_one_in_both():
     for theirs, tree in PAIRS.values():
         torch.manual_seed(1)
         for leaf, w, norm in zip(
-            leaves(theirs),
-            theirs.initialize("cpu"),
-            ModularNorm.of(tree).norms.values(),
-            strict=True,
+            leaves(theirs), theirs.initialize("cpu"), ModularNorm.of(tree).norms.values(), strict=True
         ):
             assert norm.norm(leaf.scale * w.detach()).item() == pytest.approx(1, rel=CLOSE)
-            assert norm.norm(
-                norm.init(w.shape, torch.Generator().manual_seed(0))
-            ).item() == pytest.approx(1, rel=CLOSE)
+            assert norm.norm(norm.init(w.shape, torch.Generator().manual_seed(0))).item() == pytest.approx(1, rel=CLOSE)
 
 
 # Random trees of scalar weights, on which Modula's power iteration is exact at once: (kind, arguments …).
 FACTORS = st.sampled_from([0.25, 1 / 3, 0.8, 1.0, 2.0, -3.0])
 TREES = st.recursive(
-    st.tuples(st.just("atom"), st.sampled_from([0, 0.3, 1, 5]))
-    | st.tuples(st.just("bond"), FACTORS.map(abs)),
+    st.tuples(st.just("atom"), st.sampled_from([0, 0.3, 1, 5])) | st.tuples(st.just("bond"), FACTORS.map(abs)),
     lambda inner: st.one_of(
         st.tuples(st.sampled_from(["after", "sum", "beside"]), inner, inner),
         st.tuples(st.sampled_from(["times", "tare"]), FACTORS, inner),
@@ -236,11 +182,9 @@ def twins(kind: str, *arguments) -> tuple[Theirs, Module]:
         return theirs, bond("bond", sensitivity=arguments[0])
     if kind in ("after", "sum", "beside"):
         (a, x), (b, y) = (twins(*child) for child in arguments)
-        return {
-            "after": (a @ b, x @ y),
-            "sum": (a + b, x + y),
-            "beside": (abstract.TupleModule((a, b)), concat(x, y)),
-        }[kind]
+        return {"after": (a @ b, x @ y), "sum": (a + b, x + y), "beside": (abstract.TupleModule((a, b)), concat(x, y))}[
+            kind
+        ]
     number, (a, x) = arguments[0], twins(*arguments[1])
     if kind == "power":
         return a**number, x**number
@@ -256,15 +200,9 @@ def twins(kind: str, *arguments) -> tuple[Theirs, Module]:
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_random_trees_compose_as_modulas_do(recipe: tuple):
     theirs, ours = twins(*recipe)
-    assert (ours.mass, ours.sensitivity) == pytest.approx(
-        (theirs.mass, theirs.sensitivity), rel=1e-12
-    )
+    assert (ours.mass, ours.sensitivity) == pytest.approx((theirs.mass, theirs.sensitivity), rel=1e-12)
     w = Vector([t.detach() for t in theirs.initialize("cpu", dtype=torch.float64)])
     theirs.normalize(w, target_norm=LR)
     found = list(ours.radii(LR))
-    assert [radius for _, radius in found] == pytest.approx(
-        [abs(t.item()) for t in w], rel=1e-12, abs=0
-    )
-    assert [leaf.mass for leaf, _ in found] == pytest.approx(
-        [leaf.mass for leaf in leaves(theirs)], rel=1e-12
-    )
+    assert [radius for _, radius in found] == pytest.approx([abs(t.item()) for t in w], rel=1e-12, abs=0)
+    assert [leaf.mass for leaf, _ in found] == pytest.approx([leaf.mass for leaf in leaves(theirs)], rel=1e-12)

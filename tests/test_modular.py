@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from optim import (
     Frobenius,
     L1ToRMS,
@@ -34,19 +33,13 @@ def radii(tree: Module) -> dict[str, float]:
 @pytest.mark.parametrize("depth", [1, 3, 12])
 def test_modulas_gpt_has_its_published_radii_at_every_depth(depth: int):
     embedding = ((0.5 * atom("wte", L1ToRMS())) + (0.5 * atom("wpe", L1ToRMS()))).tare(1)
-    attention = (
-        linear("{}.out")
-        @ (1 / 3 * bond("attention"))
-        @ concat(linear("{}.q"), linear("{}.k"), linear("{}.v"))
-    )
+    attention = linear("{}.out") @ (1 / 3 * bond("attention")) @ concat(linear("{}.q"), linear("{}.k"), linear("{}.v"))
     mlp = linear("{}.down") @ bond("scaled gelu") @ linear("{}.up")
     blocks = ((residual(mlp, 2 * depth) @ residual(attention, 2 * depth)) ** depth).tare(5)
     found = radii(linear("head") @ blocks @ embedding)
     expected = {"wte": 1 / 7, "wpe": 1 / 7, "head": 1 / 7}
     for i in range(depth):
-        expected |= {f"{i}.{n}": 5 / 7 for n in "qkv"} | {
-            f"{i}.{n}": 5 / 21 for n in ("out", "up", "down")
-        }
+        expected |= {f"{i}.{n}": 5 / 7 for n in "qkv"} | {f"{i}.{n}": 5 / 21 for n in ("out", "up", "down")}
     assert found.keys() == expected.keys()
     assert all(math.isclose(found[k], expected[k], rel_tol=1e-12) for k in expected)
 
@@ -126,9 +119,7 @@ def test_aligned_linear_chains_attain_the_bound():
 
 
 def test_dual_norm_is_attained_by_dualize_and_by_no_other_trial():
-    norm = ModularNorm.of(
-        atom("head", RMSToLinf()) @ linear("mid", 2) @ atom("embed", L1ToRMS(), mass=0.5)
-    )
+    norm = ModularNorm.of(atom("head", RMSToLinf()) @ linear("mid", 2) @ atom("embed", L1ToRMS(), mass=0.5))
     shapes = {"head": (6, 4), "mid": (4, 4), "embed": (6, 4)}
     g = torch.Generator().manual_seed(0)
     grads = {k: torch.randn(*s, generator=g, dtype=torch.float64) for k, s in shapes.items()}

@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-
 from optim import (
     NORMS,
     Frobenius,
@@ -39,6 +37,7 @@ from optim.norms import (
     spectral_norm,
 )
 from optim.polar import SCHEDULES, Polar
+from torch import Tensor
 
 EXACT = 1e-10  # float64, exact polar factor
 SIZE = 1e-3  # how close size() promises to be, from below
@@ -102,20 +101,15 @@ ONE_SHAPE = [(n, (4, 6)) for n in MATRICES] + OTHERS
 
 def cases(pairs: list[tuple[Norm, Shape]]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
-        ("norm", "shape"),
-        [pytest.param(n, s, id=f"{label(n)} {'×'.join(map(str, s))}") for n, s in pairs],
+        ("norm", "shape"), [pytest.param(n, s, id=f"{label(n)} {'×'.join(map(str, s))}") for n, s in pairs]
     )
 
 
 def label(norm: Norm) -> str:
-    return (
-        f"{norm}, {norm.ndim}d" if isinstance(norm, (MaxEntry, Frobenius, Flattened)) else str(norm)
-    )
+    return f"{norm}, {norm.ndim}d" if isinstance(norm, (MaxEntry, Frobenius, Flattened)) else str(norm)
 
 
-def sample(
-    shape: Shape, *, seed: int = 0, rank_one: bool = False, zero: int | None = None
-) -> Tensor:
+def sample(shape: Shape, *, seed: int = 0, rank_one: bool = False, zero: int | None = None) -> Tensor:
     """Gaussian in float64, or a product of one Gaussian vector per dimension. zero: one of the first dimension made 0."""
     g = torch.Generator().manual_seed(seed)
     if rank_one:
@@ -216,16 +210,12 @@ def test_sharp_is_the_dual_norm_times_the_dual(norm: Norm, shape: Shape):
     S = norm.sharp(G)
     assert torch.allclose(S, norm.dual_norm(G) * norm.dualize(G), rtol=EXACT)
     best = (G * S).sum() - norm.norm(S) ** 2 / 2
-    assert torch.allclose(best, norm.dual_norm(G) ** 2 / 2), (
-        "the value of max ⟨G, T⟩ − norm(T)²/2 is dual_norm(G)²/2"
-    )
+    assert torch.allclose(best, norm.dual_norm(G) ** 2 / 2), "the value of max ⟨G, T⟩ − norm(T)²/2 is dual_norm(G)²/2"
 
 
 @given(st.sampled_from(ONE_SHAPE), st.integers(0, 2**31), st.floats(-25, 25))
 @settings(max_examples=100, deadline=None, derandomize=True)
-def test_dualize_ignores_scale_and_flips_with_sign(
-    case: tuple[Norm, Shape], seed: int, exponent: float
-):
+def test_dualize_ignores_scale_and_flips_with_sign(case: tuple[Norm, Shape], seed: int, exponent: float):
     norm, shape = case
     G = sample(shape, seed=seed)
     D = norm.dualize(G)
@@ -235,18 +225,7 @@ def test_dualize_ignores_scale_and_flips_with_sign(
 
 # What every method owes to every norm.
 
-METHODS = (
-    "norm",
-    "size",
-    "dual_norm",
-    "dualize",
-    "dualize_",
-    "sharp",
-    "normalize",
-    "project",
-    "sphere",
-    "stiefel",
-)
+METHODS = ("norm", "size", "dual_norm", "dualize", "dualize_", "sharp", "normalize", "project", "sphere", "stiefel")
 
 
 @cases(ONE_SHAPE)
@@ -256,9 +235,7 @@ def test_stacks_equal_loops_zero_gives_zero_and_arguments_stay(norm: Norm, shape
     for name in METHODS:
         method, stack = getattr(norm, name), G.clone()
         out = method(stack)
-        assert torch.allclose(
-            out, torch.stack([method(g.clone()) for g in G]), rtol=EXACT, atol=EXACT
-        ), name
+        assert torch.allclose(out, torch.stack([method(g.clone()) for g in G]), rtol=EXACT, atol=EXACT), name
         assert torch.equal(out[1], torch.zeros_like(out[1])), name
         assert name == "dualize_" or torch.equal(stack, G), f"{name} wrote to its argument"
 
@@ -268,10 +245,7 @@ def test_dualize_in_place_returns_what_dualize_returns(norm: Norm, shape: Shape)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         G = sample(shape).to(dtype)
         # Convolutions go slice by slice in place, and sum in another order: a small entry has the rounding of large ones.
-        D, within = (
-            norm.dualize(G),
-            {torch.float64: EXACT, torch.float32: FP32}.get(dtype, torch.finfo(dtype).eps),
-        )
+        D, within = norm.dualize(G), {torch.float64: EXACT, torch.float32: FP32}.get(dtype, torch.finfo(dtype).eps)
         assert (norm.dualize_(G.clone()) - D).abs().max() <= within * D.abs().max()
 
 
@@ -281,17 +255,13 @@ def test_low_precision_goes_in_and_comes_out_near(norm: Norm, shape: Shape, dtyp
     G = sample(shape).to(dtype)
     for name in METHODS:
         out, wide = getattr(norm, name)(G.clone()), getattr(norm, name)(G.double())
-        assert name == "sharp" or out.dtype == (torch.float32 if name in METHODS[:3] else dtype), (
-            name
-        )
+        assert name == "sharp" or out.dtype == (torch.float32 if name in METHODS[:3] else dtype), name
         assert (out - wide).abs().max() <= 0.01 * wide.abs().max(), name
 
 
 def test_sharp_keeps_the_dtype():
     for dtype in (torch.bfloat16, torch.float16):
-        assert [
-            label(n) for n, s in ONE_SHAPE if s and n.sharp(sample(s).to(dtype)).dtype != dtype
-        ] == []
+        assert [label(n) for n, s in ONE_SHAPE if s and n.sharp(sample(s).to(dtype)).dtype != dtype] == []
 
 
 @cases(ONE_SHAPE)
@@ -310,19 +280,13 @@ def test_init_has_norm_one_and_follows_the_generator(norm: Norm, shape: Shape):
     assert W.dtype == torch.float32 and tuple(W.shape) == (2, *shape)
     assert ((norm.norm(W.double()) - 1).abs() < FP32).all()
     assert torch.equal(W, init(3))
-    assert not all(torch.equal(W, init(seed)) for seed in range(4, 12)), (
-        "several seeds: a scalar has two signs"
-    )
-    assert norm.norm(norm.init(shape, torch.Generator().manual_seed(0))).item() == pytest.approx(
-        1, rel=FP32
-    )
+    assert not all(torch.equal(W, init(seed)) for seed in range(4, 12)), "several seeds: a scalar has two signs"
+    assert norm.norm(norm.init(shape, torch.Generator().manual_seed(0))).item() == pytest.approx(1, rel=FP32)
 
 
 @cases([*((n, s) for n in MATRICES for s in SHAPES), *OTHERS])
 def test_update_rms_is_that_of_the_dual_of_a_gaussian(norm: Norm, shape: Shape):
-    assert norm.dualize(sample(shape)).square().mean().sqrt().item() == pytest.approx(
-        norm.update_rms(shape), rel=EXACT
-    )
+    assert norm.dualize(sample(shape)).square().mean().sqrt().item() == pytest.approx(norm.update_rms(shape), rel=EXACT)
 
 
 # Balls and spheres.
@@ -340,12 +304,10 @@ def test_project_is_radial_idempotent_and_never_leaves_the_ball(
     assert norm.norm(P) <= min(norm.norm(W), 1 + slack(norm)) * (1 + EXACT)
     assert norm.norm(W) < 1 or norm.norm(P) >= 1 - EXACT, "it lands on the sphere, not inside"
     assert torch.allclose(norm.project(P), P, rtol=slack(norm))
-    assert ((P * W >= 0) & (P.abs() <= W.abs() * (1 + EXACT))).all(), (
-        "each entry is scaled by something in [0, 1]"
+    assert ((P * W >= 0) & (P.abs() <= W.abs() * (1 + EXACT))).all(), "each entry is scaled by something in [0, 1]"
+    assert torch.allclose(norm.project(0.999 * W / norm.norm(W)), 0.999 * W / norm.norm(W), rtol=1e-14), (
+        "the identity inside"
     )
-    assert torch.allclose(
-        norm.project(0.999 * W / norm.norm(W)), 0.999 * W / norm.norm(W), rtol=1e-14
-    ), "the identity inside"
     far = norm.project(10 ** abs(other) * W / norm.norm(W))
     assert 1 - EXACT <= norm.norm(far) <= 1 + slack(norm)
 
@@ -389,13 +351,7 @@ BLOCKED: list[tuple[Norm, Shape, Norm, float, object]] = [
         lambda W: [W[e, rows] for e in range(3) for rows in (slice(1), slice(1, 4))],
     ),
     (ConvRMSToRMS(LINEAR, 1), (4, 6, 3), LINEAR, 3, lambda W: [W[:, :, i] for i in range(3)]),
-    (
-        ConvRMSToRMS(LINEAR),
-        (5, 3, 2, 3),
-        LINEAR,
-        6,
-        lambda W: [W[:, :, i, j] for i in range(2) for j in range(3)],
-    ),
+    (ConvRMSToRMS(LINEAR), (5, 3, 2, 3), LINEAR, 6, lambda W: [W[:, :, i, j] for i in range(2) for j in range(3)]),
     (
         ConvRMSToRMS(LINEAR, 1, 2),
         (6, 4, 2),
@@ -417,42 +373,29 @@ BLOCKED: list[tuple[Norm, Shape, Norm, float, object]] = [
         2,
         lambda W: [W[g : g + 2, :, i].T for g in (0, 2, 4) for i in range(2)],
     ),
-    (
-        ConvRMSToRMS(HEAD, 1),
-        (4, 6, 3),
-        HEAD,
-        3,
-        lambda W: [W[o : o + 1, :, i] for i in range(3) for o in range(4)],
-    ),
+    (ConvRMSToRMS(HEAD, 1), (4, 6, 3), HEAD, 3, lambda W: [W[o : o + 1, :, i] for i in range(3) for o in range(4)]),
 ]
 
 
 @pytest.mark.parametrize(
-    ("norm", "shape", "inner", "factor", "cut"),
-    [pytest.param(*b, id=f"{label(b[0])} {b[1]}") for b in BLOCKED],
+    ("norm", "shape", "inner", "factor", "cut"), [pytest.param(*b, id=f"{label(b[0])} {b[1]}") for b in BLOCKED]
 )
-def test_blocks_are_what_plain_indexing_cuts_out(
-    norm: Norm, shape: Shape, inner: Norm, factor: float, cut
-):
+def test_blocks_are_what_plain_indexing_cuts_out(norm: Norm, shape: Shape, inner: Norm, factor: float, cut):
     G = sample(shape)
     if len(cut(G)) > 1:
         cut(G)[-1].zero_()
         cut(G)[0].mul_(1e-3)
-    assert norm.norm(G).item() == pytest.approx(
-        factor * max(inner.norm(b) for b in cut(G)).item(), rel=EXACT
-    )
-    assert norm.dual_norm(G).item() == pytest.approx(
-        sum(inner.dual_norm(b).item() for b in cut(G)) / factor, rel=EXACT
-    )
+    assert norm.norm(G).item() == pytest.approx(factor * max(inner.norm(b) for b in cut(G)).item(), rel=EXACT)
+    assert norm.dual_norm(G).item() == pytest.approx(sum(inner.dual_norm(b).item() for b in cut(G)) / factor, rel=EXACT)
     for method in ("dualize", "sphere", "stiefel", "project"):
         out = getattr(norm, method)(G)
         for b, found in zip(cut(G), cut(out), strict=True):
             expected = getattr(inner, method)(factor * b if method == "project" else b) / factor
             assert torch.allclose(found, expected, rtol=EXACT, atol=EXACT), method
     for b, found in zip(cut(G), cut(norm.sphere(G)), strict=True):
-        assert factor * inner.norm(found).item() == pytest.approx(
-            float(b.any()), rel=slack(inner)
-        ), "zero blocks stay, the others have full size"
+        assert factor * inner.norm(found).item() == pytest.approx(float(b.any()), rel=slack(inner)), (
+            "zero blocks stay, the others have full size"
+        )
 
 
 FRESH: list[tuple[Norm, Shape, tuple]] = [  # what has no gradient, and so does not move
@@ -474,9 +417,7 @@ FRESH: list[tuple[Norm, Shape, tuple]] = [  # what has no gradient, and so does 
 ]
 
 
-@pytest.mark.parametrize(
-    ("norm", "shape", "index"), [pytest.param(*f, id=label(f[0])) for f in FRESH]
-)
+@pytest.mark.parametrize(("norm", "shape", "index"), [pytest.param(*f, id=label(f[0])) for f in FRESH])
 def test_blocks_without_a_gradient_are_masked(norm: Norm, shape: Shape, index: tuple):
     G = sample((2, *shape))
     G[(1, *index)] = 0
@@ -493,11 +434,7 @@ def test_blocks_without_a_gradient_are_masked(norm: Norm, shape: Shape, index: t
 def test_whole_weights_have_no_mask():
     masked = {type(f[0]) for f in FRESH}
     whole = [(n, s) for n, s in ONE_SHAPE if type(n) not in masked]
-    whole += [
-        (n, s)
-        for n, s in OTHERS
-        if isinstance(n, (Blocks, Transposed, Flattened, ConvRMSToRMS)) and polars(n)
-    ]
+    whole += [(n, s) for n, s in OTHERS if isinstance(n, (Blocks, Transposed, Flattened, ConvRMSToRMS)) and polars(n)]
     assert len(whole) > 20
     assert [label(n) for n, s in whole if n.fresh(sample(s)) is not None] == []
 
@@ -513,24 +450,12 @@ def test_whole_weights_have_no_mask():
         (Blocks(LINEAR, 0), (4, 4), "rows in 0 equal blocks"),
         (Blocks(LINEAR, (3, 2)), (4, 4), "5 rows"),
         (Blocks(LINEAR, 3), (3, 4, 4), "2 dimensions, none of them 0"),
-        (
-            Transposed(Blocks(LINEAR, 3)),
-            (3, 4),
-            "2 dimensions, and of each block rows in 3 equal blocks",
-        ),
+        (Transposed(Blocks(LINEAR, 3)), (3, 4), "2 dimensions, and of each block rows in 3 equal blocks"),
         (Experts(LINEAR), (4, 4), "3 dimensions, none of them 0"),
-        (
-            Experts(Blocks(LINEAR, 3)),
-            (2, 4, 4),
-            "3 dimensions, and of each block rows in 3 equal blocks",
-        ),
+        (Experts(Blocks(LINEAR, 3)), (2, 4, 4), "3 dimensions, and of each block rows in 3 equal blocks"),
         (Flattened(LINEAR), (4, 4), "4 dimensions, none of them 0"),
         (ConvRMSToRMS(LINEAR, 2), (4, 4, 3), "4 dimensions, none of them 0"),
-        (
-            ConvRMSToRMS(LINEAR, 2, 3),
-            (4, 1, 3, 3),
-            "4 dimensions, the first a multiple of 3 groups",
-        ),
+        (ConvRMSToRMS(LINEAR, 2, 3), (4, 1, 3, 3), "4 dimensions, the first a multiple of 3 groups"),
     ],
     ids=str,
 )
@@ -547,9 +472,7 @@ def test_check_accepts_what_works(norm: Norm, shape: Shape):
 
 
 def orthogonal(n: int, seed: int) -> Tensor:
-    return torch.linalg.qr(
-        torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    )[0]
+    return torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))[0]
 
 
 def with_singular_values(S: Tensor, columns: int, seed: int = 0) -> Tensor:
@@ -578,11 +501,7 @@ def test_spectral_norm_is_within_its_promise_from_below(spectrum: str, dtype: to
         W = with_singular_values(S, columns, seed).to(dtype)
         top = torch.linalg.svdvals(W.double())[0]
         found = (
-            torch.stack(
-                [spectral_norm(M) for M in (W, W.mT)]
-                + [spectral_norm(W * c) / c for c in (1e-30, 1e30)]
-            )
-            / top
+            torch.stack([spectral_norm(M) for M in (W, W.mT)] + [spectral_norm(W * c) / c for c in (1e-30, 1e30)]) / top
         )
         assert (found <= 1 + rounding).all() and (found >= 1 - SIZE).all()
 
@@ -618,9 +537,7 @@ def test_spectral_norm_of_nothing_is_zero():
     ],
     ids=lambda value: f"{value.schedule}-{value.dtype}" if isinstance(value, Polar) else str(value),
 )
-def test_stiefel_makes_every_singular_value_full_up_to_this_ratio(
-    polar: Polar, ratio: float, error: float
-):
+def test_stiefel_makes_every_singular_value_full_up_to_this_ratio(polar: Polar, ratio: float, error: float):
     S = torch.logspace(0, -9, 20, dtype=torch.float64)
     S = (S + S.norm() / ratio).clamp(max=1)
     wide, square = with_singular_values(S, 30), with_singular_values(S, 20)
@@ -633,30 +550,21 @@ def test_stiefel_makes_every_singular_value_full_up_to_this_ratio(
 
 def test_hidden_init_is_semi_orthogonal_and_favours_no_sign():
     W = RMSToRMS().init((2000, 4, 9), torch.Generator().manual_seed(0)).double()
-    assert torch.allclose(
-        W @ W.mT, torch.eye(4, dtype=torch.float64).expand(2000, 4, 4) * 4 / 9, atol=1e-6
-    )
-    assert (W.mean(0).abs() < 5 * W.std(0) / 2000**0.5).all(), (
-        "the sign that QR gives its diagonal is undone"
-    )
+    assert torch.allclose(W @ W.mT, torch.eye(4, dtype=torch.float64).expand(2000, 4, 4) * 4 / 9, atol=1e-6)
+    assert (W.mean(0).abs() < 5 * W.std(0) / 2000**0.5).all(), "the sign that QR gives its diagonal is undone"
 
 
 @pytest.mark.parametrize(
-    ("shape", "sizes"),
-    [((8, 2), (2, 1, 2, 0.2 * 8**0.5)), ((2, 8), (0.5, 1, 1, 0.2 * 8**0.5))],
-    ids=str,
+    ("shape", "sizes"), [((8, 2), (2, 1, 2, 0.2 * 8**0.5)), ((2, 8), (0.5, 1, 1, 0.2 * 8**0.5))], ids=str
 )
-def test_the_singular_values_of_a_step_are_those_its_scale_names(
-    shape: Shape, sizes: tuple[float, ...]
-):
+def test_the_singular_values_of_a_step_are_those_its_scale_names(shape: Shape, sizes: tuple[float, ...]):
     names = ("RMSToRMS", "Spectral", "MuonSpectral", "MoonlightSpectral")
     for name, scale, size in zip(
         names, ("sqrt(O/I)", "1", "sqrt(max(1, O/I))", "0.2 sqrt(max(O, I))"), sizes, strict=True
     ):
         for norm in (NORMS[name](Polar("exact")), Spectral(Polar("exact"), scale)):
             assert torch.allclose(
-                torch.linalg.svdvals(norm.dualize(sample(shape))),
-                torch.full((2,), size, dtype=torch.float64),
+                torch.linalg.svdvals(norm.dualize(sample(shape))), torch.full((2,), size, dtype=torch.float64)
             )
 
 
@@ -692,9 +600,7 @@ def largest(x: Tensor) -> Tensor:
     ],
     ids=lambda value: str(value) if isinstance(value, Norm) else "",
 )
-def test_operator_norms_bound_the_gain_of_every_input_and_some_input_attains_them(
-    norm: Norm, size_in, size_out
-):
+def test_operator_norms_bound_the_gain_of_every_input_and_some_input_attains_them(norm: Norm, size_in, size_out):
     W = sample((5, 7)[-norm.ndim :])
     A = (
         W.diag() if norm.ndim == 1 else W.mT if isinstance(norm, L1ToRMS) else W
@@ -702,14 +608,7 @@ def test_operator_norms_bound_the_gain_of_every_input_and_some_input_attains_the
     best_right = torch.linalg.svd(A)[2][
         :1
     ]  # the worst input of RMS → RMS; rows and unit vectors are those of the others
-    inputs = torch.cat(
-        [
-            sample((4000, A.shape[1]), seed=2),
-            best_right,
-            torch.eye(A.shape[1], dtype=torch.float64),
-            A,
-        ]
-    )
+    inputs = torch.cat([sample((4000, A.shape[1]), seed=2), best_right, torch.eye(A.shape[1], dtype=torch.float64), A])
     gains = size_out(inputs @ A.mT) / size_in(inputs)
     assert gains.max() <= norm.norm(W) * (1 + EXACT)
     assert gains.max() >= norm.norm(W) * (1 - EXACT)
@@ -736,9 +635,7 @@ def test_scions_head_norm_bounds_the_operator_norm_from_rms_to_the_largest_logit
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_convolutions_gain_at_most_their_norm_and_attain_it(
-    dims, groups, per_group, transposed, options, kernel, seed
-):
+def test_convolutions_gain_at_most_their_norm_and_attain_it(dims, groups, per_group, transposed, options, kernel, seed):
     """From the largest channel RMS of a position to that of another. per_group (1, 1) is depthwise."""
     out, into = per_group
     norm = ConvRMSToRMS(LINEAR, dims, groups, transposed)
@@ -772,9 +669,7 @@ def test_convolutions_gain_at_most_their_norm_and_attain_it(
 
 def test_circular_padding_keeps_the_bound_of_a_convolution_and_attains_it():
     W = sample((5, 3, 1, 1)).expand(5, 3, 3, 3)
-    conv = torch.nn.Conv2d(
-        3, 5, 3, padding=1, padding_mode="circular", bias=False, dtype=torch.float64
-    )
+    conv = torch.nn.Conv2d(3, 5, 3, padding=1, padding_mode="circular", bias=False, dtype=torch.float64)
     with torch.no_grad():
         conv.weight.copy_(W)
         x = torch.linalg.svd(W[..., 0, 0])[2][0].reshape(1, 3, 1, 1).expand(1, 3, 6, 6)
@@ -785,13 +680,7 @@ def test_circular_padding_keeps_the_bound_of_a_convolution_and_attains_it():
 # Heads and fused maps.
 
 
-@given(
-    st.sampled_from([1, 2, 3, 4, 6]),
-    st.integers(1, 4),
-    st.integers(1, 9),
-    st.integers(0, 2**31),
-    st.booleans(),
-)
+@given(st.sampled_from([1, 2, 3, 4, 6]), st.integers(1, 4), st.integers(1, 9), st.integers(0, 2**31), st.booleans())
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_the_norm_per_head_lies_between_the_whole_and_root_heads_times_it(
     heads: int, rows: int, width: int, seed: int, rank_one: bool
@@ -810,24 +699,11 @@ def test_both_ends_of_the_range_per_head_are_attained():
 
 
 @pytest.mark.parametrize("sizes", [3, (4, 4, 4)], ids=str)
-def test_fused_queries_keys_and_values_behind_a_bond_of_sensitivity_three_move_as_three_atoms(
-    sizes: int | Shape,
-):
+def test_fused_queries_keys_and_values_behind_a_bond_of_sensitivity_three_move_as_three_atoms(sizes: int | Shape):
     attention = bond("attention", sensitivity=0.5)
-    apart = (
-        atom("out", LINEAR, mass=2)
-        @ attention
-        @ concat(*(atom(n, LINEAR) for n in "qkv"))
-        @ atom("in", LINEAR)
-    )
+    apart = atom("out", LINEAR, mass=2) @ attention @ concat(*(atom(n, LINEAR) for n in "qkv")) @ atom("in", LINEAR)
     fused = atom("qkv", Blocks(LINEAR, sizes), mass=3)
-    fused = (
-        atom("out", LINEAR, mass=2)
-        @ attention
-        @ bond("split", sensitivity=3)
-        @ fused
-        @ atom("in", LINEAR)
-    )
+    fused = atom("out", LINEAR, mass=2) @ attention @ bond("split", sensitivity=3) @ fused @ atom("in", LINEAR)
     assert (apart.mass, apart.sensitivity) == (fused.mass, fused.sensitivity)
     three, one = ModularNorm.of(apart), ModularNorm.of(fused)
     for name in ("out", "in"):
@@ -835,9 +711,7 @@ def test_fused_queries_keys_and_values_behind_a_bond_of_sensitivity_three_move_a
     assert [three.radii[n] for n in "qkv"] == pytest.approx([one.radii["qkv"]] * 3, rel=1e-14)
     parts = {n: sample((4, 6), seed=i) for i, n in enumerate("qkv")}
     whole = {"qkv": torch.cat(list(parts.values()))}
-    assert torch.allclose(
-        one.dualize(whole)["qkv"], torch.cat(list(three.dualize(parts).values())), rtol=EXACT
-    )
+    assert torch.allclose(one.dualize(whole)["qkv"], torch.cat(list(three.dualize(parts).values())), rtol=EXACT)
     assert torch.allclose(one.dual_norm(whole), three.dual_norm(parts), rtol=EXACT)
 
 

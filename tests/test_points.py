@@ -15,19 +15,21 @@ from pathlib import Path
 import pytest
 import pytorch_optimizer
 import torch
+from config import OptimConfig, load
+from optim import Dualized, EscapeVelocity, Module, Norm, atom, metrize
 from pytorch_optimizer.optimizer import scion as published_scion
 from pytorch_optimizer.optimizer.utils.matrix import zero_power_via_newton_schulz_5
 from torch import Tensor, nn
 
-from config import OptimConfig, load
-from optim import Dualized, EscapeVelocity, Module, Norm, atom, metrize
 from tests.helpers import ROOT, run, small_dataset
 
 POINTS = {p.stem: p for p in sorted((ROOT / "configs/points").glob("*.toml"))}
 STEPS = 50
 
 # Distances between two trajectories, each on gradients of its own, over the distance travelled.
-ROUNDING = 1e-12  # equal in exact arithmetic: 2e-16 a step, times Jordan's slope at 0, 3.4445⁵ = 485, at most (found: 1e-14)
+ROUNDING = (
+    1e-12  # equal in exact arithmetic: 2e-16 a step, times Jordan's slope at 0, 3.4445⁵ = 485, at most (found: 1e-14)
+)
 EPSILON = 1e-10  # the other side adds 1e-8 … 1e-6 to a gradient's size, and gradients are scaled up by 1e6, which ours does not see (found: 2e-12)
 SQUARED = 1e-6  # G Gᵀ squares the condition number: singular values of 1e-4 of the largest are known to 2e-16 / 1e-8 (found: 3e-8)
 # SOAP's basis turns by rounding over its shift, √ε = 1.5e-8, in both: 1 − cos is the square, times what 50 steps add (found: FOUND).
@@ -46,15 +48,11 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(7, 6)
-        self.attention, self.mlp, self.head = (
-            nn.Linear(i, o, bias=False) for i, o in ((6, 15), (15, 6), (6, 7))
-        )
+        self.attention, self.mlp, self.head = (nn.Linear(i, o, bias=False) for i, o in ((6, 15), (15, 6), (6, 7)))
         self.double()
         rng = random.Random(0)
         for p in self.parameters():
-            p.data = torch.tensor(
-                [rng.uniform(-0.7, 0.7) for _ in range(p.numel())], dtype=p.dtype
-            ).view_as(p)
+            p.data = torch.tensor([rng.uniform(-0.7, 0.7) for _ in range(p.numel())], dtype=p.dtype).view_as(p)
 
     def forward(self, idx: Tensor) -> Tensor:
         x = self.embedding(idx)
@@ -62,8 +60,7 @@ class Net(nn.Module):
 
     def structure(self, norms: dict[str, Norm]) -> Module:
         embedding, attention, mlp, head = (
-            atom(f"{role}.weight", norms[role], role=role)
-            for role in ("embedding", "attention", "mlp", "head")
+            atom(f"{role}.weight", norms[role], role=role) for role in ("embedding", "attention", "mlp", "head")
         )
         return head @ mlp @ attention @ embedding
 
@@ -85,22 +82,16 @@ def point(name: str, *options: str) -> OptimConfig:
 def build(o: OptimConfig, model: Net) -> Dualized:
     """The optimizer of a configuration, as train_gpt.py makes it."""
     norm = metrize(model, model.structure(o.norms.build(o.polar, n_head=1)))
-    settings = {
-        k: v for k, v in vars(o).items() if k in signature(Dualized).parameters and k != "lr"
-    }
+    settings = {k: v for k, v in vars(o).items() if k in signature(Dualized).parameters and k != "lr"}
     lr = EscapeVelocity(o.auto_initial, o.auto_factor) if isinstance(o.lr, str) else o.lr
-    return Dualized(
-        model, lr, norm=norm.unweighted() if o.composition == "max" else norm, **settings
-    )
+    return Dualized(model, lr, norm=norm.unweighted() if o.composition == "max" else norm, **settings)
 
 
 def apart(model: Net, twin: Net) -> float:
     """The largest distance between two weights over the distance one has travelled; every one must have moved."""
     way = [
         (p - q).norm() / (p - start).norm()
-        for p, q, start in zip(
-            model.parameters(), twin.parameters(), Net().parameters(), strict=True
-        )
+        for p, q, start in zip(model.parameters(), twin.parameters(), Net().parameters(), strict=True)
     ]
     assert all(w.isfinite() for w in way)
     return max(w.item() for w in way)
@@ -141,9 +132,7 @@ def descend(params: Sequence[Tensor], lr: float, direction: Callable[[Tensor], T
 
 
 def resized(
-    params: Sequence[Tensor],
-    base: Callable[[list[Tensor]], torch.optim.Optimizer],
-    size: Callable[[Tensor], Tensor],
+    params: Sequence[Tensor], base: Callable[[list[Tensor]], torch.optim.Optimizer], size: Callable[[Tensor], Tensor]
 ) -> Step:
     """W ← W + size(u), u being the base optimizer's own update: it steps from zero weights, so that u has no rounding of theirs."""
     shadows = [torch.zeros_like(p) for p in params]
@@ -190,24 +179,14 @@ def test_without_averages_a_step_is_autograds_gradient_of_the_dual_norm(
         G = G.detach().requires_grad_()
         return torch.autograd.grad(dual_norm(G), G)[0]
 
-    assert (
-        follow(o, lambda twin: descend(weights(twin), float(o.lr), gradient), every_token=True)
-        < ROUNDING
-    )
+    assert follow(o, lambda twin: descend(weights(twin), float(o.lr), gradient), every_token=True) < ROUNDING
 
 
 def test_sign_descent_is_adam_without_averages():
     """Tokens that a minibatch lacks have zero rows, where torch's Adam with ε = 0 is 0/0; ε = 1e-300 is below any gradient."""
     o = point("sign_descent")
     assert (
-        follow(
-            o,
-            lambda twin: (
-                torch.optim.Adam(
-                    twin.parameters(), lr=float(o.lr), betas=(0.0, 0.0), eps=1e-300
-                ).step
-            ),
-        )
+        follow(o, lambda twin: torch.optim.Adam(twin.parameters(), lr=float(o.lr), betas=(0.0, 0.0), eps=1e-300).step)
         < ROUNDING
     )
 
@@ -233,9 +212,7 @@ def test_sgd_is_torchs_with_its_learning_rate_times_one_minus_beta():
     """torch sums gradients where ours averages them."""
     o = point("sgd")
     assert o.beta > 0
-    oracle = lambda twin: (
-        torch.optim.SGD(twin.parameters(), lr=float(o.lr) * (1 - o.beta), momentum=o.beta).step
-    )  # noqa: E731
+    oracle = lambda twin: torch.optim.SGD(twin.parameters(), lr=float(o.lr) * (1 - o.beta), momentum=o.beta).step  # noqa: E731
     assert follow(o, oracle) < ROUNDING
 
 
@@ -251,9 +228,7 @@ def test_shampoo_without_accumulation_is_two_inverse_fourth_roots():
         follow(
             o,
             lambda twin: descend(
-                weights(twin),
-                float(o.lr),
-                lambda G: inverse_fourth_root(G @ G.T) @ G @ inverse_fourth_root(G.T @ G),
+                weights(twin), float(o.lr), lambda G: inverse_fourth_root(G @ G.T) @ G @ inverse_fourth_root(G.T @ G)
             ),
         )
         < SQUARED
@@ -263,9 +238,7 @@ def test_shampoo_without_accumulation_is_two_inverse_fourth_roots():
 def test_shampoo_without_accumulation_is_published_code_made_anew_at_every_step():
     """Its accumulators start at 1e-6 times the identity, negligible beside G Gᵀ of a loss scaled up."""
     o = point("shampoo")
-    oracle = lambda twin: (
-        lambda: pytorch_optimizer.Shampoo(twin.parameters(), lr=float(o.lr), matrix_eps=1e-6).step()
-    )  # noqa: E731
+    oracle = lambda twin: lambda: pytorch_optimizer.Shampoo(twin.parameters(), lr=float(o.lr), matrix_eps=1e-6).step()  # noqa: E731
     assert follow(o, oracle, scale=1e6) < SQUARED
 
 
@@ -276,24 +249,17 @@ def test_shampoo_without_accumulation_is_published_code_made_anew_at_every_step(
 @pytest.mark.parametrize("form", ["auto", "plain", "gram"])
 def test_spectral_descent_is_muon_without_momentum(form: str):
     o = point("spectral_descent", "--optim.polar.form", form)
-    oracle = lambda twin: (
-        torch.optim.Muon(
-            twin.parameters(), lr=float(o.lr), weight_decay=0.0, momentum=0.0, nesterov=False
-        ).step
-    )  # noqa: E731
+
+    def oracle(twin):
+        return torch.optim.Muon(twin.parameters(), lr=float(o.lr), weight_decay=0.0, momentum=0.0, nesterov=False).step
+
     assert follow(o, oracle) < ROUNDING
 
 
 def muon(o: OptimConfig, twin: Net, adjust: str) -> Step:
     """torch's Muon on hidden weights; embedding and head along the sign of the update of torch's Nesterov SGD, the head's over its fan-in."""
-    lr, hidden, rest = (
-        float(o.lr),
-        [twin.attention.weight, twin.mlp.weight],
-        [twin.embedding.weight, twin.head.weight],
-    )
-    spectral = torch.optim.Muon(
-        hidden, lr=lr, weight_decay=o.weight_decay, momentum=o.beta, adjust_lr_fn=adjust
-    )
+    lr, hidden, rest = float(o.lr), [twin.attention.weight, twin.mlp.weight], [twin.embedding.weight, twin.head.weight]
+    spectral = torch.optim.Muon(hidden, lr=lr, weight_decay=o.weight_decay, momentum=o.beta, adjust_lr_fn=adjust)
     nesterov = partial(torch.optim.SGD, lr=1.0, momentum=o.beta, nesterov=True)
     steps = [
         spectral.step,
@@ -314,9 +280,7 @@ def muon(o: OptimConfig, twin: Net, adjust: str) -> Step:
 
 
 @pytest.mark.usefixtures("in_float64")
-@pytest.mark.parametrize(
-    ("name", "adjust"), [("muon", "original"), ("moonlight", "match_rms_adamw")]
-)
+@pytest.mark.parametrize(("name", "adjust"), [("muon", "original"), ("moonlight", "match_rms_adamw")])
 def test_muon_and_moonlight_are_torchs_muon(name: str, adjust: str):
     """Every token is in every minibatch: Muon and Adam move a row on its old momentum alone, ours does not."""
     o = point(name)
@@ -333,16 +297,11 @@ def test_a_step_of_torchs_muon_in_bfloat16_is_ours_within_bfloat16():
     torch.optim.Muon([twin.attention.weight, twin.mlp.weight], lr=1.0, weight_decay=0.0).step()
     low, high = o.polar.band
     for name, scale in (("attention.weight", (15 / 6) ** 0.5), ("mlp.weight", 1.0)):
-        mine, theirs = (
-            (Net().float().get_parameter(name) - net.get_parameter(name)) / scale
-            for net in (model, twin)
-        )
+        mine, theirs = ((Net().float().get_parameter(name) - net.get_parameter(name)) / scale for net in (model, twin))
         assert (mine - theirs).norm() < BFLOAT16 * mine.norm()
         for update in (mine, theirs):
             singular = torch.linalg.svdvals(update)
-            assert low * (1 - BFLOAT16_BAND) < singular[-1] and singular[0] < high * (
-                1 + BFLOAT16_BAND
-            )
+            assert low * (1 - BFLOAT16_BAND) < singular[-1] and singular[0] < high * (1 + BFLOAT16_BAND)
 
 
 SCION = {
@@ -366,18 +325,14 @@ def test_constrained_scion_is_weight_decay_of_one_over_the_radius():
     """W ← (1 − γ) W − γ ρ LMO: our lr is γ ρ, our weight_decay 1/ρ."""
     o = point("scion")
     rho = 1 / o.weight_decay
-    oracle = partial(
-        scion, lr=float(o.lr) / rho, beta=o.beta, radii=dict.fromkeys(SCION, rho), constraint=True
-    )
+    oracle = partial(scion, lr=float(o.lr) / rho, beta=o.beta, radii=dict.fromkeys(SCION, rho), constraint=True)
     assert follow(o, oracle, scale=1e6, every_token=True) < EPSILON
 
 
 @pytest.mark.usefixtures("in_float64")
 def test_unconstrained_scion_is_the_same_without_decay():
     o = point("scion", "--optim.weight-decay", "0")
-    oracle = partial(
-        scion, lr=float(o.lr), beta=o.beta, radii=dict.fromkeys(SCION, 1.0), constraint=False
-    )
+    oracle = partial(scion, lr=float(o.lr), beta=o.beta, radii=dict.fromkeys(SCION, 1.0), constraint=False)
     assert follow(o, oracle, scale=1e6, every_token=True) < EPSILON
 
 
@@ -431,9 +386,7 @@ def test_prodigy_of_the_other_published_code_grows_alike_and_steps_one_late():
     """pytorch_optimizer's: on the same weights and gradient its d becomes our η, but it has stepped by the d before."""
     o, model, twin = point("prodigy", "--optim.auto-initial", "1e-6"), Net(), Net()
     optimizer = build(o, model)
-    theirs = pytorch_optimizer.Prodigy(
-        twin.parameters(), betas=(0.0, 0.0), beta3=0.0, d0=1e-6, eps=1e-300
-    )
+    theirs = pytorch_optimizer.Prodigy(twin.parameters(), betas=(0.0, 0.0), beta3=0.0, d0=1e-6, eps=1e-300)
     for t in range(STEPS):
         model.load_state_dict(twin.state_dict())
         before, d = copy.deepcopy(weights(twin)), theirs.param_groups[0]["d"]
@@ -442,9 +395,9 @@ def test_prodigy_of_the_other_published_code_grows_alike_and_steps_one_late():
         optimizer.step()
         theirs.step()
         assert optimizer.step_size == pytest.approx(theirs.param_groups[0]["d"], rel=SINGLE)
-        assert max(
-            (p - q).abs().max().item() for p, q in zip(weights(twin), before, strict=True)
-        ) == pytest.approx(d, rel=1e-9)
+        assert max((p - q).abs().max().item() for p, q in zip(weights(twin), before, strict=True)) == pytest.approx(
+            d, rel=1e-9
+        )
     assert d > 1e-3, "a thousandfold growth is compared"
 
 
@@ -458,10 +411,7 @@ def test_the_escape_velocity_is_at_most_the_distance_travelled(options: str):
     optimizer, start, furthest = build(o, model), dict(Net().named_parameters()), o.auto_initial
     for t in range(STEPS):
         furthest = max(
-            furthest,
-            optimizer.norm.norm(
-                {n: (start[n] - p).detach() for n, p in model.named_parameters()}
-            ).item(),
+            furthest, optimizer.norm.norm({n: (start[n] - p).detach() for n, p in model.named_parameters()}).item()
         )
         backward(model, t)
         optimizer.step()
@@ -489,11 +439,7 @@ def test_lion_with_missing_tokens_is_published_code_that_leaves_their_rows_alone
         theirs = lion(o, twin)
 
         def step() -> None:
-            rows = [
-                (x, x.clone(), p.grad != 0)
-                for p in weights(twin)
-                for x in (p.data, *theirs.state[p].values())
-            ]  # type: ignore[operator]
+            rows = [(x, x.clone(), p.grad != 0) for p in weights(twin) for x in (p.data, *theirs.state[p].values())]  # type: ignore[operator]
             theirs.step()
             for x, before, seen in rows:
                 x.copy_(torch.where(seen.any(-1, keepdim=True), x, before))
@@ -509,10 +455,7 @@ def test_adam_is_torchs_with_every_update_at_frobenius_norm_lr():
     adam = partial(torch.optim.Adam, betas=(o.beta, o.beta2), eps=1e-300)
     assert (
         follow(
-            o,
-            lambda twin: resized(
-                weights(twin), adam, lambda u: float(o.lr) * nn.functional.normalize(u, dim=(0, 1))
-            ),
+            o, lambda twin: resized(weights(twin), adam, lambda u: float(o.lr) * nn.functional.normalize(u, dim=(0, 1)))
         )
         < ROUNDING
     )  # type: ignore[arg-type]
@@ -522,12 +465,7 @@ class RenewsFirst(pytorch_optimizer.SOAP):
     """Published SOAP by its own functions, less the seven differences that the test names."""
 
     def project(
-        self,
-        grad: Tensor,
-        state: dict,
-        *args: object,
-        project_type: str = "forward",
-        **kwargs: object,
+        self, grad: Tensor, state: dict, *args: object, project_type: str = "forward", **kwargs: object
     ) -> Tensor:
         if project_type == "backward":  # the quotients' way back
             rms, limit = state["exp_avg_sq"] ** 0.5, (1 - self.param_groups[0]["betas"][1]) ** -0.5
@@ -542,13 +480,8 @@ class RenewsFirst(pytorch_optimizer.SOAP):
         for p in self.param_groups[0]["params"]:
             super().update_pre_conditioner(p.grad, self.state[p], step=step)
 
-    def get_orthogonal_matrix_qr(
-        self, state: dict, *args: object, **kwargs: object
-    ) -> list[Tensor]:
-        shifted = [
-            F + ROOT_EPS * F.diagonal().amax() * torch.eye(len(F), dtype=F.dtype)
-            for F in state["GG"]
-        ]
+    def get_orthogonal_matrix_qr(self, state: dict, *args: object, **kwargs: object) -> list[Tensor]:
+        shifted = [F + ROOT_EPS * F.diagonal().amax() * torch.eye(len(F), dtype=F.dtype) for F in state["GG"]]
         local, orders = {**state, "GG": shifted}, []
 
         def by_octave(values: Tensor, descending: bool) -> Tensor:
@@ -568,9 +501,7 @@ class RenewsFirst(pytorch_optimizer.SOAP):
 ROOT_EPS = torch.finfo(torch.float64).eps ** 0.5
 
 
-def cosines(
-    o: OptimConfig, theirs: torch.optim.Optimizer, twin: Net, before_step: Callable[[int], object]
-) -> Tensor:
+def cosines(o: OptimConfig, theirs: torch.optim.Optimizer, twin: Net, before_step: Callable[[int], object]) -> Tensor:
     """(STEPS, 4): cosine of our update with theirs of the same weights and gradients."""
     model, found = Net(), []
     optimizer = build(o, model)
@@ -582,15 +513,9 @@ def cosines(
         before_step(t)
         optimizer.step()
         theirs.step()
-        moved = [
-            [(w - p).detach() for w, p in zip(weights(start), weights(net), strict=True)]
-            for net in (model, twin)
-        ]
+        moved = [[(w - p).detach() for w, p in zip(weights(start), weights(net), strict=True)] for net in (model, twin)]
         found.append(
-            [
-                nn.functional.cosine_similarity(u.flatten(), v.flatten(), dim=0)
-                for u, v in zip(*moved, strict=True)
-            ]
+            [nn.functional.cosine_similarity(u.flatten(), v.flatten(), dim=0) for u, v in zip(*moved, strict=True)]
         )
     return torch.tensor(found)
 
@@ -602,12 +527,7 @@ def test_soap_is_published_code_with_its_basis_renewed_before_the_step(every: in
     orthogonal iteration, running squares in the new basis, the way back. Gradients lack rank, all of them those of the head, whose columns sum to 0."""
     o, twin = point("soap", "--optim.refresh-every", str(every)), Net()
     theirs = RenewsFirst(
-        twin.parameters(),
-        lr=1.0,
-        betas=(o.beta, o.beta2),
-        weight_decay=0.0,
-        precondition_frequency=every,
-        eps=1e-300,
+        twin.parameters(), lr=1.0, betas=(o.beta, o.beta2), weight_decay=0.0, precondition_frequency=every, eps=1e-300
     )
     for p in twin.parameters():
         p.grad = torch.zeros_like(p)
@@ -622,11 +542,7 @@ def test_soap_steps_in_about_the_direction_of_published_code_as_it_is():
     """With the differences: found 0.93 … 0.96 on the average of a tensor's steps."""
     o, twin = point("soap"), Net()
     theirs = pytorch_optimizer.SOAP(
-        twin.parameters(),
-        lr=1.0,
-        betas=(o.beta, o.beta2),
-        weight_decay=0.0,
-        precondition_frequency=o.refresh_every,
+        twin.parameters(), lr=1.0, betas=(o.beta, o.beta2), weight_decay=0.0, precondition_frequency=o.refresh_every
     )
     assert (cosines(o, theirs, twin, lambda t: None)[5:].mean(0) > 0.9).all()
 
@@ -676,9 +592,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, path in POINTS.items():
         (root / f"{name}.toml").write_text(path.read_text())
     code, _, err = run(
-        root,
-        *(f"{name}.toml --run.name {name} {SMALL}" for name in POINTS),
-        script=str(root / "train_all.py"),
+        root, *(f"{name}.toml --run.name {name} {SMALL}" for name in POINTS), script=str(root / "train_all.py")
     )
     assert (code, "Traceback" in err) == (0, False), err
     return root / "runs"
@@ -686,9 +600,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", POINTS)
 def test_a_point_trains_and_its_receipt_has_its_norms(trained: Path, name: str):
-    records = [
-        json.loads(line) for line in (trained / name / "metrics.jsonl").read_text().splitlines()
-    ]
+    records = [json.loads(line) for line in (trained / name / "metrics.jsonl").read_text().splitlines()]
     losses = [r["loss"] for r in records if "loss" in r]
     assert len(losses) == 3 and all(map(math.isfinite, losses))
     assert len(set(losses)) == 3, "it moves"
@@ -696,10 +608,7 @@ def test_a_point_trains_and_its_receipt_has_its_norms(trained: Path, name: str):
     expected = {role: str(norm) for role, norm in o.norms.build(o.polar, n_head).items()}
     table = [
         re.split(r"  +", line)
-        for line in (trained / name / "receipt.txt")
-        .read_text()
-        .split("\nnote:")[0]
-        .splitlines()[1:9]
+        for line in (trained / name / "receipt.txt").read_text().split("\nnote:")[0].splitlines()[1:9]
     ]
     assert len(table) == 8, "embedding, six matrices of the layer, head"
     for _, _, role, norm, _, radius, _ in table:
@@ -716,17 +625,10 @@ def test_nesterov_soap_is_soap_of_the_average_one_step_ahead():
     for step in range(4):
         G = torch.randn(1, 6, 4, generator=g, dtype=torch.float64)
         twin = {k: b.clone() for k, b in state.items()}
-        settings = {
-            "live": torch.ones((), dtype=G.dtype),
-            "beta": 0.8,
-            "beta2": 0.9,
-            "refresh": step % 2 == 0,
-        }
+        settings = {"live": torch.ones((), dtype=G.dtype), "beta": 0.8, "beta2": 0.9, "refresh": step % 2 == 0}
         D = ahead(G.clone(), state, **settings)
         twin["momentum"] = state["momentum"].clone()
         same = soap(G.clone(), twin, **settings)
-        if (
-            step
-        ):  # the first gradient's eigenbasis makes it diagonal: beside that, rounding over rounding
+        if step:  # the first gradient's eigenbasis makes it diagonal: beside that, rounding over rounding
             assert torch.allclose(same, D, atol=1e-9)
         assert all(torch.equal(twin[k], state[k]) for k in state if k != "momentum")

@@ -4,14 +4,15 @@ from typing import Literal
 
 import pytest
 import torch
-
 from optim.polar import SCHEDULES, Polar, Schedule
 
 Form = Literal["plain", "gram"]
 
 NAMES = list(SCHEDULES)
 ROUNDING = 1e-14  # of a dozen operations on float64 numbers near 1
-FP32_LOG_UNIFORM = 2e-4  # of two ways to take the same sums in float32, where singular values are at least 1e-3 of the largest
+FP32_LOG_UNIFORM = (
+    2e-4  # of two ways to take the same sums in float32, where singular values are at least 1e-3 of the largest
+)
 FP32 = 1e-3  # fp32 plain and Gram against float64: 8e-4 measured at worst, rank one under polar_express, whose polynomials are steep at 1
 GRAM_BF16 = 0.12
 BF16 = 0.02  # how far bf16 rounding carries a singular value past a band's upper edge: 0.012 measured at worst
@@ -38,18 +39,14 @@ def test_stated_band_is_the_measured_one(schedule: Schedule):
     for a, b, c in schedule.coefficients:
         x = a * x + b * x**3 + c * x**5
     low, high = schedule.band
-    assert low <= x.min() and x.max() <= high + ROUNDING, (
-        "the band must hold"
-    )  # cubic tends to its edge, 1, itself
+    assert low <= x.min() and x.max() <= high + ROUNDING, "the band must hold"  # cubic tends to its edge, 1, itself
     assert low > x.min() - 2e-3 and high < x.max() + 2e-3, "and be tight to its rounding"
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("form", ["plain", "gram"])
 @pytest.mark.parametrize("shape", [(24, 24), (24, 96), (96, 24)])
-def test_singular_values_land_in_the_band_and_the_factors_stay(
-    name: str, form: Form, shape: tuple[int, int]
-):
+def test_singular_values_land_in_the_band_and_the_factors_stay(name: str, form: Form, shape: tuple[int, int]):
     G = with_spectrum(24, max(shape), in_band_spectrum(24))
     G = G if shape[0] <= shape[1] else G.mT
     X = Polar(name, form)(G)
@@ -72,9 +69,7 @@ def test_float32_follows_float64(name: str, form: Form, spectrum: str):
         "tiny tail": torch.logspace(-7, 0, 64, dtype=torch.float64),
     }[spectrum]
     G = with_spectrum(64, 256, S)
-    error = torch.linalg.matrix_norm(
-        Polar(name, form)(G.float()).double() - Polar(name, "plain")(G), ord=2
-    )
+    error = torch.linalg.matrix_norm(Polar(name, form)(G.float()).double() - Polar(name, "plain")(G), ord=2)
     assert error < (FP32_LOG_UNIFORM if spectrum == "log-uniform" else FP32)
 
 
@@ -85,11 +80,7 @@ def test_bfloat16_stays_under_the_band_when_plain_and_near_it_in_gram_form(
     name: str, rank: int, form: Literal["auto", "gram"], slack: float
 ):
     """Why form="auto" is plain in bfloat16. Without restarts the Gram form reaches 3 to 1e6 on the same spectra."""
-    S = (
-        torch.logspace(-3, 0, 64, dtype=torch.float64)
-        if rank > 1
-        else torch.eye(64, dtype=torch.float64)[0]
-    )
+    S = torch.logspace(-3, 0, 64, dtype=torch.float64) if rank > 1 else torch.eye(64, dtype=torch.float64)[0]
     X = Polar(name, form, "bfloat16")(with_spectrum(64, 256, S).float())
     assert torch.linalg.svdvals(X).max() < SCHEDULES[name].band[1] + slack
 
@@ -117,11 +108,8 @@ def test_scale_zero_and_stacks(name: str):
 
 def test_wrong_settings_name_what_is_allowed():
     with pytest.raises(
-        ValueError,
-        match=r"Polar.schedule: got 'newton'; allowed: exact, cubic, quintic, jordan, you, polar_express",
+        ValueError, match=r"Polar.schedule: got 'newton'; allowed: exact, cubic, quintic, jordan, you, polar_express"
     ):
         Polar("newton")
-    with pytest.raises(
-        ValueError, match=r"Polar.dtype: got 'float16'; allowed: auto, float32, bfloat16"
-    ):
+    with pytest.raises(ValueError, match=r"Polar.dtype: got 'float16'; allowed: auto, float32, bfloat16"):
         Polar(dtype="float16")  # type: ignore[arg-type]

@@ -4,17 +4,7 @@ import sys
 
 import pytest
 
-from tests.portable import (
-    ATEN,
-    FEATURES,
-    MKL,
-    ONEDNN,
-    SETTINGS,
-    Setting,
-    environment,
-    run_tests,
-    without_effect,
-)
+from tests.portable import ATEN, FEATURES, MKL, ONEDNN, SETTINGS, Setting, environment, run_tests, without_effect
 
 # A singular system of an oracle and SOAP's directions were once what another processor rounded away.
 KEY_TESTS = (
@@ -39,14 +29,9 @@ def test_what_depends_most_on_rounding_holds_as_the_oldest_processor_rounds():
         ({}, None),
     ],
 )
-def test_a_setting_that_changes_nothing_is_left_out_with_its_reason(
-    variables: dict[str, str], reason: str | None
-):
+def test_a_setting_that_changes_nothing_is_left_out_with_its_reason(variables: dict[str, str], reason: str | None):
     assert (
-        without_effect(
-            sys.executable, Setting("", variables), {"mkl": False, "onednn": False, "numpy": []}
-        )
-        == reason
+        without_effect(sys.executable, Setting("", variables), {"mkl": False, "onednn": False, "numpy": []}) == reason
     )
 
 

@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import checkpoint
 import pytest
 import torch
-from torch import Tensor
-
-import checkpoint
 from checkpoint import SaveError, Saver, best_of, newest_whole
 from model import GPT, GPTConfig
 from optim import Dualized, metrize
 from optim.comm import Piece
+from torch import Tensor
+
 from tests.forked_python import forked_python, program
 from tests.helpers import ROOT, SOAK, descendants, ranks, run, run_ranks, small_dataset, start_ranks
 
@@ -76,10 +76,7 @@ def weights(root: Path, name: str) -> dict[str, Tensor]:
     """The whole weights of the newest checkpoint, whoever wrote it."""
     newest, damage = newest_whole(root / "runs" / name / "checkpoints")
     assert newest and not damage, damage
-    whole = {
-        k: torch.empty(shape, dtype=torch.float64)
-        for k, shape in checkpoint._shapes(newest / "model").items()
-    }
+    whole = {k: torch.empty(shape, dtype=torch.float64) for k, shape in checkpoint._shapes(newest / "model").items()}
     checkpoint._load(newest / "model", {k: Piece(x, 0, tuple(x.shape)) for k, x in whole.items()})
     return whole
 
@@ -90,18 +87,12 @@ def deviation(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(((a[k] - b[k]).norm() / b[k].norm()).item() for k in a)
 
 
-def until(
-    condition: Callable[[], object],
-    processes: list[BaseProcess] | None = None,
-    deadline: float = 60,
-) -> None:
+def until(condition: Callable[[], object], processes: list[BaseProcess] | None = None, deadline: float = 60) -> None:
     """Return when the condition holds; fail at the deadline, or when a process has ended before."""
     end = time.monotonic() + deadline
     while not condition():
         assert time.monotonic() < end, "the deadline passed"
-        assert not any(p.exitcode is not None for p in processes or []), [
-            p.exitcode for p in processes or []
-        ]
+        assert not any(p.exitcode is not None for p in processes or []), [p.exitcode for p in processes or []]
         time.sleep(0.002)
 
 
@@ -121,17 +112,7 @@ def ends(processes: list[BaseProcess], deadline: float = 60) -> list[int | None]
 @pytest.fixture(scope="module")
 def alone(root: Path) -> dict[str, Tensor]:
     """Of one process, in float64 with dropout: what every other way of computing it is compared with."""
-    train(
-        root,
-        1,
-        "alone",
-        *SHAPE,
-        *EXACT,
-        "--train.steps",
-        STEPS,
-        "--train.gradient-accumulation-steps",
-        "4",
-    )
+    train(root, 1, "alone", *SHAPE, *EXACT, "--train.steps", STEPS, "--train.gradient-accumulation-steps", "4")
     return weights(root, "alone")
 
 
@@ -156,9 +137,9 @@ def test_ranks_change_who_computes_not_what(
     assert f"chosen: backend = gloo for {world} ranks on 1 machine, run.parallel = {mode[0]}" in out
     assert deviation(weights(root, name), alone) < 1e-9
     assert losses(root, name) == pytest.approx(losses(root, "alone"), abs=1e-9)
-    assert losses(root, name, "val_loss") == pytest.approx(
-        losses(root, "alone", "val_loss"), abs=1e-9
-    ), "evaluation is shared out"
+    assert losses(root, name, "val_loss") == pytest.approx(losses(root, "alone", "val_loss"), abs=1e-9), (
+        "evaluation is shared out"
+    )
 
 
 @pytest.mark.soak
@@ -207,9 +188,7 @@ def test_a_whole_run_of_two_ranks_in_float32_ends_as_one_process_does(root: Path
         "each rank has half of the momentum"
     )
     assert [
-        r
-        for r in map(json.loads, (root / "runs/fp32x2/metrics.jsonl").read_text().splitlines())
-        if "geometry" in r
+        r for r in map(json.loads, (root / "runs/fp32x2/metrics.jsonl").read_text().splitlines()) if "geometry" in r
     ]
 
 
@@ -230,19 +209,8 @@ def test_in_bf16_two_ranks_end_within_the_spread_of_seeds(root: Path):
         train(root, 1, f"bf16-{seed}", *fixed, "--run.seed", str(seed))
         ends_at.append(losses(root, f"bf16-{seed}", "val_loss")[steps])
     for mode in ("ddp", "fsdp"):
-        train(
-            root,
-            2,
-            f"bf16x2-{mode}",
-            *fixed,
-            "--train.gradient-accumulation-steps",
-            "1",
-            "--run.parallel",
-            mode,
-        )
-        assert abs(losses(root, f"bf16x2-{mode}", "val_loss")[steps] - ends_at[0]) <= max(
-            ends_at
-        ) - min(ends_at)
+        train(root, 2, f"bf16x2-{mode}", *fixed, "--train.gradient-accumulation-steps", "1", "--run.parallel", mode)
+        assert abs(losses(root, f"bf16x2-{mode}", "val_loss")[steps] - ends_at[0]) <= max(ends_at) - min(ends_at)
 
 
 # ---- checkpoints
@@ -250,26 +218,8 @@ def test_in_bf16_two_ranks_end_within_the_spread_of_seeds(root: Path):
 
 def test_any_world_and_mode_resumes_what_any_other_saved(root: Path, alone: dict[str, Tensor]):
     """1 → 2 → 4 (fsdp) → 4 (hsdp) → 3 → 1 ranks; the masks of dropout differ at 3 ranks, so there is none."""
-    fixed = (
-        *SHAPE,
-        *EXACT,
-        "--model.dropout",
-        "0",
-        "--optim.direction",
-        "adam",
-        "--optim.momentum-dtype",
-        "float32",
-    )
-    train(
-        root,
-        1,
-        "straight",
-        *fixed,
-        "--train.steps",
-        "16",
-        "--train.gradient-accumulation-steps",
-        "1",
-    )
+    fixed = (*SHAPE, *EXACT, "--model.dropout", "0", "--optim.direction", "adam", "--optim.momentum-dtype", "float32")
+    train(root, 1, "straight", *fixed, "--train.steps", "16", "--train.gradient-accumulation-steps", "1")
     chain = [(1, "ddp"), (2, "ddp"), (4, "fsdp"), (4, "hsdp"), (3, "ddp"), (2, "fsdp"), (1, "ddp")]
     for i, (world, mode) in enumerate(chain):
         go_on = ("--run.resume",) if i else ()
@@ -304,9 +254,7 @@ def state(step: int, val_loss: float | None) -> dict:
     }
 
 
-def test_saving_goes_on_behind_the_run_and_holds_what_was_there_then(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_saving_goes_on_behind_the_run_and_holds_what_was_there_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import threading
 
     go, sign = threading.Event(), checkpoint._signature
@@ -330,16 +278,12 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path):
     for step, loss in enumerate([3.0, 1.0, 2.0, 2.5, 1.5], start=1):
         saver.save(step, model, optimizer, state(step, loss), {"config.toml": "x = 1\n"})
     saver.wait()
-    assert [p.name for p in checkpoint.steps(tmp_path)] == [
-        "step_00000002",
-        "step_00000004",
-        "step_00000005",
-    ]
+    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step_00000002", "step_00000004", "step_00000005"]
     assert best_of(tmp_path) == tmp_path / "step_00000002"
     assert (tmp_path / "step_00000005/config.toml").read_text() == "x = 1\n"
-    assert not [
-        p for p in tmp_path.rglob("*") if p.suffix in (".pt", ".pkl", ".metadata", ".distcp")
-    ], "nothing pickled"
+    assert not [p for p in tmp_path.rglob("*") if p.suffix in (".pt", ".pkl", ".metadata", ".distcp")], (
+        "nothing pickled"
+    )
 
 
 def test_what_is_pruned_is_never_the_new_checkpoint(tmp_path: Path):
@@ -366,9 +310,7 @@ def test_a_state_that_was_edited_or_moved_is_damage(tmp_path: Path):
     (tmp_path / "step_00000002").rename(tmp_path / "step_00000004")
     newest, damage = newest_whole(tmp_path)
     assert newest == tmp_path / "step_00000001"
-    assert len(damage) == 2 and all(
-        "a state that is not the one that was written there" in line for line in damage
-    )
+    assert len(damage) == 2 and all("a state that is not the one that was written there" in line for line in damage)
 
 
 def _saves_into_folders_of_their_own(rank: int, world: int, folder: str) -> str:
@@ -397,18 +339,14 @@ def test_a_folder_that_cannot_be_written_is_told_at_the_next_save(tmp_path: Path
     (tmp_path / "checkpoints").write_text("a file")
     saver.save(2, model, optimizer, state(2, 1.0), {})
     with pytest.raises(
-        SaveError,
-        match="the checkpoint of step 2 could not be saved\n  got: .*\n  allowed: .*\n  fix: ",
+        SaveError, match="the checkpoint of step 2 could not be saved\n  got: .*\n  allowed: .*\n  fix: "
     ):
         saver.wait()
     (tmp_path / "checkpoints").unlink()
     (tmp_path / "moved").rename(tmp_path / "checkpoints")
     saver.save(3, model, optimizer, state(3, 1.0), {})
     saver.wait()
-    assert [p.name for p in checkpoint.steps(tmp_path / "checkpoints")] == [
-        "step_00000001",
-        "step_00000003",
-    ]
+    assert [p.name for p in checkpoint.steps(tmp_path / "checkpoints")] == ["step_00000001", "step_00000003"]
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -440,14 +378,7 @@ def test_a_full_disk_while_saving_loses_nothing_older(root: Path, world: int):
     assert "could not be saved\n  got: " in said and "File too large" in said
     assert "Traceback" not in said
     out = train(
-        root,
-        world,
-        name,
-        "--run.resume",
-        "--train.steps",
-        str(int(kept.name[5:]) + 2),
-        "--train.checkpoint-every",
-        "1",
+        root, world, name, "--run.resume", "--train.steps", str(int(kept.name[5:]) + 2), "--train.checkpoint-every", "1"
     )
     assert f"resumed from runs/{name}/checkpoints/{kept.name}" in out
     assert not list(folder.glob(".*")), "nothing half-written is left"
@@ -467,9 +398,7 @@ def test_a_signal_to_one_rank_saves_on_all(root: Path):
         f"SIGTERM: saved step {step} in runs/told; --run.name told --run.resume goes on"
         in (root / "runs/told/log.txt").read_text()
     )
-    assert f"at step {step}" in train(
-        root, 1, "told", "--run.resume", "--train.steps", str(step + 1)
-    )
+    assert f"at step {step}" in train(root, 1, "told", "--run.resume", "--train.steps", str(step + 1))
 
 
 def test_signals_that_come_twice_still_save(root: Path):
@@ -600,10 +529,7 @@ def test_killed_at_any_moment_on_any_rank_a_run_resumes_to_the_same_weights(root
         "--train.sample-tokens",
         "0",
     )
-    two, one = (
-        ("--train.gradient-accumulation-steps", "1"),
-        ("--train.gradient-accumulation-steps", "2"),
-    )
+    two, one = ("--train.gradient-accumulation-steps", "1"), ("--train.gradient-accumulation-steps", "2")
     began = time.monotonic()
     train(root, 2, "unharmed", *args, *two)
     life, whole = time.monotonic() - began, weights(root, "unharmed")
@@ -611,9 +537,7 @@ def test_killed_at_any_moment_on_any_rank_a_run_resumes_to_the_same_weights(root
     for kill in range(KILLS):
         shutil.rmtree(root / "runs/killed", ignore_errors=True)
         processes = start_ranks(root, 2, "small.toml", *args, "--run.name", "killed", *two)
-        if (
-            kill % 3
-        ):  # in training, where a checkpoint is always being written; else anywhere from start-up on
+        if kill % 3:  # in training, where a checkpoint is always being written; else anywhere from start-up on
             until(lambda: checkpoint.steps(root / "runs/killed/checkpoints"), processes)
             time.sleep(rng.uniform(0, 0.6))
         else:
@@ -624,13 +548,9 @@ def test_killed_at_any_moment_on_any_rank_a_run_resumes_to_the_same_weights(root
         world, parts = (1, one) if rng.random() < 0.3 else (2, two)
         out = train(root, world, "killed", *args, *parts)
         at.add(out.splitlines()[0])
-        assert deviation(weights(root, "killed"), whole) < 1e-9, (
-            f"kill {kill}, {world} ranks: {out.splitlines()[0]}"
-        )
+        assert deviation(weights(root, "killed"), whole) < 1e-9, f"kill {kill}, {world} ranks: {out.splitlines()[0]}"
         assert losses(root, "killed") == pytest.approx(losses(root, "unharmed"), abs=1e-9)
-    assert len(at) >= (15 if SOAK else 1), (
-        f"the moments differ: {at}"
-    )  # of as many as there are steps
+    assert len(at) >= (15 if SOAK else 1), f"the moments differ: {at}"  # of as many as there are steps
 
 
 @pytest.fixture
@@ -671,10 +591,7 @@ def test_torchrun_restarts_a_run_whose_worker_was_killed(root: Path, python: Pat
         assert agent.wait(90) == 0, (root / "torchrun.log").read_text()
     finally:
         agent.kill()
-    assert (
-        "resumed from runs/restarted/checkpoints/step_"
-        in (root / "runs/restarted/log.txt").read_text()
-    )
+    assert "resumed from runs/restarted/checkpoints/step_" in (root / "runs/restarted/log.txt").read_text()
     assert checkpoint.steps(folder)[-1].name == "step_00000100"
 
 

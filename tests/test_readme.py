@@ -8,9 +8,7 @@ from tests.helpers import ROOT
 
 
 def test_the_snippet_runs_and_its_optimizer_trains():
-    code = re.search(
-        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
-    )
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert code is not None
     names: dict = {}
     torch.manual_seed(0)

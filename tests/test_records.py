@@ -9,28 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import config as configuration
 import numpy as np
 import pytest
-
-import config as configuration
 from config import Config
 from data.shards import read_manifest
 from runtime import hardware
 from studies import records, runs
 from studies.export import LINE, Run
 from studies.records import TRACKS, RecordError, Track, compare, main
+
 from tests.helpers import ROOT, SOAK, run, small_dataset
 
-QUIET = (
-    "--train.keep-checkpoints",
-    "0",
-    "--train.sample-tokens",
-    "0",
-    "--train.steps",
-    "4",
-    "--train.eval-every",
-    "2",
-)
+QUIET = ("--train.keep-checkpoints", "0", "--train.sample-tokens", "0", "--train.steps", "4", "--train.eval-every", "2")
 SEEDS = 2
 
 
@@ -39,24 +30,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """runs/study, of two entries and SEEDS seeds, with its results.json."""
     root = tmp_path_factory.mktemp("records with spaces")
     small_dataset(root)
-    text = (
-        (root / "small.toml").read_text().replace("eval_tokens = 512\n", "")
-    )  # records take the whole split
+    text = (root / "small.toml").read_text().replace("eval_tokens = 512\n", "")  # records take the whole split
     (root / "small.toml").write_text(text)
     folders = {}
-    for name, options in {
-        "dualized": (),
-        "adamw": ("--optim.name", "adamw", "--optim.lr", "0.003"),
-    }.items():
+    for name, options in {"dualized": (), "adamw": ("--optim.name", "adamw", "--optim.lr", "0.003")}.items():
         for seed in range(SEEDS):
-            where = (
-                "--run.dir",
-                "runs/study",
-                "--run.name",
-                f"{name}.s4.seed{seed}",
-                "--run.seed",
-                str(seed),
-            )
+            where = ("--run.dir", "runs/study", "--run.name", f"{name}.s4.seed{seed}", "--run.seed", str(seed))
             code, _, err = run(root, "small.toml", *where, *QUIET, *options)
             assert code == 0, err
             folders.setdefault(name, []).append(root / "runs/study" / f"{name}.s4.seed{seed}")
@@ -95,9 +74,7 @@ def write_results(root: Path, folders: dict[str, list[Path]]) -> None:
                 "trials": [{}] * 8,
                 "runs": told,
                 "note": "",
-                "horizons": [
-                    {"steps": 4, "n": SEEDS, "statistic": 0.5, "passes": name == "dualized"}
-                ],
+                "horizons": [{"steps": 4, "n": SEEDS, "statistic": 0.5, "passes": name == "dualized"}],
                 "at_budget": {"steps": 4},
                 "to_target": reached if name == "dualized" else None,
             }
@@ -130,13 +107,7 @@ def book(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "records"
 
 
-def add(
-    *sources: str,
-    track: str = "small",
-    slug: str = "first",
-    dirty: bool = True,
-    more: Sequence[str] = (),
-) -> int:
+def add(*sources: str, track: str = "small", slug: str = "first", dirty: bool = True, more: Sequence[str] = ()) -> int:
     return main(
         [
             "add",
@@ -180,16 +151,10 @@ def test_a_record_has_the_claim_the_code_and_every_judged_run(book: Path, root: 
         "adamw.txt",
     }
     record = read(folder)
-    assert record["figure"] == {
-        "entry": "dualized",
-        "value": 4,
-        "unit": "steps",
-        "low": None,
-        "high": 4.5,
-    }, "no bound below"
-    assert [
-        (e["name"], e["n"], e["seeds"], e["figure"], e["trials"]) for e in record["entries"]
-    ] == [
+    assert record["figure"] == {"entry": "dualized", "value": 4, "unit": "steps", "low": None, "high": 4.5}, (
+        "no bound below"
+    )
+    assert [(e["name"], e["n"], e["seeds"], e["figure"], e["trials"]) for e in record["entries"]] == [
         ("dualized", 2, [0, 1], 4, 8),
         ("adamw", 2, [0, 1], None, 8),
     ]
@@ -207,10 +172,7 @@ def test_a_record_says_nothing_of_the_machine_s_folders(book: Path, root: Path):
     for file in (book / "small/2026-01-02_first").iterdir():
         text = file.read_text()
         assert str(root) not in text and str(ROOT) not in text and "/tmp/" not in text, file
-    assert (
-        configuration.load([str(book / "small/2026-01-02_first/adamw.toml")]).data.dataset
-        == "corpora/small"
-    )
+    assert configuration.load([str(book / "small/2026-01-02_first/adamw.toml")]).data.dataset == "corpora/small"
 
 
 def test_runs_of_one_configuration_are_judged_by_their_own_deviation(book: Path, root: Path):
@@ -236,42 +198,24 @@ def test_runs_of_one_configuration_are_judged_by_their_own_deviation(book: Path,
 def test_a_record_of_runs_names_the_machine_that_trained_and_all_versions(
     book: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    summary, elsewhere = (
-        runs.summary,
-        {"hardware": "A processor, 3 cores", "commit": "abc", "dirty": False},
-    )
+    summary, elsewhere = runs.summary, {"hardware": "A processor, 3 cores", "commit": "abc", "dirty": False}
     assert (summary(root / "runs/study/adamw.s4.seed0") or {})["hardware"] == hardware("cpu")
     monkeypatch.setattr(runs, "summary", lambda path: (summary(path) or {}) | elsewhere)
     assert add("runs/study/adamw.s4.seed0", "runs/study/adamw.s4.seed1") == 0
     record = read(book / "small/2026-01-02_first")
     assert record["hardware"] == "A processor, 3 cores"
-    assert record["versions"]["nanodual"] == "commit abc" and record["versions"].keys() >= {
-        "python",
-        "torch",
-    }
+    assert record["versions"]["nanodual"] == "commit abc" and record["versions"].keys() >= {"python", "torch"}
     monkeypatch.setattr(
-        runs,
-        "summary",
-        lambda path: {k: v for k, v in (summary(path) or {}).items() if k != "hardware"},
+        runs, "summary", lambda path: {k: v for k, v in (summary(path) or {}).items() if k != "hardware"}
     )
     assert add("runs/study/adamw.s4.seed0", slug="old") == 0
     assert read(book / "small/2026-01-02_old")["hardware"] == "not known"
 
 
-def test_trials_beside_a_study_s_are_counted_with_them_and_a_note_stands_under_the_table(
-    book: Path, root: Path
-):
-    assert (
-        add(
-            "runs/study",
-            more=("--trials", "dualized=118", "--note", "110 screens\non the judged split"),
-        )
-        == 0
-    )
+def test_trials_beside_a_study_s_are_counted_with_them_and_a_note_stands_under_the_table(book: Path, root: Path):
+    assert add("runs/study", more=("--trials", "dualized=118", "--note", "110 screens\non the judged split")) == 0
     record = read(book / "small/2026-01-02_first")
-    assert [e["trials"] for e in record["entries"]] == [118, 8] and record[
-        "note"
-    ] == "110 screens on the judged split"
+    assert [e["trials"] for e in record["entries"]] == [118, 8] and record["note"] == "110 screens on the judged split"
     text = records.tables(relative_to=book)
     assert "dualized.txt) | 118 |" in text
     assert "|\n\n[A title](small/2026-01-02_first/): 110 screens on the judged split\n" in text
@@ -312,12 +256,7 @@ STUDY, RUN, CONFIG = "runs/study", "runs/study/adamw.s4.seed0", "small.toml"
     ],
 )
 def test_what_is_no_record_is_refused(
-    sources: list[str],
-    more: list[str],
-    said: str,
-    book: Path,
-    root: Path,
-    capsys: pytest.CaptureFixture[str],
+    sources: list[str], more: list[str], said: str, book: Path, root: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert add(*sources, more=more) == 2
     assert said in refusal(capsys)
@@ -326,27 +265,20 @@ def test_what_is_no_record_is_refused(
 
 @pytest.mark.parametrize(
     "rule",
-    [
-        {"test_level": None},
-        {"test_level": 0.4},
-        {"sigma_from": "given"},
-        {"sigma_from": None, "test_level": None},
-    ],
+    [{"test_level": None}, {"test_level": 0.4}, {"sigma_from": "given"}, {"sigma_from": None, "test_level": None}],
 )
 def test_a_study_of_another_rule_is_refused(rule: dict[str, Any], root: Path):
     """--threshold, --level, --sigma, and one seed, of which no σ is known."""
     results = json.loads((root / "runs/study/results.json").read_text())
     results["rule"] |= rule
     with pytest.raises(
-        RecordError,
-        match=r"(?s)rule of .*\n  got: .*\n  allowed: {'test_level': 0.01, 'sigma_from': 'runs'}\n  fix: ",
+        RecordError, match=r"(?s)rule of .*\n  got: .*\n  allowed: {'test_level': 0.01, 'sigma_from': 'runs'}\n  fix: "
     ):
         records.claims_of_study(root / "runs/study", results, Track("Products", 2.8, "steps", None))
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "wanted"),
-    [(3.1, 3.6, (3.1, 4)), (4.2, 4.6, (4, 4.6)), (None, None, (None, None))],
+    ("low", "high", "wanted"), [(3.1, 3.6, (3.1, 4)), (4.2, 4.6, (4, 4.6)), (None, None, (None, None))]
 )
 def test_an_interval_in_the_book_holds_the_steps_that_were_run(
     root: Path, low: float | None, high: float | None, wanted: tuple[Any, Any]
@@ -354,20 +286,14 @@ def test_an_interval_in_the_book_holds_the_steps_that_were_run(
     """That of results.json is of the interpolated horizon, below the point of the grid."""
     results = json.loads((root / "runs/study/results.json").read_text())
     results["entries"][0]["to_target"] |= {"low": low, "high": high}
-    claim = records.claims_of_study(
-        root / "runs/study", results, Track("Products", 2.8, "steps", None)
-    )[0]
+    claim = records.claims_of_study(root / "runs/study", results, Track("Products", 2.8, "steps", None))[0]
     assert (claim.figure, claim.low, claim.high) == (4, *wanted)
 
 
 def test_a_study_whose_target_is_an_entrys_mean_is_judged_by_its_own_rule(root: Path):
     """Where that mean is the track's target to four digits: its threshold has the target's noise, and the entry that sets it neither passes nor fails."""
     results = json.loads((root / "runs/study/results.json").read_text())
-    results |= {
-        "target": 2.80004,
-        "target_from": "adamw",
-        "rule": {"threshold": 0.004 * 2**0.5, **records.RULE},
-    }
+    results |= {"target": 2.80004, "target_from": "adamw", "rule": {"threshold": 0.004 * 2**0.5, **records.RULE}}
     results["entries"][1]["horizons"][0]["passes"] = None
     track = Track("Products", 2.8, "steps", None)
     dualized, adamw = records.claims_of_study(root / "runs/study", results, track)
@@ -376,9 +302,7 @@ def test_a_study_whose_target_is_an_entrys_mean_is_judged_by_its_own_rule(root: 
         records.claims_of_study(root / "runs/study", results | {"target": 2.8001}, track)
 
 
-def test_runs_that_differ_are_not_one_entry(
-    book: Path, root: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_runs_that_differ_are_not_one_entry(book: Path, root: Path, capsys: pytest.CaptureFixture[str]):
     assert add("runs/study/dualized.s4.seed0", "runs/study/adamw.s4.seed1") == 2
     assert "optim.name of adamw.s4.seed1\n  got: 'adamw'\n  allowed: 'dualized'" in refusal(capsys)
     assert add("runs/study/dualized.s4.seed0", "runs/study/dualized.s4.seed0") == 2
@@ -410,48 +334,33 @@ def test_a_record_is_of_one_commit_and_the_present_code(tree: Path, tmp_path: Pa
 
     def refused(*states: tuple[str | None, bool | None]) -> str:
         for i, (commit, dirty) in enumerate(states):
-            (tmp_path / f"run{i}/summary.json").write_text(
-                json.dumps({"commit": commit, "dirty": dirty})
-            )
+            (tmp_path / f"run{i}/summary.json").write_text(json.dumps({"commit": commit, "dirty": dirty}))
         found = made[: len(states)]
         try:
             assert records.check_clean(found, allow=False) == (states[0][0], False)
         except RecordError as error:
-            assert records.check_clean(found, allow=True) == (
-                min((c for c, _ in states), key=str),
-                True,
-            )
+            assert records.check_clean(found, allow=True) == (min((c for c, _ in states), key=str), True)
             return str(error)
         return ""
 
     assert refused((head, False), (head, False)) == ""
-    assert "got: runs of a tree with changes that are in no commit\n" in refused(
-        (head, False), (head, True)
-    )
+    assert "got: runs of a tree with changes that are in no commit\n" in refused((head, False), (head, True))
     assert "got: runs of 2 commits\n" in refused((head, False), ("abc", False))
     assert "got: runs whose commit is not known: there was no git\n" in refused((None, None))
-    assert f"got: commit {'1' * 40}, which this repository does not know\n" in refused(
-        ("1" * 40, False)
-    )
+    assert f"got: commit {'1' * 40}, which this repository does not know\n" in refused(("1" * 40, False))
     (tree / "README.md").write_text("no code")
     assert refused((head, False)) == ""
     (tree / "optim/new.py").write_text("")
-    assert f"got: code that has changed since commit {head}: optim/new.py\n" in refused(
-        (head, False)
-    )
+    assert f"got: code that has changed since commit {head}: optim/new.py\n" in refused((head, False))
     (tree / "model.py").write_text("x = 1\n")
-    assert f"got: code that has changed since commit {head}: model.py, optim/new.py\n" in refused(
-        (head, False)
-    )
+    assert f"got: code that has changed since commit {head}: model.py, optim/new.py\n" in refused((head, False))
 
 
 def test_code_that_is_in_no_commit_leaves_no_record(
     book: Path, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     summary = runs.summary
-    monkeypatch.setattr(
-        runs, "summary", lambda path: (summary(path) or {}) | {"dirty": True, "commit": "abc"}
-    )
+    monkeypatch.setattr(runs, "summary", lambda path: (summary(path) or {}) | {"dirty": True, "commit": "abc"})
     assert add("runs/study", dirty=False) == 2
     assert "got: runs of a tree with changes that are in no commit" in refusal(capsys)
     assert not book.exists()
@@ -463,10 +372,7 @@ def test_code_that_is_in_no_commit_leaves_no_record(
         ({"corpus": "another"}, "the data of corpora/small of a record of small"),
         ({"threads": 0.5}, "device of a record of small"),
         ({"target": 2.7}, "target of runs/study\n  got: 2.8\n  allowed: 2.7"),
-        (
-            {"fixed": "configs/tracks/pysource_cpu.toml"},
-            "model.n_layer of a record of small\n  got: 2\n  allowed: 4",
-        ),
+        ({"fixed": "configs/tracks/pysource_cpu.toml"}, "model.n_layer of a record of small\n  got: 2\n  allowed: 4"),
     ],
 )
 def test_runs_of_another_track_are_refused(
@@ -497,11 +403,7 @@ def test_a_record_is_made_once_and_small(
 def test_the_optimization_track_takes_a_configuration_and_its_script(book: Path, root: Path):
     assert add(str(ROOT / "configs/track3_124m.toml"), track="fineweb-124m") == 0
     folder = book / "fineweb-124m/2026-01-02_first"
-    assert {p.name for p in folder.iterdir()} == {
-        "record.json",
-        "track3_124m.toml",
-        "track3_124m.py",
-    }
+    assert {p.name for p in folder.iterdir()} == {"record.json", "track3_124m.toml", "track3_124m.py"}
     assert "data/fineweb10B" in (folder / "track3_124m.py").read_text()
     assert read(folder)["figure"] is None and read(folder)["hardware"] is None
 
@@ -515,9 +417,7 @@ def test_tables_have_an_entry_a_row_the_best_first(book: Path, root: Path):
     assert "| steps to the target | end loss | training s, wall s | entry |" in text
     rows = [line for line in text.splitlines() if "2026-01-02" in line]
     where = "small/2026-01-02_first"
-    assert (
-        rows[0].startswith("| 4 [?, 4] | ") and f"[dualized]({where}/dualized.txt) | 8 |" in rows[0]
-    )
+    assert rows[0].startswith("| 4 [?, 4] | ") and f"[dualized]({where}/dualized.txt) | 8 |" in rows[0]
     by = rows[0].replace(" (not from a commit)", "")  # said where this tree has changes
     assert by.endswith(f"[A title]({where}/), A. Nonymous |") and "✓ |" in rows[0]
     assert rows[1].startswith("| not reached | ") and "✓" not in rows[1]
@@ -525,11 +425,7 @@ def test_tables_have_an_entry_a_row_the_best_first(book: Path, root: Path):
 
 
 def test_tables_are_written_between_the_marks_and_once(
-    book: Path,
-    root: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    book: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(records, "ROOT", tmp_path)
     (tmp_path / "README.md").write_text("before\n")
@@ -566,19 +462,11 @@ def test_the_fixed_architecture_of_pysource_is_the_optimization_track_s():
         TRACKS["pysource-cpu"].keys(),
         configuration.flat(configuration.load([str(ROOT / "configs/track3_124m.toml")])),
     )
-    sizes = {
-        "model.n_layer",
-        "model.n_head",
-        "model.n_embd",
-        "model.block_size",
-        "model.attention_scale",
-    }
+    sizes = {"model.n_layer", "model.n_head", "model.n_embd", "model.block_size", "model.attention_scale"}
     assert {k: v for k, v in keys.items() if k.startswith("model.") and k not in sizes} == {
         k: v for k, v in big.items() if k in keys and k.startswith("model.") and k not in sizes
     }
-    assert keys["model.attention_scale"] == pytest.approx(
-        0.12 * keys["model.n_embd"] / keys["model.n_head"]
-    )
+    assert keys["model.attention_scale"] == pytest.approx(0.12 * keys["model.n_embd"] / keys["model.n_head"])
     assert keys["train.batch_size"] * keys["model.block_size"] == 4096
     assert isinstance(configuration.load([str(ROOT / "configs/tracks/pysource_cpu.toml")]), Config)
 
@@ -598,8 +486,7 @@ def test_a_record_is_reproduced_exactly_here(
     assert main(argv) == 0
     said = capsys.readouterr().out
     assert re.search(
-        r"seed by seed at most \S+ apart, allowed 1e-06 on the same machine and versions; .* \(not judged\): PASS",
-        said,
+        r"seed by seed at most \S+ apart, allowed 1e-06 on the same machine and versions; .* \(not judged\): PASS", said
     )
     file = out / "dualized.seed0/summary.json"
     made = json.loads(file.read_text())
@@ -612,21 +499,16 @@ def test_a_record_is_reproduced_exactly_here(
     for now in (("another", False), ("abcdefgh9", True), (None, None)):
         monkeypatch.setattr(records, "git_state", lambda now=now: now)
         assert main([*argv, "--out", str(out)]) == 2
-        assert (
-            "dualized.seed0\n  got: a run that is there already, of code that is not known to be this\n"
-            in refusal(capsys)
+        assert "dualized.seed0\n  got: a run that is there already, of code that is not known to be this\n" in refusal(
+            capsys
         )
     file.unlink()
     (file.parent / "failed.json").write_text('{"why": "the loss is nan"}')
-    assert main([*argv, "--out", str(out)]) == 1 and file.is_file(), (
-        "one that diverged is trained again"
-    )
+    assert main([*argv, "--out", str(out)]) == 1 and file.is_file(), "one that diverged is trained again"
     shutil.rmtree(out)
 
 
-def test_a_check_that_cannot_be_is_refused(
-    book: Path, root: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_check_that_cannot_be_is_refused(book: Path, root: Path, capsys: pytest.CaptureFixture[str]):
     assert add("runs/study") == 0
     for options, said in (
         (["--entry", "sgd"], "--entry\n  got: sgd\n  allowed: dualized, adamw\n"),
@@ -639,15 +521,12 @@ def test_a_check_that_cannot_be_is_refused(
         assert said in refusal(capsys), options
 
 
-def test_other_data_and_other_folders_are_refused(
-    book: Path, root: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_other_data_and_other_folders_are_refused(book: Path, root: Path, capsys: pytest.CaptureFixture[str]):
     assert add("runs/study") == 0
     folder = book / "small/2026-01-02_first"
     assert main(["check", "records/small/nothing"]) == 2
-    assert (
-        "records/small/nothing\n  got: no record.json in it\n  allowed: records/small/2026-01-02_first\n"
-        in refusal(capsys)
+    assert "records/small/nothing\n  got: no record.json in it\n  allowed: records/small/2026-01-02_first\n" in refusal(
+        capsys
     )
     (folder / "record.json").write_text(json.dumps(read(folder) | {"corpus_sha256": "another"}))
     assert main(["check", str(folder)]) == 2
@@ -672,12 +551,7 @@ def test_between_machines_means_are_compared_at_the_nominal_level():
 
 
 def told(losses: np.ndarray) -> dict[str, Any]:
-    return {
-        "losses": losses.tolist(),
-        "n": len(losses),
-        "mean": float(losses.mean()),
-        "train_seconds": 1.0,
-    }
+    return {"losses": losses.tolist(), "n": len(losses), "mean": float(losses.mean()), "train_seconds": 1.0}
 
 
 def found(losses: np.ndarray) -> list[dict[str, Any] | None]:
@@ -685,10 +559,6 @@ def found(losses: np.ndarray) -> list[dict[str, Any] | None]:
 
 
 def test_a_track_s_errors_have_got_allowed_and_fix(root: Path):
-    config = configuration.load(
-        [str(root / "small.toml"), "--data.dataset", str(root / "corpora/small")]
-    )
+    config = configuration.load([str(root / "small.toml"), "--data.dataset", str(root / "corpora/small")])
     with pytest.raises(RecordError, match=r"(?s)got: .*\n  allowed: .*\n  fix: "):
-        TRACKS["shakespeare-cpu"].check(
-            "shakespeare-cpu", config, {"device": "cpu, 1 threads", "world_size": 1}
-        )
+        TRACKS["shakespeare-cpu"].check("shakespeare-cpu", config, {"device": "cpu, 1 threads", "world_size": 1})

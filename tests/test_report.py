@@ -12,24 +12,16 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
-
 from studies import report
 from studies.report import ReportError, answer, charts, differences, main, write
 
 HORIZONS = {"adamw": (240, 320, 400), "muon": (160, 265, 400), "dualized": (160, 205, 400)}
-SPEED = {
-    "adamw": 1.0,
-    "muon": 1.5,
-    "dualized": 1.95,
-}  # how many of adamw's steps one of theirs is worth
+SPEED = {"adamw": 1.0, "muon": 1.5, "dualized": 1.95}  # how many of adamw's steps one of theirs is worth
 LR = {"adamw": 0.004, "muon": 0.02, "dualized": 4.0}
 
 
 def results(
-    *,
-    names: tuple[str, ...] = ("adamw", "muon", "dualized"),
-    seeds: int = 4,
-    target: float | None = 1.52,
+    *, names: tuple[str, ...] = ("adamw", "muon", "dualized"), seeds: int = 4, target: float | None = 1.52
 ) -> dict[str, Any]:
     """A study as studies.speedrun writes it: entries × seeds × 3 horizons, losses along a power law of steps × SPEED."""
     rng = np.random.default_rng(0)
@@ -37,9 +29,7 @@ def results(
     def interval(values: list[float]) -> dict[str, float | None]:
         mean, half = (
             float(np.mean(values)),
-            3.18 * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-            if len(values) > 1
-            else None,
+            3.18 * float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None,
         )
         return {
             "mean": mean,
@@ -71,8 +61,7 @@ def results(
                         s,
                         s * 4096,
                         s * pace,
-                        float(np.interp(s, at, [c[3] for c in curve]))
-                        + 0.04 * rng.standard_normal(),
+                        float(np.interp(s, at, [c[3] for c in curve])) + 0.04 * rng.standard_normal(),
                     ]
                     for s in range(10, steps + 1, 10)
                 ]
@@ -80,9 +69,7 @@ def results(
                     "steps": steps, "seed": seed, "loss": curve[-1][3], "train_seconds": steps * pace, "optimizer_seconds": steps * pace * 0.12,
                     "wall_seconds": steps * pace + 9.5, "peak_memory_bytes": 511_000_000 + seed, "path": f"{name}.s{steps}.seed{seed}", "curve": curve, "training": training,
                 })  # fmt: skip
-        losses = {
-            steps: [r["loss"] for r in runs if r["steps"] == steps] for steps in HORIZONS[kind]
-        }
+        losses = {steps: [r["loss"] for r in runs if r["steps"] == steps] for steps in HORIZONS[kind]}
         statistic = (
             {s: (target - float(np.mean(v))) * math.sqrt(seeds) for s, v in losses.items()}
             if target is not None
@@ -114,12 +101,7 @@ def results(
     pairs = []
     for i, a in enumerate(entries):
         for b in entries[i + 1 :]:
-            d = interval(
-                [
-                    y["loss"] - x["loss"]
-                    for x, y in zip(a["runs"][-seeds:], b["runs"][-seeds:], strict=True)
-                ]
-            )
+            d = interval([y["loss"] - x["loss"] for x, y in zip(a["runs"][-seeds:], b["runs"][-seeds:], strict=True)])
             pair = {
                 "a": a["name"],
                 "b": b["name"],
@@ -183,19 +165,11 @@ class Text(HTMLParser):
 
 
 def test_the_page_refers_to_nothing_outside_its_folder(page: str):
-    assert (
-        "http:" not in page
-        and "https:" not in page
-        and "@import" not in page
-        and "url(//" not in page
-    )
+    assert "http:" not in page and "https:" not in page and "@import" not in page and "url(//" not in page
     allowed = re.compile(r"#[\w.-]+|results\.json|[\w./-]+/(log\.txt|metrics\.jsonl|config\.toml)")
     for tag, attributes in Text(page).tags:
         assert tag not in ("link", "img", "iframe", "object", "embed", "base"), tag
-        assert "src" not in attributes and not any(name.startswith("on") for name in attributes), (
-            tag,
-            attributes,
-        )
+        assert "src" not in attributes and not any(name.startswith("on") for name in attributes), (tag, attributes)
         for name in ("href", "xlink:href"):
             assert name not in attributes or allowed.fullmatch(attributes[name] or ""), attributes
     assert "default-src 'none'" in page
@@ -223,9 +197,7 @@ def test_every_figure_of_the_results_is_told(study: dict[str, Any], page: str):
             f"{t['tokens']:,}",
             f"{t['train_seconds']:.1f} s",
         ]
-        wanted += [
-            f"{b[k]['mean']:.1f} s" for k in ("train_seconds", "optimizer_seconds", "wall_seconds")
-        ] + [
+        wanted += [f"{b[k]['mean']:.1f} s" for k in ("train_seconds", "optimizer_seconds", "wall_seconds")] + [
             "487.3 MiB",
             "903,424",
             "3.4 MiB",
@@ -236,16 +208,11 @@ def test_every_figure_of_the_results_is_told(study: dict[str, Any], page: str):
         wanted += [
             f"{r[k]:.{d}f}"
             for r in e["runs"]
-            for k, d in (
-                ("loss", 4),
-                ("train_seconds", 1),
-                ("optimizer_seconds", 1),
-                ("wall_seconds", 1),
-            )
+            for k, d in (("loss", 4), ("train_seconds", 1), ("optimizer_seconds", 1), ("wall_seconds", 1))
         ]
-        wanted += [
-            f"{x:.4f}" for trial in e["trials"] for x in trial["losses"] if x is not None
-        ] + [f"optim.lr = {t['values']['optim.lr']:g}" for t in e["trials"]]
+        wanted += [f"{x:.4f}" for trial in e["trials"] for x in trial["losses"] if x is not None] + [
+            f"optim.lr = {t['values']['optim.lr']:g}" for t in e["trials"]
+        ]
         wanted += [e["config_path"], "head.weight", "diverged", "not confirmed", "sets the target"]
         assert [w for w in wanted if w not in text] == []
     for p in study["pairs"]:
@@ -277,9 +244,7 @@ def test_every_run_and_trial_is_linked_by_a_relative_path(study: dict[str, Any],
     links = {unquote(a["href"] or "") for tag, a in Text(page).tags if tag == "a"}
     for e in study["entries"]:
         for path in [r["path"] for r in e["runs"]] + [p for t in e["trials"] for p in t["path"]]:
-            assert {
-                f"{path}/{name}" for name in ("log.txt", "metrics.jsonl", "config.toml")
-            } <= links
+            assert {f"{path}/{name}" for name in ("log.txt", "metrics.jsonl", "config.toml")} <= links
     assert not any(urlsplit(link).scheme or link.startswith("/") for link in links)
 
 
@@ -287,9 +252,7 @@ def test_ids_are_single_and_links_within_the_page_have_their_target(page: str):
     ids = [a["id"] for _, a in Text(page).tags if "id" in a]
     assert len(ids) == len(set(ids))
     assert {
-        (a["href"] or "")[1:]
-        for tag, a in Text(page).tags
-        if tag == "a" and (a["href"] or "").startswith("#")
+        (a["href"] or "")[1:] for tag, a in Text(page).tags if tag == "a" and (a["href"] or "").startswith("#")
     } <= set(ids)
 
 
@@ -309,23 +272,14 @@ def test_text_of_a_study_stays_text(study: dict[str, Any]):
             "tuned": {HOSTILE: HOSTILE},
         }
         e["trials"] = [
-            {
-                "values": {HOSTILE: HOSTILE},
-                "steps": 4,
-                "seeds": [0],
-                "losses": [1.0],
-                "loss": 1.0,
-                "path": [HOSTILE],
-            }
+            {"values": {HOSTILE: HOSTILE}, "steps": 4, "seeds": [0], "losses": [1.0], "loss": 1.0, "path": [HOSTILE]}
         ]
         e["runs"][0]["path"] = "javascript:alert(1)//" + HOSTILE
     name = bad["entries"][2]["name"] = HOSTILE
     for p in bad["pairs"]:
         p["b"] = name if p["b"] == "dualized" else p["b"]
     page = Text(report.html(bad))
-    assert [tag for tag, _ in page.tags].count("script") == 2 and "img" not in [
-        tag for tag, _ in page.tags
-    ]
+    assert [tag for tag, _ in page.tags].count("script") == 2 and "img" not in [tag for tag, _ in page.tags]
     assert not any(key.startswith("on") for _, attributes in page.tags for key in attributes)
     assert all(not (a.get("href") or "").startswith("javascript:") for _, a in page.tags)
     assert page.text.count(HOSTILE) >= 10
@@ -334,9 +288,7 @@ def test_text_of_a_study_stays_text(study: dict[str, Any]):
 def test_the_data_of_the_charts_cannot_end_their_element(study: dict[str, Any]):
     bad = copy.deepcopy(study)
     bad["entries"][0]["name"] = bad["pairs"][0]["a"] = bad["pairs"][1]["a"] = "</script><b>"
-    (data,) = re.findall(
-        r'<script type="application/json" id="data">(.*?)</script>', report.html(bad), re.DOTALL
-    )
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', report.html(bad), re.DOTALL)
     assert json.loads(data)["entries"][0]["name"] == "</script><b>"
 
 
@@ -344,10 +296,7 @@ def test_the_same_results_make_the_same_bytes(tmp_path: Path):
     small = results(names=("muon", "dualized"), seeds=2)
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        assert write(small, tmp_path / name) == [
-            tmp_path / name / "report.html",
-            tmp_path / name / "report.png",
-        ]
+        assert write(small, tmp_path / name) == [tmp_path / name / "report.html", tmp_path / name / "report.png"]
     for name in ("report.html", "report.png"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
@@ -357,9 +306,7 @@ def test_without_script_each_chart_is_a_picture_with_its_lines(study: dict[str, 
     assert len(pictures) == len(charts(study)) == 3
     for svg in pictures:
         assert (
-            svg.startswith("<svg")
-            and "<title>" in svg
-            and all(name in svg for name in ("adamw", "muon", "dualized"))
+            svg.startswith("<svg") and "<title>" in svg and all(name in svg for name in ("adamw", "muon", "dualized"))
         )
         assert len(re.findall(r"<path ", svg)) > 12
 
@@ -370,9 +317,7 @@ def test_without_script_each_chart_is_a_picture_with_its_lines(study: dict[str, 
 def test_the_curves_are_every_seed_of_every_horizon_with_its_training(study: dict[str, Any]):
     lines = charts(study)[0]["lines"]
     for loss_of in ("validation", "training batches"):
-        shown = [
-            line for line in lines if line["within"][1] == [loss_of] and line["kind"] == "line"
-        ]
+        shown = [line for line in lines if line["within"][1] == [loss_of] and line["kind"] == "line"]
         assert len(shown) == 3 * 4 * 3
         assert sum("at the budget" in line["within"][0] for line in shown) == 3 * 4
         first = study["entries"][0]["runs"][0]["curve" if loss_of == "validation" else "training"]
@@ -383,35 +328,23 @@ def test_the_curves_are_every_seed_of_every_horizon_with_its_training(study: dic
 def test_a_band_holds_the_interval_of_the_mean(study: dict[str, Any]):
     """At the end of the budget: that of results.json, to five decimals and the t quantile's three digits there."""
     for i, e in enumerate(study["entries"]):
-        (band,) = [
-            line
-            for line in charts(study)[0]["lines"]
-            if line["kind"] == "band" and line["entry"] == i
-        ]
+        (band,) = [line for line in charts(study)[0]["lines"] if line["kind"] == "band" and line["entry"] == i]
         np.testing.assert_allclose(
-            band["points"][-1][3:],
-            [e["at_budget"]["loss"][k] for k in ("mean", "low", "high")],
-            atol=2e-5,
+            band["points"][-1][3:], [e["at_budget"]["loss"][k] for k in ("mean", "low", "high")], atol=2e-5
         )
 
 
 def test_a_ring_is_where_the_loss_falls_to_what_the_rule_needs(study: dict[str, Any]):
     """(target − mean) · √4 = 0.004 there; none of the entry that sets the target."""
     chart = next(c for c in charts(study) if c["id"] == "horizons")
-    goals = {
-        i: e["to_target"]["interpolated"]
-        for i, e in enumerate(study["entries"])
-        if e["name"] != "adamw"
-    }
+    goals = {i: e["to_target"]["interpolated"] for i, e in enumerate(study["entries"]) if e["name"] != "adamw"}
     assert {m["entry"]: m["point"] for m in chart["marks"]} == {
         i: [at, study["target"] - 0.002] for i, at in goals.items()
     }
     assert "target − threshold/√n" in chart["about"]
 
 
-def test_runs_of_several_versions_threads_that_torch_chose_and_ranks_are_told(
-    study: dict[str, Any],
-):
+def test_runs_of_several_versions_threads_that_torch_chose_and_ranks_are_told(study: dict[str, Any]):
     several = study["versions"] | {"note": "the judged runs are of 2 versions: commit a; commit b"}
     text = Text(report.html(study | {"versions": several, "threads": None, "ranks": 4})).text
     assert text.count("the judged runs are of 2 versions: commit a; commit b") == 1
@@ -421,11 +354,7 @@ def test_runs_of_several_versions_threads_that_torch_chose_and_ranks_are_told(
 def test_the_first_view_holds_the_later_curves_and_the_target(study: dict[str, Any]):
     low, high = charts(study)[0]["view"]
     late = [
-        p[3]
-        for e in study["entries"]
-        for r in e["runs"]
-        for p in r["curve"]
-        if p[0] >= report.SETTLED * r["steps"]
+        p[3] for e in study["entries"] for r in e["runs"] for p in r["curve"] if p[0] >= report.SETTLED * r["steps"]
     ]
     assert low < min(*late, study["target"]) and high > max(late)
     assert high < max(p[3] for e in study["entries"] for r in e["runs"] for p in r["curve"])
@@ -441,9 +370,7 @@ def test_tuned_keys_have_a_chart_each_numbers_by_size_and_words_by_name(study: d
         }
     lr, direction, cautious = charts(mixed)[2:]
     assert lr["x"][0]["log"] and lr["x"][0]["categories"] is None
-    assert direction["x"][0]["categories"] == ["adam", "soap"] and cautious["x"][0][
-        "categories"
-    ] == ["False", "True"]
+    assert direction["x"][0]["categories"] == ["adam", "soap"] and cautious["x"][0]["categories"] == ["False", "True"]
     assert [line["kind"] for line in direction["lines"]] == ["dots"]
 
 
@@ -452,21 +379,14 @@ def test_tuned_keys_have_a_chart_each_numbers_by_size_and_words_by_name(study: d
 
 def test_an_answer_tells_ratio_interval_confirmation_and_n(study: dict[str, Any]):
     told = answer(study, study["pairs"][1])
-    assert (told["a"], told["b"], told["value"], told["interval"]) == (
-        "adamw",
-        "dualized",
-        "0.51",
-        "[0.49, 0.54]",
-    )
+    assert (told["a"], told["b"], told["value"], told["interval"]) == ("adamw", "dualized", "0.51", "[0.49, 0.54]")
     assert (
         "dualized reaches 1.52 in 0.51 [0.49, 0.54] times the steps of adamw (205 against 400; dualized confirmed, adamw sets the target)"
         in told["text"]
     )
     assert "both confirmed" in answer(study | {"target_from": None}, study["pairs"][1])["text"]
     assert (
-        "p = 2.4e-05, n = 4 seeds, paired" in told["text"]
-        and "lower than adamw's" in told["text"]
-        and told["settled"]
+        "p = 2.4e-05, n = 4 seeds, paired" in told["text"] and "lower than adamw's" in told["text"] and told["settled"]
     )
     doubtful = answer(study, study["pairs"][0])
     assert "not confirmed: muon" in doubtful["text"] and not doubtful["settled"]
@@ -505,10 +425,7 @@ def test_a_target_that_one_does_not_reach_is_told(study: dict[str, Any]):
     missed["entries"][0]["to_target"] = None
     missed["pairs"][1] |= {"steps_ratio": None, "seconds_ratio": None}
     told = answer(missed, missed["pairs"][1])
-    assert (
-        "dualized reaches 1.52 in 205 steps. No horizon of adamw passes the rule for 1.52."
-        in told["text"]
-    )
+    assert "dualized reaches 1.52 in 205 steps. No horizon of adamw passes the rule for 1.52." in told["text"]
     assert told["value"].startswith("−0.0") and told["unit"] == "loss of dualized − adamw"
     missed["pairs"][0]["steps_ratio"] = None
     missed["entries"] = [*study["entries"][:1], study["entries"][1] | {"to_target": None}]
@@ -523,10 +440,7 @@ def test_an_interval_of_a_lower_loss_is_turned_with_its_sign(study: dict[str, An
     for sign, side in ((-1, "lower"), (1, "higher")):
         low, high = sorted((sign * 0.06, sign * 0.08))
         pair["loss_difference"] = {"mean": sign * 0.07, "low": low, "high": high, "p": 1e-4}
-        assert (
-            f"0.0700 [0.0600, 0.0800] {side} than adamw's (p = 0.0001"
-            in answer(study, pair)["text"]
-        )
+        assert f"0.0700 [0.0600, 0.0800] {side} than adamw's (p = 0.0001" in answer(study, pair)["text"]
 
 
 def test_differences_are_the_keys_that_differ(study: dict[str, Any]):
@@ -557,15 +471,7 @@ def sparse() -> dict[str, dict[str, Any]]:
         "peak_memory_bytes": None,
     }
     gone["horizons"] = [
-        h
-        | {
-            "mean": None,
-            "low": None,
-            "high": None,
-            "statistic": None,
-            "passes": False,
-            "train_seconds": None,
-        }
+        h | {"mean": None, "low": None, "high": None, "statistic": None, "passes": False, "train_seconds": None}
         for h in gone["horizons"]
     ]
     nothing = {"mean": None, "low": None, "high": None}
@@ -579,11 +485,7 @@ def sparse() -> dict[str, dict[str, Any]]:
     gone["to_target"] = None
     for pair in diverged["pairs"]:
         if "muon" in (pair["a"], pair["b"]):
-            pair |= {
-                "loss_difference": nothing | {"p": None},
-                "steps_ratio": None,
-                "seconds_ratio": None,
-            }
+            pair |= {"loss_difference": nothing | {"p": None}, "steps_ratio": None, "seconds_ratio": None}
     untuned = results()
     for e in untuned["entries"]:
         e |= {"trials": [], "tuned": None, "note": "not tuned"}
@@ -598,11 +500,7 @@ def sparse() -> dict[str, dict[str, Any]]:
         ]
         e["trials"] = [e["trials"][3], e["trials"][-1] | {"loss": None}]
     long = results(
-        names=(
-            "a_very_long_name_of_a_configuration_that_nobody_would_choose_but_somebody_has_" * 2,
-            "_hidden",
-            "adamw",
-        )
+        names=("a_very_long_name_of_a_configuration_that_nobody_would_choose_but_somebody_has_" * 2, "_hidden", "adamw")
     )
     return {
         "diverged": diverged,
@@ -642,23 +540,15 @@ def test_a_diverged_run_is_a_cross_where_it_ended():
 # ---- the command
 
 
-def test_the_command_draws_again_from_results_json(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    (tmp_path / "results.json").write_text(
-        json.dumps(results(names=("adamw",), seeds=1)), encoding="utf-8"
-    )
+def test_the_command_draws_again_from_results_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "results.json").write_text(json.dumps(results(names=("adamw",), seeds=1)), encoding="utf-8")
     assert main([str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        str(tmp_path / "report.html"),
-        str(tmp_path / "report.png"),
-    ]
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "report.html"), str(tmp_path / "report.png")]
 
 
 def test_the_command_wants_a_study(tmp_path: Path):
     with pytest.raises(
-        ReportError,
-        match=r"got: .*\n  allowed: the folder of a study, with its results.json\n  fix: runs/NAME",
+        ReportError, match=r"got: .*\n  allowed: the folder of a study, with its results.json\n  fix: runs/NAME"
     ):
         main([str(tmp_path)])
 
@@ -667,16 +557,13 @@ def test_results_of_another_schema_are_refused(tmp_path: Path):
     with pytest.raises(ReportError, match=r"got: schema 3\n  allowed: 2; 1 in the record book"):
         write(results() | {"schema": 3}, tmp_path)
     with pytest.raises(
-        ReportError,
-        match=r"got: schema 1\n.*without lines of training\n  fix: the study's command again",
+        ReportError, match=r"got: schema 1\n.*without lines of training\n  fix: the study's command again"
     ):
         write(results() | {"schema": 1}, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "file",
-    sorted(Path(report.__file__).parent.parent.glob("records/*/*/results.json")),
-    ids=lambda f: f.parent.name,
+    "file", sorted(Path(report.__file__).parent.parent.glob("records/*/*/results.json")), ids=lambda f: f.parent.name
 )
 def test_a_study_in_the_record_book_has_a_page(file: Path):
     found = json.loads(file.read_text(encoding="utf-8"))

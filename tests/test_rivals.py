@@ -11,10 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.optim import _muon
-
 from model import GPT, GPTConfig, RoleNorms
 from models.ngram import NgramConfig, NgramGPT
 from optim import (
@@ -33,6 +29,10 @@ from optim import (
     metrize,
 )
 from optim.rivals import Float32Muon, Several, set_beta
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import _muon
+
 from tests.helpers import ROOT, ranks, run, run_ranks, small_dataset, start
 
 V, D = 13, 8
@@ -46,11 +46,7 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(V, D)
-        self.up, self.norm, self.down = (
-            nn.Linear(D, 3 * D),
-            nn.RMSNorm(3 * D),
-            nn.Linear(3 * D, D, bias=False),
-        )
+        self.up, self.norm, self.down = nn.Linear(D, 3 * D), nn.RMSNorm(3 * D), nn.Linear(3 * D, D, bias=False)
         self.head = nn.Linear(D, V, bias=False)
 
     def forward(self, idx: Tensor) -> Tensor:
@@ -91,9 +87,7 @@ def rival(name: str, model: nn.Module, **options) -> Rival:
     max_grad_norm = options.pop("max_grad_norm", None)
     return Rival(
         RIVALS[name](
-            model,
-            normed(model),
-            **{"lr": LR[name], "scaling": "standard", "auxiliary_lr": 1.0, **SETTINGS, **options},
+            model, normed(model), **{"lr": LR[name], "scaling": "standard", "auxiliary_lr": 1.0, **SETTINGS, **options}
         ),
         max_grad_norm=max_grad_norm,
     )
@@ -112,16 +106,11 @@ def descend(model: nn.Module, optimizer: Rival, data: Tensor) -> None:
 
 
 @pytest.mark.parametrize("shape", [(6, 15), (15, 6), (1, 4)])
-def test_muon_in_float32_is_torchs_without_its_cast(
-    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-):
+def test_muon_in_float32_is_torchs_without_its_cast(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch):
     """In float64 both, so that nothing but the cast differs; torch's own function is back after the step."""
     theirs_in_bfloat16 = _muon._zeropower_via_newtonschulz
     g = torch.Generator().manual_seed(0)
-    start, grads = (
-        torch.randn(shape, generator=g).double(),
-        torch.randn(5, *shape, generator=g).double(),
-    )
+    start, grads = torch.randn(shape, generator=g).double(), torch.randn(5, *shape, generator=g).double()
     moved = []
     for kind in (Float32Muon, torch.optim.Muon):
         w = nn.Parameter(start.clone())
@@ -142,23 +131,12 @@ def test_muon_iterates_in_the_dtype_of_polar():
 
 
 @pytest.mark.parametrize("emulated", [True, False])
-def test_a_run_with_muon_takes_float32_where_bfloat16_is_emulated_and_says_so(
-    tmp_path: Path, emulated: bool
-):
+def test_a_run_with_muon_takes_float32_where_bfloat16_is_emulated_and_says_so(tmp_path: Path, emulated: bool):
     small_dataset(tmp_path)
     (tmp_path / "train.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport train_gpt\ntrain_gpt.bfloat16_is_emulated = lambda device: {emulated}\ntrain_gpt.main(sys.argv[1:])\n"
     )
-    options = (
-        "--optim.name",
-        "muon_adamw",
-        "--optim.lr",
-        "0.02",
-        "--train.steps",
-        "2",
-        "--run.name",
-        "a",
-    )
+    options = ("--optim.name", "muon_adamw", "--optim.lr", "0.02", "--train.steps", "2", "--run.name", "a")
     code, out, err = run(tmp_path, "small.toml", *options, script=str(tmp_path / "train.py"))
     assert code == 0, err
     said = (
@@ -167,10 +145,7 @@ def test_a_run_with_muon_takes_float32_where_bfloat16_is_emulated_and_says_so(
         else "bfloat16 (Muon's iteration, as torch has it)"
     )
     assert f"chosen: optim.polar.dtype = {said}\n" in out
-    assert (
-        f'dtype = "{"float32" if emulated else "bfloat16"}"'
-        in (tmp_path / "runs/a/config.toml").read_text()
-    )
+    assert f'dtype = "{"float32" if emulated else "bfloat16"}"' in (tmp_path / "runs/a/config.toml").read_text()
     assert (
         (tmp_path / "runs/a/receipt.txt")
         .read_text()
@@ -182,19 +157,11 @@ def test_muon_adamw_is_torchs_two_optimizers_in_the_tracks_groups():
     """The groups typed by hand from train_gpt_simple.py: Muon 0.025 with decay 0.05; AdamW 0.7, 0.004, 0.015 with decay 0.001, betas 0.8 and 0.95, ε 1e-10."""
     ours, theirs, data = net(), net(), batches(6)
     optimizer = rival("muon_adamw", ours, lr=0.025, beta=0.95, weight_decay=0.05)
-    muon = torch.optim.Muon(
-        [theirs.up.weight, theirs.down.weight], lr=0.025, momentum=0.95, weight_decay=0.05
-    )
+    muon = torch.optim.Muon([theirs.up.weight, theirs.down.weight], lr=0.025, momentum=0.95, weight_decay=0.05)
     vectors = [theirs.up.bias, theirs.norm.weight]
-    groups = [
-        {"params": [p], "lr": lr}
-        for p, lr in ((theirs.embedding.weight, 0.7), (theirs.head.weight, 0.004))
-    ]
+    groups = [{"params": [p], "lr": lr} for p, lr in ((theirs.embedding.weight, 0.7), (theirs.head.weight, 0.004))]
     adamw = torch.optim.AdamW(
-        [*groups, {"params": vectors, "lr": 0.015}],
-        betas=(0.8, 0.95),
-        eps=1e-10,
-        weight_decay=0.001,
+        [*groups, {"params": vectors, "lr": 0.015}], betas=(0.8, 0.95), eps=1e-10, weight_decay=0.001
     )
     for batch in data:
         descend(ours, optimizer, batch[None])
@@ -210,30 +177,18 @@ def test_muon_adamw_is_torchs_two_optimizers_in_the_tracks_groups():
 
 def test_muon_is_for_hidden_matrices_alone():
     model = NgramGPT(
-        NgramConfig(
-            1, 2, D, block_size=4, vocab_size=V, ngram=3, ngram_rows=5, bias=True, norm_gains=True
-        )
+        NgramConfig(1, 2, D, block_size=4, vocab_size=V, ngram=3, ngram_rows=5, bias=True, norm_gains=True)
     )
-    optimizer = Rival(
-        RIVALS["muon_adamw"](
-            model, metrize(model), lr=0.1, beta=0.9, weight_decay=0.0, auxiliary_lr=1.0
-        )
-    )
+    optimizer = Rival(RIVALS["muon_adamw"](model, metrize(model), lr=0.1, beta=0.9, weight_decay=0.0, auxiliary_lr=1.0))
     muon = {n for g in optimizer.param_groups if not g.get("auxiliary") for n in g["param_names"]}
-    assert muon == {
-        n for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2
-    }
+    assert muon == {n for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2}
 
 
 def test_auxiliary_lr_multiplies_adamws_groups_alone():
     once, twice, still = net(), net(), net()
     for model, auxiliary in ((once, 1.0), (twice, 2.0)):
-        descend(
-            model, rival("muon_adamw", model, weight_decay=0.0, auxiliary_lr=auxiliary), batches(1)
-        )
-    for (name, a), b, w in zip(
-        once.named_parameters(), twice.parameters(), still.parameters(), strict=True
-    ):
+        descend(model, rival("muon_adamw", model, weight_decay=0.0, auxiliary_lr=auxiliary), batches(1))
+    for (name, a), b, w in zip(once.named_parameters(), twice.parameters(), still.parameters(), strict=True):
         factor = 1 if name in ("up.weight", "down.weight") else 2
         assert torch.allclose(b - w, factor * (a - w), atol=1e-12), name
 
@@ -264,9 +219,7 @@ def test_coordinates_are_those_of_the_formulas():
     assert ntk.keys() == modular.keys() == shapes.keys()
     for name, (rows, columns) in shapes.items():
         assert ntk[name] == (1 if name == "embedding.weight" else pytest.approx(columns**-0.5))
-        own = {"embedding.weight": math.sqrt(D), "head.weight": 1 / math.sqrt(D)}.get(
-            name, math.sqrt(rows / columns)
-        )
+        own = {"embedding.weight": math.sqrt(D), "head.weight": 1 / math.sqrt(D)}.get(name, math.sqrt(rows / columns))
         assert modular[name] == pytest.approx(norm.radii[name] * own, rel=1e-5), name
 
 
@@ -276,15 +229,11 @@ def test_vectors_have_coordinates_too():
     ntk, modular = coordinates(model, norm, "ntk"), coordinates(model, norm, "modular")
     assert {n for n, s in ntk.items() if s == 1} == {"embedding.weight", "up.bias", "norm.weight"}
     assert isinstance(norm.norms["up.bias"], VectorRMS)
-    assert modular["up.bias"] == pytest.approx(
-        norm.radii["up.bias"] * math.sqrt(3 * D), rel=1e-5
-    ), "‖e₁‖ = 1 / √D of unit RMS"
-    kinds = {n: type(x) for n, x in norm.norms.items()}
-    assert (kinds["embedding.weight"], kinds["up.weight"], kinds["head.weight"]) == (
-        L1ToRMS,
-        RMSToRMS,
-        RMSToLinf,
+    assert modular["up.bias"] == pytest.approx(norm.radii["up.bias"] * math.sqrt(3 * D), rel=1e-5), (
+        "‖e₁‖ = 1 / √D of unit RMS"
     )
+    kinds = {n: type(x) for n, x in norm.norms.items()}
+    assert (kinds["embedding.weight"], kinds["up.weight"], kinds["head.weight"]) == (L1ToRMS, RMSToRMS, RMSToLinf)
 
 
 @pytest.mark.parametrize("scaling", ["standard", "ntk", "modular"])
@@ -297,8 +246,7 @@ def test_sgd_is_gradient_descent_in_its_coordinates(scaling: str):
     losses = []
     for batch in data:
         loss = nn.functional.cross_entropy(
-            functional_call(model, {n: scales[n] * x for n, x in v.items()}, (batch[:, 0],)),
-            batch[:, 1],
+            functional_call(model, {n: scales[n] * x for n, x in v.items()}, (batch[:, 0],)), batch[:, 1]
         )
         oracle.zero_grad()
         loss.backward()
@@ -307,9 +255,7 @@ def test_sgd_is_gradient_descent_in_its_coordinates(scaling: str):
     optimizer = rival("sgd", model, scaling=scaling, weight_decay=0.0)
     descend(model, optimizer, data)
     for name, p in model.named_parameters():
-        torch.testing.assert_close(
-            p.detach(), scales[name] * v[name].detach(), rtol=1e-11, atol=1e-13
-        )
+        torch.testing.assert_close(p.detach(), scales[name] * v[name].detach(), rtol=1e-11, atol=1e-13)
     assert {g["lr"] for g in optimizer.param_groups} == {LR["sgd"]}, "the loop's lr is as it was"
 
 
@@ -324,10 +270,7 @@ def test_adamw_is_torchs_and_decays_matrices_and_embeddings_alone():
     flat = {"up.bias", "norm.weight"}
     oracles = [
         torch.optim.AdamW(
-            [p for n, p in named.items() if (n in flat) is vector],
-            lr=0.01,
-            betas=(0.8, 0.9),
-            weight_decay=decay,
+            [p for n, p in named.items() if (n in flat) is vector], lr=0.01, betas=(0.8, 0.9), weight_decay=decay
         )
         for vector, decay in ((False, 0.1), (True, 0.0))
     ]
@@ -355,9 +298,7 @@ def test_normalized_ones_are_normalized_and_decay_all(base: str):
         oracle.step()
         oracle.zero_grad()
     descend(model, rival(f"normalized_{base}", model), data)
-    assert all(
-        torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True)
-    )
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def test_clipping_is_torchs():
@@ -389,9 +330,7 @@ def test_what_is_not_finite_is_named_and_changes_nothing(name: str):
                 model.down.weight.grad[0, 0] = bad
             optimizer.step(loss=loss.detach() * (bad if what == "the loss" else 1))
             message = "the loss is" if what == "the loss" else "the gradient of down.weight is"
-            with pytest.raises(
-                NonFiniteError, match=f"{message} not finite; the step was not taken"
-            ):
+            with pytest.raises(NonFiniteError, match=f"{message} not finite; the step was not taken"):
                 optimizer.check_finite()
             optimizer.check_finite()
             optimizer.zero_grad()
@@ -420,26 +359,20 @@ def test_state_that_is_put_back_continues_to_the_same_bits(name: str, beta: floa
     resumed = rival(name, other, beta=beta)
     resumed.load_state_dict({"state": {}, **settings})
     resumed.make_state({k.rsplit(".", 1)[0] for k in saved}.__contains__)
-    assert all(torch.equal(p, weights[n]) for n, p in other.state_dict().items()), (
-        "making buffers moves no weight"
-    )
+    assert all(torch.equal(p, weights[n]) for n, p in other.state_dict().items()), "making buffers moves no weight"
     held = resumed.held()
     assert {k: x.shape for k, x in held.items()} == {k: tuple(x.shape) for k, x in saved.items()}
     for k, piece in held.items():
         piece.tensor.copy_(saved[k])
     descend(other, resumed, data[3:])
-    assert all(
-        torch.equal(p, q)
-        for p, q in zip(other.state_dict().values(), model.state_dict().values(), strict=True)
-    )
+    assert all(torch.equal(p, q) for p, q in zip(other.state_dict().values(), model.state_dict().values(), strict=True))
     assert ("adam" in name or beta > 0) == bool(saved)
 
 
 def test_state_of_other_parameters_is_refused():
     one, two = rival("adamw", net()), rival("sgd", net())
     with pytest.raises(
-        ValueError,
-        match="optimizer state\n  got: other parameters\n  allowed: those of this model\n  fix: resume with",
+        ValueError, match="optimizer state\n  got: other parameters\n  allowed: those of this model\n  fix: resume with"
     ):
         one.load_state_dict({"state": {}, "param_groups": two.settings()})
 
@@ -471,9 +404,7 @@ def _stepped(rank: int, world: int, name: str) -> list[Tensor]:
     optimizer.step(loss=loss.detach())
     with pytest.raises(NonFiniteError, match="the gradient of up.weight is not finite"):
         optimizer.check_finite()
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)), (
-        "one rank's holds for all"
-    )
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)), "one rank's holds for all"
     return before
 
 
@@ -508,32 +439,18 @@ def arguments(name: str) -> tuple[str, ...]:
         "--train.sample-tokens",
         "0",
     )
-    return (
-        (*options, "--optim.scaling", "modular", "--model.init", "fan_in")
-        if name == "sgd"
-        else options
-    )
+    return (*options, "--optim.scaling", "modular", "--model.init", "fan_in") if name == "sgd" else options
 
 
 def losses(folder: Path) -> list[float]:
-    return [
-        r["loss"]
-        for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        if "loss" in r
-    ]
+    return [r["loss"] for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
 
 
 @pytest.fixture(scope="module", params=RIVALS)
 def whole(root: Path, request: pytest.FixtureRequest) -> tuple[str, Path]:
     """An uninterrupted run of each."""
     code, _, err = run(
-        root,
-        "small.toml",
-        "--run.name",
-        request.param,
-        "--train.keep-checkpoints",
-        "3",
-        *arguments(request.param),
+        root, "small.toml", "--run.name", request.param, "--train.keep-checkpoints", "3", *arguments(request.param)
     )
     assert code == 0, err
     return request.param, root / "runs" / request.param
@@ -546,11 +463,9 @@ def test_a_run_learns_and_says_what_it_trained_with(whole: tuple[str, Path]):
     receipt = (folder / "receipt.txt").read_text()
     assert (
         receipt.startswith(
-            {
-                "adamw": "AdamW\n",
-                "muon_adamw": ("Muon + AdamW\n", "Float32Muon + AdamW\n"),
-                "sgd": "SGD\n",
-            }.get(name, "parameter ")
+            {"adamw": "AdamW\n", "muon_adamw": ("Muon + AdamW\n", "Float32Muon + AdamW\n"), "sgd": "SGD\n"}.get(
+                name, "parameter "
+            )
         )
         and "blocks.1.mlp.down.weight" in receipt
     )
@@ -573,48 +488,28 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(root: Path, whole: t
         shutil.rmtree(cut / f"checkpoints/step_{step:08d}")
     (cut / "summary.json").unlink()
     code, out, err = run(
-        root,
-        "small.toml",
-        "--run.name",
-        cut.name,
-        "--run.resume",
-        *arguments(name),
-        "--train.keep-checkpoints",
-        "3",
+        root, "small.toml", "--run.name", cut.name, "--run.resume", *arguments(name), "--train.keep-checkpoints", "3"
     )
     assert code == 0 and "at step 4" in out, err
     assert losses(cut) == losses(folder)
-    found, expected = (
-        json.loads((f / "summary.json").read_text())["val_loss"] for f in (cut, folder)
-    )
+    found, expected = (json.loads((f / "summary.json").read_text())["val_loss"] for f in (cut, folder))
     assert found == expected
 
 
 def test_two_ranks_train_as_one(root: Path, whole: tuple[str, Path]):
     """float32 sums in another order: 1e-4 of a loss after 12 steps."""
     name, folder = whole
-    args = (
-        "small.toml",
-        "--run.name",
-        f"{name}-2",
-        *arguments(name),
-        "--train.gradient-accumulation-steps",
-        "1",
-    )
+    args = ("small.toml", "--run.name", f"{name}-2", *arguments(name), "--train.gradient-accumulation-steps", "1")
     assert [code for code, *_ in run_ranks(root, 2, *args)] == [0, 0]
     assert losses(root / f"runs/{name}-2") == pytest.approx(losses(folder), rel=1e-4)
 
 
-def test_settings_of_a_resumed_rival_take_effect_and_another_optimizer_is_refused(
-    root: Path, whole: tuple[str, Path]
-):
+def test_settings_of_a_resumed_rival_take_effect_and_another_optimizer_is_refused(root: Path, whole: tuple[str, Path]):
     name, folder = whole
     cut = shutil.copytree(folder, root / f"runs/{name}-changed")
     shutil.rmtree(cut / "checkpoints/step_00000012")
     (cut / "summary.json").unlink()
-    other = (
-        "adamw" if name == "normalized_adam" else "normalized_adam"
-    )  # of the same buffers and groups
+    other = "adamw" if name == "normalized_adam" else "normalized_adam"  # of the same buffers and groups
     code, _, err = run(
         root,
         "small.toml",
@@ -627,19 +522,9 @@ def test_settings_of_a_resumed_rival_take_effect_and_another_optimizer_is_refuse
         "--optim.scaling",
         "standard",
     )
-    assert (
-        code == 2
-        and f"error: optim.name of a resumed run\n  got: '{other}'\n  allowed: '{name}'" in err
-    )
+    assert code == 2 and f"error: optim.name of a resumed run\n  got: '{other}'\n  allowed: '{name}'" in err
     code, out, err = run(
-        root,
-        "small.toml",
-        "--run.name",
-        cut.name,
-        "--run.resume",
-        *arguments(name),
-        "--optim.weight-decay",
-        "3",
+        root, "small.toml", "--run.name", cut.name, "--run.resume", *arguments(name), "--optim.weight-decay", "3"
     )
     assert code == 0 and "changed: optim.weight_decay = 3.0, was 0.1" in out, err
     assert losses(cut)[:9] == losses(folder)[:9] and losses(cut)[9:] != losses(folder)[9:]
@@ -647,21 +532,14 @@ def test_settings_of_a_resumed_rival_take_effect_and_another_optimizer_is_refuse
 
 @pytest.mark.parametrize("name", ["adamw", "normalized_sgd"])
 def test_sharded_weights_are_refused(root: Path, name: str):
-    found = run_ranks(
-        root, 2, "small.toml", "--run.name", "sharded", "--run.parallel", "fsdp", *arguments(name)
-    )
+    found = run_ranks(root, 2, "small.toml", "--run.name", "sharded", "--run.parallel", "fsdp", *arguments(name))
     assert [code for code, *_ in found] == [2, 2]
-    assert (
-        "a sharded weight (DTensor)" in found[0][2]
-        and "allowed: whole ones\n  fix: " in found[0][2]
-    )
+    assert "a sharded weight (DTensor)" in found[0][2] and "allowed: whole ones\n  fix: " in found[0][2]
     assert not (root / "runs/sharded").exists()
 
 
 def test_a_rival_has_no_lr_of_its_own(root: Path):
-    code, _, err = run(
-        root, "small.toml", "--run.name", "auto", *arguments("adamw"), "--optim.lr", "auto"
-    )
+    code, _, err = run(root, "small.toml", "--run.name", "auto", *arguments("adamw"), "--optim.lr", "auto")
     assert code == 2 and "error: optim.lr\n  got: 'auto'\n  allowed: a number for adamw" in err
 
 
@@ -676,9 +554,7 @@ def test_without_checkpoints_none_are_saved_not_even_at_a_signal(root: Path):
         "0",
     )
     assert run(root, *args, "--run.name", "none", "--train.steps", "3")[0] == 0
-    assert (root / "runs/none/summary.json").is_file() and not list(
-        root.glob("runs/none/checkpoints/*")
-    )
+    assert (root / "runs/none/summary.json").is_file() and not list(root.glob("runs/none/checkpoints/*"))
     process = start(root, *args, "--run.name", "cut", "--train.steps", "100000")
     while not (root / "runs/cut/metrics.jsonl").is_file():
         time.sleep(0.01)
@@ -699,9 +575,7 @@ def test_initial_deviations_are_those_of_their_sources():
     """Of 64² entries or more: standard deviations within 5%, means within 4 standard errors."""
     layers, width = 3, 64
     for init in ("gpt2", "fan_in"):
-        config = GPTConfig(
-            n_layer=layers, n_head=2, n_embd=width, block_size=4, vocab_size=256, init=init
-        )
+        config = GPTConfig(n_layer=layers, n_head=2, n_embd=width, block_size=4, vocab_size=256, init=init)
         for name, p in GPT(
             config, RoleNorms().build(Polar("exact"), 2), torch.Generator().manual_seed(0)
         ).named_parameters():

@@ -10,14 +10,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 import config as configuration
+import pytest
 from config import Config
 from data.loader import Dataset
 from model import GPT
 from studies import runs
 from studies.runs import Job, StudyError, cost, done, duration, execute, job, metrics, summary
+
 from tests.helpers import _context, server_key, share_server, small_dataset
 
 QUICK = {
@@ -37,10 +37,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def jobs_of(base: Config, folder: Path, names: str, **changes) -> list[Job]:
-    return [
-        job(base, name, folder, **{**QUICK, "run.seed": i, **changes})
-        for i, name in enumerate(names)
-    ]
+    return [job(base, name, folder, **{**QUICK, "run.seed": i, **changes}) for i, name in enumerate(names)]
 
 
 def study(jobs: list[Job], folder: Path, workers: int = 2) -> list[str]:
@@ -53,9 +50,7 @@ def killed_later(jobs: list[Job], folder: Path, key: object, shares: bool) -> No
     """In a process of its own, and without `shares` with a server of its own that forks its runs, as a user's."""
     if shares:
         share_server(key)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # which a shell's background job ignores
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
     study(jobs, folder)
 
 
@@ -81,9 +76,7 @@ def test_runs_are_done_once_and_new_ones_are_added(base: Config, tmp_path: Path)
     first = written(tmp_path)
     assert first.keys() == {"a", "b"}
     found = [summary(tmp_path / j.name) for j in jobs]
-    assert (
-        found[0] and found[1] and not found[2] and found[0]["val_loss"] != found[1]["val_loss"]
-    ), "seeds differ"
+    assert found[0] and found[1] and not found[2] and found[0]["val_loss"] != found[1]["val_loss"], "seeds differ"
     assert [r["step"] for r in metrics(tmp_path / "a") if "loss" in r] == [1, 2, 3]
     assert study(jobs, tmp_path) == ["2 of 3 runs are there already"]
     assert (again := written(tmp_path)).keys() == {"a", "b", "c"} and first.items() <= again.items()
@@ -96,8 +89,7 @@ def test_a_run_is_what_train_gpt_makes_of_its_configuration(base: Config, tmp_pa
     study(jobs_of(base, tmp_path / "one", "ab"), tmp_path / "one", workers=1)
     for name in "ab":
         one, two = (
-            [(r["step"], r["loss"]) for r in metrics(tmp_path / n / name) if "loss" in r]
-            for n in ("one", "two")
+            [(r["step"], r["loss"]) for r in metrics(tmp_path / n / name) if "loss" in r] for n in ("one", "two")
         )
         assert one == two
 
@@ -131,9 +123,7 @@ def test_another_configuration_under_a_name_is_refused(base: Config, tmp_path: P
         ("train.log_every", 2),
         ("model.vocab_size", 18),
     ):
-        assert done(jobs_of(base, tmp_path, "a", **{key: value})[0], tmp_path), (
-            "the numbers are the same"
-        )
+        assert done(jobs_of(base, tmp_path, "a", **{key: value})[0], tmp_path), "the numbers are the same"
     assert written(tmp_path) == there
 
 
@@ -177,19 +167,14 @@ def test_another_failure_ends_the_study_with_what_the_run_said(base: Config, tmp
         and "nowhere" in text
         and "error: " in text
     )
-    assert (
-        "allowed: runs that end\n  fix: see above, and call the study again: what is done stays"
-        in text
-    )
+    assert "allowed: runs that end\n  fix: see above, and call the study again: what is done stays" in text
     there = written(tmp_path)
     assert "a" in there and "d" not in there and "x" not in there
     study([j for j in jobs if j.name != "x"], tmp_path)
     assert there.items() <= written(tmp_path).items() and written(tmp_path).keys() == set("abcd")
 
 
-def test_a_study_killed_in_the_middle_goes_on_and_leaves_no_process_behind(
-    base: Config, tmp_path: Path
-):
+def test_a_study_killed_in_the_middle_goes_on_and_leaves_no_process_behind(base: Config, tmp_path: Path):
     """kill −9: what was under way ends too, and is begun anew; what was done stays. The second time SIGINT: runs are told and waited for."""
     long = {"train.steps": 1_000_000}
     jobs = [
@@ -201,14 +186,11 @@ def test_a_study_killed_in_the_middle_goes_on_and_leaves_no_process_behind(
     lines = tmp_path / "l/metrics.jsonl"
     there: dict[str, int] = {}
     for number in (signal.SIGKILL, signal.SIGINT):
-        process = _context.Process(
-            target=killed_later, args=(jobs, tmp_path, server_key(), number == signal.SIGINT)
-        )
+        process = _context.Process(target=killed_later, args=(jobs, tmp_path, server_key(), number == signal.SIGINT))
         process.start()
         until(
             lambda: (
-                written(tmp_path).keys() == {"a", "b"}
-                and all((tmp_path / n / "metrics.jsonl").is_file() for n in "lm")
+                written(tmp_path).keys() == {"a", "b"} and all((tmp_path / n / "metrics.jsonl").is_file() for n in "lm")
             )
         )
         until(lambda: lines.read_text().count("\n") > 3)
@@ -216,13 +198,7 @@ def test_a_study_killed_in_the_middle_goes_on_and_leaves_no_process_behind(
         os.kill(process.pid, number)
         process.join(30)
         assert process.exitcode, "it ended by the signal"
-        until(
-            lambda: (
-                (before := lines.read_text(), time.sleep(0.3), lines.read_text())[0::2]
-                == (before,) * 2
-            ),
-            20,
-        )
+        until(lambda: (before := lines.read_text(), time.sleep(0.3), lines.read_text())[0::2] == (before,) * 2, 20)
         assert there.items() <= written(tmp_path).items() and written(tmp_path).keys() == {"a", "b"}
         there = written(tmp_path)
         (tmp_path / "l/rubbish").write_text("")
@@ -241,24 +217,18 @@ def test_a_study_killed_in_the_middle_goes_on_and_leaves_no_process_behind(
 
 def test_a_job_has_its_changes_and_is_checked(base: Config, tmp_path: Path):
     made = job(
-        base,
-        "x",
-        tmp_path,
-        **{"model.n_embd": 32, "optim.polar.schedule": "exact", "optim.max_grad_norm": None},
+        base, "x", tmp_path, **{"model.n_embd": 32, "optim.polar.schedule": "exact", "optim.max_grad_norm": None}
     )
     flat = configuration.flat(made.config)
-    assert (
-        flat["run.name"],
-        flat["run.dir"],
-        flat["model.n_embd"],
-        flat["optim.polar.schedule"],
-    ) == ("x", str(tmp_path), 32, "exact")
+    assert (flat["run.name"], flat["run.dir"], flat["model.n_embd"], flat["optim.polar.schedule"]) == (
+        "x",
+        str(tmp_path),
+        32,
+        "exact",
+    )
     kept = {k: v for k, v in configuration.flat(base).items() if flat[k] != v}
     assert kept.keys() == {"run.name", "run.dir", "model.n_embd", "optim.polar.schedule"}
-    with pytest.raises(
-        configuration.ConfigError,
-        match="model.n_head\n  got: 2\n  allowed: a divisor of n_embd = 17",
-    ):
+    with pytest.raises(configuration.ConfigError, match="model.n_head\n  got: 2\n  allowed: a divisor of n_embd = 17"):
         job(base, "x", tmp_path, **{"model.n_embd": 17})
 
 
@@ -270,8 +240,7 @@ def test_the_cost_counts_what_is_trained_and_evaluated(base: Config):
         train=replace(base.train, steps=10, eval_tokens=512, eval_every=0),
     )
     per_token = GPT(
-        replace(base.model, vocab_size=18),
-        base.optim.norms.build(base.optim.polar, base.model.n_head),
+        replace(base.model, vocab_size=18), base.optim.norms.build(base.optim.polar, base.model.n_head)
     ).flops_per_token()
     dataset = Dataset(base.data)
     flops, seconds = cost(plain, dataset, 1e9)
@@ -287,18 +256,12 @@ def test_the_cost_counts_what_is_trained_and_evaluated(base: Config):
         per_token / 3 * (dataset.manifest.splits["val"].tokens - 512)
     )
     curved = replace(plain, train=replace(plain.train, sharpness_every=5, sharpness_sequences=2))
-    assert cost(curved, dataset, 1e9)[0] - flops == pytest.approx(
-        3 * runs.PRODUCTS * 4 * per_token * 2 * 16
-    )
+    assert cost(curved, dataset, 1e9)[0] - flops == pytest.approx(3 * runs.PRODUCTS * 4 * per_token * 2 * 16)
     assert runs.speed(base.run) > 1e8
 
 
 def test_a_duration_is_that_of_the_longest_run_or_of_all_by_workers():
-    assert (
-        duration([10, 10, 40], 2) == "40 s"
-        and duration([30, 30, 30, 30], 2) == "60 s"
-        and duration([], 2) == "0 s"
-    )
+    assert duration([10, 10, 40], 2) == "40 s" and duration([30, 30, 30, 30], 2) == "60 s" and duration([], 2) == "0 s"
     assert duration([600] * 4, 4) == "10 min" and duration([7200], 1) == "2.0 h"
 
 
@@ -309,9 +272,7 @@ def test_less_than_one_run_at_a_time_is_refused(base: Config, tmp_path: Path, wo
         lambda: study(jobs, tmp_path, workers),
         lambda: runs.sweep(jobs, tmp_path, workers=runs.places(workers), dry_run=True),
     ):
-        with pytest.raises(
-            StudyError, match=f"--workers\n  got: {workers}\n  allowed: 1 or more\n  fix: "
-        ):
+        with pytest.raises(StudyError, match=f"--workers\n  got: {workers}\n  allowed: 1 or more\n  fix: "):
             call()
     assert not (tmp_path / "a").exists()
 

@@ -5,9 +5,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-
 import runtime
+import torch
 from runtime import Clock, RunConfig, RunError, RunFolder, Runtime, Stopwatch, telling
 
 CPU = RunConfig(device="cpu", precision="fp32")
@@ -49,9 +48,7 @@ def test_precision_follows_the_models_own_product_and_is_told(
     monkeypatch: pytest.MonkeyPatch, gain: float, chosen: str, told: str
 ):
     timed = []
-    monkeypatch.setattr(
-        runtime, "bf16_gain", lambda device, *product: timed.append(product) or gain
-    )
+    monkeypatch.setattr(runtime, "bf16_gain", lambda device, *product: timed.append(product) or gain)
     found = Runtime(RunConfig(device="cpu"), product=(512, 64, 256))
     assert (found.precision, timed) == (chosen, [(512, 64, 256)])
     assert found.choices == [
@@ -67,23 +64,15 @@ def test_precision_on_a_gpu_follows_its_hardware(monkeypatch: pytest.MonkeyPatch
     """Without a GPU: the device alone is set. Emulated bf16 is not taken for the hardware's."""
     found = Runtime(CPU)
     found.device = torch.device("cuda")
-    monkeypatch.setattr(
-        torch.cuda,
-        "is_bf16_supported",
-        lambda *, including_emulation: not including_emulation and has,
-    )
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: not including_emulation and has)
     assert found._precision(RunConfig(), (512, 64, 256)) == ("bf16" if has else "fp32")
-    assert found.choices == [
-        f"run.precision = {'bf16 (this GPU has bf16)' if has else 'fp32 (this GPU has no bf16)'}"
-    ]
+    assert found.choices == [f"run.precision = {'bf16 (this GPU has bf16)' if has else 'fp32 (this GPU has no bf16)'}"]
 
 
 def test_the_probe_runs_both_types_on_few_rows(monkeypatch: pytest.MonkeyPatch):
     rows = []
     theirs = torch.nn.functional.linear
-    monkeypatch.setattr(
-        torch.nn.functional, "linear", lambda x, W: rows.append(len(x)) or theirs(x, W)
-    )
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, W: rows.append(len(x)) or theirs(x, W))
     assert 0.001 < runtime.bf16_gain(torch.device("cpu"), 64, 32, 128) < 100
     assert set(rows) == {64}
     monkeypatch.setattr(runtime, "PROBE_FLOPS", 6 * 32 * 128 * 8)
@@ -111,9 +100,7 @@ def test_a_device_that_is_not_there_is_refused():
 def test_two_starts_do_not_share_a_folder(tmp_path: Path):
     first, second = (RunFolder(tmp_path / "runs/a", resume=False) for _ in range(2))
     first.create()
-    with pytest.raises(
-        RunError, match=r"run folder .*runs/a exists\n  got: a run that started a moment ago"
-    ):
+    with pytest.raises(RunError, match=r"run folder .*runs/a exists\n  got: a run that started a moment ago"):
         second.create()
 
 

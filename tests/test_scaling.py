@@ -23,30 +23,26 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.utils.flop_counter import FlopCounterMode
-
 from config import OptimConfig
 from model import GPT
 from models import ModelConfig
 from optim import Dualized, Polar
 from studies import scaling
 from studies.scaling import ADAMW, MUON, MUON_PLAIN, OURS, ZERO, Case, around, step_of, weights_of
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.flop_counter import FlopCounterMode
+
 from tests.forked_python import forked_python
 from tests.helpers import ROOT, ranks
 
 # Rows that 4 does not divide, and float32, whose Gram form the wide matrices take.
 SMALL = Case("small", ModelConfig(n_layer=3, n_head=1, n_embd=18, block_size=8, vocab_size=67), 4)
-HALF = replace(
-    SMALL, name="half", optim=OptimConfig(param_dtype="bfloat16")
-)  # with float32 masters
+HALF = replace(SMALL, name="half", optim=OptimConfig(param_dtype="bfloat16"))  # with float32 masters
 FLOAT32, BFLOAT16 = Polar(dtype="float32"), Polar(dtype="bfloat16")
 # 4 MB of weights, so that flags, barriers and TCP's own bytes are little beside them.
-MEDIUM = Case(
-    "medium", ModelConfig(n_layer=2, n_head=2, n_embd=192, block_size=8, vocab_size=512), 4
-)
+MEDIUM = Case("medium", ModelConfig(n_layer=2, n_head=2, n_embd=192, block_size=8, vocab_size=512), 4)
 GLOO_REDUCE_SCATTER = 2  # gloo sends as much as for an all-reduce; a ring, NCCL's, half of it
 LOOPBACK_TOLERANCE = 0.05  # TCP's headers and acknowledgements, flags, barriers
 
@@ -70,15 +66,9 @@ def real_model(case: Case, polar: Polar, mode: str, w: int) -> GPT:
     """With numbers, and sharded as runtime.py does."""
     generator = torch.Generator().manual_seed(0)
     norms = case.optim.norms.build(polar, case.model.n_head)
-    model = GPT(replace(case.model, zero_init=False), norms, generator).to(
-        getattr(torch, case.optim.param_dtype)
-    )
+    model = GPT(replace(case.model, zero_init=False), norms, generator).to(getattr(torch, case.optim.param_dtype))
     if mode != "ddp":
-        shape, names = (
-            ((w,), ("shard",))
-            if mode == "fsdp"
-            else ((w // SHARDS, SHARDS), ("replicate", "shard"))
-        )
+        shape, names = ((w,), ("shard",)) if mode == "fsdp" else ((w // SHARDS, SHARDS), ("replicate", "shard"))
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         for unit in (*model.blocks, model):
             fully_shard(unit, mesh=mesh)
@@ -87,9 +77,7 @@ def real_model(case: Case, polar: Polar, mode: str, w: int) -> GPT:
 
 def backward(model: GPT, case: Case, rank: int) -> None:
     generator = torch.Generator().manual_seed(1 + rank)
-    idx = torch.randint(
-        case.model.vocab_size or 0, (1, case.model.block_size + 1), generator=generator
-    )
+    idx = torch.randint(case.model.vocab_size or 0, (1, case.model.block_size + 1), generator=generator)
     loss = model(idx[:, :-1], idx[:, 1:])[1]
     assert loss is not None
     loss.backward()
@@ -127,9 +115,7 @@ class Counted:
             collective = getattr(dist, name)
 
             def noted(*args, **kwargs):
-                sizes.append(
-                    max(x.nbytes for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-                )
+                sizes.append(max(x.nbytes for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
                 return collective(*args, **kwargs)
 
             return noted
@@ -145,20 +131,14 @@ def one_step(rank: int, w: int, case: Case, polar: Polar, mode: str) -> dict[str
     """What a real step of Dualized did on this rank."""
     model, counted = real_model(case, polar, mode, w), Counted()
     optimizer = Dualized(
-        model,
-        lr=0.1,
-        grads="local",
-        direction=case.optim.direction,
-        master_weights=case.optim.master_weights,
+        model, lr=0.1, grads="local", direction=case.optim.direction, master_weights=case.optim.master_weights
     )
     with counted.counting(), FlopCounterMode(display=False) as flops:
         backward(model, case, rank)
         around = flops.get_total_flops()
         optimizer.step()
     state = sum(
-        (b.to_local() if hasattr(b, "to_local") else b).nbytes
-        for s in optimizer.state.values()
-        for b in s.values()
+        (b.to_local() if hasattr(b, "to_local") else b).nbytes for s in optimizer.state.values() for b in s.values()
     )
     return {
         "flops": flops.get_total_flops() - around,
@@ -178,9 +158,7 @@ def traffic(rank: int, w: int, folder: str) -> None:
     """Of each mode, what a step counted on this rank, and what the loopback interface sent from all of them."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store{w}", w)  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=w, timeout=timedelta(seconds=20)
-    )
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=w, timeout=timedelta(seconds=20))
     found = {}
     for mode in ("ddp", "fsdp"):
         model, counted = real_model(MEDIUM, FLOAT32, mode, w), Counted()
@@ -200,9 +178,7 @@ def traffic(rank: int, w: int, folder: str) -> None:
 
 def loopback_bytes() -> int:
     """Sent so far, of the network namespace that this process is in."""
-    line = next(
-        x for x in Path("/proc/net/dev").read_text().splitlines() if x.strip().startswith("lo:")
-    )
+    line = next(x for x in Path("/proc/net/dev").read_text().splitlines() if x.strip().startswith("lo:"))
     return int(line.split(":")[1].split()[8])
 
 
@@ -230,9 +206,7 @@ def main() -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "w"),
-    [(SMALL, 1), (SMALL, 2), (SMALL, 4), (HALF, 2)],
-    ids=lambda x: getattr(x, "name", x),
+    ("case", "w"), [(SMALL, 1), (SMALL, 2), (SMALL, 4), (HALF, 2)], ids=lambda x: getattr(x, "name", x)
 )
 def test_flops_bytes_and_memory_of_a_real_step_are_those_predicted(case: Case, w: int):
     found = ranks(w, steps, case, FLOAT32)
@@ -249,26 +223,18 @@ def test_flops_bytes_and_memory_of_a_real_step_are_those_predicted(case: Case, w
         assert real["sent"] == step.sent.round().tolist(), mode
         assert real["state"] == step.state.round().tolist(), mode
         # Live tensors are what leaves and what comes; replicas keep a copy of the own part and its float32 sum besides.
-        kept = (
-            step.stepped * (1 + 4 / model.head.weight.element_size())
-            if mode == "ddp" and w > 1
-            else torch.zeros(w)
-        )
+        kept = step.stepped * (1 + 4 / model.head.weight.element_size()) if mode == "ddp" and w > 1 else torch.zeros(w)
         buffers = torch.tensor(real["buffers"]) + kept
         assert (buffers <= step.buffers).all() and buffers.max() == step.buffers.max(), mode
         # FSDP2's own: what a ring sends is (s − 1)/s of what is gathered or reduced.
         s = shards(mode, w)
-        gathered, reduced = [
-            round(sent * s / (s - 1)) for sent, _ in around(model, 1, mode, w, s).rings[:2]
-        ] or [0, 0]
+        gathered, reduced = [round(sent * s / (s - 1)) for sent, _ in around(model, 1, mode, w, s).rings[:2]] or [0, 0]
         assert (real["gathered"], real["reduced"]) == ([gathered] * w, [reduced] * w), mode
 
 
 def test_the_loopback_interface_carries_the_predicted_bytes(tmp_path: Path):
     """In a network namespace of its own, whose loopback interface nobody else uses; where the machine allows none, what ranks count themselves is compared."""
-    alone = subprocess.run(
-        ["sh", "-c", "unshare -rn ip link set lo up"], capture_output=True, text=True, timeout=20
-    )
+    alone = subprocess.run(["sh", "-c", "unshare -rn ip link set lo up"], capture_output=True, text=True, timeout=20)
     if alone.returncode == 0:
         # Without TCP's loss probes, which send 64 KB again where an acknowledgement is delayed, as it is on a busy machine.
         prepared = 'ip link set lo up; { echo 0 > /proc/sys/net/ipv4/tcp_early_retrans; } 2> /dev/null; exec "$@"'
@@ -282,11 +248,7 @@ def test_the_loopback_interface_carries_the_predicted_bytes(tmp_path: Path):
         (tmp_path / str(i)).mkdir()
         with forked_python(tmp_path / str(i)) as python:
             done = subprocess.run(
-                [*command, python, "-m", "tests.test_scaling"],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                timeout=100,
+                [*command, python, "-m", "tests.test_scaling"], cwd=ROOT, capture_output=True, text=True, timeout=100
             )
         assert done.returncode == 0, done.stderr
         close = True
@@ -295,27 +257,19 @@ def test_the_loopback_interface_carries_the_predicted_bytes(tmp_path: Path):
                 step = step_of(OURS, weights, mode, w, shards(mode, w))
                 assert step is not None
                 assert [f[mode]["sent"] for f in found] == step.sent.round().tolist(), (w, mode)
-                gather, reduction = [
-                    sent for sent, _ in around(model, 1, mode, w, w).rings[:2]
-                ] or [0, 0]
+                gather, reduction = [sent for sent, _ in around(model, 1, mode, w, w).rings[:2]] or [0, 0]
                 predicted = float(step.sent.sum()) + w * (gather + GLOO_REDUCE_SCATTER * reduction)
                 if alone.returncode == 0:
                     key = str(w), mode
-                    lowest[key] = min(
-                        found[0][mode]["loopback"], lowest.get(key, found[0][mode]["loopback"])
-                    )
-                    print(
-                        f"w = {w}, {mode}: predicted {predicted:.0f}, loopback {found[0][mode]['loopback']}"
-                    )
+                    lowest[key] = min(found[0][mode]["loopback"], lowest.get(key, found[0][mode]["loopback"]))
+                    print(f"w = {w}, {mode}: predicted {predicted:.0f}, loopback {found[0][mode]['loopback']}")
                     close &= lowest[key] == pytest.approx(predicted, rel=LOOPBACK_TOLERANCE)
         if close:
             return
     pytest.fail("the lowest of three is not what is predicted; see above")
 
 
-@pytest.mark.parametrize(
-    "polar", [FLOAT32, BFLOAT16, Polar("jordan", "plain"), Polar("quintic", "gram")], ids=str
-)
+@pytest.mark.parametrize("polar", [FLOAT32, BFLOAT16, Polar("jordan", "plain"), Polar("quintic", "gram")], ids=str)
 def test_flops_of_every_form_are_those_predicted(polar: Polar):
     model = real_model(SMALL, polar, "ddp", 1)
     optimizer = Dualized(model, lr=0.1)
@@ -336,9 +290,7 @@ def test_muon_and_adamw_cost_what_torchs_own_do():
         with FlopCounterMode(display=False) as flops:
             for optimizer in optimizers:
                 optimizer.step()
-        buffers = [
-            b for o in optimizers for s in o.state.values() for k, b in s.items() if k != "step"
-        ]
+        buffers = [b for o in optimizers for s in o.state.values() for k, b in s.items() if k != "step"]
         return flops.get_total_flops(), sum(b.nbytes for b in buffers)
 
     for name, real in (
@@ -349,9 +301,7 @@ def test_muon_and_adamw_cost_what_torchs_own_do():
         assert step is not None and real == (step.whole.item(), step.state.item()), name
 
 
-@pytest.mark.parametrize(
-    ("name", "billions"), [("6.7B", 6.7), ("13B", 13.0), ("175B", 175.0), ("1T", 1008.0)]
-)
+@pytest.mark.parametrize(("name", "billions"), [("6.7B", 6.7), ("13B", 13.0), ("175B", 175.0), ("1T", 1008.0)])
 def test_the_family_has_the_published_sizes(name: str, billions: float):
     """Within 4 %: our head is not tied to the embedding, and 13B is 5120 wide."""
     assert scaling.cases()[name].gpt(MUON).num_params() == pytest.approx(1e9 * billions, rel=0.04)
@@ -380,20 +330,13 @@ def test_replicas_send_what_a_ring_all_reduce_sends_on_average(w: int):
 def documented() -> list[tuple[str, str]]:
     """[(arguments, what stands below them)] of the commands in docs/scaling.md."""
     parts = re.split(
-        r"^    python -m studies\.scaling (.*--markdown)$",
-        (ROOT / "docs/scaling.md").read_text(),
-        flags=re.M,
+        r"^    python -m studies\.scaling (.*--markdown)$", (ROOT / "docs/scaling.md").read_text(), flags=re.M
     )
-    return [
-        (arguments, below.split("\n#")[0])
-        for arguments, below in zip(parts[1::2], parts[2::2], strict=True)
-    ]
+    return [(arguments, below.split("\n#")[0]) for arguments, below in zip(parts[1::2], parts[2::2], strict=True)]
 
 
 @pytest.mark.parametrize("which", range(4))
-def test_the_tables_in_the_documentation_are_the_commands_own(
-    which: int, capsys: pytest.CaptureFixture[str]
-):
+def test_the_tables_in_the_documentation_are_the_commands_own(which: int, capsys: pytest.CaptureFixture[str]):
     """Rows of up to 1024 GPUs; the others take most of a minute."""
     found = documented()
     assert len(found) == 4
@@ -403,11 +346,7 @@ def test_the_tables_in_the_documentation_are_the_commands_own(
     last = next(i for i in range(first, len(argv)) if argv[i].startswith("--"))
     argv[first:last] = few = [w for w in argv[first:last] if int(w) <= 1024]
     scaling.main(argv)
-    printed = [
-        line
-        for line in capsys.readouterr().out.splitlines()
-        if line and not line.startswith("&ast;")
-    ]
+    printed = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("&ast;")]
     gpus = {f"{int(w):,}" for w in few}
     kept = [
         line
@@ -449,18 +388,12 @@ def test_the_command_prints_its_tables(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (
-            ["--gpus", "12", "--parallel", "hsdp"],
-            "--shards\n  got: 8\n  allowed: a divisor of the 12 GPUs",
-        ),
+        (["--gpus", "12", "--parallel", "hsdp"], "--shards\n  got: 8\n  allowed: a divisor of the 12 GPUs"),
         (
             ["--tokens-per-step", "1000"],
             "--tokens-per-step\n  got: 1000\n  allowed: a multiple of 124M's 1024 tokens a sequence\n  fix: 1024",
         ),
-        (
-            ["--config", str(ROOT / "configs/points/soap.toml")],
-            "optim.direction\n  got: 'soap'\n  allowed: ",
-        ),
+        (["--config", str(ROOT / "configs/points/soap.toml")], "optim.direction\n  got: 'soap'\n  allowed: "),
         (["--gpus", "0"], "--gpus\n  got: 0\n  allowed: 1 or more"),
     ],
 )

@@ -4,12 +4,11 @@ import json
 import math
 from pathlib import Path
 
+import checkpoint
+import config as configuration
 import numpy as np
 import pytest
 import torch
-
-import checkpoint
-import config as configuration
 from data.loader import Dataset, TrainBatches
 from model import GPT, GPTConfig
 from optim import RIVALS, Dualized, Rival, coordinates, metrize
@@ -29,6 +28,7 @@ from studies.sharpness import (
     spread_at_steps,
 )
 from telemetry import Sharpness, stable
+
 from tests.helpers import QUICK, run, small_dataset
 
 STEPS = np.arange(1, 101, 10.0)
@@ -62,9 +62,7 @@ def test_sizes_that_are_only_slower_have_no_spread_at_equal_loss():
     curves = [made(1.0), made(1.0, delay=1.5)]
     grid = common_losses(curves)
     assert grid is not None and grid[0] > grid[-1]
-    assert grid[-1] >= max(c.losses.min() for c in curves) and grid[0] <= min(
-        c.losses.max() for c in curves
-    )
+    assert grid[-1] >= max(c.losses.min() for c in curves) and grid[0] <= min(c.losses.max() for c in curves)
     assert spread_at_losses(curves, grid) < 0.01 < 0.05 < spread_at_steps(curves)
 
 
@@ -76,10 +74,7 @@ def test_a_ratio_of_spreads_comes_with_its_interval():
     rng = np.random.default_rng(0)
 
     def seeds(exponent: float) -> list[list[Curve]]:
-        return [
-            [made(w**exponent * math.exp(0.02 * rng.standard_normal())) for w in (64, 128, 256)]
-            for _ in range(4)
-        ]
+        return [[made(w**exponent * math.exp(0.02 * rng.standard_normal())) for w in (64, 128, 256)] for _ in range(4)]
 
     found = {"dualized": seeds(0.1), "ntk": seeds(0.5)}
     times = ratios(found, "dualized", "ntk")
@@ -97,59 +92,41 @@ def test_a_ratio_of_spreads_comes_with_its_interval():
 def small(**changes: object) -> tuple[GPT, list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     model = GPT(
-        GPTConfig(1, 1, 4, block_size=6, vocab_size=7, zero_init=False, **changes),
-        generator=generator,
+        GPTConfig(1, 1, 4, block_size=6, vocab_size=7, zero_init=False, **changes), generator=generator
     ).double()  # type: ignore[arg-type]
     return model, list(torch.randint(0, 7, (2, 3, 6), generator=generator))
 
 
-def dense(
-    model: GPT, batch: list[torch.Tensor], scales: dict[str, float | torch.Tensor]
-) -> torch.Tensor:
+def dense(model: GPT, batch: list[torch.Tensor], scales: dict[str, float | torch.Tensor]) -> torch.Tensor:
     """S H S by rows of the double backward pass: eigenvalues of the whole matrix, ascending."""
     names = [n for n, _ in model.named_parameters()]
     weights = [p for _, p in model.named_parameters()]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         loss = model(*batch)[1]
         assert loss is not None
-        flat = torch.cat(
-            [g.reshape(-1) for g in torch.autograd.grad(loss, weights, create_graph=True)]
-        )
-        rows = [
-            torch.cat([h.reshape(-1) for h in torch.autograd.grad(g, weights, retain_graph=True)])
-            for g in flat
-        ]
-    s = torch.cat(
-        [(scales[n] * torch.ones_like(p)).reshape(-1) for n, p in zip(names, weights, strict=True)]
-    )
+        flat = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, weights, create_graph=True)])
+        rows = [torch.cat([h.reshape(-1) for h in torch.autograd.grad(g, weights, retain_graph=True)]) for g in flat]
+    s = torch.cat([(scales[n] * torch.ones_like(p)).reshape(-1) for n, p in zip(names, weights, strict=True)])
     return torch.linalg.eigvalsh(s[:, None] * torch.stack(rows) * s)
 
 
 @pytest.mark.parametrize(
-    ("name", "scaling"),
-    [("dualized", "modular"), ("sgd", "ntk"), ("sgd", "standard"), ("normalized_sgd", "modular")],
+    ("name", "scaling"), [("dualized", "modular"), ("sgd", "ntk"), ("sgd", "standard"), ("normalized_sgd", "modular")]
 )
-def test_a_record_has_the_ends_of_the_spectrum_in_the_methods_own_coordinates(
-    name: str, scaling: str
-):
+def test_a_record_has_the_ends_of_the_spectrum_in_the_methods_own_coordinates(name: str, scaling: str):
     model, batch = small()
     norm = metrize(model, model.structure())
     if name == "dualized":
         optimizer: Dualized | Rival = Dualized(model, 0.1, norm=norm)
     else:
         optimizer = Rival(
-            RIVALS[name](
-                model, norm, lr=0.1, beta=0.9, beta2=0.99, weight_decay=0.0, scaling=scaling
-            ),
-            scaling=scaling,
+            RIVALS[name](model, norm, lr=0.1, beta=0.9, beta2=0.99, weight_decay=0.0, scaling=scaling), scaling=scaling
         )  # type: ignore[arg-type]
     record = Sharpness(model, optimizer, norm, batch).measure()
     spectrum = dense(model, batch, dict(coordinates(model, norm, scaling)))  # type: ignore[arg-type]
     assert record["coordinates"] == scaling
     assert record["lambda_max"] == pytest.approx(spectrum[-1].item(), rel=1e-4)
-    assert spectrum[0] <= record["lambda_min"] < 0, (
-        "from above: Lanczos stops when the other end has converged"
-    )
+    assert spectrum[0] <= record["lambda_min"] < 0, "from above: Lanczos stops when the other end has converged"
     assert record["converged"] and model.training
     assert record["modular_sharpness"] >= 0 and "preconditioned" not in record
 
@@ -164,15 +141,9 @@ def test_adamw_has_its_preconditioned_curvature():
         optimizer.zero_grad()
     record = Sharpness(model, optimizer, norm, batch).measure()
     state = {n: optimizer.optimizer.state[p] for n, p in model.named_parameters()}
-    scales = {
-        n: ((s["exp_avg_sq"] / (1 - 0.99**3)).sqrt() + 1e-8).rsqrt() for n, s in state.items()
-    }
-    assert record["preconditioned"] == pytest.approx(
-        dense(model, batch, scales)[-1].item(), rel=1e-3
-    )
-    assert record["lambda_max"] == pytest.approx(
-        dense(model, batch, dict.fromkeys(scales, 1.0))[-1].item(), rel=1e-4
-    )
+    scales = {n: ((s["exp_avg_sq"] / (1 - 0.99**3)).sqrt() + 1e-8).rsqrt() for n, s in state.items()}
+    assert record["preconditioned"] == pytest.approx(dense(model, batch, scales)[-1].item(), rel=1e-3)
+    assert record["lambda_max"] == pytest.approx(dense(model, batch, dict.fromkeys(scales, 1.0))[-1].item(), rel=1e-4)
     assert record["threshold"] == pytest.approx(2 * 1.9 / (0.1 * 0.01))
 
 
@@ -201,25 +172,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(root: Path, *argv: str) -> int:
-    where = (
-        str(root / "small.toml"),
-        "--data.dataset",
-        str(root / "corpora/small"),
-        "--run.dir",
-        str(root / "runs"),
-    )
+    where = (str(root / "small.toml"), "--data.dataset", str(root / "corpora/small"), "--run.dir", str(root / "runs"))
     options = ("--train.steps", "5", *QUICK)
-    return main(
-        [
-            *where,
-            *options,
-            "--train.sharpness-every",
-            "2",
-            "--train.sharpness-sequences",
-            "4",
-            *argv,
-        ]
-    )
+    return main([*where, *options, "--train.sharpness-every", "2", "--train.sharpness-sequences", "4", *argv])
 
 
 def test_the_command_measures_draws_and_compares(root: Path, capsys: pytest.CaptureFixture[str]):
@@ -242,9 +197,7 @@ def test_the_command_measures_draws_and_compares(root: Path, capsys: pytest.Capt
     assert call(root, *argv) == 0
     folder, said = root / "runs/s", capsys.readouterr().out
     assert {p.name for p in folder.glob("*.png")} == {"sharpness-width.png", "sharpness-depth.png"}
-    assert all(
-        (folder / p).stat().st_size > 10_000 for p in ("sharpness-width.png", "sharpness-depth.png")
-    )
+    assert all((folder / p).stat().st_size > 10_000 for p in ("sharpness-width.png", "sharpness-depth.png"))
     results = json.loads((folder / "results.json").read_text())
     assert [line["axis"] for line in results["lines"]] == ["width", "depth"]
     path = folder / "dualized.w16.d2.t16.b8.n5.lr1.s0"
@@ -260,10 +213,7 @@ def test_the_command_measures_draws_and_compares(root: Path, capsys: pytest.Capt
     spreads = [spread_at_steps([c for c in curves if c]) for curves in both]
     times = results["lines"][0]["ratios"]["ntk"]["steps"]["value"]
     assert times == pytest.approx(math.sqrt(spreads[2] * spreads[3] / (spreads[0] * spreads[1])))
-    assert (
-        "spread of ntk over that of dualized" in said
-        and "spread of ntk" in (folder / "verdict.txt").read_text()
-    )
+    assert "spread of ntk over that of dualized" in said and "spread of ntk" in (folder / "verdict.txt").read_text()
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("summary.json")}
     assert call(root, *argv, "--quantity", "gradient_norm") == 0
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("summary.json")} == before, (
@@ -275,16 +225,7 @@ def test_the_command_measures_draws_and_compares(root: Path, capsys: pytest.Capt
 def test_every_run_of_a_study_looks_at_the_same_batch(root: Path, seed: str):
     name = f"batch{seed}"
     code, _, said = run(
-        root,
-        "small.toml",
-        "--run.name",
-        name,
-        "--run.seed",
-        seed,
-        "--train.steps",
-        "3",
-        "--train.sharpness-every",
-        "3",
+        root, "small.toml", "--run.name", name, "--run.seed", seed, "--train.steps", "3", "--train.sharpness-every", "3"
     )
     assert code == 0, said
     config = configuration.load([str(root / "runs" / name / "config.toml")])
@@ -294,16 +235,11 @@ def test_every_run_of_a_study_looks_at_the_same_batch(root: Path, seed: str):
     model = GPT(config.model).eval()
     checkpoint.load_model(newest, model)
     fixed = TrainBatches(
-        Dataset(config.data).split("train"),
-        block_size=16,
-        batch_size=config.train.sharpness_sequences,
-        seed=2**63,
+        Dataset(config.data).split("train"), block_size=16, batch_size=config.train.sharpness_sequences, seed=2**63
     ).batch(0)
     loss = model(*fixed)[1]
     assert loss is not None
-    assert runs.metrics(root / "runs" / name)[-2]["sharpness"]["loss"] == pytest.approx(
-        loss.item(), rel=1e-5
-    )
+    assert runs.metrics(root / "runs" / name)[-2]["sharpness"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_a_point_of_equal_loss_is_one_where_the_loss_fell_to_it():
@@ -320,12 +256,7 @@ def test_curvature_that_did_not_converge_is_left_out(tmp_path: Path):
         {
             "step": i,
             "lr": 1.0,
-            "sharpness": {
-                "loss": 4.0 - i,
-                "lambda_max": 1.0 + i,
-                "converged": i != 1,
-                "threshold": 2.0,
-            },
+            "sharpness": {"loss": 4.0 - i, "lambda_max": 1.0 + i, "converged": i != 1, "threshold": 2.0},
         }
         for i in range(3)
     ]
@@ -346,20 +277,10 @@ def test_the_margin_of_a_dualized_step_is_that_of_its_own_threshold(tmp_path: Pa
 def test_curvature_does_not_change_a_run(root: Path):
     for name, every in (("with", "2"), ("without", "0")):
         code, _, said = run(
-            root,
-            "small.toml",
-            "--run.name",
-            name,
-            "--train.steps",
-            "6",
-            "--train.sharpness-every",
-            every,
+            root, "small.toml", "--run.name", name, "--train.steps", "6", "--train.sharpness-every", every
         )
         assert code == 0, said
-    losses = [
-        [r["loss"] for r in runs.metrics(root / "runs" / name) if "loss" in r]
-        for name in ("with", "without")
-    ]
+    losses = [[r["loss"] for r in runs.metrics(root / "runs" / name) if "loss" in r] for name in ("with", "without")]
     assert losses[0] == losses[1]
     measured = [r["sharpness"] for r in runs.metrics(root / "runs/with") if "sharpness" in r]
     assert len(measured) == 4 and all(m["modular_sharpness"] >= 0 for m in measured), (
@@ -397,13 +318,6 @@ def test_every_method_is_a_configuration(root: Path):
 
 def test_bfloat16_weights_have_no_curvature_to_measure(root: Path):
     code, _, said = run(
-        root,
-        "small.toml",
-        "--run.name",
-        "bf16",
-        "--train.sharpness-every",
-        "2",
-        "--optim.param-dtype",
-        "bfloat16",
+        root, "small.toml", "--run.name", "bf16", "--train.sharpness-every", "2", "--optim.param-dtype", "bfloat16"
     )
     assert code == 2 and "train.sharpness_every\n  got: 2 with" in said

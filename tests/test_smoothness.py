@@ -9,32 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from optim import Atom, L1ToRMS, ModularNorm, Module, Norm, Polar, RMSToLinf, RMSToRMS, atom, modular, residual
+from optim.modular import Bond, Composite, Concat, Power
+from optim.norms import Blocks
 from torch import Tensor
 from torch.func import grad, grad_and_value, jvp
 from torch.nn.functional import gelu as gelu_of
 from torch.nn.functional import one_hot
 
-from optim import (
-    Atom,
-    L1ToRMS,
-    ModularNorm,
-    Module,
-    Norm,
-    Polar,
-    RMSToLinf,
-    RMSToRMS,
-    atom,
-    modular,
-    residual,
-)
-from optim.modular import Bond, Composite, Concat, Power
-from optim.norms import Blocks
-
-DRAWS, RESTARTS, STEPS = (
-    60,
-    2,
-    20,
-)  # networks per architecture; of the adversary, per network and constant
+DRAWS, RESTARTS, STEPS = 60, 2, 20  # networks per architecture; of the adversary, per network and constant
 WIDTH, TOKENS = 4, 2
 ROUNDING = 1e-9
 TIGHT = 0.98  # the fraction of a constant that the adversary finds where the constant is tight
@@ -54,9 +37,7 @@ def attend(qkv: tuple[Tensor, Tensor, Tensor], heads: int = 1, causal: bool = Fa
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(-2, -3) for t in qkv)
     scores = times(q @ k.mT, 1 / q.shape[-1])
     if causal:
-        scores = scores.masked_fill(
-            torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -math.inf
-        )
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
     return (scores.softmax(-1) @ v).transpose(-2, -3).flatten(-2)
 
 
@@ -112,9 +93,7 @@ def tanh() -> Module:
 
 
 def gelu() -> Module:
-    return elementwise(
-        "gelu", (2 / math.pi) ** 0.5, 1.1289
-    )  # the steepest point is √2, the most curved 0
+    return elementwise("gelu", (2 / math.pi) ** 0.5, 1.1289)  # the steepest point is √2, the most curved 0
 
 
 def attention(label: str = "attention", heads: int = 1) -> Module:
@@ -160,9 +139,7 @@ class Architecture:
     size: Callable[[Tensor], Tensor] = rms
 
     def shape(self, name: str) -> tuple[int, int]:
-        return self.shapes.get(
-            name.rpartition(".")[2], (1, WIDTH) if name == "x" else (WIDTH, WIDTH)
-        )
+        return self.shapes.get(name.rpartition(".")[2], (1, WIDTH) if name == "x" else (WIDTH, WIDTH))
 
 
 TEXT = {"wte": (5, WIDTH), "x": (TOKENS, 5), "head": (6, WIDTH)}  # vocabularies of 5 and 6
@@ -172,18 +149,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "map, half, map": Architecture(
         lambda: linear("b") @ (0.5 * linear("a")), "αβ", {"a": (5, 3), "b": (2, 5), "x": (1, 3)}
     ),
-    "three maps, first b a": Architecture(
-        lambda: linear("c", 2) @ (linear("b") @ linear("a", 3)), "αβ"
-    ),
-    "three maps, first c b": Architecture(
-        lambda: linear("c", 2) @ linear("b") @ linear("a", 3), "αβ"
-    ),
+    "three maps, first b a": Architecture(lambda: linear("c", 2) @ (linear("b") @ linear("a", 3)), "αβ"),
+    "three maps, first c b": Architecture(lambda: linear("c", 2) @ linear("b") @ linear("a", 3), "αβ"),
     "half of four maps": Architecture(
         lambda: 0.5 * linear("d") @ linear("c", 3) @ (linear("b", 2) @ linear("a")), "αβ"
     ),
-    "embedding, map and head": Architecture(
-        lambda: HEAD @ linear("a", 2) @ WTE, "αβ", TEXT, L1(), linf
-    ),
+    "embedding, map and head": Architecture(lambda: HEAD @ linear("a", 2) @ WTE, "αβ", TEXT, L1(), linf),
     "tanh of a doubled map": Architecture(
         lambda: tanh() @ (2 * linear("a")), "αγ"
     ),  # tanh's constants hold beyond the unit ball
@@ -195,9 +166,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "sum of chains": Architecture(
         lambda: 0.5 * (linear("b", 2) @ linear("a")) + 0.5 * (linear("d") @ linear("c", 3)), "αβ"
     ),
-    "sum of tanh MLPs": Architecture(
-        lambda: 0.5 * (linear("b") @ tanh()) + 0.5 * (linear("d", 2) @ tanh()), "γ"
-    ),
+    "sum of tanh MLPs": Architecture(lambda: 0.5 * (linear("b") @ tanh()) + 0.5 * (linear("d", 2) @ tanh()), "γ"),
     "residual maps": Architecture(lambda: residual(mlp(identity()), 2) ** 2, "αβ"),
     "residual tanh MLPs": Architecture(lambda: residual(mlp(tanh()), 2) ** 2),
     "residual gelu MLPs": Architecture(lambda: residual(mlp(gelu()), 2) ** 2),
@@ -207,15 +176,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         dict.fromkeys("qvx", (6, 2)),
     ),
     "causal attention": Architecture(lambda: attention("causal attention"), "", {"x": (3, WIDTH)}),
-    "attention of 2 heads": Architecture(
-        lambda: attention("attention of 2 heads", 2), "", {"x": (3, WIDTH)}
-    ),
+    "attention of 2 heads": Architecture(lambda: attention("attention of 2 heads", 2), "", {"x": (3, WIDTH)}),
     "transformer": Architecture(
-        lambda: HEAD @ residual(mlp(tanh()), 2) @ residual(attention("causal attention"), 2) @ WTE,
-        "",
-        TEXT,
-        L1(),
-        linf,
+        lambda: HEAD @ residual(mlp(tanh()), 2) @ residual(attention("causal attention"), 2) @ WTE, "", TEXT, L1(), linf
     ),
 }
 
@@ -224,12 +187,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def adversary(
-    apply: Callable[[State], Tensor],
-    size: Callable,
-    norms: dict[str, Norm],
-    p: State,
-    reach_u: State,
-    reach_v: State,
+    apply: Callable[[State], Tensor], size: Callable, norms: dict[str, Norm], p: State, reach_u: State, reach_v: State
 ) -> tuple[Tensor, State]:
     """The largest size(∂² apply(p)[u, v]) found, (networks,), and its p. ‖u_k‖ <= reach_u[k], ‖v_k‖ <= reach_v[k], (networks,); ‖p_k‖ <= 1.
 
@@ -248,10 +206,7 @@ def adversary(
 
     step = torch.full((len(next(iter(p.values()))),), 0.5, dtype=torch.float64)
     whole = {k: torch.ones_like(step) for k in p}
-    u, v = (
-        extreme({k: torch.randn_like(t) for k, t in p.items()}, reach)
-        for reach in (reach_u, reach_v)
-    )
+    u, v = (extreme({k: torch.randn_like(t) for k, t in p.items()}, reach) for reach in (reach_u, reach_v))
     for _ in range(STEPS):
         u = extreme(grad(curvature, 1, has_aux=True)(p, u, v)[0], reach_u)
         v = extreme(grad(curvature, 2, has_aux=True)(p, u, v)[0], reach_v)
@@ -260,10 +215,7 @@ def adversary(
             k: p[k] + scaled(step, t - p[k]) for k, t in extreme(uphill, whole).items()
         }  # in the unit ball, by convexity
         gain = curvature(p_next, u, v)[1] > found
-        p = {
-            k: torch.where(gain.reshape(-1, *(1,) * (t.ndim - 1)), p_next[k], t)
-            for k, t in p.items()
-        }
+        p = {k: torch.where(gain.reshape(-1, *(1,) * (t.ndim - 1)), p_next[k], t) for k, t in p.items()}
         step = torch.where(gain, (2 * step).clamp(max=1), step / 2)
     return curvature(p, u, v)[1], p
 
@@ -272,16 +224,12 @@ def draws(norms: dict[str, Norm], shape: Callable[[str], tuple[int, int]], copie
     """DRAWS networks, `copies` times over; each weight or input has norm 1, with probability 1/2, or anything below."""
     p = {k: n.dualize(torch.randn(DRAWS, *shape(k), dtype=torch.float64)) for k, n in norms.items()}
     return {
-        k: (t * (2 * torch.rand(DRAWS, 1, 1, dtype=torch.float64)).clamp(max=1)).repeat(
-            copies, 1, 1
-        )
+        k: (t * (2 * torch.rand(DRAWS, 1, 1, dtype=torch.float64)).clamp(max=1)).repeat(copies, 1, 1)
         for k, t in p.items()
     }
 
 
-def reaches(
-    radii: dict[str, float], *searches: tuple[str, str], copies: int = 1
-) -> tuple[State, State]:
+def reaches(radii: dict[str, float], *searches: tuple[str, str], copies: int = 1) -> tuple[State, State]:
     """reach_u and reach_v of a batch of searches, DRAWS · copies networks each. A search: the tensors that u moves, those that v moves; "w": all weights."""
 
     def moved(k: str, what: str) -> float:
@@ -289,10 +237,7 @@ def reaches(
 
     def reach(i: int) -> State:
         return {
-            k: r
-            * torch.tensor([moved(k, s[i]) for s in searches])
-            .double()
-            .repeat_interleave(DRAWS * copies)
+            k: r * torch.tensor([moved(k, s[i]) for s in searches]).double().repeat_interleave(DRAWS * copies)
             for k, r in radii.items()
         }
 
@@ -308,13 +253,7 @@ def worst(name: str) -> tuple[float, ...]:
     norm = ModularNorm.of(tree)
     norms, radii = norm.norms | {"x": a.inputs}, norm.radii | {"x": 1.0}
     reach = reaches(radii, ("w", "w"), ("w", "x"), ("x", "x"), copies=RESTARTS)
-    found, p = adversary(
-        lambda p: forward(tree, p, p["x"]),
-        a.size,
-        norms,
-        draws(norms, a.shape, 3 * RESTARTS),
-        *reach,
-    )
+    found, p = adversary(lambda p: forward(tree, p, p["x"]), a.size, norms, draws(norms, a.shape, 3 * RESTARTS), *reach)
     assert all(norms[k].norm(t).max() <= 1 + ROUNDING for k, t in p.items())
     assert a.size(forward(tree, p, p["x"])).max() <= 1 + ROUNDING
     return tuple(found.reshape(3, -1).amax(1).tolist())
@@ -329,19 +268,13 @@ def ratios(name: str) -> dict[str, float]:
     """Found over bound, by constant; 0 where both are."""
     bounds = constants(ARCHITECTURES[name].tree())
     return {
-        c: found / bound if bound else found
-        for c, found, bound in zip(CONSTANTS, worst(name), bounds, strict=True)
+        c: found / bound if bound else found for c, found, bound in zip(CONSTANTS, worst(name), bounds, strict=True)
     }
 
 
 def excesses() -> list[str]:
     """The constants that some network exceeds, with their architecture."""
-    return [
-        f"{c} of {name}"
-        for name in ARCHITECTURES
-        for c, ratio in ratios(name).items()
-        if ratio > 1 + ROUNDING
-    ]
+    return [f"{c} of {name}" for name in ARCHITECTURES for c, ratio in ratios(name).items() if ratio > 1 + ROUNDING]
 
 
 # -- claims --------------------------------------------------------------------------------------------------------------------------
@@ -380,15 +313,9 @@ def test_attention_attains_its_constant_in_a_query_and_a_key():
     kind = torch.rand(len(two["q"]), 20) < torch.rand(len(two["q"]), 1)
     p = {k: t.gather(1, kind.long()[..., None].expand(-1, -1, 2)) for k, t in two.items()}
     found, _ = adversary(
-        lambda p: attend((p["q"], p["k"], p["v"])),
-        rms,
-        norms,
-        p,
-        *reaches(dict.fromkeys("qkv", 1.0), *pairs),
+        lambda p: attend((p["q"], p["k"], p["v"])), rms, norms, p, *reaches(dict.fromkeys("qkv", 1.0), *pairs)
     )
-    largest = dict(
-        zip(map("".join, pairs), found.reshape(len(pairs), -1).amax(1).tolist(), strict=True)
-    )
+    largest = dict(zip(map("".join, pairs), found.reshape(len(pairs), -1).amax(1).tolist(), strict=True))
     bound = constants(modular.attention())[2]
     print({pair: round(value / bound, 4) for pair, value in largest.items()}, end=" ")
     assert largest["qk"] == pytest.approx(bound, rel=1e-3)
@@ -415,9 +342,7 @@ def test_halving_any_term_of_a_composite_is_caught(monkeypatch: pytest.MonkeyPat
     whole, i, j = modular._after, CONSTANTS.index(result), CONSTANTS.index(constant)
 
     def only(m: Module, kept: bool) -> Module:
-        return replace(
-            m, sharpness=tuple(s * (kept and k == j) for k, s in enumerate(constants(m)))
-        )
+        return replace(m, sharpness=tuple(s * (kept and k == j) for k, s in enumerate(constants(m))))
 
     def halved(outer: Module, inner: Module) -> tuple[float, ...]:
         term = whole(only(outer, node == "outer"), only(inner, node == "inner"))
@@ -432,18 +357,13 @@ def test_halving_any_term_of_a_composite_is_caught(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("result", CONSTANTS)
-def test_halving_any_constant_of_a_concatenation_is_caught(
-    monkeypatch: pytest.MonkeyPatch, result: str
-):
+def test_halving_any_constant_of_a_concatenation_is_caught(monkeypatch: pytest.MonkeyPatch, result: str):
     whole = modular.concat
 
     def halved(*children: Module) -> Module:
         node = whole(*children)
         return replace(
-            node,
-            sharpness=tuple(
-                s / 2 if c == result else s for c, s in zip(CONSTANTS, constants(node), strict=True)
-            ),
+            node, sharpness=tuple(s / 2 if c == result else s for c, s in zip(CONSTANTS, constants(node), strict=True))
         )
 
     monkeypatch.setattr(modular, "concat", halved)
@@ -454,9 +374,7 @@ def test_halving_any_constant_of_a_concatenation_is_caught(
 def test_halving_a_linear_maps_declared_constant_is_caught(monkeypatch: pytest.MonkeyPatch):
     whole = modular.atom
     monkeypatch.setattr(
-        modular,
-        "atom",
-        lambda *args, **options: replace(whole(*args, **options), sharpness=(0.0, 0.5, 0.0)),
+        modular, "atom", lambda *args, **options: replace(whole(*args, **options), sharpness=(0.0, 0.5, 0.0))
     )
     print(excesses(), end=" ")
     assert excesses()

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import config as configuration
 import numpy as np
 import pytest
-
-import config as configuration
 from config import Config
 from data.loader import Dataset
 from studies import runs, speedrun, statistics
 from studies.runs import StudyError
 from studies.speedrun import Entry, main, search, text
 from studies.statistics import Noise, Rule, mean_interval, paired, threshold
+
 from tests.helpers import SOAK, run, small_dataset, start
 
 KILLS = 20 if SOAK else 1
@@ -60,9 +60,7 @@ def test_a_horizon_is_found_to_a_point_of_the_grid_without_noise(truth: int):
 
 def test_a_target_below_the_fractions_is_bracketed_first():
     means = found(rule := Rule(law(61), 0.0), law, fractions=(0.5,))
-    assert list(means)[:5] == [400, 200, 120, 70, 40], (
-        "each 0.6 of the one before, on the grid of 5"
-    )
+    assert list(means)[:5] == [400, 200, 120, 70, 40], "each 0.6 of the one before, on the grid of 5"
     assert min(h for h, y in means.items() if rule.passes(y, SEEDS)) == 65
     assert list(found(Rule(99.0, 0.0), law, fractions=()))[-1] == 5, (
         "a target that everything reaches ends at the grid's first point"
@@ -74,8 +72,7 @@ def test_an_entry_that_does_not_reach_the_target_has_no_horizon_but_with_longer_
     assert list(found(rule, law)) == [400]
     means = found(rule, law, longest=2)
     assert (
-        list(means)[:3] == [400, 565, 800]
-        and 600 <= min(h for h, y in means.items() if rule.passes(y, SEEDS)) <= 610
+        list(means)[:3] == [400, 565, 800] and 600 <= min(h for h, y in means.items() if rule.passes(y, SEEDS)) <= 610
     )
     assert list(found(Rule(1.0, 0.0), law, longest=2)) == [400, 565, 800]
 
@@ -112,19 +109,13 @@ def test_of_simulated_studies_few_claim_a_horizon_that_does_not_reach_the_target
     claims, needed = [], []
     for _ in range(studies):
         seeds = math.sqrt(share) * rng.standard_normal(SEEDS)
-        loss = lambda h, seeds=seeds: (
-            law(h) + SIGMA * (seeds + math.sqrt(1 - share) * rng.standard_normal(SEEDS))
-        )  # noqa: E731
+        loss = lambda h, seeds=seeds: law(h) + SIGMA * (seeds + math.sqrt(1 - share) * rng.standard_normal(SEEDS))  # noqa: E731
         ours, theirs = loss(BUDGET), law(truth) + SIGMA * rng.standard_normal(SEEDS)
         noise = statistics.pooled([ours, theirs]) if pooled else Noise(SIGMA)
         assert noise
         by = SEEDS if from_entry else None
-        rule = Rule(
-            theirs.mean() if from_entry else law(truth), threshold(noise, SEEDS, target_n=by), by
-        )
-        means = found(
-            rule, lambda h, ours=ours, loss=loss: (ours if h == BUDGET else loss(h)).mean()
-        )
+        rule = Rule(theirs.mean() if from_entry else law(truth), threshold(noise, SEEDS, target_n=by), by)
+        means = found(rule, lambda h, ours=ours, loss=loss: (ours if h == BUDGET else loss(h)).mean())
         claims.append(min(h for h, y in means.items() if rule.passes(y, SEEDS)))
         needed.append((12 / (rule.needed(SEEDS) - 1)) ** 2)
     level = speedrun.TRIES * statistics.RULE_LEVEL
@@ -170,14 +161,8 @@ def call(root: Path, names: Sequence[str], *more: str) -> int:
         (("--budget", "steps=1e999"), "--budget\n  got: steps=1e999"),
         (("--threshold", "nan"), "--threshold\n  got: nan\n  allowed: 0 or more, and finite"),
         (("--threshold", "-0.1"), "--threshold\n  got: -0.1"),
-        (
-            ("--power", "0.1", "--threshold", "0.004"),
-            "--power, --threshold\n  got: ([0.1], 0.004)\n  allowed: --level",
-        ),
-        (
-            ("--target-entry", "soap"),
-            "--target-entry\n  got: 'soap'\n  allowed: ours, adamw, the entries",
-        ),
+        (("--power", "0.1", "--threshold", "0.004"), "--power, --threshold\n  got: ([0.1], 0.004)\n  allowed: --level"),
+        (("--target-entry", "soap"), "--target-entry\n  got: 'soap'\n  allowed: ours, adamw, the entries"),
         (
             ("--target-entry", "adamw", "--target", "1"),
             "--target-entry\n  got: 'adamw'\n  allowed: one of --target and --target-entry",
@@ -199,10 +184,7 @@ def call(root: Path, names: Sequence[str], *more: str) -> int:
             ("--tune", "ours:optim.lr={0.12345671,0.12345672}"),
             "--tune\n  got: two trials named tune.ours.optim.lr0.123457.s12.seed1000\n  allowed: values that differ",
         ),
-        (
-            ("--data.holdout", "0.1"),
-            "got: data.holdout = 0.1\n  allowed: 0; tuning holds out for itself",
-        ),
+        (("--data.holdout", "0.1"), "got: data.holdout = 0.1\n  allowed: 0; tuning holds out for itself"),
         (
             ("--power", "0.1", "--name", "nothing"),
             "--power\n  got: no σ\n  allowed: --sigma, or 2 runs of an entry at the budget",
@@ -245,49 +227,28 @@ def test_entries_that_differ_in_more_than_the_optimizer_are_refused_or_noted(roo
     ):
         (root / f"{name}.toml").write_text(text.replace(old, new))
         with pytest.raises(StudyError) as error:
-            speedrun.load(
-                [str(root / "ours.toml"), str(root / f"{name}.toml")], [], allow_different=False
-            )
+            speedrun.load([str(root / "ours.toml"), str(root / f"{name}.toml")], [], allow_different=False)
         assert what in str(error.value) and "--allow-different" in str(error.value)
-        assert (
-            len(
-                speedrun.load(
-                    [str(root / "ours.toml"), str(root / f"{name}.toml")], [], allow_different=True
-                )
-            )
-            == 2
-        )
+        assert len(speedrun.load([str(root / "ours.toml"), str(root / f"{name}.toml")], [], allow_different=True)) == 2
     (root / "deep.toml").write_text(
-        text.replace("n_layer = 2", "n_layer = 3")
-        .replace("lr = 3.0", "lr = 2.0")
-        .replace("[run]", "[run]\nseed = 5")
+        text.replace("n_layer = 2", "n_layer = 3").replace("lr = 3.0", "lr = 2.0").replace("[run]", "[run]\nseed = 5")
     )
     ours, deep = speedrun.load(
-        [str(root / "ours.toml"), str(root / "deep.toml")],
-        ["--train.steps", "9"],
-        allow_different=False,
+        [str(root / "ours.toml"), str(root / "deep.toml")], ["--train.steps", "9"], allow_different=False
     )
-    assert (ours.notes, deep.notes) == (
-        [],
-        ["beside its optimizer, differs from ours: model.n_layer 3 (2)"],
-    )
+    assert (ours.notes, deep.notes) == ([], ["beside its optimizer, differs from ours: model.n_layer 3 (2)"])
     with pytest.raises(StudyError, match="entries\n  got: ours, ours\n  allowed: one of each name"):
         speedrun.load([str(root / "ours.toml")] * 2, [], allow_different=False)
 
 
 def test_a_budget_is_steps_of_each_entry():
-    entry = lambda **t: Entry(
-        "x", "x.toml", configuration.from_dict(Config, {"train": t, "model": {"block_size": 16}})
-    )  # noqa: E731
+    entry = lambda **t: Entry("x", "x.toml", configuration.from_dict(Config, {"train": t, "model": {"block_size": 16}}))  # noqa: E731
     short, long = entry(batch_size=8, steps=5), entry(batch_size=16, steps=5)
-    assert speedrun.budget_of("tokens=1.28e3", [short, long]) == ("tokens", 1280) and (
-        short.steps,
-        long.steps,
-    ) == (10, 5)
-    assert speedrun.budget_of(None, [short, long]) == ("steps", 5) and (
-        short.steps,
-        long.steps,
-    ) == (5, 5)
+    assert speedrun.budget_of("tokens=1.28e3", [short, long]) == ("tokens", 1280) and (short.steps, long.steps) == (
+        10,
+        5,
+    )
+    assert speedrun.budget_of(None, [short, long]) == ("steps", 5) and (short.steps, long.steps) == (5, 5)
     with pytest.raises(StudyError, match="--budget\n  got: none, and train.steps 5 of x, 7 of x"):
         speedrun.budget_of(None, [short, entry(steps=7)])
 
@@ -352,26 +313,17 @@ def test_results_are_those_of_the_runs(root: Path, study: dict[str, Any]):
             assert (r["loss"], r["train_seconds"], r["peak_memory_bytes"]) == tuple(
                 summary[k] for k in ("val_loss", "train_seconds", "peak_memory_bytes")
             )
-            assert (made.train.steps, made.run.seed, made.data.holdout) == (
-                r["steps"],
-                r["seed"],
-                0,
-            ), "judged on the validation split"
+            assert (made.train.steps, made.run.seed, made.data.holdout) == (r["steps"], r["seed"], 0), (
+                "judged on the validation split"
+            )
             assert made.optim.lr == (e["tuned"] or {"optim.lr": made.optim.lr})["optim.lr"]
             assert [p[0] for p in r["curve"]] == sorted(
                 {*range(0, r["steps"] + 1, max(1, r["steps"] // 5)), r["steps"]}
             )
-            assert r["curve"][-1][3] == r["loss"] and [p[1] for p in r["curve"]] == [
-                128 * p[0] for p in r["curve"]
-            ]
-            metrics = [
-                json.loads(line)
-                for line in (folder / r["path"] / "metrics.jsonl").read_text().splitlines()
-            ]
+            assert r["curve"][-1][3] == r["loss"] and [p[1] for p in r["curve"]] == [128 * p[0] for p in r["curve"]]
+            metrics = [json.loads(line) for line in (folder / r["path"] / "metrics.jsonl").read_text().splitlines()]
             assert r["training"] == [
-                [m[k] for k in ("step", "tokens", "train_seconds", "loss")]
-                for m in metrics
-                if "loss" in m
+                [m[k] for k in ("step", "tokens", "train_seconds", "loss")] for m in metrics if "loss" in m
             ]
             assert len(r["training"]) == r["steps"]
         at, horizon = e["at_budget"], e["horizons"][-1]
@@ -380,41 +332,24 @@ def test_results_are_those_of_the_runs(root: Path, study: dict[str, Any]):
         assert (at["loss"]["mean"], at["loss"]["low"], at["loss"]["high"]) == pytest.approx(
             (told.value, told.low, told.high)
         )
-        assert (horizon["steps"], horizon["mean"], at["tokens"]) == (
-            STEPS,
-            pytest.approx(told.value),
-            STEPS * 128,
-        )
+        assert (horizon["steps"], horizon["mean"], at["tokens"]) == (STEPS, pytest.approx(told.value), STEPS * 128)
         assert e["receipt"] == (folder / f"{e['name']}.s{STEPS}.seed0/receipt.txt").read_text()
         assert (
             e["config"]["optim.name"] == {"ours": "dualized"}.get(e["name"], e["name"])
             and "run.name" not in e["config"]
         )
-        assert (
-            e["params"]
-            == json.loads((folder / f"{e['name']}.s{STEPS}.seed0/summary.json").read_text())[
-                "params"
-            ]
-        )
+        assert e["params"] == json.loads((folder / f"{e['name']}.s{STEPS}.seed0/summary.json").read_text())["params"]
 
 
 def test_a_race_says_that_muon_iterates_in_float32(root: Path, capsys: pytest.CaptureFixture[str]):
     text = (root / "ours.toml").read_text().replace("lr = 3.0", 'lr = 0.02\nname = "muon_adamw"')
     for dtype in ("float32", "bfloat16"):
         (root / f"{dtype}.toml").write_text(f'{text}\n[optim.polar]\ndtype = "{dtype}"\n')
-    assert (
-        call(
-            root, ("float32", "bfloat16"), "--name", "muons", "--seeds", "1", "--budget", "steps=1"
-        )
-        == 0
-    )
-    notes = [
-        e["note"] for e in json.loads((root / "runs/muons/results.json").read_text())["entries"]
-    ]
+    assert call(root, ("float32", "bfloat16"), "--name", "muons", "--seeds", "1", "--budget", "steps=1") == 0
+    notes = [e["note"] for e in json.loads((root / "runs/muons/results.json").read_text())["entries"]]
     assert ["Muon's iteration in float32" in note for note in notes] == [True, False]
-    assert (
-        "note: float32: Muon's iteration in float32, torch's is in bfloat16"
-        in capsys.readouterr().out.replace("note: float32: not tuned\n", "")
+    assert "note: float32: Muon's iteration in float32, torch's is in bfloat16" in capsys.readouterr().out.replace(
+        "note: float32: not tuned\n", ""
     )
 
 
@@ -423,16 +358,12 @@ def test_the_target_is_the_entrys_mean_and_the_rule_knows_that_it_has_noise(stud
     assert study["target"] == adamw["at_budget"]["loss"]["mean"] and study["target_from"] == "adamw"
     rule = study["rule"]
     assert (rule["sigma"], rule["sigma_from"]) == (0.01, "given")
-    assert rule["threshold"] == pytest.approx(2.3263 * 0.01 * math.sqrt(2), rel=1e-4), (
-        "z of 1 %, and √(1 + 2/2)"
-    )
+    assert rule["threshold"] == pytest.approx(2.3263 * 0.01 * math.sqrt(2), rel=1e-4), "z of 1 %, and √(1 + 2/2)"
     assert adamw["to_target"]["steps"] == STEPS and "sets the target" in adamw["note"]
     assert [adamw["to_target"][k] for k in ("low", "interpolated", "high")] == [None] * 3, (
         "by definition, not by a measurement"
     )
-    assert adamw["horizons"][0]["passes"] is None and [h["steps"] for h in adamw["horizons"]] == [
-        STEPS
-    ]
+    assert adamw["horizons"][0]["passes"] is None and [h["steps"] for h in adamw["horizons"]] == [STEPS]
     for h in ours["horizons"]:
         assert h["statistic"] == pytest.approx((study["target"] - h["mean"]) * math.sqrt(2))
         assert h["passes"] == (h["statistic"] >= rule["threshold"])
@@ -445,26 +376,13 @@ def test_the_target_is_the_entrys_mean_and_the_rule_knows_that_it_has_noise(stud
     )
     seconds = [r["train_seconds"] for r in ours["runs"] if r["steps"] == passed]
     assert ours["to_target"]["train_seconds"] == pytest.approx(np.mean(seconds))
-    assert (
-        ours["to_target"]["low"] <= ours["to_target"]["interpolated"] <= ours["to_target"]["high"]
-    )
-    assert (
-        sgd["to_target"] is None
-        and "not tuned" in sgd["note"]
-        and sgd["tuned"] is None
-        and sgd["trials"] == []
-    )
+    assert ours["to_target"]["low"] <= ours["to_target"]["interpolated"] <= ours["to_target"]["high"]
+    assert sgd["to_target"] is None and "not tuned" in sgd["note"] and sgd["tuned"] is None and sgd["trials"] == []
 
 
 def test_every_pair_is_compared_and_b_is_the_one_named_first(study: dict[str, Any]):
-    assert [(p["b"], p["a"]) for p in study["pairs"]] == [
-        ("ours", "adamw"),
-        ("ours", "sgd"),
-        ("adamw", "sgd"),
-    ]
-    losses = {
-        e["name"]: [r["loss"] for r in e["runs"] if r["steps"] == STEPS] for e in study["entries"]
-    }
+    assert [(p["b"], p["a"]) for p in study["pairs"]] == [("ours", "adamw"), ("ours", "sgd"), ("adamw", "sgd")]
+    losses = {e["name"]: [r["loss"] for r in e["runs"] if r["steps"] == STEPS] for e in study["entries"]}
     for pair in study["pairs"]:
         difference, p = paired(losses[pair["a"]], losses[pair["b"]])
         assert pair["loss_difference"] == pytest.approx(
@@ -475,31 +393,21 @@ def test_every_pair_is_compared_and_b_is_the_one_named_first(study: dict[str, An
         ratio["value"] == study["entries"][0]["to_target"]["steps"] / STEPS
         and ratio["low"] <= ratio["value"] <= ratio["high"]
     )
-    assert (
-        study["pairs"][0]["seconds_ratio"]["value"] > 0 and study["pairs"][1]["steps_ratio"] is None
-    )
+    assert study["pairs"][0]["seconds_ratio"]["value"] > 0 and study["pairs"][1]["steps_ratio"] is None
 
 
-def test_trials_are_judged_on_what_was_held_out_by_seeds_of_their_own(
-    root: Path, study: dict[str, Any]
-):
+def test_trials_are_judged_on_what_was_held_out_by_seeds_of_their_own(root: Path, study: dict[str, Any]):
     folder = root / "runs/study"
     tokens = {
         k: s.tokens
-        for k, s in Dataset(
-            configuration.load([str(root / "tuned/ours.toml")]).data
-        ).manifest.splits.items()
+        for k, s in Dataset(configuration.load([str(root / "tuned/ours.toml")]).data).manifest.splits.items()
     }
     for e in study["entries"][:2]:
         assert len(e["trials"]) == 3, "equal budgets"
         for trial in e["trials"]:
             (path,) = trial["path"]
             made = configuration.load([str(folder / path / "config.toml")])
-            assert (made.run.seed, made.train.steps, made.data.dataset) == (
-                1000,
-                STEPS,
-                str(root / "corpora/small"),
-            )
+            assert (made.run.seed, made.train.steps, made.data.dataset) == (1000, STEPS, str(root / "corpora/small"))
             assert (
                 made.data.holdout == min(0.1, tokens["val"] / tokens["train"])
                 and made.optim.lr == trial["values"]["optim.lr"]
@@ -512,17 +420,12 @@ def test_trials_are_judged_on_what_was_held_out_by_seeds_of_their_own(
         assert e["tuned"] == min(e["trials"], key=lambda t: t["loss"])["values"]
         tuned = configuration.load([str(root / f"tuned/{e['name']}.toml")])
         assert (
-            tuned.optim.lr == e["tuned"]["optim.lr"]
-            and tuned.data.holdout == 0
-            and tuned.run.dir == str(root / "runs")
+            tuned.optim.lr == e["tuned"]["optim.lr"] and tuned.data.holdout == 0 and tuned.run.dir == str(root / "runs")
         )
 
 
 def test_the_same_call_again_runs_nothing_and_other_values_under_its_name_are_refused(
-    root: Path,
-    study: dict[str, Any],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    root: Path, study: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     there = written(root / "runs/study")
     assert {p.name for p in (root / "runs/study").iterdir() if p.is_file()} >= {
@@ -535,9 +438,7 @@ def test_the_same_call_again_runs_nothing_and_other_values_under_its_name_are_re
     assert call(root, NAMES, *STUDY, str(root / "tuned"), "--optim.cooldown", "0.5") == 0
     out = capsys.readouterr().out
     assert written(root / "runs/study") == there
-    assert json.loads((root / "runs/study/results.json").read_text()) == study, (
-        "to the last digit, the seconds too"
-    )
+    assert json.loads((root / "runs/study/results.json").read_text()) == study, "to the last digit, the seconds too"
     for said in (
         ": about ",
         "written: ",
@@ -547,9 +448,7 @@ def test_the_same_call_again_runs_nothing_and_other_values_under_its_name_are_re
         "n = 2",
     ):
         assert said in out
-    with pytest.raises(
-        StudyError, match="got: optim.beta = 0.5\n  allowed: 0.95, as the run that is there had it"
-    ):
+    with pytest.raises(StudyError, match="got: optim.beta = 0.5\n  allowed: 0.95, as the run that is there had it"):
         call(root, NAMES, *STUDY, str(root / "tuned"), "--optim.beta", "0.5")
 
 
@@ -593,42 +492,11 @@ def test_power_is_told_of_a_given_sigma_or_of_the_runs_that_are_there(
         "σ = 0.003, level 0.01, the target a number; seeds that find an effect with 80 % chance:\n"
         f"  0.005 nats: {rule} by the rule, {pairs} by " in capsys.readouterr().out
     )
-    assert (
-        call(
-            root,
-            NAMES,
-            "--power",
-            "0.005",
-            "--sigma",
-            "0.003",
-            "--level",
-            "0.001",
-            "--target-entry",
-            "adamw",
-        )
-        == 0
-    )
+    assert call(root, NAMES, "--power", "0.005", "--sigma", "0.003", "--level", "0.001", "--target-entry", "adamw") == 0
     rule, _ = statistics.seeds_for(0.005, Noise(0.003), entries=3, level=0.001, from_entry=True)
     out = capsys.readouterr().out
-    assert (
-        "level 0.001, the target an entry's mean" in out
-        and f"0.005 nats: {rule} by the rule" in out
-    )
-    assert (
-        call(
-            root,
-            NAMES,
-            "--power",
-            "0.1",
-            "--name",
-            "study",
-            "--budget",
-            f"steps={STEPS}",
-            "--seeds",
-            "2",
-        )
-        == 0
-    )
+    assert "level 0.001, the target an entry's mean" in out and f"0.005 nats: {rule} by the rule" in out
+    assert call(root, NAMES, "--power", "0.1", "--name", "study", "--budget", f"steps={STEPS}", "--seeds", "2") == 0
     losses = [[r["loss"] for r in e["runs"] if r["steps"] == STEPS] for e in study["entries"]]
     noise = statistics.pooled([np.array(y) for y in losses])
     assert noise and f"σ = {noise.sigma:.2g}, " in capsys.readouterr().out
@@ -655,16 +523,10 @@ def test_one_seed_has_no_intervals_and_says_so(
     )
     assert call(root, ("ours", "adamw"), *race) == 0
     out = capsys.readouterr().out
-    assert (
-        "one seed: no intervals and no test; these are single runs" in out and " unconfirmed" in out
-    )
+    assert "one seed: no intervals and no test; these are single runs" in out and " unconfirmed" in out
     found = json.loads((root / "runs/race/results.json").read_text())
     ours = found["entries"][0]
-    assert (
-        found["rule"]["sigma"] is None
-        and found["rule"]["threshold"] == 0
-        and found["rule"]["sigma_from"] is None
-    )
+    assert found["rule"]["sigma"] is None and found["rule"]["threshold"] == 0 and found["rule"]["sigma_from"] is None
     assert ours["at_budget"]["steps"] == 20 and ours["at_budget"]["loss"]["low"] is None
     assert (
         ours["to_target"]["confirmed"] is False
@@ -672,8 +534,7 @@ def test_one_seed_has_no_intervals_and_says_so(
         and "σ unknown: a mean at or under the target, which is no test" in ours["note"]
     )
     assert (
-        found["pairs"][0]["loss_difference"]["p"] is None
-        and found["pairs"][0]["loss_difference"]["mean"] is not None
+        found["pairs"][0]["loss_difference"]["p"] is None and found["pairs"][0]["loss_difference"]["mean"] is not None
     )
 
 
@@ -682,10 +543,7 @@ def test_a_run_that_diverges_has_no_loss_and_never_passes(
 ):
     monkeypatch.setattr("studies.report.write", lambda results, folder: [])
     (root / "wild.toml").write_text(
-        (root / "sgd.toml")
-        .read_text()
-        .replace("lr = 1.0", "lr = 1e30")
-        .replace("steps = 12", "steps = 6")
+        (root / "sgd.toml").read_text().replace("lr = 1.0", "lr = 1e30").replace("steps = 12", "steps = 6")
     )
     call(
         root,
@@ -709,23 +567,13 @@ def test_a_run_that_diverges_has_no_loss_and_never_passes(
         and wild["horizons"][0]["passes"] is False
         and wild["to_target"] is None
     )
-    assert (
-        wild["at_budget"]["loss"]["mean"] is None
-        and "2 of 2 runs diverged: infinite losses" in wild["note"]
-    )
+    assert wild["at_budget"]["loss"]["mean"] is None and "2 of 2 runs diverged: infinite losses" in wild["note"]
     assert adamw["to_target"], "σ is that of the entry that can pass"
-    assert found["pairs"][0]["loss_difference"] == {
-        "mean": None,
-        "low": None,
-        "high": None,
-        "p": None,
-    }
+    assert found["pairs"][0]["loss_difference"] == {"mean": None, "low": None, "high": None, "p": None}
     assert "diverged" in capsys.readouterr().out
 
 
-def test_a_budget_of_seconds_is_steps_by_a_probe_that_runs_once(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_budget_of_seconds_is_steps_by_a_probe_that_runs_once(root: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("studies.report.write", lambda results, folder: [])
     monkeypatch.setattr(speedrun, "PROBE", 6)
     clock = ("ours", "adamw"), "--name", "clock", "--seeds", "1", "--budget", "seconds=0.05"
@@ -733,10 +581,7 @@ def test_a_budget_of_seconds_is_steps_by_a_probe_that_runs_once(
     first = json.loads((root / "runs/clock/results.json").read_text())
     for e in first["entries"]:
         probe = [
-            json.loads(line)
-            for line in (root / f"runs/clock/probe.{e['name']}/metrics.jsonl")
-            .read_text()
-            .splitlines()
+            json.loads(line) for line in (root / f"runs/clock/probe.{e['name']}/metrics.jsonl").read_text().splitlines()
         ]
         seconds = {r["step"]: r["train_seconds"] for r in probe if "loss" in r}
         assert e["at_budget"]["steps"] == max(1, int(0.05 * 3 / (seconds[6] - seconds[3])))
@@ -762,13 +607,9 @@ def test_runs_of_two_ranks_are_judged_as_others(root: Path, monkeypatch: pytest.
             "1",
         )
         assert call(root, ("ours",), "--name", name, *more) == 0
-    two, one = (
-        json.loads((root / f"runs/{name}/results.json").read_text()) for name in ("two", "one")
-    )
+    two, one = (json.loads((root / f"runs/{name}/results.json").read_text()) for name in ("two", "one"))
     assert json.loads((root / "runs/two/ours.s4.seed0/summary.json").read_text())["world_size"] == 2
-    assert two["entries"][0]["runs"][0]["loss"] == pytest.approx(
-        one["entries"][0]["runs"][0]["loss"], abs=1e-3
-    )
+    assert two["entries"][0]["runs"][0]["loss"] == pytest.approx(one["entries"][0]["runs"][0]["loss"], abs=1e-3)
     assert (two["ranks"], one["ranks"]) == (2, 1)
 
 
@@ -778,9 +619,7 @@ def test_runs_of_two_ranks_are_judged_as_others(root: Path, monkeypatch: pytest.
 def timeless(x: Any, key: str = "") -> Any:
     """Results without what a clock said: fields whose key has "seconds" or "peak_memory" in it, and the third column of curves and lines of training."""
     if isinstance(x, dict):
-        return {
-            k: timeless(v, k) for k, v in x.items() if "seconds" not in k and "peak_memory" not in k
-        }
+        return {k: timeless(v, k) for k, v in x.items() if "seconds" not in k and "peak_memory" not in k}
     if key in ("curve", "training"):
         return [[*point[:2], *point[3:]] for point in x]
     return [timeless(v) for v in x] if isinstance(x, list) else x
@@ -795,9 +634,7 @@ def test_a_study_killed_at_random_moments_ends_with_the_same_results(root: Path)
 
     def to_its_end() -> Any:
         process = start(root, *args, script=script)
-        process.join(
-            1800
-        )  # of less than a dozen short runs, which take ten seconds where nothing else runs
+        process.join(1800)  # of less than a dozen short runs, which take ten seconds where nothing else runs
         assert process.exitcode == 0, (root / "stderr").read_text()
         found = timeless(json.loads((folder / "results.json").read_text()))
         return {
@@ -805,16 +642,12 @@ def test_a_study_killed_at_random_moments_ends_with_the_same_results(root: Path)
         }  # of the tree, which may have been committed meanwhile
 
     whole = to_its_end()
-    assert whole["entries"][0]["to_target"] and len(whole["entries"][0]["horizons"]) > 2, (
-        "the search is part of it"
-    )
+    assert whole["entries"][0]["to_target"] and len(whole["entries"][0]["horizons"]) > 2, "the search is part of it"
     shutil.rmtree(folder)
     rng, progress = np.random.default_rng(0), []
     for kill in range(KILLS):
         process = start(root, *args, script=script)
-        wanted = len(written(folder)) + rng.integers(
-            0, 3
-        )  # on its progress, whatever else the machine does
+        wanted = len(written(folder)) + rng.integers(0, 3)  # on its progress, whatever else the machine does
         while process.exitcode is None and len(written(folder)) < wanted:
             process.join(0.05)
         process.join(rng.uniform(0, 0.5))
@@ -833,20 +666,14 @@ def test_a_study_killed_at_random_moments_ends_with_the_same_results(root: Path)
 def test_a_point_of_the_grid_outside_the_interval_of_the_interpolated_horizon_is_told_as_that():
     to = {"steps": 292, "interpolated": 287.4, "low": 285.0, "high": 290.1, "confirmed": True}
     assert speedrun._steps(to, sets=False) == "292 (interpolated 287.4 [285.0, 290.1])"
-    assert (
-        speedrun._steps(to | {"interpolated": None, "confirmed": False}, sets=False)
-        == "292 unconfirmed"
-    )
+    assert speedrun._steps(to | {"interpolated": None, "confirmed": False}, sets=False) == "292 unconfirmed"
     assert speedrun._steps(to | {"interpolated": None}, sets=True) == "292 sets the target", (
         "by definition, nothing is interpolated"
     )
 
 
 def test_every_version_that_made_a_run_is_told():
-    one, two = (
-        {"commit": "abc", "dirty": False, "torch": "2.1"},
-        {"commit": "def", "dirty": True, "torch": "2.1"},
-    )
+    one, two = {"commit": "abc", "dirty": False, "torch": "2.1"}, {"commit": "def", "dirty": True, "torch": "2.1"}
     alone = runs.versions([one, one])
     assert (alone["torch"], alone["nanodual"], alone["note"]) == ("2.1", "commit abc", None)
     both = runs.versions([two, one, two])
@@ -877,18 +704,9 @@ def test_a_text_tells_every_figure(study: dict[str, Any]):
 
 def test_places_are_workers_or_groups_of_gpus():
     assert runs.places(3) == [runs.Place()] * 3
-    assert [p.gpus for p in runs.places(7, 2, ["0", "1", "4", "5", "6"])] == ["0,1", "4,5"], (
-        "the odd one is left over"
-    )
-    with pytest.raises(
-        StudyError, match="--gpus, --nproc\n  got: 1 GPUs, 2 ranks a run\n  allowed: a GPU a rank"
-    ):
+    assert [p.gpus for p in runs.places(7, 2, ["0", "1", "4", "5", "6"])] == ["0,1", "4,5"], "the odd one is left over"
+    with pytest.raises(StudyError, match="--gpus, --nproc\n  got: 1 GPUs, 2 ranks a run\n  allowed: a GPU a rank"):
         runs.places(1, 2, ["0"])
     one, two = runs.Place(2, "0,1").environments()
-    assert (one["RANK"], two["RANK"], one["WORLD_SIZE"], one["CUDA_VISIBLE_DEVICES"]) == (
-        "0",
-        "1",
-        "2",
-        "0,1",
-    )
+    assert (one["RANK"], two["RANK"], one["WORLD_SIZE"], one["CUDA_VISIBLE_DEVICES"]) == ("0", "1", "2", "0,1")
     assert one["MASTER_PORT"] == two["MASTER_PORT"] and runs.Place().environments() == [{}]

@@ -8,13 +8,13 @@ from typing import Literal
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from config import Config, ConfigError, from_dict, load
 from model import GPT, Block, RoleMasses
 from models import MODELS, ModelConfig, build
 from models.ngram import NgramCache, NgramConfig, NgramGPT, match_rows, ngram_rows, shift
 from optim import Dualized, metrize
+from torch.utils.flop_counter import FlopCounterMode
+
 from tests.helpers import ROOT
 
 SMALL = NgramConfig(
@@ -48,9 +48,7 @@ def test_positions_see_only_the_past(options: dict):
         changed = idx.clone()
         changed[:, t:] = 2 + (changed[:, t:] + 1) % 2
         a, b = model(idx)[0], model(changed)[0]
-        assert torch.allclose(
-            a[:, :t], b[:, :t], atol=1e-6
-        )  # products of other shapes round otherwise
+        assert torch.allclose(a[:, :t], b[:, :t], atol=1e-6)  # products of other shapes round otherwise
         assert not torch.allclose(a[:, t:], b[:, t:], atol=1e-3)
 
 
@@ -70,9 +68,7 @@ def test_generation_goes_past_the_block_with_the_ngrams_of_the_text():
     model = small(n_layer=1, block_size=4, mlp_shift=False, zero_init=True, ngram_rows=4096)
     with torch.no_grad():
         model.head.weight.copy_(torch.randn(11, 16, generator=torch.Generator().manual_seed(2)))
-        model.get_parameter("ngram_embedding.weight").normal_(
-            generator=torch.Generator().manual_seed(3)
-        )
+        model.get_parameter("ngram_embedding.weight").normal_(generator=torch.Generator().manual_seed(3))
     idx = tokens(3, 9)
     out = model.generate(idx, 30, temperature=0)
     for t in range(9 + 3, 39):  # once the prompt's cut at block_size is out of reach
@@ -98,13 +94,8 @@ def test_rows_are_those_of_the_ngrams_wherever_they_stand():
 def test_tokens_in_front_are_part_of_the_ngrams(seen: int):
     idx = tokens(3, 20)
     whole = ngram_rows(idx, order=4, rows=999)
-    assert torch.equal(
-        ngram_rows(idx[:, 10:], order=4, rows=999, before=idx[:, 10 - seen : 10])[:, 3:],
-        whole[:, 13:],
-    )
-    assert torch.equal(
-        ngram_rows(idx[:, 10:], order=4, rows=999, before=idx[:, :10]), whole[:, 10:]
-    )
+    assert torch.equal(ngram_rows(idx[:, 10:], order=4, rows=999, before=idx[:, 10 - seen : 10])[:, 3:], whole[:, 13:])
+    assert torch.equal(ngram_rows(idx[:, 10:], order=4, rows=999, before=idx[:, :10]), whole[:, 10:])
 
 
 def follower(text: list[int], length: int) -> int:
@@ -123,30 +114,21 @@ def test_a_match_is_what_followed_the_last_time():
     for b in range(5):
         for t in range(90):
             text = idx[b, : t + 1].tolist()
-            assert found[b, t].tolist() == [
-                follower(text, 4 * 2**i) + i * (vocabulary + 1) for i in range(4)
-            ]
+            assert found[b, t].tolist() == [follower(text, 4 * 2**i) + i * (vocabulary + 1) for i in range(4)]
     assert (found - torch.arange(4) * (vocabulary + 1)).flatten(0, 1).count_nonzero(0).min() > 40
 
 
 def test_matches_reach_into_the_tokens_in_front():
     idx = tokens(3, 60, vocabulary=2)
     whole = match_rows(idx, matches=3, vocabulary=11)
-    assert torch.equal(
-        match_rows(idx[:, -1:], matches=3, vocabulary=11, before=idx[:, :-1]), whole[:, -1:]
-    )
+    assert torch.equal(match_rows(idx[:, -1:], matches=3, vocabulary=11, before=idx[:, :-1]), whole[:, -1:])
 
 
 def test_in_training_some_sequences_find_no_matches():
     model, idx = small(**MATCHES, match_dropout=0.5), tokens(20, 40, vocabulary=2)
     with torch.no_grad():
-        model.get_parameter("match_embedding.weight")[[*range(1, 12), *range(13, 24)]] += (
-            1  # all rows but "never"
-        )
-    logits = {
-        "found": model(idx)[0],
-        "none": model(idx, cache=NgramCache(model.config, matching=False))[0],
-    }
+        model.get_parameter("match_embedding.weight")[[*range(1, 12), *range(13, 24)]] += 1  # all rows but "never"
+    logits = {"found": model(idx)[0], "none": model(idx, cache=NgramCache(model.config, matching=False))[0]}
     model.train()
     torch.manual_seed(0)
     mixed = model(idx)[0]
@@ -163,14 +145,10 @@ def test_in_training_some_sequences_find_no_matches():
 def test_without_matching_no_text_repeats_itself():
     model, idx = small(**MATCHES), tokens(1, 40, vocabulary=2)
     with torch.no_grad():
-        model.get_parameter("match_embedding.weight")[[*range(1, 12), *range(13, 24)]] += (
-            1  # all rows but "never"
-        )
+        model.get_parameter("match_embedding.weight")[[*range(1, 12), *range(13, 24)]] += 1  # all rows but "never"
     never = small(**MATCHES)
     assert not torch.equal(model(idx)[0], never(idx)[0])
-    unmatched, never_matched = (
-        m(idx, cache=NgramCache(m.config, matching=False))[0] for m in (model, never)
-    )
+    unmatched, never_matched = (m(idx, cache=NgramCache(m.config, matching=False))[0] for m in (model, never))
     assert torch.equal(unmatched, never_matched)
     assert torch.equal(model.generate(idx, 9, temperature=0), never.generate(idx, 9, temperature=0))
 
@@ -179,11 +157,7 @@ def test_without_matching_no_text_repeats_itself():
 def test_the_hash_fills_its_rows_at_least_as_chance_would(rows: int):
     """All bigrams of 65 symbols: rows · (1 − exp(−n/rows)) rows in use, but for 4 standard deviations of balls in bins."""
     a, b = torch.meshgrid(torch.arange(65), torch.arange(65), indexing="ij")
-    used = (
-        ngram_rows(torch.stack((a.flatten(), b.flatten()), dim=1), order=2, rows=rows)[:, 1, 0]
-        .unique()
-        .numel()
-    )
+    used = ngram_rows(torch.stack((a.flatten(), b.flatten()), dim=1), order=2, rows=rows)[:, 1, 0].unique().numel()
     filling = 65**2 / rows
     deviation = math.sqrt(rows * (math.exp(-filling) - (1 + filling) * math.exp(-2 * filling)))
     assert used > rows * (1 - math.exp(-filling)) - 4 * deviation
@@ -211,13 +185,8 @@ def test_a_shifted_mlp_reaches_one_position_a_layer():
 
 def test_without_the_options_nothing_is_different():
     """The same parameters, and a table of zeros adds exactly nothing: the first logits are bit for bit those of a model without it."""
-    off, on = (
-        small(ngram=1, mlp_shift=False, zero_init=True),
-        small(mlp_shift=False, zero_init=True),
-    )
-    assert {n for n, _ in on.named_parameters()} - {n for n, _ in off.named_parameters()} == {
-        "ngram_embedding.weight"
-    }
+    off, on = small(ngram=1, mlp_shift=False, zero_init=True), small(mlp_shift=False, zero_init=True)
+    assert {n for n, _ in on.named_parameters()} - {n for n, _ in off.named_parameters()} == {"ngram_embedding.weight"}
     with torch.no_grad():
         for model in (off, on):
             model.head.weight.copy_(torch.randn(11, 16, generator=torch.Generator().manual_seed(2)))
@@ -231,10 +200,7 @@ def test_the_table_has_its_place_in_the_modular_norm():
     model = small(n_layer=1)
     norm = metrize(model, model.structure(RoleMasses(ngram=2.0)))
     assert set(norm.norms) == {n for n, _ in model.named_parameters()}
-    assert (norm.roles["ngram_embedding.weight"], str(norm.norms["ngram_embedding.weight"])) == (
-        "ngram",
-        "L1ToRMS",
-    )
+    assert (norm.roles["ngram_embedding.weight"], str(norm.norms["ngram_embedding.weight"])) == ("ngram", "L1ToRMS")
     assert norm.masses["ngram_embedding.weight"] == pytest.approx(2)
     half_mlp = 1 / 2 + 1 / 3**0.5
     for name in ("embedding.weight", "ngram_embedding.weight"):
@@ -247,10 +213,7 @@ def test_matches_have_their_place_in_the_modular_norm():
     """Masses 1 + 1 + 4 + 2 + 1 + 1 of 10: read twice, as far as the embedding, at half its radius."""
     model = small(n_layer=1, match=2)
     norm = metrize(model, model.structure())
-    assert (norm.roles["match_embedding.weight"], str(norm.norms["match_embedding.weight"])) == (
-        "match",
-        "L1ToRMS",
-    )
+    assert (norm.roles["match_embedding.weight"], str(norm.norms["match_embedding.weight"])) == ("match", "L1ToRMS")
     assert norm.radii["match_embedding.weight"] == pytest.approx(norm.radii["embedding.weight"] / 2)
     zero = NgramGPT(replace(SMALL, zero_init=True, match=2)).get_parameter("match_embedding.weight")
     assert not zero.any()
@@ -273,10 +236,7 @@ def test_only_rows_of_ngrams_that_were_met_move():
 def test_flops_are_what_torch_counts():
     """A look-up is no product."""
     model = small().train()
-    with (
-        FlopCounterMode(display=False) as counter,
-        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-    ):
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         loss = model(tokens(3, 12), tokens(3, 12))[1]
         assert loss is not None
         loss.backward()
@@ -329,9 +289,7 @@ def test_a_plain_gpt_has_no_settings_of_ngrams(setting: str, value: object, defa
 def test_an_option_does_not_change_the_model_of_a_file(tmp_path: Path):
     (tmp_path / "c.toml").write_text("[model]\nn_layer = 1\n")
     assert load([str(tmp_path / "c.toml")]).model.name == "gpt"
-    with pytest.raises(
-        ConfigError, match="model.match\n  got: 2\n  allowed: 0 with model.name = 'gpt'"
-    ):
+    with pytest.raises(ConfigError, match="model.match\n  got: 2\n  allowed: 0 with model.name = 'gpt'"):
         load([str(tmp_path / "c.toml"), "--model.match", "2"])
 
 
@@ -358,11 +316,6 @@ def test_the_track_s_configuration_is_what_it_says():
     config = load([str(path)])
     assert (
         config.train.target_loss
-        == tomllib.loads((ROOT / "configs" / "shakespeare_char.toml").read_text())["train"][
-            "target_loss"
-        ]
+        == tomllib.loads((ROOT / "configs" / "shakespeare_char.toml").read_text())["train"]["target_loss"]
     )
-    assert (
-        build(replace(config.model, vocab_size=65)).num_params()
-        == 2 * 65 * 64 + 8192 * 64 + 4 * 64**2 + 8 * 64**2
-    )
+    assert build(replace(config.model, vocab_size=65)).num_params() == 2 * 65 * 64 + 8192 * 64 + 4 * 64**2 + 8 * 64**2

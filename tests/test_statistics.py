@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import stats
-
 from studies import statistics
 from studies.statistics import (
     Horizon,
@@ -22,6 +21,7 @@ from studies.statistics import (
     share_of_seeds,
     threshold,
 )
+
 from tests.helpers import SOAK
 
 pytestmark = pytest.mark.soak
@@ -43,9 +43,7 @@ def losses(*shape: int, mean: float = TARGET, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("n", [1, 4])
 @pytest.mark.parametrize("effect", [0.0, 0.002, 0.005])
-def test_the_rule_of_a_known_sigma_passes_at_its_level_and_with_the_computed_power(
-    n: int, effect: float
-):
+def test_the_rule_of_a_known_sigma_passes_at_its_level_and_with_the_computed_power(n: int, effect: float):
     noise = Noise(SIGMA)
     rule = Rule(TARGET, threshold(noise, n))
     found = np.mean([rule.passes(m, n) for m in losses(STUDIES, n, mean=TARGET - effect).mean(1)])
@@ -86,18 +84,11 @@ def test_the_rule_is_the_tracks():
     rule = Rule(3.28, 0.004)
     assert rule.needed(8) == pytest.approx(3.28 - 0.0014142, abs=1e-7)
     assert rule.passes(3.2785, 8) and not rule.passes(3.2787, 8) and not rule.passes(math.inf, 8)
-    assert threshold(Noise(0.0017), 8) == pytest.approx(0.0017 * 2.3263, rel=1e-4), (
-        "z of one in a hundred"
-    )
+    assert threshold(Noise(0.0017), 8) == pytest.approx(0.0017 * 2.3263, rel=1e-4), "z of one in a hundred"
 
 
 def test_sigma_is_pooled_within_groups_and_leaves_divergence_out():
-    groups = [
-        np.array([1.0, 1.2]),
-        np.array([5.0, 5.0, 5.3]),
-        np.array([1.0, math.inf]),
-        np.array([7.0]),
-    ]
+    groups = [np.array([1.0, 1.2]), np.array([5.0, 5.0, 5.3]), np.array([1.0, math.inf]), np.array([7.0])]
     noise = pooled(groups)
     assert noise and noise.df == 3 and noise.sigma == pytest.approx(math.sqrt((0.02 + 0.06) / 3))
     assert pooled(groups[2:]) is None
@@ -108,12 +99,8 @@ def test_the_share_of_seeds_is_found():
     rng = np.random.default_rng(0)
     many = [rng.standard_normal((1, 4)) + 0.5 * rng.standard_normal((5, 4)) for _ in range(4000)]
     assert share_of_seeds(many) == pytest.approx(0.8, abs=0.02)
-    assert share_of_seeds([rng.standard_normal((5, 4)) for _ in range(4000)]) == pytest.approx(
-        0, abs=0.02
-    )
-    assert share_of_seeds([np.ones((1, 4)), np.array([[1.0, math.inf], [1.0, 2.0]])]) == 1.0, (
-        "nothing tells them apart"
-    )
+    assert share_of_seeds([rng.standard_normal((5, 4)) for _ in range(4000)]) == pytest.approx(0, abs=0.02)
+    assert share_of_seeds([np.ones((1, 4)), np.array([[1.0, math.inf], [1.0, 2.0]])]) == 1.0, "nothing tells them apart"
     assert share_of_seeds([np.ones((2, 2))]) == 1.0
 
 
@@ -121,9 +108,7 @@ def test_the_share_of_seeds_is_found():
 
 
 def test_intervals_cover_the_mean_in_95_of_100_studies():
-    found = np.mean(
-        [(i := mean_interval(x)).low <= TARGET <= i.high for x in losses(STUDIES, 4).tolist()]
-    )
+    found = np.mean([(i := mean_interval(x)).low <= TARGET <= i.high for x in losses(STUDIES, 4).tolist()])
     assert abs(found - 0.95) < of(0.95)
     assert mean_interval([1.0, math.inf]).value == math.inf
     assert (mean_interval([2.0]).low, mean_interval([2.0]).value, mean_interval([2.0]).high) == (
@@ -163,11 +148,7 @@ def test_seeds_for_an_effect_are_the_fewest_with_the_power():
     known = Noise(SIGMA)
     rule, pairs = statistics.seeds_for(0.004, known)
     assert rule and pairs
-    assert (
-        statistics.power_of_rule(0.004, rule, known)
-        >= 0.8
-        > statistics.power_of_rule(0.004, rule - 1, known)
-    )
+    assert statistics.power_of_rule(0.004, rule, known) >= 0.8 > statistics.power_of_rule(0.004, rule - 1, known)
     deviation = SIGMA * math.sqrt(2)
     assert (
         statistics.power_of_pairs(0.004, pairs, deviation)
@@ -177,22 +158,16 @@ def test_seeds_for_an_effect_are_the_fewest_with_the_power():
     estimated, _ = statistics.seeds_for(0.004, Noise(SIGMA, 3))
     assert estimated and estimated > rule, "an estimated σ takes more"
     assert statistics.seeds_for(1e-6, known, most=10) == (None, None)
-    assert (statistics.seeds_for(0.004, known, level=0.001)[0] or 0) > rule, (
-        "a stricter level takes more"
-    )
+    assert (statistics.seeds_for(0.004, known, level=0.001)[0] or 0) > rule, "a stricter level takes more"
     assert (
-        statistics.seeds_for(0.004, known, from_entry=True)[0]
-        == statistics.seeds_for(0.004 / math.sqrt(2), known)[0]
+        statistics.seeds_for(0.004, known, from_entry=True)[0] == statistics.seeds_for(0.004 / math.sqrt(2), known)[0]
     )
 
 
 def test_the_power_against_an_entrys_mean_is_that_of_an_effect_smaller_by_the_root_of_two():
     """As seeds_for has it; σ given, the target the mean of as many runs."""
     n, effect, noise = 4, 0.006, Noise(SIGMA)
-    theirs, ours = (
-        losses(STUDIES, n).mean(1),
-        losses(STUDIES, n, mean=TARGET - effect, seed=1).mean(1),
-    )
+    theirs, ours = losses(STUDIES, n).mean(1), losses(STUDIES, n, mean=TARGET - effect, seed=1).mean(1)
     limit = threshold(noise, n, target_n=n)
     rate = np.mean([Rule(a, limit, n).passes(b, n) for a, b in zip(theirs, ours, strict=True)])
     expected = statistics.power_of_rule(effect / math.sqrt(2), n, noise)
@@ -202,11 +177,7 @@ def test_the_power_against_an_entrys_mean_is_that_of_an_effect_smaller_by_the_ro
 # ---- loss against horizon
 
 STEPS = (160, 240, 320, 400)
-FLOOR, SCALE, POWER = (
-    1.0,
-    12.0,
-    0.5,
-)  # of a power law, as losses fall: 1.949 at 160 steps, 1.6 at 400
+FLOOR, SCALE, POWER = 1.0, 12.0, 0.5  # of a power law, as losses fall: 1.949 at 160 steps, 1.6 at 400
 
 
 def law(steps: Any) -> Any:
@@ -245,9 +216,7 @@ def test_the_rising_side_of_a_parabola_is_no_crossing():
 
 
 def test_a_bracket_is_around_the_shortest_horizon_that_reached_it():
-    assert bracket([400, 100, 200, 300], [1.0, 2.0, 1.4, 1.45], 1.42) == (100, 200), (
-        "that 300 was above again is noise"
-    )
+    assert bracket([400, 100, 200, 300], [1.0, 2.0, 1.4, 1.45], 1.42) == (100, 200), "that 300 was above again is noise"
     assert bracket([400, 100], [1.5, math.inf], 1.5) == (100, 400)
     assert bracket([400], [1.6], 1.5) == (400, None) and bracket([400], [1.4], 1.5) == (None, 400)
 
@@ -269,13 +238,9 @@ def test_intervals_of_the_interpolated_horizon_cover_the_true_one(
     covered = 0
     for k in range(studies):
         seeds, own = rng.standard_normal((1, n)), rng.standard_normal((len(STEPS), n))
-        y = law(np.array(STEPS))[:, None] + SIGMA * (
-            math.sqrt(share) * seeds + math.sqrt(1 - share) * own
-        )
+        y = law(np.array(STEPS))[:, None] + SIGMA * (math.sqrt(share) * seeds + math.sqrt(1 - share) * own)
         target = (
-            law(truth)
-            + limit / math.sqrt(n)
-            + (SIGMA * rng.standard_normal() / math.sqrt(target_n) if target_n else 0)
+            law(truth) + limit / math.sqrt(n) + (SIGMA * rng.standard_normal() / math.sqrt(target_n) if target_n else 0)
         )
         noise = Noise(SIGMA * math.sqrt(rng.chisquare(df) / df), df, share)
         found = horizon(STEPS, y.mean(1).tolist(), n, Rule(target, limit, target_n), noise, seed=k)
@@ -290,9 +255,7 @@ def test_a_horizon_without_noise_or_bracket_has_no_bounds():
     means = law(np.array(STEPS)).tolist()
     rule = Rule(law(283.0), 0.0)
     alone = horizon(STEPS, means, 1, rule, None)
-    assert (
-        alone and alone.steps == pytest.approx(283, rel=5e-3) and alone.interval().low == -math.inf
-    )
+    assert alone and alone.steps == pytest.approx(283, rel=5e-3) and alone.interval().low == -math.inf
     assert horizon(STEPS, means, 1, Rule(law(100.0) + 1, 0.0), None) is None, "all reach it"
     assert horizon(STEPS, means, 1, Rule(1.0, 0.0), None) is None, "none does"
     diverged = horizon(STEPS, [math.inf, *means[1:]], 1, Rule(law(200.0), 0.0), None)
@@ -303,20 +266,14 @@ def test_a_horizon_without_noise_or_bracket_has_no_bounds():
 
 
 def test_a_quotient_of_draws_overflows_without_a_warning_and_leaves_a_side_open():
-    draws = statistics.quotient(
-        np.full(5, 2.0), np.array([1, 2, 4, 0, np.inf]), np.array([0, 0, 0, 0, 1e4])
-    )
+    draws = statistics.quotient(np.full(5, 2.0), np.array([1, 2, 4, 0, np.inf]), np.array([0, 0, 0, 0, 1e4]))
     assert draws[:4].tolist() == [2, 1, 0.5, np.inf] and np.isnan(draws[4])
-    assert np.isposinf(
-        bounds(1.0, statistics.quotient(np.ones(99), np.ones(99), np.linspace(-1e4, 1e4, 99))).high
-    )
+    assert np.isposinf(bounds(1.0, statistics.quotient(np.ones(99), np.ones(99), np.linspace(-1e4, 1e4, 99))).high)
 
 
 def test_bounds_hold_the_estimate_and_take_what_tells_nothing_as_open():
     draws = np.linspace(1, 2, 1000)
-    assert (bounds(1.5, draws).low, bounds(1.5, draws).high) == pytest.approx(
-        (1.025, 1.975), abs=2e-3
-    )
+    assert (bounds(1.5, draws).low, bounds(1.5, draws).high) == pytest.approx((1.025, 1.975), abs=2e-3)
     assert bounds(3.0, draws).high == 3.0
     some = np.where(np.arange(1000) < 100, np.nan, draws)
     assert (bounds(1.5, some).low, bounds(1.5, some).high) == (-math.inf, math.inf)

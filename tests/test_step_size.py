@@ -3,7 +3,6 @@
 import math
 
 import pytest
-
 from optim.step_size import SCHEDULES, cosine, momentum_at, wsd
 
 
@@ -18,29 +17,23 @@ def test_wsd_warms_up_stays_and_cools_down_linearly():
 @pytest.mark.parametrize("schedule", SCHEDULES.values())
 def test_a_warm_up_below_one_is_a_fraction_of_all_steps(schedule):
     for step in range(60):
-        assert schedule(step, 60, warmup=0.1, cooldown=0.5) == schedule(
-            step, 60, warmup=6, cooldown=0.5
-        )
+        assert schedule(step, 60, warmup=0.1, cooldown=0.5) == schedule(step, 60, warmup=6, cooldown=0.5)
 
 
 def test_a_cooldown_of_another_power_is_that_power_of_the_linear_one():
-    linear, bent = (
-        [wsd(s, 100, warmup=10, cooldown=0.4, power=p) for s in range(100)] for p in (1.0, 1.2)
-    )
+    linear, bent = ([wsd(s, 100, warmup=10, cooldown=0.4, power=p) for s in range(100)] for p in (1.0, 1.2))
     assert bent[:60] == linear[:60], "warm-up and the stable part are as they were"
     assert bent[60:] == pytest.approx([x**1.2 for x in linear[60:]])
 
 
 def test_momentum_goes_up_stays_and_comes_down_linearly():
-    values = [
-        momentum_at(s, 200, beta=0.95, low=0.85, warmup=0.1, cooldown=0.2) for s in range(200)
-    ]
+    values = [momentum_at(s, 200, beta=0.95, low=0.85, warmup=0.1, cooldown=0.2) for s in range(200)]
     assert values[:20] == pytest.approx([0.85 + 0.1 * (s + 1) / 20 for s in range(20)])
     assert values[20:160] == pytest.approx([0.95] * 140)
     assert values[160:] == pytest.approx([0.85 + 0.1 * (200 - s) / 40 for s in range(160, 200)])
-    assert {momentum_at(s, 7, beta=0.15, low=0.85, warmup=0.0, cooldown=0.0) for s in range(7)} == {
-        0.15
-    }, "off is exact"
+    assert {momentum_at(s, 7, beta=0.15, low=0.85, warmup=0.0, cooldown=0.0) for s in range(7)} == {0.15}, (
+        "off is exact"
+    )
 
 
 def test_cosine_is_half_a_period_after_the_warm_up():

@@ -9,12 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-
 import telemetry
+import torch
 from model import GPT, GPTConfig, RoleNorms
 from optim import (
     Blocks,
@@ -40,6 +36,10 @@ from optim import (
 )
 from optim.polar import SCHEDULES
 from telemetry import Geometry, attention_logits, grid, plot_geometry
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
 from tests.helpers import ranks
 
 DIGITS = 1e-5  # numbers have six of them
@@ -59,9 +59,7 @@ class Weights(nn.Module):
     w1: nn.Parameter
 
 
-def weights(
-    norm: Norm, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float64
-) -> tuple[Weights, ModularNorm]:
+def weights(norm: Norm, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[Weights, ModularNorm]:
     """A module of weights w0, w1, … of one norm, with Gaussian gradients; their radii are 0.5, 1, 1.5, …"""
     model = Weights()
     for i, shape in enumerate(shapes):
@@ -69,16 +67,11 @@ def weights(
         p.grad = gaussian(*shape, seed=10 + i).to(dtype)
         model.register_parameter(f"w{i}", p)
     names = [f"w{i}" for i in range(len(shapes))]
-    return model, ModularNorm(
-        dict.fromkeys(names, norm), {n: 0.5 * (i + 1) for i, n in enumerate(names)}
-    )
+    return model, ModularNorm(dict.fromkeys(names, norm), {n: 0.5 * (i + 1) for i, n in enumerate(names)})
 
 
 def measured(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | Rival,
-    norm: ModularNorm,
-    idx: Tensor | None = None,
+    model: nn.Module, optimizer: torch.optim.Optimizer | Rival, norm: ModularNorm, idx: Tensor | None = None
 ) -> dict[str, Any]:
     """One step, measured; what is measured can be written and read."""
     geometry = Geometry(model, optimizer, norm)
@@ -89,13 +82,7 @@ def measured(
     return found
 
 
-def gpt(
-    dtype: torch.dtype = torch.float64,
-    *,
-    per_head: bool = False,
-    polar: Polar = EXACT,
-    **changes: Any,
-) -> GPT:
+def gpt(dtype: torch.dtype = torch.float64, *, per_head: bool = False, polar: Polar = EXACT, **changes: Any) -> GPT:
     config = GPTConfig(**(vars(CONFIG) | changes))
     norms = RoleNorms(per_head=per_head).build(polar, config.n_head)
     return GPT(config, norms, torch.Generator().manual_seed(0)).to(dtype)
@@ -108,11 +95,7 @@ def backward(model: nn.Module, seed: int = 0) -> Tensor:
 
 
 def matrices(name: str, W: Tensor, per_head: bool) -> Tensor:
-    return (
-        W.unflatten(0, (CONFIG.n_head, -1))
-        if per_head and name.split(".")[-2] in "qkv"
-        else W.unsqueeze(0)
-    )
+    return W.unflatten(0, (CONFIG.n_head, -1)) if per_head and name.split(".")[-2] in "qkv" else W.unsqueeze(0)
 
 
 def norm_of(name: str, W: Tensor, per_head: bool) -> float:
@@ -122,8 +105,7 @@ def norm_of(name: str, W: Tensor, per_head: bool) -> float:
     if name == "head.weight":
         return (W.square().sum(1) * W.shape[1]).sqrt().max().item()
     return max(
-        (M.shape[1] / M.shape[0]) ** 0.5 * torch.linalg.svdvals(M).max().item()
-        for M in matrices(name, W, per_head)
+        (M.shape[1] / M.shape[0]) ** 0.5 * torch.linalg.svdvals(M).max().item() for M in matrices(name, W, per_head)
     )
 
 
@@ -133,8 +115,7 @@ def dual_of(name: str, G: Tensor, per_head: bool) -> float:
     if name == "head.weight":
         return (G.square().sum(1) / G.shape[1]).sqrt().sum().item()
     return sum(
-        (M.shape[0] / M.shape[1]) ** 0.5 * torch.linalg.svdvals(M).sum().item()
-        for M in matrices(name, G, per_head)
+        (M.shape[0] / M.shape[1]) ** 0.5 * torch.linalg.svdvals(M).sum().item() for M in matrices(name, G, per_head)
     )
 
 
@@ -142,9 +123,7 @@ def test_what_a_cautious_step_asked_for_is_not_told():
     """Which entries decayed is not known afterwards; without decay there is nothing to know."""
     for decay, told in ((0.2, False), (0.0, True)):
         model, norm = weights(RMSToRMS(EXACT), (6, 6), (4, 8))
-        found = measured(
-            model, Dualized(model, 0.1, norm=norm, weight_decay=decay, cautious=True), norm
-        )
+        found = measured(model, Dualized(model, 0.1, norm=norm, weight_decay=decay, cautious=True), norm)
         assert ("step" in found) is told
 
 
@@ -161,9 +140,7 @@ def test_every_number_of_a_transformer_is_the_oracles(
         monkeypatch.setattr(telemetry, "by_eigenvalues", lambda norm, W: False)
     model = gpt(per_head=per_head)
     norm = metrize(model)
-    adam = torch.optim.AdamW(
-        model.named_parameters(), lr=0.01, weight_decay=0.1 if kind == "AdamW" else 0.0
-    )
+    adam = torch.optim.AdamW(model.named_parameters(), lr=0.01, weight_decay=0.1 if kind == "AdamW" else 0.0)
     optimizer = {
         "Dualized": lambda: Dualized(model, 0.3, norm=norm, weight_decay=0.2),
         "Normalized": lambda: Normalized(adam, norm, 0.3, weight_decay=0.2),
@@ -174,9 +151,7 @@ def test_every_number_of_a_transformer_is_the_oracles(
     old = {n: p.detach().clone() for n, p in model.named_parameters()}
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     found = measured(model, optimizer, norm, idx)
-    tables = (
-        PER_TENSOR | TOTALS | {"max_attention_logit"} | ({"step"} if kind != "AdamW" else set())
-    )
+    tables = PER_TENSOR | TOTALS | {"max_attention_logit"} | ({"step"} if kind != "AdamW" else set())
     assert set(found) == tables | ({"orthogonality"} if kind == "Dualized" else set())
     for name, p in model.named_parameters():
         size = norm_of(name, p.detach(), per_head)
@@ -184,14 +159,10 @@ def test_every_number_of_a_transformer_is_the_oracles(
         assert found["relative_step"][name] == pytest.approx(
             norm_of(name, p.detach() - old[name], per_head) / size, rel=2 * CLOSE
         ), name
-        assert found["grad_dual_norm"][name] == pytest.approx(
-            dual_of(name, grads[name], per_head), rel=CLOSE
-        ), name
+        assert found["grad_dual_norm"][name] == pytest.approx(dual_of(name, grads[name], per_head), rel=CLOSE), name
         if kind != "AdamW":
             assert found["step"][name] == pytest.approx(1, rel=CLOSE), name
-    assert list(found["weight_norm"]) == [n for n, _ in model.named_parameters()], (
-        "in the order of the network"
-    )
+    assert list(found["weight_norm"]) == [n for n, _ in model.named_parameters()], "in the order of the network"
     assert found["modular_weight_norm"] == pytest.approx(
         max(x / norm.radii[n] for n, x in found["weight_norm"].items()), rel=DIGITS
     )
@@ -222,22 +193,16 @@ OTHERS = {
 
 @pytest.mark.parametrize("products", [False, True])
 @pytest.mark.parametrize("case", [*NORMS, *OTHERS])
-def test_in_every_norm_a_step_is_as_long_as_requested(
-    case: str, products: bool, monkeypatch: pytest.MonkeyPatch
-):
+def test_in_every_norm_a_step_is_as_long_as_requested(case: str, products: bool, monkeypatch: pytest.MonkeyPatch):
     if products:
         monkeypatch.setattr(telemetry, "by_eigenvalues", lambda norm, W: False)
     norm, shape = (NORMS | OTHERS)[case]
     model, modular = weights(norm, shape, shape)
     sizes = {n: norm.norm(p.detach().unsqueeze(0))[0].item() for n, p in model.named_parameters()}
     duals = {n: norm.dual_norm(p.grad.unsqueeze(0))[0].item() for n, p in model.named_parameters()}  # type: ignore[union-attr]
-    found = measured(
-        model, Dualized(model.named_parameters(), 1e-3, norm=modular, weight_decay=0.3), modular
-    )
+    found = measured(model, Dualized(model.named_parameters(), 1e-3, norm=modular, weight_decay=0.3), modular)
     assert found["step"] == pytest.approx(dict.fromkeys(sizes, 1), rel=CLOSE)
-    assert found["weight_norm"] == pytest.approx(sizes, rel=2e-3), (
-        "steps of 1e-3 and decay of a third of that"
-    )
+    assert found["weight_norm"] == pytest.approx(sizes, rel=2e-3), "steps of 1e-3 and decay of a third of that"
     assert found["grad_dual_norm"] == pytest.approx(duals, rel=CLOSE if products else DIGITS)
     assert ("orthogonality" in found) == (case in NORMS)
     if case in NORMS:
@@ -266,9 +231,9 @@ def test_tiny_and_huge_gradients_have_dual_norms(scale: float):
     assert model.w0.grad is not None
     expected = scale * torch.linalg.svdvals(model.w0.grad.double()).sum().item() * 1.5**0.5
     model.w0.grad.mul_(scale)
-    assert measured(model, Dualized(model.named_parameters(), 0.1, norm=norm), norm)[
-        "grad_dual_norm"
-    ]["w0"] == pytest.approx(expected, rel=1e-5)
+    assert measured(model, Dualized(model.named_parameters(), 0.1, norm=norm), norm)["grad_dual_norm"][
+        "w0"
+    ] == pytest.approx(expected, rel=1e-5)
 
 
 def test_large_stacks_are_measured_in_parts(monkeypatch: pytest.MonkeyPatch):
@@ -276,10 +241,7 @@ def test_large_stacks_are_measured_in_parts(monkeypatch: pytest.MonkeyPatch):
     for entries in (telemetry.STACK, 48, 1):
         monkeypatch.setattr(telemetry, "STACK", entries)
         model, norm = weights(RMSToRMS(EXACT), *[(6, 4)] * 5)
-        assert len(Geometry(model, torch.optim.SGD(model.parameters()), norm).stacks) == {
-            48: 3,
-            1: 5,
-        }.get(entries, 1)
+        assert len(Geometry(model, torch.optim.SGD(model.parameters()), norm).stacks) == {48: 3, 1: 5}.get(entries, 1)
         found.append(measured(model, Dualized(model.named_parameters(), 0.1, norm=norm), norm))
     for parts in found[1:]:
         for quantity, table in found[0].items():
@@ -295,9 +257,7 @@ def test_the_residual_of_a_schedule_is_inside_its_band():
         low, high = SCHEDULES[name].band
         model, norm = weights(RMSToRMS(Polar(name)), (32, 24), (32, 24), (24, 96))
         found = measured(model, Dualized(model.named_parameters(), 0.1, norm=norm), norm)
-        for residual, step in zip(
-            found["orthogonality"].values(), found["step"].values(), strict=True
-        ):
+        for residual, step in zip(found["orthogonality"].values(), found["step"].values(), strict=True):
             assert 1e-3 < residual <= max(1 - low**2, high**2 - 1), name
             assert low - CLOSE <= step <= high + CLOSE, name
 
@@ -316,15 +276,12 @@ def test_steps_leave_decay_out_and_what_did_not_move_is_zero():
     model = nn.Module()
     model.rows, model.whole, model.still = rows, whole, still
     norm = ModularNorm(
-        {"rows": L1ToRMS(), "whole": Frobenius(), "still": Frobenius()},
-        {"rows": 0.5, "whole": 2.0, "still": 1.0},
+        {"rows": L1ToRMS(), "whole": Frobenius(), "still": Frobenius()}, {"rows": 0.5, "whole": 2.0, "still": 1.0}
     )
     rows.grad = torch.zeros(4, 3)
     rows.grad[1] = 1.0
     whole.grad = torch.ones(4, 3)
-    found = measured(
-        model, Dualized(model.named_parameters(), 0.1, norm=norm, weight_decay=0.7), norm
-    )
+    found = measured(model, Dualized(model.named_parameters(), 0.1, norm=norm, weight_decay=0.7), norm)
     assert found["step"] == pytest.approx({"rows": 1.0, "whole": 1.0, "still": 0.0}, abs=1e-5)
     assert found["relative_step"]["still"] == 0
     assert found["grad_dual_norm"]["still"] == 0
@@ -334,14 +291,10 @@ def test_a_gradient_of_zeros_decays_and_takes_no_step():
     model, norm = weights(RMSToRMS(), (6, 4), (6, 4), dtype=torch.float32)
     assert model.w0.grad is not None
     model.w0.grad.zero_()
-    found = measured(
-        model, Dualized(model.named_parameters(), 0.1, norm=norm, weight_decay=0.7), norm
-    )
+    found = measured(model, Dualized(model.named_parameters(), 0.1, norm=norm, weight_decay=0.7), norm)
     assert found["step"]["w0"] == 0
     assert found["orthogonality"]["w0"] is None
-    assert found["relative_step"]["w0"] == pytest.approx(
-        0.1 * 0.5 * 0.7 / (1 - 0.1 * 0.5 * 0.7), rel=CLOSE
-    )
+    assert found["relative_step"]["w0"] == pytest.approx(0.1 * 0.5 * 0.7 / (1 - 0.1 * 0.5 * 0.7), rel=CLOSE)
     assert 0.8 < found["step"]["w1"] < 1.2
 
 
@@ -361,9 +314,7 @@ def test_a_weight_of_radius_zero_is_no_part_of_the_modular_norm():
     norm.radii["w1"] = 0.0
     found = measured(model, Dualized(model.named_parameters(), 0.1, norm=norm), norm)
     assert found["step"]["w1"] == 0
-    assert found["modular_weight_norm"] == pytest.approx(
-        found["weight_norm"]["w0"] / 0.5, rel=DIGITS
-    )
+    assert found["modular_weight_norm"] == pytest.approx(found["weight_norm"]["w0"] / 0.5, rel=DIGITS)
 
 
 def test_an_adaptive_step_size_is_part_of_the_request():
@@ -379,18 +330,14 @@ def test_an_adaptive_step_size_is_part_of_the_request():
 
 def test_steps_of_the_dual_norms_length_are_measured_as_such():
     model, norm = weights(RMSToRMS(EXACT), (6, 4))
-    found = measured(
-        model, Dualized(model.named_parameters(), 0.01, norm=norm, scale="dual", beta=0.0), norm
-    )
+    found = measured(model, Dualized(model.named_parameters(), 0.01, norm=norm, scale="dual", beta=0.0), norm)
     assert found["step"]["w0"] == pytest.approx(found["grad_dual_norm"]["w0"], rel=CLOSE)
     assert "orthogonality" not in found
 
 
 def test_on_the_sphere_weights_have_norm_one():
     model, norm = weights(RMSToRMS(EXACT), (6, 4), (6, 4))
-    found = measured(
-        model, Dualized(model.named_parameters(), 0.1, norm=norm, constraint="sphere"), norm
-    )
+    found = measured(model, Dualized(model.named_parameters(), 0.1, norm=norm, constraint="sphere"), norm)
     assert found["weight_norm"] == pytest.approx({"w0": 1, "w1": 1}, rel=2 * CLOSE)
 
 
@@ -398,9 +345,7 @@ def test_bf16_weights_are_measured_with_their_rounding():
     model, norm = weights(RMSToRMS(EXACT), (32, 24), (32, 24), dtype=torch.bfloat16)
     found = measured(model, Dualized(model.named_parameters(), 5.0, norm=norm), norm)
     for name, p in model.named_parameters():
-        assert found["weight_norm"][name] == pytest.approx(
-            norm_of("x.weight", p.detach().double(), False), rel=CLOSE
-        )
+        assert found["weight_norm"][name] == pytest.approx(norm_of("x.weight", p.detach().double(), False), rel=CLOSE)
         assert found["step"][name] == pytest.approx(1, rel=0.02), "8 bits"
         assert found["orthogonality"][name] < 0.05
 
@@ -431,19 +376,13 @@ def scores(model: GPT, layer: int, idx: Tensor) -> Tensor:
     angles = torch.arange(idx.shape[1])[:, None] * 10_000.0 ** (-torch.arange(K // 2) / (K // 2))
     turned = []
     for name in "qk":
-        y = (
-            model.embedding.weight[idx]
-            @ model.get_parameter(f"blocks.{layer}.attention.{name}.weight").mT
-        )
+        y = model.embedding.weight[idx] @ model.get_parameter(f"blocks.{layer}.attention.{name}.weight").mT
         z = (
             torch.complex(*y.unflatten(-1, (H, 2, K // 2)).unbind(-2))
             * torch.polar(torch.ones_like(angles), angles)[:, None]
         )
         turned.append(z / torch.linalg.vector_norm(z, dim=-1, keepdim=True))
-    return (
-        model.config.attention_scale
-        * torch.einsum("bthk,bshk->bhts", turned[0], turned[1].conj()).real.detach()
-    )
+    return model.config.attention_scale * torch.einsum("bthk,bshk->bhts", turned[0], turned[1].conj()).real.detach()
 
 
 def test_the_largest_attention_logit_is_that_of_explicit_scores():
@@ -452,9 +391,7 @@ def test_the_largest_attention_logit_is_that_of_explicit_scores():
     found = attention_logits(model, idx)
     for layer in range(2):
         every = scores(model, layer, idx).abs()
-        assert found[f"blocks.{layer}.attention"].item() == pytest.approx(
-            every.tril().max().item(), rel=1e-5
-        )
+        assert found[f"blocks.{layer}.attention"].item() == pytest.approx(every.tril().max().item(), rel=1e-5)
     assert list(found) == ["blocks.0.attention", "blocks.1.attention"]
     late = [(a := scores(model, i, idx).abs()).max() > a.tril().max() + 1e-3 for i in range(2)]
     assert any(late), "or the causal mask would not be tested"
@@ -464,9 +401,7 @@ def test_with_qk_norm_no_attention_logit_is_above_its_scale_and_equal_keys_reach
     model = gpt(attention_scale=6.0)
     with torch.no_grad():
         model.get_parameter("blocks.0.attention.q.weight").mul_(100)
-        model.get_parameter("blocks.1.attention.k.weight").copy_(
-            model.get_parameter("blocks.1.attention.q.weight")
-        )
+        model.get_parameter("blocks.1.attention.k.weight").copy_(model.get_parameter("blocks.1.attention.q.weight"))
     first, second = (x.item() for x in attention_logits(model, backward(model)).values())
     assert 0 < first < 6
     assert second == pytest.approx(6, rel=1e-4)
@@ -475,10 +410,7 @@ def test_with_qk_norm_no_attention_logit_is_above_its_scale_and_equal_keys_reach
 def test_looking_at_attention_leaves_the_model_as_it_was():
     model = gpt(dropout=0.5).train()
     idx = backward(model)
-    grads, state = (
-        [p.grad.clone() for p in model.parameters() if p.grad is not None],
-        torch.get_rng_state(),
-    )
+    grads, state = [p.grad.clone() for p in model.parameters() if p.grad is not None], torch.get_rng_state()
     first, again = attention_logits(model, idx), attention_logits(model, idx)
     assert first == again, "without dropout"
     assert model.training and model.blocks[0].training
@@ -529,9 +461,7 @@ def test_sharded_weights_have_the_geometry_of_whole_ones_and_train_on_alike():
 # ---- the picture
 
 
-def run(
-    model: GPT, make: Callable[[ModularNorm], torch.optim.Optimizer], steps: int = 3
-) -> list[dict[str, Any]]:
+def run(model: GPT, make: Callable[[ModularNorm], torch.optim.Optimizer], steps: int = 3) -> list[dict[str, Any]]:
     """The records of a run that measures every second step, the first included."""
     norm, records = metrize(model), []
     optimizer = make(norm)
@@ -541,18 +471,13 @@ def run(
         geometry.before()
         optimizer.step()
         optimizer.zero_grad()
-        records.append(
-            {"step": step, "loss": 1.0} | ({"geometry": geometry.after(idx)} if step % 2 else {})
-        )
+        records.append({"step": step, "loss": 1.0} | ({"geometry": geometry.after(idx)} if step % 2 else {}))
     return records
 
 
 def test_the_rows_of_the_picture_are_kinds_and_then_layers():
     model = gpt(n_layer=12, zero_init=True)
-    records = [
-        *run(model, lambda norm: Dualized(model, 0.1, norm=norm)),
-        {"step": 6, "val_loss": 1.0},
-    ]
+    records = [*run(model, lambda norm: Dualized(model, 0.1, norm=norm)), {"step": 6, "val_loss": 1.0}]
     names, steps, values = grid(records, "step")
     assert steps == [1, 3, 5]
     assert len(names) == len(values) == 2 + 12 * 6
@@ -563,8 +488,7 @@ def test_the_rows_of_the_picture_are_kinds_and_then_layers():
     assert len(grid(records, "orthogonality")[0]) == 12 * 6
     assert grid(records, "max_attention_logit")[0] == [f"blocks.{i}.attention" for i in range(12)]
     assert [
-        telemetry.kind(n)
-        for n in (names[1], "net.0.weight", "net.0.norm.bias", "head.weight", "blocks.3.attention")
+        telemetry.kind(n) for n in (names[1], "net.0.weight", "net.0.norm.bias", "head.weight", "blocks.3.attention")
     ] == [
         "attention.q",
         "net.*",
@@ -574,9 +498,7 @@ def test_the_rows_of_the_picture_are_kinds_and_then_layers():
     ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "rows"), [("Dualized", [14, 14, 14, 14, 12, 2]), ("AdamW", [14, 14, 14, 2])]
-)
+@pytest.mark.parametrize(("kind", "rows"), [("Dualized", [14, 14, 14, 14, 12, 2]), ("AdamW", [14, 14, 14, 2])])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_the_picture_has_a_panel_for_each_quantity(
     kind: str, rows: list[int], steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -585,9 +507,7 @@ def test_the_picture_has_a_panel_for_each_quantity(
 
     shown, imshow = [], Axes.imshow
     monkeypatch.setattr(
-        Axes,
-        "imshow",
-        lambda axes, values, **kw: shown.append(len(values)) or imshow(axes, values, **kw),
+        Axes, "imshow", lambda axes, values, **kw: shown.append(len(values)) or imshow(axes, values, **kw)
     )
     model = gpt()
     made = {

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
 from checkpoint import signed
 from config import Config, from_dict
 from data.shards import read_manifest, read_shard, write_manifest, write_shard
 from model import GPT
 from models import build
 from models.ngram import NgramGPT
+from safetensors.torch import load_file, save_file
+
 from tests.helpers import ROOT, SOAK, TEXT, run, small_dataset, start
 
 KILLS = 100 if SOAK else 3
@@ -59,11 +59,7 @@ def records(folder: Path) -> list[dict]:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     newest = max((folder / "checkpoints").glob("step_*"))
-    return {
-        f"{kind}.{k}": v
-        for kind in ("model", "optimizer")
-        for k, v in load_file(file_of(newest, kind)).items()
-    }
+    return {f"{kind}.{k}": v for kind in ("model", "optimizer") for k, v in load_file(file_of(newest, kind)).items()}
 
 
 def file_of(checkpoint: Path, kind: str) -> Path:
@@ -100,22 +96,17 @@ def test_a_run_leaves_its_folder(whole: Path):
         "checkpoints",
         "log.txt",
     }
-    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == [
-        "step_00000008",
-        "step_00000012",
-    ], "the newest two are kept"
-    assert re.search(
-        r"blocks.1.mlp.down.weight +16×64 +mlp +RMSToRMS", (whole / "receipt.txt").read_text()
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"], (
+        "the newest two are kept"
     )
-    assert all(
-        (whole / name).read_bytes().startswith(b"\x89PNG") for name in ("loss.png", "geometry.png")
-    )
+    assert re.search(r"blocks.1.mlp.down.weight +16×64 +mlp +RMSToRMS", (whole / "receipt.txt").read_text())
+    assert all((whole / name).read_bytes().startswith(b"\x89PNG") for name in ("loss.png", "geometry.png"))
     steps = [r["step"] for r in records(whole) if "loss" in r]
     assert steps == list(range(1, 13))
     assert "sample:\n" in (whole / "log.txt").read_text()
-    assert re.search(
-        r"^validation: [\d.]+ bits per byte$", (whole / "log.txt").read_text(), re.MULTILINE
-    ), "of 512 targets alone"
+    assert re.search(r"^validation: [\d.]+ bits per byte$", (whole / "log.txt").read_text(), re.MULTILINE), (
+        "of 512 targets alone"
+    )
 
 
 def test_compressors_stand_beside_a_score_of_the_whole_split(root: Path):
@@ -131,9 +122,7 @@ def test_compressors_stand_beside_a_score_of_the_whole_split(root: Path):
         "--train.pictures",
     )
     assert code == 0, err
-    assert re.search(
-        r"bits per byte \(gzip -9 [\d.]+, bzip2 -9 [\d.]+, xz -9e [\d.]+ of the same bytes\)", out
-    )
+    assert re.search(r"bits per byte \(gzip -9 [\d.]+, bzip2 -9 [\d.]+, xz -9e [\d.]+ of the same bytes\)", out)
 
 
 def test_without_a_terminal_loss_rate_and_time_left_are_told_every_log_every_steps(whole: Path):
@@ -142,11 +131,7 @@ def test_without_a_terminal_loss_rate_and_time_left_are_told_every_log_every_ste
         (whole / "log.txt").read_text(),
         re.MULTILINE,
     )
-    expected = [
-        (str(r["step"]), f"{r['loss']:.4f}", f"{r['lr']:.3g}")
-        for r in records(whole)
-        if "loss" in r
-    ]
+    expected = [(str(r["step"]), f"{r['loss']:.4f}", f"{r['lr']:.3g}") for r in records(whole) if "loss" in r]
     assert [line[:3] for line in told] == expected and told[-1][3] == "0"
 
 
@@ -164,9 +149,7 @@ def test_the_summary_has_its_fields_and_they_agree(whole: Path):
         0 < s["optimizer_seconds"] < s["train_seconds"] < s["wall_seconds"]
         and 0 < s["telemetry_seconds"] < s["wall_seconds"] - s["train_seconds"]
     )
-    assert s["val_bpb"] == pytest.approx(s["val_loss"] / 0.6931472, rel=1e-6), (
-        "one byte a character here"
-    )
+    assert s["val_bpb"] == pytest.approx(s["val_loss"] / 0.6931472, rel=1e-6), "one byte a character here"
     first = next(r for r in records(whole) if r.get("val_loss", 9) <= 4.0)
     assert s["target"] == {
         "loss": first["val_loss"],
@@ -188,9 +171,7 @@ def test_achieved_steps_are_what_was_requested(whole: Path):
     assert len(measured) == 4
     first, *later = measured
     assert first.pop("head.weight") == pytest.approx(1, abs=1e-4)
-    assert set(first.values()) == {0.0}, (
-        "behind a head that starts at zero, the first gradients are exactly zero"
-    )
+    assert set(first.values()) == {0.0}, "behind a head that starts at zero, the first gradients are exactly zero"
     for sizes in later:
         assert len(sizes) == 14
         for name, size in sizes.items():
@@ -261,20 +242,14 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(root: Path):
             time.sleep(rng.uniform(0, 0.9 * training))
         process.kill()
         process.join()
-        code, out, err = run(
-            root, *args, "--run.name", "killed", *(("--run.resume",) if folder.exists() else ())
-        )
+        code, out, err = run(root, *args, "--run.name", "killed", *(("--run.resume",) if folder.exists() else ()))
         assert code == 0, (kill, err)
         assert same(weights(folder), weights(whole)), f"kill {kill}: {out.splitlines()[0]}"
         for key in ("loss", "val_loss"):
-            points = [
-                [(r["step"], r[key]) for r in records(f) if key in r] for f in (folder, whole)
-            ]
+            points = [[(r["step"], r[key]) for r in records(f) if key in r] for f in (folder, whole)]
             assert points[0] == points[1], (kill, key)
         resumed_from.append(out.splitlines()[0])
-    assert len({r for r in resumed_from if "resumed from" in r}) > KILLS // 4, (
-        f"the moments differ: {resumed_from}"
-    )
+    assert len({r for r in resumed_from if "resumed from" in r}) > KILLS // 4, f"the moments differ: {resumed_from}"
 
 
 REFUSED = [
@@ -302,12 +277,8 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("argv", "text"), REFUSED, ids=lambda v: v if isinstance(v, str) else " ".join(v[1:3])
-)
-def test_refusals_are_short_exit_2_and_touch_nothing(
-    root: Path, whole: Path, argv: list[str], text: str
-):
+@pytest.mark.parametrize(("argv", "text"), REFUSED, ids=lambda v: v if isinstance(v, str) else " ".join(v[1:3]))
+def test_refusals_are_short_exit_2_and_touch_nothing(root: Path, whole: Path, argv: list[str], text: str):
     before = {p: p.stat().st_mtime_ns for p in (root / "runs").rglob("*")}
     code, _, err = run(root, *argv)
     assert code == 2
@@ -318,15 +289,9 @@ def test_refusals_are_short_exit_2_and_touch_nothing(
 
 @pytest.mark.parametrize(
     ("damage", "text"),
-    [
-        ("truncated", "truncated or damaged shard"),
-        ("flipped", "corrupted shard"),
-        ("gone", "no such shard"),
-    ],
+    [("truncated", "truncated or damaged shard"), ("flipped", "corrupted shard"), ("gone", "no such shard")],
 )
-def test_damaged_data_stops_a_run_before_it_starts(
-    root: Path, tmp_path: Path, damage: str, text: str
-):
+def test_damaged_data_stops_a_run_before_it_starts(root: Path, tmp_path: Path, damage: str, text: str):
     shutil.copytree(root / "corpora", tmp_path / "corpora")
     shutil.copy(root / "small.toml", tmp_path)
     shard = tmp_path / "corpora/small/train_000000.bin"
@@ -381,22 +346,12 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     assert same(weights(copy), weights(whole)), "the damaged one is made again"
 
 
-def test_damage_to_all_checkpoints_is_refused_and_deletes_nothing(
-    root: Path, whole: Path, tmp_path: Path
-):
+def test_damage_to_all_checkpoints_is_refused_and_deletes_nothing(root: Path, whole: Path, tmp_path: Path):
     shutil.copytree(whole, tmp_path / "runs/damaged")
     for checkpoint in (tmp_path / "runs/damaged/checkpoints").iterdir():
         file_of(checkpoint, "model").write_bytes(b"")
     before = sorted(str(p) for p in tmp_path.rglob("*"))
-    code, _, err = run(
-        root,
-        "small.toml",
-        "--run.dir",
-        str(tmp_path / "runs"),
-        "--run.name",
-        "damaged",
-        "--run.resume",
-    )
+    code, _, err = run(root, "small.toml", "--run.dir", str(tmp_path / "runs"), "--run.name", "damaged", "--run.resume")
     assert code == 2
     assert "damaged checkpoint\n  got: bytes 0" in err
     assert sorted(str(p) for p in tmp_path.rglob("*")) == before
@@ -406,13 +361,7 @@ def test_other_weights_in_a_checkpoint_are_named(root: Path, whole: Path):
     copy = root / "runs/other_weights"
     shutil.copytree(whole, copy)
     path = file_of(copy / "checkpoints/step_00000012", "model")
-    save_file(
-        {
-            k: (v[:, :8].contiguous() if k == "head.weight" else v)
-            for k, v in load_file(path).items()
-        },
-        path,
-    )
+    save_file({k: (v[:, :8].contiguous() if k == "head.weight" else v) for k, v in load_file(path).items()}, path)
     sign_anew(path.parent.parent, path)
     code, _, err = run(root, "small.toml", "--run.name", copy.name, "--run.resume")
     assert code == 2
@@ -441,10 +390,7 @@ def test_resuming_with_other_text_is_refused(root: Path, whole: Path, tmp_path: 
     )
     code, _, err = run(tmp_path, "small.toml", "--run.name", "whole", "--run.resume")
     assert code == 2
-    assert (
-        "error: corpora/small of a resumed run\n  got: other training shards than the run was started with"
-        in err
-    )
+    assert "error: corpora/small of a resumed run\n  got: other training shards than the run was started with" in err
 
 
 def test_a_validation_split_too_short_is_found_before_training(root: Path, tmp_path: Path):
@@ -510,9 +456,7 @@ def test_the_receipt_of_a_run_holds_predictions_and_the_drawing(whole: Path):
 
 def test_a_run_goes_on_past_its_end_when_it_is_given_more_steps(root: Path, whole: Path):
     shutil.copytree(whole, root / "runs/longer")
-    code, out, err = run(
-        root, "small.toml", "--run.name", "longer", "--run.resume", "--train.steps", "15"
-    )
+    code, out, err = run(root, "small.toml", "--run.name", "longer", "--run.resume", "--train.steps", "15")
     assert code == 0, err
     assert "resumed from runs/longer/checkpoints/step_00000012 at step 12" in out
     assert json.loads((root / "runs/longer/summary.json").read_text())["steps"] == 15
@@ -547,10 +491,7 @@ def test_other_settings_of_a_resumed_run_take_effect_and_are_told(root: Path, wh
     ):
         assert line in out
     state = json.loads((root / "runs/changed/checkpoints/step_00000013/state.json").read_text())
-    assert (state["param_groups"][0]["beta"], state["param_groups"][0]["direction"]) == (
-        0.0,
-        "momentum",
-    )
+    assert (state["param_groups"][0]["beta"], state["param_groups"][0]["direction"]) == (0.0, "momentum")
 
 
 def test_evaluating_newly_on_resume_makes_no_false_first_point(root: Path, whole: Path):
@@ -574,9 +515,7 @@ def test_evaluating_newly_on_resume_makes_no_false_first_point(root: Path, whole
     assert 0 not in [r["step"] for r in records(root / "runs/late_eval")]
 
 
-def test_a_resumed_run_keeps_the_precision_and_device_it_has(
-    root: Path, whole: Path, tmp_path: Path
-):
+def test_a_resumed_run_keeps_the_precision_and_device_it_has(root: Path, whole: Path, tmp_path: Path):
     """The probe might choose another one today; here "auto" would find bf16 on many machines."""
     shutil.copytree(whole, tmp_path / "runs/kept")
     args = (
@@ -600,9 +539,7 @@ def test_a_run_at_its_end_resumes_to_its_summary(root: Path, whole: Path):
     """As after a kill between the last checkpoint and the last evaluation."""
     shutil.copytree(whole, root / "runs/ended")
     (root / "runs/ended/summary.json").unlink()
-    code, _, err = run(
-        root, "small.toml", "--run.name", "ended", "--run.resume", "--train.eval-every", "6"
-    )
+    code, _, err = run(root, "small.toml", "--run.name", "ended", "--run.resume", "--train.eval-every", "6")
     assert code == 0, err
     ends = [json.loads((root / f"runs/{n}/summary.json").read_text()) for n in ("ended", "whole")]
     assert ends[0]["val_loss"] == ends[1]["val_loss"]
@@ -610,27 +547,19 @@ def test_a_run_at_its_end_resumes_to_its_summary(root: Path, whole: Path):
     assert losses == [0, 6, 12]
 
 
-def test_a_resumed_run_that_never_reached_a_checkpoint_starts_anew_with_the_same_model(
-    root: Path, whole: Path
-):
+def test_a_resumed_run_that_never_reached_a_checkpoint_starts_anew_with_the_same_model(root: Path, whole: Path):
     shutil.copytree(whole, root / "runs/early")
     shutil.rmtree(root / "runs/early/checkpoints")
     args = ("small.toml", "--run.name", "early", "--run.resume", "--train.eval-every", "6")
     code, _, err = run(root, *args, "--model.n-layer", "1")
     assert code == 2
-    assert (
-        "error: model.n_layer of a resumed run\n  got: 1\n  allowed: 2, as runs/early has it" in err
-    )
+    assert "error: model.n_layer of a resumed run\n  got: 1\n  allowed: 2, as runs/early has it" in err
     code, out, err = run(root, *args)
     assert code == 0, err
     assert "no checkpoint yet: from the start" in out
     assert same(weights(root / "runs/early"), weights(whole))
-    assert [r["step"] for r in records(root / "runs/early") if "val_loss" in r] == [0, 6, 12], (
-        "no record stands twice"
-    )
-    assert run(root, "runs/early/config.toml", "--run.name", "early2")[0] == 0, (
-        "the written configuration starts a run"
-    )
+    assert [r["step"] for r in records(root / "runs/early") if "val_loss" in r] == [0, 6, 12], "no record stands twice"
+    assert run(root, "runs/early/config.toml", "--run.name", "early2")[0] == 0, "the written configuration starts a run"
 
 
 def poisoned(root: Path, whole: Path, weight: str, value: float) -> Path:
@@ -647,44 +576,25 @@ def poisoned(root: Path, whole: Path, weight: str, value: float) -> Path:
 
 def test_steps_that_are_not_finite_are_named_left_out_and_end_the_run(root: Path, whole: Path):
     copy = poisoned(root, whole, "blocks.0.mlp.up.weight", torch.inf)
-    code, out, err = run(
-        root, "small.toml", "--run.name", copy.name, "--run.resume", "--train.steps", "16"
-    )
+    code, out, err = run(root, "small.toml", "--run.name", copy.name, "--run.resume", "--train.steps", "16")
     assert code == 1
     for line in (
         "step 13 was left out, the first of train.max_nonfinite = 3: the loss",
         "step 14 was left out, 2 in a row of train.max",
     ):
         assert line in out
-    assert (
-        "error: step 15: the loss and of 14 more was not finite in call 15 of step(); that step was not taken"
-        in err
-    )
-    assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == [
-        "step_00000008",
-        "step_00000012",
-    ]
+    assert "error: step 15: the loss and of 14 more was not finite in call 15 of step(); that step was not taken" in err
+    assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"]
 
 
 def test_a_last_step_that_is_not_finite_is_not_saved(root: Path, whole: Path):
     copy = poisoned(root, whole, "head.weight", torch.nan)
     code, _, err = run(
-        root,
-        "small.toml",
-        "--run.name",
-        copy.name,
-        "--run.resume",
-        "--train.steps",
-        "13",
-        "--train.max-nonfinite",
-        "1",
+        root, "small.toml", "--run.name", copy.name, "--run.resume", "--train.steps", "13", "--train.max-nonfinite", "1"
     )
     assert code == 1
     assert "error: step 13: the loss" in err
-    assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == [
-        "step_00000008",
-        "step_00000012",
-    ]
+    assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"]
 
 
 def test_the_reported_loss_is_that_of_the_saved_weights_without_dropout(root: Path, whole: Path):
@@ -692,15 +602,11 @@ def test_the_reported_loss_is_that_of_the_saved_weights_without_dropout(root: Pa
     config = from_dict(Config, json.loads((newest / "state.json").read_text())["config"])
     model = GPT(config.model).eval()
     model.load_state_dict(load_file(file_of(newest, "model")))
-    stream = torch.from_numpy(
-        read_shard(root / "corpora/small/val_000000.bin")[:513].astype(np.int64)
-    )
+    stream = torch.from_numpy(read_shard(root / "corpora/small/val_000000.bin")[:513].astype(np.int64))
     with torch.no_grad():
         loss = model(stream[:-1].view(-1, 16), stream[1:].view(-1, 16))[1]
     assert loss is not None
-    assert json.loads((whole / "summary.json").read_text())["val_loss"] == pytest.approx(
-        loss.item(), abs=1e-5
-    )
+    assert json.loads((whole / "summary.json").read_text())["val_loss"] == pytest.approx(loss.item(), abs=1e-5)
 
 
 def with_backend(root: Path, name: str, backend: str) -> str:
@@ -719,9 +625,7 @@ def test_a_compiled_run_agrees_and_its_compilation_is_off_the_clock(root: Path, 
     args = ("--train.steps", "3", "--model.dropout", "0")
     assert run(root, "small.toml", "--run.name", "eager", *args)[0] == 0
     script = "train_gpt.py" if SOAK else with_backend(root, "aot", "backend = 'aot_eager'")
-    code, _, err = run(
-        root, "small.toml", "--run.name", "compiled", "--run.compile", *args, script=script
-    )
+    code, _, err = run(root, "small.toml", "--run.name", "compiled", "--run.compile", *args, script=script)
     if SOAK and " " in torch.__file__:  # torch's own compiler calls do not quote it
         assert code == 2
         assert "error: run.compile\n  got: " in err
@@ -729,9 +633,7 @@ def test_a_compiled_run_agrees_and_its_compilation_is_off_the_clock(root: Path, 
         assert not (root / "runs/compiled").exists()
         return
     assert code == 0, err
-    eager, compiled = (
-        json.loads((root / f"runs/{n}/summary.json").read_text()) for n in ("eager", "compiled")
-    )
+    eager, compiled = (json.loads((root / f"runs/{n}/summary.json").read_text()) for n in ("eager", "compiled"))
     assert compiled["val_loss"] == pytest.approx(eager["val_loss"], abs=1e-3)
     assert compiled["compile_seconds"] > 0 == eager["compile_seconds"]
     first = next(r for r in records(root / "runs/compiled") if "loss" in r)
@@ -739,12 +641,8 @@ def test_a_compiled_run_agrees_and_its_compilation_is_off_the_clock(root: Path, 
 
 
 def test_a_compiler_that_fails_is_told_before_there_is_a_run(root: Path, whole: Path):
-    script = with_backend(
-        root, "fails", "def backend(*_):\n    raise RuntimeError('g++: not found\\nand much more')"
-    )
-    code, _, err = run(
-        root, "small.toml", "--run.name", "uncompiled", "--run.compile", script=script
-    )
+    script = with_backend(root, "fails", "def backend(*_):\n    raise RuntimeError('g++: not found\\nand much more')")
+    code, _, err = run(root, "small.toml", "--run.name", "uncompiled", "--run.compile", script=script)
     assert code == 2
     assert (
         "error: run.compile\n  got: RuntimeError: g++: not found\n  allowed: where a C++ compiler is, and torch in a path without spaces"
@@ -753,9 +651,7 @@ def test_a_compiler_that_fails_is_told_before_there_is_a_run(root: Path, whole: 
     assert not (root / "runs/uncompiled").exists()
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_saves_and_ends_with_its_code(root: Path, whole: Path, number: int, code: int):
     name = f"signal{code}"
     folder = root / "runs" / name
@@ -771,40 +667,19 @@ def test_a_signal_saves_and_ends_with_its_code(root: Path, whole: Path, number: 
         f"{signal.Signals(number).name}: saved step {step} in runs/{name}; --run.name {name} --run.resume goes on"
         in (root / "stdout").read_text()
     )
-    found, out, err = run(
-        root, "small.toml", "--run.name", name, "--run.resume", "--train.steps", str(step + 1)
-    )
+    found, out, err = run(root, "small.toml", "--run.name", name, "--run.resume", "--train.steps", str(step + 1))
     assert found == 0, err
     assert f"at step {step}" in out
 
 
 def test_sample_continues_the_prompt(root: Path, whole: Path):
     code, out, err = run(
-        root,
-        str(whole),
-        "--prompt",
-        "3 times 4",
-        "--tokens",
-        "20",
-        "--samples",
-        "2",
-        script="sample.py",
+        root, str(whole), "--prompt", "3 times 4", "--tokens", "20", "--samples", "2", script="sample.py"
     )
     assert code == 0, err
     assert out.count("3 times 4") >= 2
     assert (
-        run(
-            root,
-            str(whole),
-            "--prompt",
-            "3 times 4",
-            "--tokens",
-            "20",
-            "--samples",
-            "2",
-            script="sample.py",
-        )[1]
-        == out
+        run(root, str(whole), "--prompt", "3 times 4", "--tokens", "20", "--samples", "2", script="sample.py")[1] == out
     ), "the seed decides"
     code, _, err = run(root, "runs/none", script="sample.py")
     assert code == 2
@@ -819,29 +694,14 @@ def test_sample_continues_the_prompt(root: Path, whole: Path):
 
 
 def test_a_run_keeps_the_name_of_its_model_and_sample_rebuilds_it(root: Path, tmp_path: Path):
-    options = (
-        "--model.name",
-        "ngram",
-        "--model.ngram",
-        "3",
-        "--model.match",
-        "1",
-        "--model.mlp-shift",
-    )
+    options = ("--model.name", "ngram", "--model.ngram", "3", "--model.match", "1", "--model.mlp-shift")
     code, _, err = run(root, "small.toml", "--run.name", "ngrams", "--train.steps", "2", *options)
     assert code == 0, err
     folder = root / "runs/ngrams"
-    assert (
-        'name = "ngram"'
-        in (folder / "config.toml").read_text().split("[model]")[1].split("[optim]")[0]
-    )
+    assert 'name = "ngram"' in (folder / "config.toml").read_text().split("[model]")[1].split("[optim]")[0]
     newest = folder / "checkpoints/step_00000002"
-    assert {"ngram_embedding.weight", "match_embedding.weight"} <= load_file(
-        file_of(newest, "model")
-    ).keys()
-    code, out, err = run(
-        tmp_path, str(folder), "--prompt", "3 times", "--tokens", "9", script="sample.py"
-    )
+    assert {"ngram_embedding.weight", "match_embedding.weight"} <= load_file(file_of(newest, "model")).keys()
+    code, out, err = run(tmp_path, str(folder), "--prompt", "3 times", "--tokens", "9", script="sample.py")
     assert code == 0, err
     assert out.startswith("3 times")
     # A checkpoint from before there was a name, whose settings say what it is.
@@ -851,9 +711,7 @@ def test_a_run_keeps_the_name_of_its_model_and_sample_rebuilds_it(root: Path, tm
 
 
 def test_sample_needs_no_dataset(whole: Path, tmp_path: Path):
-    code, out, err = run(
-        tmp_path, str(whole), "--prompt", "3 times", "--tokens", "5", script="sample.py"
-    )
+    code, out, err = run(tmp_path, str(whole), "--prompt", "3 times", "--tokens", "5", script="sample.py")
     assert code == 0, err
     assert "3 times" in out
 
@@ -863,7 +721,6 @@ def test_a_world_without_a_rank_is_refused(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
-        RunError,
-        match="WORLD_SIZE 2\n  got: no RANK, MASTER_ADDR, MASTER_PORT\n  allowed: .*\n  fix: torchrun",
+        RunError, match="WORLD_SIZE 2\n  got: no RANK, MASTER_ADDR, MASTER_PORT\n  allowed: .*\n  fix: torchrun"
     ):
         Runtime(RunConfig(device="cpu"))

@@ -4,12 +4,11 @@ import json
 import math
 from pathlib import Path
 
+import checkpoint
+import config as configuration
 import numpy as np
 import pytest
 import torch
-
-import checkpoint
-import config as configuration
 from config import Config
 from data.loader import Dataset
 from model import GPT, rotary
@@ -17,6 +16,7 @@ from studies import runs, transfer
 from studies.runs import StudyError
 from studies.transfer import AXES, Line, base_size, lines, main, name_of, sized
 from studies.verdict import Interval, Thresholds, Verdict, judge
+
 from tests.helpers import QUICK, run, small_dataset
 
 BASE = (16, 2, 16, 8, 12)  # of helpers.SMALL
@@ -39,13 +39,7 @@ def base(root: Path) -> Config:
 
 def where(root: Path) -> tuple[str, ...]:
     """Configuration, text and run folders by absolute paths: runs start in the directory of the whole test."""
-    return (
-        str(root / "small.toml"),
-        "--data.dataset",
-        str(root / "corpora/small"),
-        "--run.dir",
-        str(root / "runs"),
-    )
+    return (str(root / "small.toml"), "--data.dataset", str(root / "corpora/small"), "--run.dir", str(root / "runs"))
 
 
 def call(root: Path, *argv: str) -> int:
@@ -73,15 +67,11 @@ def test_one_axis_is_one_line_of_ascending_sizes():
     assert line.values() == [16, 32, 64]
 
 
-@pytest.mark.parametrize(
-    ("axis", "place"), [("width", 0), ("depth", 1), ("context", 2), ("batch", 3), ("horizon", 4)]
-)
+@pytest.mark.parametrize(("axis", "place"), [("width", 0), ("depth", 1), ("context", 2), ("batch", 3), ("horizon", 4)])
 def test_each_axis_varies_what_it_names(axis: str, place: int):
     (line,) = lines(BASE, NONE | {axis: [2, 4]}, grid=False)
     assert [size[place] for size in line.sizes] == [2, 4]
-    assert all(
-        size[:place] + size[place + 1 :] == BASE[:place] + BASE[place + 1 :] for size in line.sizes
-    )
+    assert all(size[:place] + size[place + 1 :] == BASE[:place] + BASE[place + 1 :] for size in line.sizes)
 
 
 def test_two_axes_are_two_lines_through_the_configuration():
@@ -93,12 +83,8 @@ def test_two_axes_are_two_lines_through_the_configuration():
 
 def test_a_grid_is_each_line_of_the_product():
     found = lines(BASE, NONE | {"width": [16, 32], "depth": [2, 4, 8]}, grid=True)
-    assert [(line.axis, len(line.sizes)) for line in found] == [("width", 2)] * 3 + [
-        ("depth", 3)
-    ] * 2
-    assert {size[:2] for line in found for size in line.sizes} == {
-        (w, d) for w in (16, 32) for d in (2, 4, 8)
-    }
+    assert [(line.axis, len(line.sizes)) for line in found] == [("width", 2)] * 3 + [("depth", 3)] * 2
+    assert {size[:2] for line in found for size in line.sizes} == {(w, d) for w in (16, 32) for d in (2, 4, 8)}
     assert [line.sizes[0][1] for line in found[:3]] == [2, 4, 8], "width at each depth"
 
 
@@ -115,11 +101,9 @@ def test_a_size_keeps_the_width_of_a_head_and_the_tokens_of_a_step(base: Config)
     assert (wide["model.n_embd"], wide["model.n_head"]) == (48, 6), "8 wide, as 16 / 2"
     assert (long["model.block_size"], long["train.batch_size"]) == (32, 4)
     large = sized(base, (16, 3, 16, 24, 7))
-    assert (large["train.batch_size"], large["model.n_layer"], large["train.steps"]) == (
-        24,
-        3,
-        7,
-    ), "a larger batch has more tokens"
+    assert (large["train.batch_size"], large["model.n_layer"], large["train.steps"]) == (24, 3, 7), (
+        "a larger batch has more tokens"
+    )
     assert runs.job(base, "x", Path("runs"), **sized(base, BASE)).config.model == base.model
 
 
@@ -181,12 +165,8 @@ def test_options_of_runs_are_checked_as_strictly(root: Path):
 
 def test_the_command_ends_with_code_2_where_it_refuses(root: Path):
     command = root / "command.py"
-    command.write_text(
-        "import runpy\nrunpy.run_module('studies.transfer', run_name='__main__', alter_sys=True)\n"
-    )
-    code, _, err = run(
-        root, "small.toml", "--widths", "16", "20", "--lrs", "1", "2", "4", script=str(command)
-    )
+    command.write_text("import runpy\nrunpy.run_module('studies.transfer', run_name='__main__', alter_sys=True)\n")
+    code, _, err = run(root, "small.toml", "--widths", "16", "20", "--lrs", "1", "2", "4", script=str(command))
     assert (code, err) == (
         2,
         "error: --widths\n  got: 20\n  allowed: a multiple of 8, the width of a head\n  fix: other sizes, or another configuration\n",
@@ -202,16 +182,13 @@ def test_the_cost_alone_is_printed_and_nothing_runs(root: Path, capsys: pytest.C
     assert call(root, "--widths", "16", "32", "--lrs", "1", "2", "4", "--dry-run") == 0
     out = capsys.readouterr().out
     assert (
-        f"{root / 'runs/transfer-small-dualized'}: 12 runs, 0 of them done; " in out
-        and " FLOPs to go, about " in out
+        f"{root / 'runs/transfer-small-dualized'}: 12 runs, 0 of them done; " in out and " FLOPs to go, about " in out
     )
     assert " GFLOP/s), 2 at a time\n" in out and out.count("\n") == 1
     assert not (root / "runs/transfer-small-dualized").exists()
 
 
-def test_a_sweep_leaves_losses_verdict_and_picture(
-    root: Path, swept: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_sweep_leaves_losses_verdict_and_picture(root: Path, swept: Path, capsys: pytest.CaptureFixture[str]):
     assert {p.name for p in swept.iterdir() if not p.name.startswith("w")} == {
         ".lock",
         "configs",
@@ -221,21 +198,13 @@ def test_a_sweep_leaves_losses_verdict_and_picture(
     }
     results = json.loads((swept / "results.json").read_text())
     (line,) = results["lines"]
-    assert (line["axis"], line["sizes"], line["lrs"], line["seeds"]) == (
-        "width",
-        [16, 32],
-        [1.0, 2.0, 4.0],
-        2,
-    )
+    assert (line["axis"], line["sizes"], line["lrs"], line["seeds"]) == ("width", [16, 32], [1.0, 2.0, 4.0], 2)
     assert results["thresholds"] == vars(Thresholds())
     for s, width in enumerate((16, 32)):
         for k, lr in enumerate((1, 2, 4)):
             for seed in (0, 1):
                 folder = swept / f"w{width}.d2.t16.b8.n4.lr{lr}.s{seed}"
-                assert (
-                    line["losses"][s][k][seed]
-                    == json.loads((folder / "summary.json").read_text())["val_loss"]
-                )
+                assert line["losses"][s][k][seed] == json.loads((folder / "summary.json").read_text())["val_loss"]
                 made = configuration.load([str(folder / "config.toml")])
                 assert (made.model.n_embd, made.model.n_head, made.optim.lr, made.run.seed) == (
                     width,
@@ -273,15 +242,11 @@ def test_the_same_call_again_runs_nothing_and_a_seed_more_runs_its_own(
     }
     results = json.loads((swept / "results.json").read_text())
     assert results["thresholds"]["drift"] == 10 and results["lines"][0]["seeds"] == 3
-    with pytest.raises(
-        StudyError, match="got: optim.beta = 0.5\n  allowed: 0.95, as the run that is there had it"
-    ):
+    with pytest.raises(StudyError, match="got: optim.beta = 0.5\n  allowed: 0.95, as the run that is there had it"):
         call(root, *SWEEP, "--optim.beta", "0.5")
 
 
-def test_axes_of_all_kinds_and_a_divergence_in_one_call(
-    root: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_axes_of_all_kinds_and_a_divergence_in_one_call(root: Path, capsys: pytest.CaptureFixture[str]):
     """One seed, and a learning rate that nothing survives: no PASS, and the losses say so."""
     argv = (
         "--contexts",
@@ -308,22 +273,14 @@ def test_axes_of_all_kinds_and_a_divergence_in_one_call(
     losses = np.array([line["losses"] for line in results["lines"]], dtype=object)
     assert losses.shape == (2, 2, 3, 1) and (losses[:, :, 2] == "diverged").all()
     assert np.isfinite(losses[:, :, :2].astype(float)).all()
-    assert losses[0, 1].tolist() == losses[1, 0].tolist(), (
-        "the configuration itself is in both lines, and ran once"
-    )
+    assert losses[0, 1].tolist() == losses[1, 0].tolist(), "the configuration itself is in both lines, and ran once"
     assert len(written(root / "runs/kinds")) == 6
     text = (root / "runs/kinds/verdict.txt").read_text()
     assert (root / "runs/kinds/w16.d2.t8.b8.n4.lr1e30.s0/failed.json").is_file()
-    assert (
-        "note: 2 of 6 runs diverged" in text
-        and "noise is unknown" in text
-        and "not bracketed" in text
-    )
+    assert "note: 2 of 6 runs diverged" in text and "noise is unknown" in text and "not bracketed" in text
 
 
-def test_the_coordinate_check_is_the_change_of_activations(
-    root: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_the_coordinate_check_is_the_change_of_activations(root: Path, capsys: pytest.CaptureFixture[str]):
     """Against the checkpoints: the residual stream by the model's own parts, one after the other."""
     assert call(root, "--coordinates", "3", "--widths", "32", "16", "--name", "coordinates") == 0
     out = capsys.readouterr().out.splitlines()
@@ -345,9 +302,7 @@ def test_the_coordinate_check_is_the_change_of_activations(
         seen = []
         for trained in (False, True):
             model = GPT(
-                c.model,
-                c.optim.norms.build(c.optim.polar, c.model.n_head),
-                torch.Generator().manual_seed(0),
+                c.model, c.optim.norms.build(c.optim.polar, c.model.n_head), torch.Generator().manual_seed(0)
             ).eval()
             if trained:
                 checkpoint.load_model(path, model)
@@ -361,14 +316,10 @@ def test_the_coordinate_check_is_the_change_of_activations(
     for name, (small, large) in changes.items():
         assert rows[name] == pytest.approx([small, large, math.log2(large / small)], abs=6e-4), name
     worst = max(rows, key=lambda name: abs(rows[name][2]))
-    assert out[-1].startswith(
-        f"largest slope of log change against log width: {rows[worst][2]:+.3f} ({worst})"
-    )
+    assert out[-1].startswith(f"largest slope of log change against log width: {rows[worst][2]:+.3f} ({worst})")
 
 
-def test_more_seeds_of_the_smallest_size_alone(
-    root: Path, swept: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_more_seeds_of_the_smallest_size_alone(root: Path, swept: Path, capsys: pytest.CaptureFixture[str]):
     """Nothing new at the larger size, and a verdict of what there is."""
     before = written(swept)
     assert call(root, *SWEEP, "--first-seeds", "4") == 0
@@ -430,11 +381,7 @@ def test_a_text_tells_every_number_and_word():
     assert found.splitlines()[0].endswith(": TOO NOISY TO SAY")
     row = found.splitlines()[3]
     assert "2 [1, 4]" in row and "2.2500" in row and "0 [-0.5, 0.5]" in row
-    assert (
-        "+0.10% [+0.00%, +0.20%]" in row
-        and "-1.00% [-2.00%, +1.00%]" in row
-        and row.endswith("not bracketed")
-    )
+    assert "+0.10% [+0.00%, +0.20%]" in row and "-1.00% [-2.00%, +1.00%]" in row and row.endswith("not bracketed")
     assert (
         "larger is not worse at that lr (by more than 0.50%): TOO NOISY TO SAY" in found
         and "  note: a note\n  note: rates an octave apart" in found

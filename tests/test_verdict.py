@@ -11,18 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-
 from studies import verdict
-from studies.verdict import (
-    Interval,
-    Thresholds,
-    Verdict,
-    VerdictError,
-    interpolate,
-    judge,
-    minimum,
-    pooled_noise,
-)
+from studies.verdict import Interval, Thresholds, Verdict, VerdictError, interpolate, judge, minimum, pooled_noise
+
 from tests.helpers import SOAK
 
 pytestmark = pytest.mark.soak
@@ -54,24 +45,12 @@ def sweep(
         np.array(base or [2 - 0.1 * s for s in range(S)])[:, None]
         + CURVATURE * (step * np.arange(K) - np.array(best)[:, None]) ** 2
     )
-    return (
-        means[:, :, None]
-        + seed * rng.standard_normal((S, 1, N))
-        + residual * rng.standard_normal((S, K, N))
-    )
+    return means[:, :, None] + seed * rng.standard_normal((S, 1, N)) + residual * rng.standard_normal((S, K, N))
 
 
-def judged(
-    losses: np.ndarray, thresholds: Thresholds = DEFAULT, *, step: float = 1.0, seed: int = 0
-) -> Verdict:
+def judged(losses: np.ndarray, thresholds: Thresholds = DEFAULT, *, step: float = 1.0, seed: int = 0) -> Verdict:
     S, K, _ = losses.shape
-    return judge(
-        losses,
-        [64 * 2**s for s in range(S)],
-        [2.0 ** (step * k) for k in range(K)],
-        thresholds,
-        seed=seed,
-    )
+    return judge(losses, [64 * 2**s for s in range(S)], [2.0 ** (step * k) for k in range(K)], thresholds, seed=seed)
 
 
 def many(
@@ -80,8 +59,7 @@ def many(
     monkeypatch.setattr(verdict, "DRAWS", 800)
     rng = np.random.default_rng(7)
     return [
-        judged(sweep(best, rng, **options), thresholds, step=options.get("step", 1.0), seed=i)
-        for i in range(SWEEPS)
+        judged(sweep(best, rng, **options), thresholds, step=options.get("step", 1.0), seed=i) for i in range(SWEEPS)
     ]
 
 
@@ -103,9 +81,7 @@ def test_a_parabola_is_found_exactly_at_any_spacing(x: list[float]):
         if y.argmin() not in (1, 2):
             continue
         found = minimum(np.array(x), y[None], NONE)
-        assert [float(f[0]) for f in found] == pytest.approx(
-            [vertex, 1.5, vertex, vertex], abs=1e-12
-        )
+        assert [float(f[0]) for f in found] == pytest.approx([vertex, 1.5, vertex, vertex], abs=1e-12)
         at = np.linspace(x[0] - 1, x[-1] + 1, 11)
         assert interpolate(np.array(x), np.tile(y, (11, 1)), at) == pytest.approx(
             1.5 + 0.25 * (at - vertex) ** 2, abs=1e-11
@@ -116,12 +92,9 @@ def test_interpolation_goes_through_the_points_and_takes_the_nearest_three():
     x, y = np.array([0.0, 1, 2, 3, 4]), np.array([5.0, 1, 4, 2, 8])
     assert interpolate(x, np.tile(y, (5, 1)), x) == pytest.approx(y)
     expected = [
-        np.polyval(np.polyfit(x[a : a + 3], y[a : a + 3], 2), at)
-        for a, at in ((0, 1.4), (1, 1.6), (2, 3.7), (0, -0.5))
+        np.polyval(np.polyfit(x[a : a + 3], y[a : a + 3], 2), at) for a, at in ((0, 1.4), (1, 1.6), (2, 3.7), (0, -0.5))
     ]
-    assert interpolate(x, np.tile(y, (4, 1)), np.array([1.4, 1.6, 3.7, -0.5])) == pytest.approx(
-        expected
-    )
+    assert interpolate(x, np.tile(y, (4, 1)), np.array([1.4, 1.6, 3.7, -0.5])) == pytest.approx(expected)
 
 
 def test_all_points_within_an_octave_make_the_parabola():
@@ -130,9 +103,7 @@ def test_all_points_within_an_octave_make_the_parabola():
     a, b, _ = np.polyfit(x, y, 2)
     assert minimum(x, y[None], NONE)[0][0] == pytest.approx(-b / (2 * a), abs=1e-12)
     wider = np.r_[0.0, x, 4.0]  # one and a half octaves away: no part of it
-    assert minimum(wider, np.r_[50.0, y, 60.0][None], NONE)[0][0] == pytest.approx(
-        -b / (2 * a), abs=1e-12
-    )
+    assert minimum(wider, np.r_[50.0, y, 60.0][None], NONE)[0][0] == pytest.approx(-b / (2 * a), abs=1e-12)
 
 
 def test_points_half_an_octave_apart_see_a_steep_side_for_what_it_is():
@@ -157,9 +128,7 @@ def test_a_lowest_loss_at_an_end_or_beside_a_divergence_is_placed_between_its_ne
     assert value[[0, 1, 3]].tolist() == [1, 1, 1]
     assert least[[0, 1, 3]].tolist() == [-math.inf, 2, 1]
     assert most[[0, 1, 3]].tolist() == [1, math.inf, 3]
-    assert place[2] == least[2] == most[2] == pytest.approx(1 + 1 / 6), (
-        "two away from a divergence it is a parabola's"
-    )
+    assert place[2] == least[2] == most[2] == pytest.approx(1 + 1 / 6), "two away from a divergence it is a parabola's"
     assert (place[4], most[4]) == (0, 1), "no slope at all: the first"
 
 
@@ -167,22 +136,14 @@ def test_pooled_noise_has_the_deviations_that_made_it():
     """Unbiased variances: the mean over 400 sweeps of 3 sizes and 3 seeds, within 3 of its standard errors."""
     rng = np.random.default_rng(0)
     none = np.zeros((3, 5), dtype=bool)
-    noises = [
-        pooled_noise(list(sweep([2, 2.2, 1.8], rng, N=3, residual=0.004, seed=0.02)), none)
-        for _ in range(400)
-    ]
+    noises = [pooled_noise(list(sweep([2, 2.2, 1.8], rng, N=3, residual=0.004, seed=0.02)), none) for _ in range(400)]
     found = [n for n in noises if n is not None]
     assert len(found) == 400 and {(n.df, n.seed_df) for n in found} == {(12, 4)}
     for name, true in (("residual", 0.004), ("seed", 0.02)):
         squares = np.array([getattr(n, name) ** 2 for n in found])
         assert abs(squares.mean() - true**2) < 3 * squares.std() / 20, name
-    alone = [
-        pooled_noise(list(sweep([2, 2.2, 1.8], rng, N=3, residual=0.004, seed=0.0)), none)
-        for _ in range(50)
-    ]
-    assert np.median([n.seed for n in alone if n]) < 0.002, (
-        "nothing of the residual is taken for the seed's"
-    )
+    alone = [pooled_noise(list(sweep([2, 2.2, 1.8], rng, N=3, residual=0.004, seed=0.0)), none) for _ in range(50)]
+    assert np.median([n.seed for n in alone if n]) < 0.002, "nothing of the residual is taken for the seed's"
 
 
 def test_what_a_seed_does_to_all_sizes_alike_is_no_noise():
@@ -193,9 +154,7 @@ def test_what_a_seed_does_to_all_sizes_alike_is_no_noise():
     without, with_ = judged(losses), judged(losses + order)
     assert without.noise is not None and with_.noise is not None
     assert vars(with_.noise) == pytest.approx(vars(without.noise))
-    assert with_.words == without.words and with_.worse[0].value == pytest.approx(
-        without.worse[0].value, rel=0.1
-    )
+    assert with_.words == without.words and with_.worse[0].value == pytest.approx(without.worse[0].value, rel=0.1)
     plain = np.nanmean((losses + order)[1]) - np.nanmean((losses + order)[0])
     assert abs(plain) > 0.1, "means over the seeds that each has would say otherwise"
 
@@ -211,9 +170,7 @@ def test_noise_is_told_by_the_learning_rates_near_the_minimum_and_by_no_divergen
     assert ordinary is not None and ordinary.df == 2 * 2 * 3
     two = sweep([1, 1], rng, K=3)
     two[:, 2] = math.inf
-    assert pooled_noise(list(two), np.any(np.isinf(two), axis=2)) is None, (
-        "two learning rates are too few"
-    )
+    assert pooled_noise(list(two), np.any(np.isinf(two), axis=2)) is None, "two learning rates are too few"
 
 
 # ---- intervals
@@ -241,11 +198,7 @@ def test_an_interval_of_95_percent_has_the_truth_in_it_95_times_in_100(
     for s in range(1, S):
         assert FEW <= covered([v.drift[s - 1] for v in found], best[s] - best[0]) <= 1.0
         assert FEW <= covered([v.cost[s - 1] for v in found], at_shared[s] / base[s] - 1) <= 1.0
-        assert (
-            FEW
-            <= covered([v.worse[s - 1] for v in found], at_shared[s] / at_shared[s - 1] - 1)
-            <= 1.0
-        )
+        assert FEW <= covered([v.worse[s - 1] for v in found], at_shared[s] / at_shared[s - 1] - 1) <= 1.0
 
 
 def test_a_seed_moves_all_learning_rates_together_and_so_not_the_best_one():
@@ -258,9 +211,7 @@ def test_a_seed_moves_all_learning_rates_together_and_so_not_the_best_one():
     assert moved.noise.residual == pytest.approx(calm.noise.residual)
     for a, b in zip(calm.best + calm.drift, moved.best + moved.drift, strict=True):
         # The draws differ: bounds agree as percentiles of 4000 draws do.
-        assert (b.low, b.value, b.high) == pytest.approx(
-            (a.low, a.value, a.high), rel=0.05, abs=0.02
-        )
+        assert (b.low, b.value, b.high) == pytest.approx((a.low, a.value, a.high), rel=0.05, abs=0.02)
     widths = [v.worse[0].high - v.worse[0].low for v in (calm, moved)]
     assert widths[1] > 5 * widths[0]
 
@@ -313,18 +264,12 @@ def test_a_drift_beyond_its_threshold_seldom_passes_and_one_within_seldom_fails(
 ):
     """At the threshold itself each is one side of an interval of 95%."""
     for drift, wrong in ((0.501, "PASS"), (0.499, "FAIL")):
-        assert (
-            share(many([2, 2 + drift], monkeypatch, residual=residual), "drift", wrong)
-            <= 0.025 + FAR
-        )
+        assert share(many([2, 2 + drift], monkeypatch, residual=residual), "drift", wrong) <= 0.025 + FAR
 
 
 def test_equal_sizes_are_seldom_called_better_or_worse(monkeypatch: pytest.MonkeyPatch):
     found = many([2, 2], monkeypatch, Thresholds(worse=0), base=[2.0, 2.0])
-    assert (
-        share(found, "worse", "PASS") <= 0.025 + FAR
-        and share(found, "worse", "FAIL") <= 0.025 + FAR
-    )
+    assert share(found, "worse", "PASS") <= 0.025 + FAR and share(found, "worse", "FAIL") <= 0.025 + FAR
     calm = judged(sweep([2, 2], np.random.default_rng(0), base=[2.0, 2.0]), Thresholds(worse=0.05))
     assert calm.words["worse"] == "PASS", "a margin can be shown"
 
@@ -338,15 +283,10 @@ def test_a_larger_model_that_is_worse_fails():
 def test_one_seed_says_nothing():
     verdict = judged(sweep([2, 2, 4], np.random.default_rng(0), N=1))
     assert set(verdict.words.values()) == {"TOO NOISY TO SAY"}
-    assert (
-        verdict.notes[-1]
-        == "noise is unknown: it takes 2 seeds, and 3 learning rates without a divergence"
+    assert verdict.notes[-1] == "noise is unknown: it takes 2 seeds, and 3 learning rates without a divergence"
+    assert (verdict.best[0].low, verdict.best[0].high, verdict.drift[0].high) == (0, math.inf, math.inf), (
+        "and no bound is claimed"
     )
-    assert (verdict.best[0].low, verdict.best[0].high, verdict.drift[0].high) == (
-        0,
-        math.inf,
-        math.inf,
-    ), "and no bound is claimed"
     assert verdict.best[0].value == pytest.approx(4, rel=0.05)
 
 
@@ -370,16 +310,12 @@ def test_without_noise_the_numbers_are_exact():
 def test_a_minimum_at_the_end_never_passes(monkeypatch: pytest.MonkeyPatch):
     """0.25 octaves of drift that look like 0.55, as the second minimum is nearest to the last learning rate: no FAIL either."""
     found = many([3.45, 3.7], monkeypatch)
-    assert not any(
-        v.words["drift"] != "TOO NOISY TO SAY" or v.words["cost"] == "PASS" for v in found
-    )
+    assert not any(v.words["drift"] != "TOO NOISY TO SAY" or v.words["cost"] == "PASS" for v in found)
     assert found[0].notes[0] == "size 128: the lowest loss is at the end of the learning rates, 16"
     assert all(v.best[1].low == 8 and v.best[1].high == math.inf for v in found)
     same = many([6, 6], monkeypatch)
     assert not any(
-        "PASS" in (v.words["drift"], v.words["cost"])
-        or "FAIL" in (v.words["drift"], v.words["cost"])
-        for v in same
+        "PASS" in (v.words["drift"], v.words["cost"]) or "FAIL" in (v.words["drift"], v.words["cost"]) for v in same
     )
 
 
@@ -390,9 +326,7 @@ def test_a_minimum_far_beyond_an_end_fails(monkeypatch: pytest.MonkeyPatch):
     assert all(v.drift[0].low == -math.inf and v.cost[0].high == math.inf for v in found)
 
 
-def test_learning_rates_so_close_that_no_drift_fits_between_them_do_not_pass(
-    monkeypatch: pytest.MonkeyPatch,
-):
+def test_learning_rates_so_close_that_no_drift_fits_between_them_do_not_pass(monkeypatch: pytest.MonkeyPatch):
     """Five within 0.4 octaves, and noise that hides their minimum: no drift of 0.5 could be seen."""
     found = many([0.2, 0.2], monkeypatch, step=0.1, residual=0.05)
     assert share(found, "drift", "PASS") <= 0.025 + FAR
@@ -416,17 +350,12 @@ def test_a_divergence_beside_the_minimum_hides_its_place():
     losses[1, 3:] = math.inf
     verdict = judged(losses)
     assert verdict.words["drift"] == verdict.words["cost"] == "TOO NOISY TO SAY"
-    assert (
-        verdict.notes[0]
-        == "size 128: the lowest loss is beside a run that diverged or was 1 nat worse, 4"
-    )
+    assert verdict.notes[0] == "size 128: the lowest loss is beside a run that diverged or was 1 nat worse, 4"
     assert (verdict.best[1].low, verdict.best[1].value, verdict.best[1].high) == (2, 4, 8)
     assert verdict.bracketed == [True, False]
     exploded = losses.copy()
     exploded[1, 3:] = 2.5e31
-    assert replace(judged(exploded), notes=verdict.notes) == verdict, (
-        "a loss without bounds is as good as diverged"
-    )
+    assert replace(judged(exploded), notes=verdict.notes) == verdict, "a loss without bounds is as good as diverged"
 
 
 def test_a_shared_learning_rate_that_diverges_fails():
@@ -471,8 +400,7 @@ def test_seeds_that_are_not_whole_are_left_out():
 )
 def test_what_is_not_a_sweep_is_refused(sizes: list[int], lrs: list[float]):
     with pytest.raises(
-        VerdictError,
-        match="allowed: 2 or more sizes and 3 or more learning rates, ascending\n  fix: --widths",
+        VerdictError, match="allowed: 2 or more sizes and 3 or more learning rates, ascending\n  fix: --widths"
     ):
         judge(np.ones((len(sizes), len(lrs), 2)), sizes, lrs)
 

@@ -58,11 +58,7 @@ runpy.run_module("nanodual.convert", run_name="__main__", alter_sys=True)
 def shell(*command: object, cwd: Path) -> str:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "PIP_", "MAKE"))}
     done = subprocess.run(
-        [str(c) for c in command],
-        cwd=cwd,
-        env=clean | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
+        [str(c) for c in command], cwd=cwd, env=clean | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -72,10 +68,7 @@ def shell(*command: object, cwd: Path) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, with an older build's left-overs in it."""
     copy = tmp_path_factory.mktemp("repository")
-    for path in [
-        *ROOT.glob("*.py"),
-        *map(ROOT.joinpath, ("Makefile", "pyproject.toml", "README.md", "LICENSE")),
-    ]:
+    for path in [*ROOT.glob("*.py"), *map(ROOT.joinpath, ("Makefile", "pyproject.toml", "README.md", "LICENSE"))]:
         shutil.copy(path, copy)
     for name in ("optim", "data", "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -96,9 +89,7 @@ def test_it_holds_optim_as_nanodual_and_nothing_else(wheel: Path):
     with zipfile.ZipFile(wheel) as packed:
         found = {n for n in packed.namelist() if ".dist-info/" not in n}
     assert found == {
-        f"nanodual/{p.name}"
-        for p in (ROOT / "optim").iterdir()
-        if p.suffix == ".py" or p.name == "py.typed"
+        f"nanodual/{p.name}" for p in (ROOT / "optim").iterdir() if p.suffix == ".py" or p.name == "py.typed"
     }
 
 
@@ -113,27 +104,13 @@ def test_its_one_dependency_is_torch(wheel: Path):
     assert about["License-Expression"] == "MIT" and about["Requires-Python"] == ">=3.11"
 
 
-def test_installed_alone_it_trains_a_foreign_model_and_converts_settings(
-    wheel: Path, tmp_path: Path
-):
+def test_installed_alone_it_trains_a_foreign_model_and_converts_settings(wheel: Path, tmp_path: Path):
     shell(sys.executable, "-m", "venv", "--without-pip", "env", cwd=tmp_path)
     python = tmp_path / "env/bin/python"
     shell(
-        sys.executable,
-        "-m",
-        "pip",
-        "-q",
-        "--python",
-        python,
-        "install",
-        "--no-deps",
-        "--no-index",
-        wheel,
-        cwd=tmp_path,
+        sys.executable, "-m", "pip", "-q", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path
     )
     (packages,) = (tmp_path / "env/lib").glob("python*/site-packages")
     (packages / "borrowed.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
     (tmp_path / "train.py").write_text(TRAIN)
-    assert shell(python, "-W", "error", "train.py", cwd=tmp_path).startswith(
-        "usage: python -m nanodual.convert"
-    )
+    assert shell(python, "-W", "error", "train.py", cwd=tmp_path).startswith("usage: python -m nanodual.convert")
