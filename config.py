@@ -25,7 +25,7 @@ from optim.directions import DIRECTIONS
 from optim.dualized import Constraint
 from optim.errors import Refusal
 from optim.rivals import Scaling
-from optim.step_size import SCHEDULES
+from optim.schedules import SCHEDULES
 from runtime import RunConfig
 
 

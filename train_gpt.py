@@ -42,7 +42,7 @@ from optim import (
     metrize,
 )
 from optim.rivals import UNNORMED, set_beta
-from optim.step_size import SCHEDULES, momentum_at
+from optim.schedules import SCHEDULES, momentum_at
 from runtime import (
     Clock,
     RankError,

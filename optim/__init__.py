@@ -27,7 +27,7 @@ from .norms import (
 )
 from .polar import Polar
 from .rivals import RIVALS, Rival, coordinates
-from .step_size import EscapeVelocity
+from .schedules import EscapeVelocity
 
 __all__ = [
     "DIRECTIONS",

@@ -22,7 +22,7 @@ from .errors import CopyError, CoverageError, NonFiniteError, PlacementError, Re
 from .metrize import canonical, check_distinct, metrize
 from .modular import ModularNorm
 from .norms import Norm
-from .step_size import EscapeVelocity
+from .schedules import EscapeVelocity
 
 F = TypeVar("F", bound=Callable[..., Any])
 SCHEMA = 2  # of state_dict()

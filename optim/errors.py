@@ -19,12 +19,12 @@ class Refusal(ValueError):
     """
 
     def __init__(
-        self, what: str, *, got: object = None, allowed: object = None, fix: object = None
+        self, what: object, *, got: object = None, allowed: object = None, fix: object = None
     ) -> None:
         self.what, self.got, self.allowed, self.fix = what, got, allowed, fix
         lines = {"got": got, "allowed": allowed, "fix": fix}
         super().__init__(
-            "\n".join([what, *(f"  {k}: {v}" for k, v in lines.items() if v is not None)])
+            "\n".join([str(what), *(f"  {k}: {v}" for k, v in lines.items() if v is not None)])
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -32,13 +32,13 @@ class Refusal(ValueError):
         return _again, (type(self), self.what, self.got, self.allowed, self.fix)
 
 
-def _again(cls: type[Refusal], what: str, got: object, allowed: object, fix: object) -> Refusal:
+def _again(cls: type[Refusal], what: object, got: object, allowed: object, fix: object) -> Refusal:
     return cls(what, got=got, allowed=allowed, fix=fix)
 
 
 def require(
     fine: object,
-    what: str,
+    what: object,
     *,
     got: object = None,
     allowed: object = None,

@@ -44,7 +44,7 @@ FILES = {
     "optim/polar.py": "Polar factor",
     "optim/norms.py": "Norms, their duality maps, initial weights",
     "optim/directions.py": "Direction: what is dualized",
-    "optim/step_size.py": "Schedules",
+    "optim/schedules.py": "Schedules",
     "optim/rivals.py": "Schedules of torch's optimizers",
     "model.py": "Architecture",
     "models/ngram.py": "Architecture: n-grams, matches, shifts",

@@ -27,7 +27,7 @@ from model import GPT
 from models import build
 from optim import DIRECTIONS, Norm
 from optim.rivals import set_beta
-from optim.step_size import SCHEDULES, momentum_at
+from optim.schedules import SCHEDULES, momentum_at
 from runtime import RunConfig
 
 

@@ -1,9 +1,9 @@
-"""optim/step_size.py."""
+"""optim/schedules.py."""
 
 import math
 
 import pytest
-from optim.step_size import SCHEDULES, cosine, momentum_at, wsd
+from optim.schedules import SCHEDULES, cosine, momentum_at, wsd
 
 
 def test_wsd_warms_up_stays_and_cools_down_linearly():

@@ -1,0 +1,200 @@
+"""Every setting of a dualized step, declared once: its type, range, default, and what it does.
+
+All other lists are derived from here: the signature and the checks of Dualized, the section [optim]
+of a configuration and its --help, what a resumed run may change, what an exported script carries,
+and docs/settings.md. To add a setting: declare it in StepSettings, and use it.
+"""
+
+import ast
+import inspect
+import math
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from .directions import DIRECTIONS
+from .errors import Refusal
+
+
+@dataclass(frozen=True)
+class Range:
+    """The finite numbers from low up to high, high not included.
+
+    above: low is not included either. closed: high is included.
+    """
+
+    low: float = 0
+    high: float = math.inf
+    above: bool = False
+    closed: bool = False
+
+    def __contains__(self, x: float) -> bool:
+        over = x > self.low if self.above else x >= self.low
+        return over and (x <= self.high if self.closed else x < self.high) and math.isfinite(x)
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"a finite number {'>' if self.above else '>='} {self.low:g}"
+        over, under = "<" if self.above else "<=", "<=" if self.closed else "<"
+        return f"a number x with {self.low:g} {over} x {under} {self.high:g}"
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """The names in a registry. What is registered later counts."""
+
+    registry: Mapping[str, Any]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.registry
+
+    def __str__(self) -> str:
+        return ", ".join(self.registry)
+
+
+BY_ROLE = "by role"  # marks what [optim.roles.<role>] may set for the weights of one role
+
+
+@dataclass(kw_only=True)
+class StepSettings:
+    """How Dualized steps a group of parameters. Groups may differ in all but lr = "auto"."""
+
+    lr: Annotated[float | Literal["auto"], Range(0)] = 1.0
+    """Modular norm of one step, at the top of the schedule and before decay. "auto" finds it while
+    training (EscapeVelocity): a group's lr is then a multiplier of it. Baselines: their own lr."""
+
+    direction: Annotated[str, OneOf(DIRECTIONS), BY_ROLE] = "nesterov"
+    """What is dualized, by name (optim/directions.py)."""
+
+    beta: Annotated[float, Range(0, 1), BY_ROLE] = 0.95
+    """Decay of the average of gradients, their momentum: 0.95 remembers about 20 steps."""
+
+    beta2: Annotated[float, Range(0, 1), BY_ROLE] = 0.99
+    """Decay of the average of squares in adam and soap, and of lion's average."""
+
+    refresh_every: Annotated[int, Range(1)] = 10
+    """Steps between two of soap's eigenbases."""
+
+    weight_decay: Annotated[float, Range(0), BY_ROLE] = 0.0
+    """Decoupled and scaled by the radius: every weight tends to norm 1/weight_decay at most."""
+
+    cautious: bool = False
+    """Decay only the entries that the step makes smaller anyway (Chen et al., arXiv 2510.12402);
+    the bound 1/weight_decay is then none."""
+
+    constraint: Literal["ball", "sphere", "stiefel"] | None = None
+    """Keep each weight at norm at most 1 ("ball"), at norm 1 ("sphere"), or all its singular values
+    at full size ("stiefel", for spectral norms). Vectors and scalars are kept in the ball."""
+
+    scale: Literal["unit", "dual"] = "unit"
+    """"unit": steps of norm lr. "dual": that times each weight's dual norm, as steepest descent."""
+
+    max_grad_norm: Annotated[float, Range(0, above=True)] | None = None
+    """Clip the 2-norm of a group's raw gradients to this. Steps are never clipped."""
+
+    momentum_dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the optimizer's buffers; left out it is the weight's. bfloat16 stalls beta above 0.99."""
+
+    master_weights: bool = True
+    """Keep 16-bit weights in float32 besides, and step there."""
+
+
+def hints_of(cls: type) -> dict[str, Any]:
+    """Return {setting: its type with range and marks}."""
+    return get_type_hints(cls, include_extras=True)
+
+
+def defaults_of(cls: type) -> dict[str, Any]:
+    """Return {setting: default}, without those that have none."""
+    return {
+        f.name: f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
+        for f in fields(cls)
+        if f.default is not MISSING or f.default_factory is not MISSING
+    }
+
+
+def by_role(cls: type = StepSettings) -> list[str]:
+    """Return the settings that a role may have of its own."""
+    return [k for k, hint in hints_of(cls).items() if BY_ROLE in getattr(hint, "__metadata__", ())]
+
+
+def fits(hint: Any, value: Any) -> bool:
+    """Return whether a value has the type, the range and the registry that a hint names."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        marks = [m for m in args[1:] if isinstance(m, OneOf if isinstance(value, str) else Range)]
+        free = any(get_origin(a) is Literal for a in (args[0], *get_args(args[0])))
+        named = isinstance(value, str) and free  # a word beside a number: "auto"
+        return fits(args[0], value) and (named or all(value in m for m in marks))
+    if origin in (Union, UnionType):
+        return any(fits(a, value) for a in args)
+    if origin is Literal:
+        return any(type(value) is type(a) and value == a for a in args)
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return hint is Any or type(value) is hint
+
+
+def allowed(hint: Any) -> str:
+    """Return what a hint allows, in words."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        marks = [str(m) for m in args[1:] if isinstance(m, Range | OneOf)]
+        words = [allowed(a) for a in get_args(args[0]) if get_origin(a) is Literal]
+        text = " or ".join([*marks, *words]) or allowed(args[0])
+        return text.replace("a finite number", "an integer") if args[0] is int else text
+    if origin in (Union, UnionType):
+        return " or ".join(map(allowed, args))
+    if origin is Literal:
+        return ", ".join(f'"{a}"' for a in args)
+    words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    return words.get(hint, "left out" if hint is NoneType else str(hint))
+
+
+def wrong(cls: type, values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """Yield (setting, value, what is allowed) of each value that its declaration in cls refuses."""
+    for key, hint in hints_of(cls).items():
+        if key in values and not fits(hint, values[key]):
+            yield key, values[key], allowed(hint)
+
+
+def check(cls: type, values: Mapping[str, Any], *, owner: str) -> None:
+    """Raise Refusal for the first value that cannot be. owner: whose argument it is, "Dualized"."""
+    for key, value, words in wrong(cls, values):
+        raise Refusal(f"{owner}: {key}", got=repr(value), allowed=words, fix=f"{owner}(…, {key}=…)")
+
+
+@cache
+def help_texts(cls: type) -> dict[str, str]:
+    """Return {setting: the text under its declaration}, of a dataclass and its bases."""
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        body: list[ast.stmt] = tree.body  # type: ignore[attr-defined]
+        for node, after in zip(body, body[1:], strict=False):
+            if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr):
+                texts[ast.unparse(node.target)] = inspect.cleandoc(ast.literal_eval(after.value))
+    return texts
+
+
+def takes(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a function of **settings the signature and the help of a class of settings.
+
+    inspect.signature() and help() then show every setting; its type is checked where it is used.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        plain = inspect.signature(function)
+        kept = [p for p in plain.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        made = [
+            inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=v, annotation=hint)
+            for (k, v), hint in zip(defaults_of(cls).items(), hints_of(cls).values(), strict=True)
+            if k not in plain.parameters
+        ]
+        vars(function)["__signature__"] = plain.replace(parameters=[*kept, *made])
+        return function
+
+    return decorate
