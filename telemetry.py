@@ -35,11 +35,7 @@ def spectral(norm: Norm) -> bool:
 
 def blocks(norm: Norm, W: Tensor) -> list[tuple[Tensor, float]]:
     """[(X (n, blocks, O, I), unit)]: the matrices in a stack of a spectral norm, lying, and the singular values that dualize gives them."""
-    if isinstance(norm, Spectral):
-        X = W.reshape(len(W), -1, *W.shape[-2:])
-        return [(X if X.shape[-2] <= X.shape[-1] else X.mT, norm._scale(W.shape))]
-    factor = norm._factor(W.shape)  # type: ignore[attr-defined]
-    return [(X, unit / factor) for part in norm._split(W) for X, unit in blocks(norm.inner, part)]  # type: ignore[attr-defined]
+    return [(X if X.shape[-2] <= X.shape[-1] else X.mT, unit) for X, unit in norm.matrices(W)]
 
 
 def by_eigenvalues(norm: Norm, W: Tensor) -> bool:
@@ -93,10 +89,7 @@ def residual(norm: Norm, U: Tensor) -> Tensor:
 
 def beside_decay(norm: Norm, moved: Tensor, old: Tensor, decay: Tensor) -> Tensor:
     """What a step did beside W ← W − decay · W. What did not move did not decay either: rows, or whole tensors, without a gradient."""
-    live = norm.fresh(moved)
-    if live is None:
-        live = (moved != 0).reshape(len(moved), -1).any(-1).view_as(decay)
-    return torch.where(live, moved + decay * old, 0)
+    return torch.where(norm.live(moved), moved + decay * old, 0)
 
 
 @torch.no_grad()

@@ -8,10 +8,6 @@ from .metrize import Rule, metrize
 from .modular import Atom, Bond, ModularNorm, Module, atom, attention, bond, concat, residual
 from .norms import (
     NORMS,
-    Blocks,
-    ConvRMSToRMS,
-    Experts,
-    Flattened,
     Frobenius,
     L1ToLinf,
     L1ToRMS,
@@ -21,13 +17,13 @@ from .norms import (
     RMSToLinf,
     RMSToRMS,
     Spectral,
-    Transposed,
     VectorRMS,
     register_norm,
 )
 from .polar import Polar
 from .rivals import RIVALS, Rival, coordinates
 from .schedules import EscapeVelocity
+from .views import Blocks, ConvRMSToRMS, Experts, Flattened, Transposed
 
 __all__ = [
     "DIRECTIONS",

@@ -1,8 +1,10 @@
 """Directions: what a step dualizes, from the stream of gradients.
 
-G: fresh gradients (n, *shape), a stack of equal-shaped weights. live: 1 where a weight or a row has a gradient, else 0, broadcastable to G.
-A direction's scale does not matter, as dualize ignores it; so none has a bias correction or an ε.
-Sources: Kingma, Ba, arXiv 1412.6980 (Adam); Vyas et al., arXiv 2409.11321 (SOAP); Chen et al., arXiv 2302.06675 (Lion).
+G: fresh gradients (n, *shape), a stack of weights of one shape. live: 1 where a block has a
+gradient, else 0, broadcastable to G. A direction's scale does not matter, as dualize ignores it; so
+none has a bias correction or an ε.
+Sources: Kingma, Ba, arXiv 1412.6980 (Adam); Vyas et al., arXiv 2409.11321 (SOAP);
+Chen et al., arXiv 2302.06675 (Lion).
 """
 
 from collections.abc import Callable
@@ -15,36 +17,43 @@ Buffers = dict[str, Tensor]
 
 
 class Direction:
-    """A rule for what is dualized. One instance serves all weights; what it remembers is in the buffers.
+    """A rule for what is dualized. One instance serves all weights; the buffers are its memory.
 
-    gated: it leaves its buffers as they are wherever live is 0. Otherwise the optimizer does that for it, at the price of a copy.
+    gated: it leaves its buffers as they are wherever live is 0. Otherwise the step does that for
+    it, at the price of a copy.
     entrywise: no entry depends on another one, so that ranks may each hold some rows of a weight.
     """
 
     gated = entrywise = False
 
     def buffers(self, W: Tensor) -> Buffers:
-        """Of one weight (*shape), in its dtype, before the first step."""
+        """Return the buffers of one weight (*shape) before its first step, in its dtype."""
         return {"momentum": torch.zeros_like(W)}
 
     def __call__(
         self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool
     ) -> Tensor:
-        """What is dualized (n, *shape), not an alias of a buffer.
+        """Return what is dualized (n, *shape), not an alias of a buffer.
 
-        G is 0 where live is, and may be overwritten. state: the buffers, stacked (n, …), updated in place.
-        refresh: a step on which costly parts of the state are made anew.
+        G is 0 where live is, and may be overwritten. state: the buffers, stacked (n, …), which are
+        updated in place. refresh: costly parts of the state are made anew on this step.
         """
         raise NotImplementedError
 
 
-def _average_(M: Tensor, G: Tensor, live: Tensor, beta: float) -> Tensor:
-    """M ← β M + (1 − β) G, exactly M where live is 0."""
-    return M.lerp_(G, live * (1 - beta))
+def average_(M: Tensor, G: Tensor, live: Tensor, beta: float) -> Tensor:
+    """Set M ← β M + (1 − β) G where live is 1, and return it; M stays where live is 0."""
+    return flush_(M.lerp_(G, live * (1 - beta)))
+
+
+def flush_(M: Tensor) -> Tensor:
+    """Set to 0 what is denormal: an average of zeros would tend there and make every product
+    slow."""
+    return torch.hardshrink(M, torch.finfo(M.dtype).tiny, out=M)
 
 
 class Momentum(Direction):
-    """The exponential moving average M ← β M + (1 − β) G, 0 <= β < 1; with nesterov the average one step ahead, (1 − β) G + β M."""
+    """The moving average M ← β M + (1 − β) G; with nesterov the one step ahead, (1 − β) G + β M."""
 
     gated = entrywise = True
 
@@ -54,7 +63,7 @@ class Momentum(Direction):
     def __call__(
         self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool
     ) -> Tensor:
-        M = _average_(state["momentum"], G, live, beta)
+        M = average_(state["momentum"], G, live, beta)
         return G.lerp_(M, beta) if self.nesterov else G.copy_(M)
 
 
@@ -67,23 +76,23 @@ class SignMomentum(Direction):
         self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool
     ) -> Tensor:
         D = torch.lerp(state["momentum"], G, 1 - beta).sign_()
-        _average_(state["momentum"], G, live, beta2)
+        average_(state["momentum"], G, live, beta2)
         return D
 
 
-def _rms_(R: Tensor, G: Tensor, live: Tensor, beta2: float) -> Tensor:
-    """R ← √(β₂ R² + (1 − β₂) G²), without squares that under- or overflow."""
+def rms_(R: Tensor, G: Tensor, live: Tensor, beta2: float) -> Tensor:
+    """Set R ← √(β₂ R² + (1 − β₂) G²), without squares that under- or overflow, and return it."""
     rate = live * (1 - beta2)
-    return R.copy_(torch.hypot(R * (1 - rate).sqrt(), G * rate.sqrt()))
+    return flush_(R.copy_(torch.hypot(R * (1 - rate).sqrt(), G * rate.sqrt())))
 
 
-def _ratio(M: Tensor, R: Tensor) -> Tensor:
-    """M / R, 0 where R is; finite where R has forgotten what M still remembers."""
+def ratio(M: Tensor, R: Tensor) -> Tensor:
+    """Return M / R, 0 where R is; finite where R has forgotten what M still remembers."""
     return torch.where(R > 0, M / R, 0).clamp_(-1e6, 1e6)
 
 
 class Adam(Direction):
-    """M / R: the average gradient over its running RMS R, entry by entry; 0 where there was never a gradient."""
+    """M / R: the average gradient over its running RMS, 0 where there was never a gradient."""
 
     gated = entrywise = True
 
@@ -93,23 +102,26 @@ class Adam(Direction):
     def __call__(
         self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool
     ) -> Tensor:
-        M, R = _average_(state["momentum"], G, live, beta), _rms_(state["rms"], G, live, beta2)
-        return _ratio(M, R)
+        M, R = average_(state["momentum"], G, live, beta), rms_(state["rms"], G, live, beta2)
+        return ratio(M, R)
 
 
 @dataclass(frozen=True)
 class SOAP(Direction):
     """Adam in the eigenbasis of Shampoo's factors L ← β₂ L + (1 − β₂) G Gᵀ and R likewise.
 
-    A weight of more than 2 dimensions is taken as a matrix (O, rest), a vector as by Adam. A side longer than `limit` keeps its own axes.
-    nesterov: of the average one step ahead, (1 − β) G + β M.
+    A weight of more than 2 dimensions is taken as a matrix (O, rest), a vector as by Adam. A side
+    longer than `limit` keeps its own axes. nesterov: of the average one step ahead, (1 − β) G + β
+    M.
 
-    Eigenvectors of equal eigenvalues, of zero above all, and quotients of entries that should be zero are rounding, different on every machine. So here, with ε the
-    spacing of floats at 1:
-    - The basis starts at the weight's own axes and takes one step of orthogonal iteration on every refresh, Q ← qr((F + √ε f I) Q), f being the factor F's largest
-      diagonal entry. What F has not seen, or sees alike, keeps its axes.
-    - An entry that is at most √ε of the largest RMS, as its own RMS is, is 0, and only from twice that on the full quotient. A quotient is at most 1/√(1 − β₂): more
-      than that comes of axes that have just turned towards gradients, whose RMS is not theirs yet.
+    Eigenvectors of equal eigenvalues, of zero above all, and quotients of entries that should be
+    zero are rounding, different on every machine. So here, with ε the spacing of floats at 1:
+    - The basis starts at the weight's own axes and takes one step of orthogonal iteration on every
+      refresh, Q ← qr((F + √ε f I) Q), f being the factor F's largest diagonal entry. What F has not
+      seen, or sees alike, keeps its axes.
+    - An entry that is at most √ε of the largest RMS, as its own RMS is, is 0, and only from twice
+      that on the full quotient. A quotient is at most 1/√(1 − β₂): more than that comes of axes
+      that have just turned towards gradients, whose RMS is not theirs yet.
     docs/theory.md §3 says what a change of G by ε then does.
     """
 
@@ -136,14 +148,15 @@ class SOAP(Direction):
         self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool
     ) -> Tensor:
         shape = G.shape
-        M = _average_(state["momentum"], G, live, beta)
+        M = average_(state["momentum"], G, live, beta)
         if self.nesterov:
             M = torch.lerp(G, M, beta)
         if G.ndim < 3:
-            R = _rms_(state["rms"], G, live, beta2)
-            return _ratio(M, R)
+            R = rms_(state["rms"], G, live, beta2)
+            return ratio(M, R)
         G, M = G.flatten(2), M.flatten(2)
-        # Factors are kept in units of the first gradient's largest entry, a power of two: squares neither under- nor overflow, and digits stay.
+        # Factors are kept in units of the first gradient's largest entry, a power of two: squares
+        # neither under- nor overflow, and digits stay.
         largest, unit = torch.frexp(G.abs().amax((-2, -1))), state["unit"]
         unit.copy_(
             torch.where(
@@ -158,7 +171,7 @@ class SOAP(Direction):
             self._basis(state, side, P / scale, seen, beta2, refresh)
             for side, P in (("left", G), ("right", G.mT))
         )
-        R = _rms_(state["rms"].view_as(G), _turn(G, left, right), seen, beta2)
+        R = rms_(state["rms"].view_as(G), _turn(G, left, right), seen, beta2)
         T = _turn(M, left, right)
         floor, limit = _root_eps(R) * R.amax((-2, -1), keepdim=True), (1 - beta2) ** -0.5
         known = (R.maximum(T.abs()) / floor - 1).clamp_(0, 1)
@@ -169,7 +182,7 @@ class SOAP(Direction):
     def _basis(
         state: Buffers, side: str, P: Tensor, live: Tensor, beta2: float, refresh: bool
     ) -> Tensor | None:
-        """The side's basis as columns, after P (n, size, other) was seen."""
+        """Return the side's basis as columns, after P (n, size, other) was seen."""
         if side not in state:
             return None
         F, Q = state[side], state[f"{side}_basis"]
@@ -177,11 +190,12 @@ class SOAP(Direction):
         Q.copy_(
             torch.where(Q.flatten(1).any(-1)[:, None, None], Q, axes)
         )  # a checkpoint of before may have it 0 until the first refresh
-        _average_(F, P @ P.mT, live, beta2)
+        average_(F, P @ P.mT, live, beta2)
         if refresh:
             shift, top = _root_eps(F), F.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None]
             moved = F @ Q
-            # Columns are made orthogonal in the order of their eigenvalues, largest first. Within an octave they keep their own order, which no last digit may decide.
+            # Columns are made orthogonal in the order of their eigenvalues, largest first. Within
+            # an octave they keep their own order, which no last digit may decide.
             octave = (
                 (torch.where(top > 0, (Q * moved).sum(-2, keepdim=True) / top, 0) + shift)
                 .log2()
@@ -199,12 +213,12 @@ class SOAP(Direction):
 
 
 def _root_eps(X: Tensor) -> float:
-    """√ε of a dtype: 1.5e-8 in float64, 3.5e-4 in float32."""
+    """Return √ε of a dtype: 1.5e-8 in float64, 3.5e-4 in float32."""
     return torch.finfo(X.dtype).eps ** 0.5
 
 
 def _turn(X: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """leftᵀ X right; None is the identity."""
+    """Return leftᵀ X right; None is the identity."""
     X = X if left is None else left.mT @ X
     return X if right is None else X @ right
 
@@ -220,7 +234,10 @@ DIRECTIONS: dict[str, Direction] = {
 
 
 def register_direction(name: str) -> Callable[[type[Direction]], type[Direction]]:
-    """Make a direction known by name, so that configurations can name it. The class must be constructible without arguments."""
+    """Make a direction known by name, so that configurations can name it.
+
+    The class must be constructible without arguments.
+    """
 
     def register(cls: type[Direction]) -> type[Direction]:
         DIRECTIONS[name] = cls()

@@ -104,7 +104,7 @@ class _Stack:
         ok = self.ok.to(G.device)
         if isinstance(self.group["lr"], Tensor):
             ok = ok & (self.group["lr"] != 0).to(G.device)
-        fresh = self.norm.fresh(G)
+        fresh = self.norm.live(G)
         live = ok if fresh is None else fresh & ok
         if self.clip is not None:
             G.mul_(self.clip.to(G))

@@ -14,8 +14,8 @@ from typing import Any
 class Refusal(ValueError):
     """Something that a user can get wrong: what was got, what is allowed, how to fix it.
 
-    what: the setting, the parameter or the file, in the user's words. got, allowed, fix: their lines, as
-    they are printed; None leaves a line out.
+    what: the setting, the parameter or the file, in the user's words. got, allowed, fix: their
+    lines, as they are printed; None leaves a line out.
     """
 
     def __init__(

@@ -15,19 +15,8 @@ from torch import Tensor, nn
 
 from .errors import CoverageError
 from .modular import Atom, ModularNorm, Module, atom, bond, concat
-from .norms import (
-    NORMS,
-    Blocks,
-    ConvRMSToRMS,
-    Flattened,
-    L1ToRMS,
-    MaxEntry,
-    Norm,
-    RMSToLinf,
-    RMSToRMS,
-    Transposed,
-    VectorRMS,
-)
+from .norms import NORMS, L1ToRMS, MaxEntry, Norm, RMSToLinf, RMSToRMS, VectorRMS
+from .views import Blocks, ConvRMSToRMS, Flattened, Transposed
 
 WRAPPERS = (
     "_orig_mod.",

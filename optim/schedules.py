@@ -1,6 +1,7 @@
 """Learning rate and momentum over a run, and the escape velocity that needs no learning rate.
 
-Schedules are pure functions of the step, multipliers of lr from 0 to 1. Step 0 is the first of `total`.
+Schedules are pure functions of the step, multipliers of lr from 0 to 1. Step 0 is the first of
+`total`.
 """
 
 import math
@@ -35,7 +36,8 @@ class Schedule:
     """Steps of the warm-up; below 1, a fraction of all steps."""
 
     cooldown: Annotated[float, Range(0, 1, closed=True)] = 0.5
-    """wsd: the last fraction of all steps, over which lr falls to 0. cosine: the depth of its fall."""
+    """wsd: the last fraction of all steps, over which lr falls to 0. cosine: the depth of its
+    fall."""
 
     power: Annotated[float, Range(0, above=True)] = 1.0
     """wsd: the power of what is left of the cooldown; 1 is linear."""
@@ -104,7 +106,8 @@ def momentum_at(
 
 @takes(Schedule)
 def schedule(optimizer: torch.optim.Optimizer, total_steps: int, **settings: Any) -> LambdaLR:
-    """Return a torch scheduler of the learning rate: one step() of it after each of the optimizer's."""
+    """Return a torch scheduler of the learning rate: one step() of it after each of the
+    optimizer's."""
     check(Schedule, settings, owner="schedule")
     made = Schedule(**settings)
     return LambdaLR(optimizer, lambda step: made.lr_at(min(step, total_steps - 1), total_steps))
@@ -114,11 +117,11 @@ def schedule(optimizer: torch.optim.Optimizer, total_steps: int, **settings: Any
 class EscapeVelocity:
     """A step size from the distance travelled: η ← max(η, factor · ⟨g, w₀ − w⟩ / ‖g‖†).
 
-    ‖g‖† is the modular dual norm of the whole network. g: the fresh gradient, not the direction, which
-    correlates with its own past steps, whatever they were worth. w₀: the weights at the first step.
-    While the gradient keeps its direction η grows by 1 + factor a step; by Hölder η is at most
-    max(initial, factor · ‖w₀ − w‖). With the largest-entry norm, factor 1 and no momentum this is
-    Prodigy's rule without averages (Mishchenko, Defazio, arXiv 2306.06101; Bernstein, Newhouse,
+    ‖g‖† is the modular dual norm of the whole network. g: the fresh gradient, not the direction,
+    which correlates with its own past steps, whatever they were worth. w₀: the weights at the first
+    step. While the gradient keeps its direction η grows by 1 + factor a step; by Hölder η is at
+    most max(initial, factor · ‖w₀ − w‖). With the largest-entry norm, factor 1 and no momentum this
+    is Prodigy's rule without averages (Mishchenko, Defazio, arXiv 2306.06101; Bernstein, Newhouse,
     arXiv 2409.20325).
     """
 

@@ -15,7 +15,7 @@ from modula import atom as atoms
 from modula import bond as bonds
 from modula.vector import Vector
 from optim import L1ToRMS, ModularNorm, Module, RMSToRMS, atom, bond, concat, residual
-from optim.norms import ConvRMSToRMS
+from optim.views import ConvRMSToRMS
 
 CLOSE = 1e-5  # in float64 2e-12 is measured at worst
 SETTLED = 1e-13  # two calls of Modula's normalize differ by no more

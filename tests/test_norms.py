@@ -24,19 +24,9 @@ from optim import (
     bond,
     concat,
 )
-from optim.norms import (
-    SCALES,
-    Blocks,
-    ConvRMSToRMS,
-    Experts,
-    Flattened,
-    MaxEntry,
-    MeanToLinf,
-    Spectral,
-    Transposed,
-    spectral_norm,
-)
+from optim.norms import SCALES, MaxEntry, MeanToLinf, Spectral, spectral_norm
 from optim.polar import SCHEDULES, Polar
+from optim.views import Blocks, ConvRMSToRMS, Experts, Flattened, Transposed
 from torch import Tensor
 
 EXACT = 1e-10  # float64, exact polar factor
@@ -398,7 +388,19 @@ def test_blocks_are_what_plain_indexing_cuts_out(norm: Norm, shape: Shape, inner
         )
 
 
-FRESH: list[tuple[Norm, Shape, tuple]] = [  # what has no gradient, and so does not move
+BLOCKS: list[tuple[Norm, Shape, tuple]] = [  # what has no gradient, and so does not move
+    (LINEAR, (4, 6), (...,)),
+    (Frobenius(), (4, 6), (...,)),
+    (VectorRMS(), (4,), (...,)),
+    (MaxEntry(), (4,), (...,)),
+    (MaxEntry(0), (), (...,)),
+    (Blocks(LINEAR, 2), (4, 6), (slice(2, 4),)),
+    (Blocks(LINEAR, (1, 3)), (4, 6), (slice(1, 4),)),
+    (Blocks(VectorRMS(), 2), (4,), (slice(2, 4),)),
+    (Transposed(Blocks(LINEAR, 3)), (4, 6), (slice(None), slice(2, 4))),
+    (Flattened(LINEAR, 4), (4, 3, 2, 2), (...,)),
+    (ConvRMSToRMS(LINEAR, 2), (4, 6, 3, 3), (slice(None), slice(None), 1, 2)),
+    (ConvRMSToRMS(LINEAR, 1, groups=2), (4, 3, 3), (slice(2, 4), slice(None), 2)),
     (L1ToRMS(), (4, 6), (1,)),
     (HEAD, (4, 6), (1,)),
     (MaxEntry(2), (4, 6), (1,)),
@@ -409,7 +411,7 @@ FRESH: list[tuple[Norm, Shape, tuple]] = [  # what has no gradient, and so does 
     (Flattened(HEAD, 3), (4, 3, 2), (1,)),
     (Experts(LINEAR), (3, 4, 5), (1,)),
     (Experts(Transposed(LINEAR)), (3, 5, 4), (1,)),
-    (Experts(Blocks(LINEAR, 2)), (3, 4, 5), (1,)),
+    (Experts(Blocks(LINEAR, 2)), (3, 4, 5), (1, slice(2, 4))),
     (Experts(VectorRMS()), (3, 4), (1,)),
     (Experts(MaxEntry(0)), (3,), (1,)),
     (Experts(HEAD), (3, 4, 5), (1, 2)),
@@ -417,26 +419,27 @@ FRESH: list[tuple[Norm, Shape, tuple]] = [  # what has no gradient, and so does 
 ]
 
 
-@pytest.mark.parametrize(("norm", "shape", "index"), [pytest.param(*f, id=label(f[0])) for f in FRESH])
+@pytest.mark.parametrize(("norm", "shape", "index"), [pytest.param(*b, id=label(b[0])) for b in BLOCKS])
 def test_blocks_without_a_gradient_are_masked(norm: Norm, shape: Shape, index: tuple):
     G = sample((2, *shape))
     G[(1, *index)] = 0
-    G[(0, *index)].view(-1)[1:] = 0  # one entry is enough
-    G[(0, *index)].view(-1)[0] = 1e-38
+    one = torch.zeros_like(G[(0, *index)])  # one entry is enough
+    one.view(-1)[0] = 1e-38
+    G[(0, *index)] = one
     expected = torch.ones_like(G, dtype=torch.bool)
     expected[(1, *index)] = False
     for gradient, mask in ((G, expected), (G[1], expected[1]), (G[0], expected[0])):
-        fresh = norm.fresh(gradient)
-        assert fresh is not None and fresh.dtype == torch.bool
-        assert torch.equal(fresh.expand_as(gradient), mask)
+        live = norm.live(gradient)
+        assert live.dtype == torch.bool
+        assert torch.equal(live.expand_as(gradient), mask)
 
 
-def test_whole_weights_have_no_mask():
-    masked = {type(f[0]) for f in FRESH}
-    whole = [(n, s) for n, s in ONE_SHAPE if type(n) not in masked]
-    whole += [(n, s) for n, s in OTHERS if isinstance(n, (Blocks, Transposed, Flattened, ConvRMSToRMS)) and polars(n)]
-    assert len(whole) > 20
-    assert [label(n) for n, s in whole if n.fresh(sample(s)) is not None] == []
+@pytest.mark.parametrize(("norm", "shape"), [pytest.param(*n, id=label(n[0])) for n in ONE_SHAPE + OTHERS])
+def test_a_weight_moves_with_its_gradient_and_does_not_without(norm: Norm, shape: Shape):
+    G = sample((2, *shape))
+    G[1] = 0
+    live = norm.live(G).expand_as(G)
+    assert live[0].all() and not live[1].any()
 
 
 @pytest.mark.parametrize(

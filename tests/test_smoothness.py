@@ -11,7 +11,7 @@ import pytest
 import torch
 from optim import Atom, L1ToRMS, ModularNorm, Module, Norm, Polar, RMSToLinf, RMSToRMS, atom, modular, residual
 from optim.modular import Bond, Composite, Concat, Power
-from optim.norms import Blocks
+from optim.views import Blocks
 from torch import Tensor
 from torch.func import grad, grad_and_value, jvp
 from torch.nn.functional import gelu as gelu_of
