@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from optim import Dualized, Rival
-from optim.comm import Piece, piece_of, sharded
+from optim.ranks import Piece, piece_of, sharded
 from optim.errors import Refusal
 from optim.metrize import canonical
 

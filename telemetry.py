@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from model import Attention
 from optim import Dualized, ModularNorm, Norm, Normalized, Rival, Spectral, coordinates
-from optim.comm import sharded
+from optim.ranks import sharded
 from optim.curvature import Hessian, along, eigenvalues, loss_smoothness, modular_sharpness
 from optim.metrize import canonical
 from optim.rivals import Scaling

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import _muon
 
-from .comm import Piece, Ranks, piece_of, ranks_of, sharded
-from .dualized import Normalized, _finite
 from .errors import NonFiniteError, PlacementError, Refusal
+from .finite import are_finite
 from .metrize import canonical
 from .modular import ModularNorm
+from .normalized import Normalized
 from .polar import Polar, plain
+from .ranks import Piece, Ranks, piece_of, ranks_of, sharded
 
 Scaling = Literal["standard", "ntk", "modular"]
 
@@ -318,7 +319,7 @@ class Rival:
         found = {n: p.grad for n, p in self._weights() if p.grad is not None}
         if loss is not None:
             found = {"the loss": self._ranks.average(loss.detach().clone()), **found}
-        fine = torch.stack(_finite(list(found.values()))).tolist()
+        fine = torch.stack(are_finite(list(found.values()))).tolist()
         self._bad = next((n for n, x in zip(found, fine, strict=True) if not x), None)
         if self._bad is not None:
             return

@@ -126,7 +126,8 @@ def fits(hint: Any, value: Any) -> bool:
     """Return whether a value has the type, the range and the registry that a hint names."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        marks = [m for m in args[1:] if isinstance(m, OneOf if isinstance(value, str) else Range)]
+        kind = OneOf if isinstance(value, str) else Range
+        marks: list[Any] = [m for m in args[1:] if isinstance(m, kind)]
         free = any(get_origin(a) is Literal for a in (args[0], *get_args(args[0])))
         named = isinstance(value, str) and free  # a word beside a number: "auto"
         return fits(args[0], value) and (named or all(value in m for m in marks))
@@ -192,7 +193,9 @@ def takes(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         kept = [p for p in plain.parameters.values() if p.kind is not p.VAR_KEYWORD]
         made = [
             inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=v, annotation=hint)
-            for (k, v), hint in zip(defaults_of(cls).items(), hints_of(cls).values(), strict=True)
+            for (k, v), hint in zip(
+                defaults_of(cls).items(), get_type_hints(cls).values(), strict=True
+            )
             if k not in plain.parameters
         ]
         vars(function)["__signature__"] = plain.replace(parameters=[*kept, *made])
