@@ -59,7 +59,7 @@ class CheckpointError(Refusal):
     """A checkpoint that cannot be used: what was got, what is allowed, how to fix it."""
 
 
-class SaveError(RuntimeError):
+class SaveError(Refusal, RuntimeError):
     """A checkpoint that could not be written. Those before it are as they were."""
 
 
