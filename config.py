@@ -93,12 +93,9 @@ OPTIMIZERS = cast(Mapping[str, Any], ChainMap(cast(dict, BASELINES), {"dualized"
 class Chosen:
     """Which optimizer."""
 
-    name: Annotated[str, OneOf(OPTIMIZERS)] = (
-        "dualized"
-        """The optimizer. All but "dualized" are
-    baselines, torch's own (optim/baselines.py), and take few of these settings; normalized_adam
-    and normalized_sgd step in the modular norm."""
-    )
+    name: Annotated[str, OneOf(OPTIMIZERS)] = "dualized"
+    """The optimizer. All but "dualized" are baselines, torch's own (optim/baselines.py), and take
+    few of these settings; normalized_adam and normalized_sgd step in the modular norm."""
 
 
 @dataclass(kw_only=True)
