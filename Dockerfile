@@ -14,6 +14,7 @@ COPY *.py LICENSE ./
 COPY models ./models
 COPY optim ./optim
 COPY data ./data
+COPY training ./training
 COPY configs ./configs
 
 # The owner of a bind mount is the host's: docker run --user "$(id -u):$(id -g)" where that is another one.

@@ -42,10 +42,11 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
-from optim import Dualized, Rival
-from optim.ranks import Piece, piece_of, sharded
+from optim import Dualized
 from optim.errors import Refusal
 from optim.metrize import canonical
+from optim.ranks import Piece, piece_of, sharded
+from training.baseline import Baseline
 
 SCHEMA = 2  # of state.json
 
@@ -59,7 +60,7 @@ class CheckpointError(Refusal):
     """A checkpoint that cannot be used: what was got, what is allowed, how to fix it."""
 
 
-class SaveError(RuntimeError):
+class SaveError(Refusal, RuntimeError):
     """A checkpoint that could not be written. Those before it are as they were."""
 
 
@@ -153,7 +154,7 @@ class Saver:
         self,
         step: int,
         model: nn.Module,
-        optimizer: Dualized | Rival,
+        optimizer: Dualized | Baseline,
         state: dict[str, Any],
         texts: dict[str, str],
     ) -> None:
@@ -174,8 +175,8 @@ class Saver:
             if not sharded(p) and i % self.size != self.rank
         }
         held = (
-            {} if self.rank and isinstance(optimizer, Rival) else optimizer.held()
-        )  # all ranks have a rival's state
+            {} if self.rank and isinstance(optimizer, Baseline) else optimizer.held()
+        )  # all ranks have a baseline's state
         parts = {
             "model": {k: x for k, x in model_pieces(model).items() if k not in elsewhere},
             "optimizer": held,
@@ -461,7 +462,7 @@ def load_model(checkpoint: Path, model: nn.Module) -> None:
     _load(checkpoint / "model", pieces)
 
 
-def load_optimizer(checkpoint: Path, state: dict[str, Any], optimizer: Dualized | Rival) -> None:
+def load_optimizer(checkpoint: Path, state: dict[str, Any], optimizer: Dualized | Baseline) -> None:
     """Settings and buffers by parameter name. Every rank reads its own pieces. state: read_state(checkpoint)."""
     saved = _shapes(checkpoint / "optimizer")
     optimizer.load_state_dict({"state": {}, "param_groups": state["param_groups"]})

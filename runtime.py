@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 from optim.errors import Refusal
+from optim.settings import Range
 
 try:
     import resource
@@ -51,25 +52,42 @@ class RankError(RunError):
 
 @dataclass
 class RunConfig:
-    """name: of the run folder, by default the configuration's name and the time. dir: where run folders live.
-
-    device: auto takes cuda, then mps, then cpu. precision: bf16 is autocast; auto takes it on GPUs that have it, and elsewhere where the model's own products are faster in it.
-    threads: of the CPU, by default torch's choice. resume: go on from the newest whole checkpoint of the named run; "auto" starts it where there is none.
-    parallel: with several processes, ddp has the weights on every one, fsdp shards them over all, hsdp over groups of shard_size neighbours (by
-    default those of one machine), a copy in each group. timeout: seconds without progress until the run ends and names the rank it waits for.
-    """
+    """Where a run is computed, by how many processes, and where its folder is."""
 
     name: str | None = None
+    """Of the run folder; by default the configuration's name and the time."""
+
     dir: str = "runs"
+    """Where run folders live."""
+
     seed: int = 0
+    """Of the initial weights, the order of the data and random masks."""
+
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto takes cuda, then mps, then cpu."""
+
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 is autocast. auto takes it on GPUs that have it, and elsewhere where the model's own products
+    are faster in it."""
+
     compile: bool = False
-    threads: int | None = None
+    """Compile the model with torch.compile, before any clock starts."""
+
+    threads: Annotated[int, Range(1)] | None = None
+    """Of the CPU; by default torch's choice."""
+
     resume: bool | Literal["auto"] = False
+    """Resume the named run from its newest whole checkpoint. "auto" starts it where there is none."""
+
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
-    shard_size: int | None = None
-    timeout: float = 600.0
+    """With several processes: ddp has the weights on every one, fsdp shards them over all, hsdp over
+    groups of shard_size neighbours, with a copy in each group."""
+
+    shard_size: Annotated[int, Range(1)] | None = None
+    """Processes of one group of hsdp; by default those of one machine."""
+
+    timeout: Annotated[float, Range(0, above=True)] = 600.0
+    """Seconds without progress until the run ends and names the process it waits for."""
 
 
 # Dense bf16 peaks in FLOP/s, by the device's full name, from NVIDIA's data sheets (without sparsity).
@@ -111,18 +129,7 @@ class Runtime:
                 f"run.parallel = ddp (one process: there is nothing to shard, {config.parallel} would change nothing)"
             )
         if config.threads is not None:
-            if config.threads < 1:
-                raise RunError(
-                    "run.threads", got=config.threads, allowed="1 or more", fix="leave it out"
-                )
             torch.set_num_threads(config.threads)
-        if not config.timeout > 0:
-            raise RunError(
-                "run.timeout",
-                got=f"{config.timeout:g}",
-                allowed="seconds, more than 0",
-                fix=f"leave it out for {RunConfig.timeout:g}",
-            )
         self.shards = self._shards(config)
         self.device = torch.device(self._device(config))
         self.control: Any = None  # small things between hosts
@@ -320,15 +327,12 @@ class Runtime:
             device = there[0]
             self.choices.append(f"run.device = {device} (found here: {', '.join(there)})")
         if device not in there:
-            raise (
-                RunError
-                if self.size == 1
-                else RankError(
-                    "run.device",
-                    got=device,
-                    allowed=f"{', '.join(there)}, found here",
-                    fix="--run.device auto",
-                )
+            error = RunError if self.size == 1 else RankError
+            raise error(
+                "run.device",
+                got=device,
+                allowed=f"{', '.join(there)}, found here",
+                fix="--run.device auto",
             )
         if device == "mps" and self.size > 1:
             raise RunError(

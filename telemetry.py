@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from model import Attention
-from optim import Dualized, ModularNorm, Norm, Normalized, Rival, Spectral, coordinates
-from optim.ranks import sharded
+from optim import Dualized, ModularNorm, Norm, Normalized, Spectral, coordinates
+from optim.baselines import Scaling
 from optim.curvature import Hessian, along, eigenvalues, loss_smoothness, modular_sharpness
 from optim.metrize import canonical
-from optim.rivals import Scaling
+from optim.ranks import sharded
+from training.baseline import Baseline
 
 STACK = 2**26  # entries of a stack at most, 256 MB: what is measured of large models comes in parts
 
@@ -129,15 +130,15 @@ class Request:
 class Geometry:
     """The geometry of one step: before(), optimizer.step(), after(); on every rank where weights are sharded.
 
-    optimizer: any of torch's, or a Rival. norm: has all trainable weights of the model. Together they take as long as half a training step at width 64,
+    optimizer: any of torch's, or a Baseline. norm: has all trainable weights of the model. Together they take as long as half a training step at width 64,
     and as one at width 512 (one core, 1,024 tokens a step).
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | Rival, norm: ModularNorm
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | Baseline, norm: ModularNorm
     ) -> None:
         self.model, self.norm = model, norm
-        self.optimizer = optimizer.optimizer if isinstance(optimizer, Rival) else optimizer
+        self.optimizer = optimizer.optimizer if isinstance(optimizer, Baseline) else optimizer
         self.weights = {canonical(n): p for n, p in model.named_parameters() if p.requires_grad}
         alike: dict[tuple[Any, ...], list[str]] = {}
         for name, p in self.weights.items():
@@ -303,7 +304,7 @@ class Sharpness:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Dualized | Rival,
+        optimizer: Dualized | Baseline,
         norm: ModularNorm,
         batch: Sequence[Tensor],
         *,
@@ -311,7 +312,7 @@ class Sharpness:
     ) -> None:
         self.model, self.norm, self.batch, self.modular = model, norm, batch, modular
         self.weights = {canonical(n): p for n, p in model.named_parameters() if p.requires_grad}
-        self.own = optimizer.optimizer if isinstance(optimizer, Rival) else optimizer
+        self.own = optimizer.optimizer if isinstance(optimizer, Baseline) else optimizer
         self.scaling: Scaling = (
             "standard"
             if isinstance(self.own, torch.optim.Adam)

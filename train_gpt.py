@@ -31,18 +31,16 @@ from data.shards import DataError
 from model import GPT
 from models import build
 from optim import (
-    RIVALS,
+    BASELINES,
     CoverageError,
     Dualized,
-    EscapeVelocity,
     NonFiniteError,
     PlacementError,
     Polar,
-    Rival,
     metrize,
 )
-from optim.rivals import UNNORMED, set_beta
-from optim.schedules import SCHEDULES, momentum_at
+from optim.baselines import set_beta
+from optim.settings import BUFFERS, StepSettings, marked
 from runtime import (
     Clock,
     RankError,
@@ -56,6 +54,7 @@ from runtime import (
     telling,
 )
 from telemetry import Geometry, Sharpness, plot_geometry
+from training.baseline import Baseline
 
 
 class Stopped(Exception):
@@ -71,7 +70,6 @@ class Stopped(Exception):
         self.code = 128 + number
 
 
-RIVAL_SETTINGS = ("lr", "beta", "beta2", "weight_decay", "auxiliary_lr", "scaling", "polar")
 REFUSALS = (
     ConfigError,
     DataError,
@@ -218,37 +216,24 @@ def train(config: Config, runtime: Runtime) -> None:
         norm = norm.unweighted()
     model.to(runtime.device, getattr(torch, o.param_dtype))
     runtime.shard(model, model.blocks)
-    shared = (
-        "direction",
-        "beta",
-        "beta2",
-        "refresh_every",
-        "scale",
-        "weight_decay",
-        "cautious",
-        "constraint",
-        "max_grad_norm",
-        "momentum_dtype",
-        "master_weights",
-    )
-    settings = {k: getattr(o, k) for k in shared}
-    lr_top = EscapeVelocity(o.auto_initial, o.auto_factor) if isinstance(o.lr, str) else o.lr
+    settings, roles = o.step_settings(), o.roles.given()
     if o.name == "dualized":
-        optimizer = Dualized(model, lr_top, norm=norm, grads="local", **settings)
+        given = {"roles": roles} if roles else {}
+        lr = o.auto if isinstance(o.lr, str) else o.lr
+        optimizer = Dualized(model, lr, norm=norm, grads="local", **settings, **given)
     else:
-        optimizer = Rival(
-            RIVALS[o.name](model, norm, **{k: getattr(o, k) for k in RIVAL_SETTINGS}),
+        own = vars(config.baseline)
+        optimizer = Baseline(
+            BASELINES[o.name](model, norm, lr=o.lr, polar=o.polar, **settings, **own),
             max_grad_norm=o.max_grad_norm,
-            scaling=o.scaling if o.name == "sgd" else "modular",
+            scaling=own["scaling"] if o.name == "sgd" else "modular",
         )
-    lr_at = SCHEDULES[o.schedule]
     if newest and saved:
         runtime.together(lambda: checkpoint.load_model(newest, model))
         runtime.together(lambda: checkpoint.load_optimizer(newest, saved, optimizer))
         if isinstance(optimizer, Dualized):
-            optimizer.param_groups[0].update(
-                settings
-            )  # the configuration's, which may have changed
+            for group in optimizer.param_groups:  # the configuration's, which may have changed
+                group.update(settings | roles.get(group.get("role"), {}))
     progress = Progress(**saved["progress"]) if saved else Progress()
     forward = model
     if config.run.compile:
@@ -260,11 +245,11 @@ def train(config: Config, runtime: Runtime) -> None:
     # ---- the run folder
     runtime.together(folder.create)
     say = folder.say
-    normed = o.name not in UNNORMED
+    normed = o.name == "dualized" or BASELINES[o.name].normed
     texts = {
         "config.toml": configuration.to_toml(config),
         "receipt.txt": optimizer.receipt()
-        if isinstance(optimizer, Rival) and not normed
+        if isinstance(optimizer, Baseline) and not normed
         else norm.receipt(),
     }
     if normed and norm.tree:  # the plain maximum over tensors has none
@@ -387,6 +372,8 @@ def train(config: Config, runtime: Runtime) -> None:
         waiting=lambda: runtime.beat(c.steps, "checkpoint"),
     )
     bad: list[int] = []
+    schedule, groups = config.schedule, optimizer.param_groups
+    betas = [roles.get(group.get("role"), {}).get("beta", o.beta) for group in groups]
     if c.eval_every and first == 0 and progress.val_step < 0:
         evaluate(0)
     bar = tqdm(
@@ -404,20 +391,10 @@ def train(config: Config, runtime: Runtime) -> None:
             last = done == c.steps
             measured = bool(c.telemetry_every) and (done % c.telemetry_every == 0 or done == 1)
             curved = sharpness is not None and (done % c.sharpness_every == 0 or done == 1)
-            lr = optimizer.defaults["lr"] * lr_at(
-                step, c.steps, warmup=o.warmup, cooldown=o.cooldown, power=o.cooldown_power
-            )
-            beta = momentum_at(
-                step,
-                c.steps,
-                beta=o.beta,
-                low=o.beta_low,
-                warmup=o.beta_warmup,
-                cooldown=o.beta_cooldown,
-            )
-            for group in optimizer.param_groups:
+            lr = optimizer.defaults["lr"] * schedule.lr_at(step, c.steps)
+            for group, beta in zip(groups, betas, strict=True):
                 group["lr"] = lr
-                set_beta(group, beta)
+                set_beta(group, schedule.beta_at(step, c.steps, beta=beta))
             losses: list[Tensor] = []
             for part in range(parts):
                 runtime.beat(done, "forward and backward")
@@ -554,7 +531,7 @@ def train(config: Config, runtime: Runtime) -> None:
     )
     if optimizer.step_size is not None:
         say(
-            f"lr found: {optimizer.step_size:.4g} (started at {o.auto_initial:g}), times the schedule"
+            f"lr found: {optimizer.step_size:.4g} (started at {o.auto.initial:g}), times the schedule"
         )
     say(
         f"{summary['tokens']:,} tokens in {seconds:.1f} s of training ({speed:,.0f} tokens/s), {summary['wall_seconds']:.1f} s in all"
@@ -704,62 +681,71 @@ def plot_losses(
 
 
 def remember(config: Config) -> None:
-    """A resumed run keeps the device and the precision that were chosen for it: what there is before there is a runtime to ask."""
-    path = Path(config.run.dir) / str(config.run.name)
-    before = None
-    if config.run.resume and (path / "config.toml").is_file():
-        before = configuration.load([str(path / "config.toml")]).run
+    """Keep the device and the precision that were chosen for a run that is resumed.
+
+    That is what there is before there is a runtime to ask.
+    """
+    path = Path(config.run.dir) / str(config.run.name) / "config.toml"
+    before = configuration.of_file(path).run if config.run.resume and path.is_file() else None
     for key in ("device", "precision"):
         if before is not None and getattr(config.run, key) == "auto":
             setattr(config.run, key, getattr(before, key))
 
 
+# What a resumed run has as it was, beside its model and its optimizer's buffers. Of what else differs, the run's log
+# has what follows: other keys change nothing that is computed.
+KEPT = ("optim.name", "optim.param_dtype", "run.seed", "train.batch_size", "data.holdout")
+TOLD = ("optim.", "schedule.", "baseline.", "data.", "run.device", "run.precision", "run.threads")
+TOLD += ("train.steps", "train.gradient_accumulation_steps")
+
+
 def keep_choices(config: Config, folder: RunFolder, saved: dict[str, Any] | None) -> list[str]:
-    """A resumed run keeps what was chosen for its model. Model, seed and batches must not differ; other differences are returned, to be told."""
+    """Keep what was chosen for a resumed run's model, and return what differs from before, to be told.
+
+    Raises ConfigError for what must not differ: model, seed, batches, and what a checkpoint's buffers are.
+    """
     if saved:
         before = configuration.from_dict(Config, saved["config"])
     elif (folder.path / "config.toml").is_file():
-        before = configuration.load([str(folder.path / "config.toml")])
+        before = configuration.of_file(folder.path / "config.toml")
     else:
         return []
     config.model.vocab_size = config.model.vocab_size or before.model.vocab_size
-    if config.optim.polar.dtype == "auto":
-        config.optim.polar = Polar(
-            config.optim.polar.schedule, config.optim.polar.form, before.optim.polar.dtype
-        )
+    polar = config.optim.polar
+    if polar.dtype == "auto":
+        config.optim.polar = Polar(polar.schedule, polar.form, before.optim.polar.dtype)
     old, changes = configuration.flat(before), []
     for key, value in configuration.flat(config).items():
         if value == old[key]:
             continue
-        buffers = key in (
-            "optim.name",
-            "optim.param_dtype",
-            "optim.master_weights",
-            "optim.momentum_dtype",
-        ) or (
-            (key == "optim.direction" and {value, old[key]} != {"momentum", "nesterov"})
-            or (key == "optim.lr" and "auto" in (value, old[key]))
-        )  # a checkpoint has the tensors of its own choice only
-        if (
-            buffers
-            or key.startswith("model.")
-            or key in ("run.seed", "train.batch_size", "data.holdout")
-        ):
+        if key.startswith("model.") or key in KEPT or needs_other_buffers(key, before, config):
             raise ConfigError(
                 f"{key} of a resumed run",
                 got=repr(value),
                 allowed=f"{old[key]!r}, as {folder.path} has it",
                 fix=f"resume with {folder.path / 'config.toml'}, or start a new run",
             )
-        if key.startswith(("optim.", "data.")) or key in (
-            "run.device",
-            "run.precision",
-            "run.threads",
-            "train.steps",
-            "train.gradient_accumulation_steps",
-        ):
+        if key.startswith(TOLD):
             changes.append(f"changed: {key} = {value!r}, was {old[key]!r}")
     return changes
+
+
+def needs_other_buffers(key: str, before: Config, now: Config) -> bool:
+    """Return whether a setting that differs needs buffers that a checkpoint of `before` has not."""
+    section, _, name = key.rpartition(".")
+    if key == "optim.lr":
+        return "auto" in (before.optim.lr, now.optim.lr)
+    role = section.removeprefix("optim.roles.")
+    given = [c.optim.roles.given() for c in (before, now)]
+    if role in given[0].keys() - given[1].keys():
+        return True  # a resumed optimizer splits groups of parameters, but joins none
+    if not key.startswith("optim.") or name not in marked(StepSettings, BUFFERS):
+        return False
+    there, here = (
+        of_roles.get(role, {}).get(name, getattr(c.optim, name))
+        for of_roles, c in zip(given, (before, now), strict=True)
+    )
+    return there != here and {there, here} != {"momentum", "nesterov"}
 
 
 def report(error: object) -> None:

@@ -20,14 +20,17 @@ from .tokenizer import Tokenizer, tokenizer_of
 
 @dataclass
 class DataConfig:
-    """dataset: a folder made by python -m data.prepare. verify: compare every shard with its sha256 before training.
-
-    holdout: this last fraction of the training split is not trained on, and is what validation reads instead of the validation split: for choosing settings.
-    """
+    """The text of a run."""
 
     dataset: str = "corpora/pysource"
+    """A folder made by python -m data.prepare."""
+
     verify: bool = True
+    """Compare every shard with its sha256 before training."""
+
     holdout: float = 0.0
+    """Do not train on this last fraction of the training split; validation reads it instead of the
+    validation split. For choosing settings."""
 
 
 class Dataset:

@@ -1,5 +1,6 @@
 """The dualized optimizer: norms, their composition into the modular norm of a network, and steepest descent in it."""
 
+from .baselines import BASELINES, coordinates, register_baseline
 from .curvature import Hessian, along, eigenvalues, loss_smoothness, modular_sharpness
 from .directions import DIRECTIONS, Direction, register_direction
 from .dualized import Dualized
@@ -22,14 +23,13 @@ from .norms import (
     register_norm,
 )
 from .polar import Polar
-from .rivals import RIVALS, Rival, coordinates
 from .schedules import EscapeVelocity
 from .views import Blocks, ConvRMSToRMS, Experts, Flattened, Transposed
 
 __all__ = [
+    "BASELINES",
     "DIRECTIONS",
     "NORMS",
-    "RIVALS",
     "Atom",
     "Blocks",
     "Bond",
@@ -55,7 +55,6 @@ __all__ = [
     "Polar",
     "RMSToLinf",
     "RMSToRMS",
-    "Rival",
     "Rule",
     "Spectral",
     "Transposed",
@@ -70,6 +69,7 @@ __all__ = [
     "loss_smoothness",
     "metrize",
     "modular_sharpness",
+    "register_baseline",
     "register_direction",
     "register_norm",
     "residual",

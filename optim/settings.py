@@ -10,7 +10,7 @@ import inspect
 import math
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from itertools import pairwise
 from types import NoneType, UnionType
@@ -47,7 +47,7 @@ class Range:
 class OneOf:
     """The names in a registry. What is registered later counts."""
 
-    registry: Mapping[str, Any]
+    registry: Mapping[str, Any] = field(hash=False)
 
     def __contains__(self, name: str) -> bool:
         return name in self.registry
@@ -56,7 +56,15 @@ class OneOf:
         return ", ".join(self.registry)
 
 
+@dataclass(frozen=True)
+class Help:
+    """The text of a setting that no text can stand under: of a parameter in a signature."""
+
+    text: str
+
+
 BY_ROLE = "by role"  # marks what [optim.roles.<role>] may set for the weights of one role
+BUFFERS = "buffers"  # marks what decides which tensors a checkpoint has
 
 
 @dataclass(kw_only=True)
@@ -67,7 +75,7 @@ class StepSettings:
     """Modular norm of one step, at the top of the schedule and before decay. "auto" finds it while
     training (EscapeVelocity): a group's lr is then a multiplier of it. Baselines: their own lr."""
 
-    direction: Annotated[str, OneOf(DIRECTIONS), BY_ROLE] = "nesterov"
+    direction: Annotated[str, OneOf(DIRECTIONS), BY_ROLE, BUFFERS] = "nesterov"
     """What is dualized, by name (optim/directions.py)."""
 
     beta: Annotated[float, Range(0, 1), BY_ROLE] = 0.95
@@ -96,10 +104,10 @@ class StepSettings:
     max_grad_norm: Annotated[float, Range(0, above=True)] | None = None
     """Clip the 2-norm of a group's raw gradients to this. Steps are never clipped."""
 
-    momentum_dtype: Literal["float32", "bfloat16"] | None = None
+    momentum_dtype: Annotated[Literal["float32", "bfloat16"] | None, BUFFERS] = None
     """Of the optimizer's buffers; left out it is the weight's. bfloat16 stalls beta above 0.99."""
 
-    master_weights: bool = True
+    master_weights: Annotated[bool, BUFFERS] = True
     """Keep 16-bit weights in float32 besides, and step there."""
 
 
@@ -117,16 +125,21 @@ def defaults_of(cls: type) -> dict[str, Any]:
     }
 
 
+def marked(cls: type, mark: str) -> list[str]:
+    """Return the settings that have this mark."""
+    return [k for k, hint in hints_of(cls).items() if mark in getattr(hint, "__metadata__", ())]
+
+
 def by_role(cls: type = StepSettings) -> list[str]:
     """Return the settings that a role may have of its own."""
-    return [k for k, hint in hints_of(cls).items() if BY_ROLE in getattr(hint, "__metadata__", ())]
+    return marked(cls, BY_ROLE)
 
 
 def fits(hint: Any, value: Any) -> bool:
     """Return whether a value has the type, the range and the registry that a hint names."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        kind = OneOf if isinstance(value, str) else Range
+        kind: Any = OneOf if isinstance(value, str) else Range
         marks: list[Any] = [m for m in args[1:] if isinstance(m, kind)]
         free = any(get_origin(a) is Literal for a in (args[0], *get_args(args[0])))
         named = isinstance(value, str) and free  # a word beside a number: "auto"
@@ -146,13 +159,15 @@ def allowed(hint: Any) -> str:
     if origin is Annotated:
         marks = [str(m) for m in args[1:] if isinstance(m, Range | OneOf)]
         words = [allowed(a) for a in get_args(args[0]) if get_origin(a) is Literal]
-        text = " or ".join([*marks, *words]) or allowed(args[0])
-        return text.replace("a finite number", "an integer") if args[0] is int else text
+        text = " or ".join([*marks, *words]) if marks else allowed(args[0])
+        for number in ("a finite number", "a number") if args[0] is int else ():
+            text = text.replace(number, "an integer")
+        return text
     if origin in (Union, UnionType):
         return " or ".join(map(allowed, args))
     if origin is Literal:
         return ", ".join(f'"{a}"' for a in args)
-    words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    words = {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}
     return words.get(hint, "left out" if hint is NoneType else str(hint))
 
 
@@ -171,10 +186,18 @@ def check(cls: type, values: Mapping[str, Any], *, owner: str) -> None:
 
 @cache
 def help_texts(cls: type) -> dict[str, str]:
-    """Return {setting: the text under its declaration}, of a dataclass and its bases."""
-    texts: dict[str, str] = {}
+    """Return {setting: the text under it, or its Help}, of a dataclass and its bases."""
+    texts = {
+        key: mark.text
+        for key, hint in hints_of(cls).items()
+        for mark in getattr(hint, "__metadata__", ())
+        if isinstance(mark, Help)
+    }
     for base in reversed(cls.__mro__[:-1]):
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        try:
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        except OSError:  # a class that was made, and stands in no file
+            continue
         body: list[ast.stmt] = tree.body  # type: ignore[attr-defined]
         for node, after in pairwise(body):
             if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr):
@@ -193,9 +216,7 @@ def takes(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         kept = [p for p in plain.parameters.values() if p.kind is not p.VAR_KEYWORD]
         made = [
             inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=v, annotation=hint)
-            for (k, v), hint in zip(
-                defaults_of(cls).items(), get_type_hints(cls).values(), strict=True
-            )
+            for (k, v), hint in zip(defaults_of(cls).items(), hints_of(cls).values(), strict=True)
             if k not in plain.parameters
         ]
         vars(function)["__signature__"] = plain.replace(parameters=[*kept, *made])

@@ -32,9 +32,9 @@ from config import Config, ConfigError
 from data.shards import DataError, Manifest, read_manifest
 from model import GPT
 from models import MODELS, build
-from optim import DIRECTIONS, RIVALS, ModularNorm, Norm, Polar, metrize
+from optim import BASELINES, DIRECTIONS, ModularNorm, Norm, Polar, metrize
 from optim.errors import Refusal
-from optim.rivals import UNNORMED
+from optim.settings import StepSettings
 from runtime import git_state
 
 from .bundle import ERASED, BundleError, Code, bundle
@@ -45,7 +45,7 @@ FILES = {
     "optim/norms.py": "Norms, their duality maps, initial weights",
     "optim/directions.py": "Direction: what is dualized",
     "optim/schedules.py": "Schedules",
-    "optim/rivals.py": "Schedules of torch's optimizers",
+    "optim/baselines.py": "Schedules of torch's optimizers",
     "model.py": "Architecture",
     "models/ngram.py": "Architecture: n-grams, matches, shifts",
     "studies/script.py": "Data, optimizer, training",
@@ -54,14 +54,17 @@ TRACK_SLOTS = 8  # micro-batches of 64 sequences: the track's scripts run on 1, 
 TRACK_DATA = "data/fineweb10B"
 LINE = "=" * 100
 # What a script carries out. All other settings must be at their defaults, but those that change nothing that it computes.
+NOT_CARRIED, OF_STORAGE = ("momentum_dtype",), ("master_weights",)  # of a step
+STEP = [f.name for f in fields(StepSettings) if f.name not in (*NOT_CARRIED, *OF_STORAGE)]
 CARRIED = re.compile(
-    r"(model|optim\.polar|optim\.norms|optim\.masses)\..*|run\.(seed|device|precision|compile|threads)|data\.dataset"
-    r"|optim\.(name|lr|schedule|warmup|cooldown|cooldown_power|direction|beta|beta_low|beta_warmup|beta_cooldown|beta2|refresh_every|scale|composition"
-    r"|weight_decay|cautious|auxiliary_lr|scaling|constraint|max_grad_norm)"
+    r"(model|schedule|baseline|optim\.polar|optim\.norms|optim\.masses)\..*"
+    r"|run\.(seed|device|precision|compile|threads)|data\.dataset"
+    rf"|optim\.(name|composition|{'|'.join(STEP)})"
     r"|train\.(steps|batch_size|gradient_accumulation_steps|eval_every|eval_tokens|eval_batch_size|log_every)"
 )
 NEUTRAL = re.compile(
-    r"run\.(name|dir|resume|parallel|shard_size|timeout)|data\.verify|optim\.(master_weights|auto_initial|auto_factor)"
+    r"run\.(name|dir|resume|parallel|shard_size|timeout)|data\.verify"
+    rf"|optim\.({'|'.join(OF_STORAGE)}|auto\..*)"
     r"|train\.(target_loss|telemetry_every|sharpness_.*|checkpoint_every|keep_checkpoints|max_nonfinite|pictures|sample_.*)"
 )
 
@@ -130,6 +133,7 @@ def _commit(commit: str | None, dirty: bool | None) -> str:
 def check(config: Config) -> None:
     """Raise ExportError for a setting that a script does not carry out."""
     default, o = configuration.flat(Config()), config.optim
+    exported = ("dualized", *(name for name, made in BASELINES.items() if not made.normed))
     for key, value in configuration.flat(config).items():
         if value != default[key] and not CARRIED.fullmatch(key) and not NEUTRAL.fullmatch(key):
             raise _refusal(key, value, f"{default[key]!r}")
@@ -138,8 +142,8 @@ def check(config: Config) -> None:
         (
             "optim.name",
             o.name,
-            o.name in ("dualized", *UNNORMED),
-            ", ".join(("dualized", *UNNORMED)),
+            o.name in exported,
+            ", ".join(exported),
         ),
         (
             "optim.polar.dtype",
@@ -285,7 +289,7 @@ def _known(config: Config, slots: int, track: bool) -> dict[str, dict[str, Any]]
             "build": Code(MODELS[config.model.name][0].__name__),
             "config.model": ERASED,
             "TRACK": track,
-            "SCHEDULES[config.optim.schedule]": Code(config.optim.schedule),
+            "SCHEDULES[config.schedule.shape]": Code(config.schedule.shape),
         }
         | {"DIRECTIONS[config.optim.direction]": Code(_direction(config.optim.direction))},
     }
@@ -386,12 +390,10 @@ def _shards(manifest: Manifest) -> str:
 
 
 def _base_optimizers(model: GPT, norm: ModularNorm, config: Config) -> str:
-    """The function of studies/script.py that builds a rival's optimizers, with all their settings."""
-    settings = {
-        k: getattr(config.optim, k)
-        for k in ("lr", "beta", "beta2", "weight_decay", "auxiliary_lr", "scaling")
-    }
-    made = RIVALS[config.optim.name](model.to_empty(device="cpu"), norm, **settings)
+    """The function of studies/script.py that builds a baseline's optimizers, with all their settings."""
+    settings = config.optim.step_settings() | vars(config.baseline)
+    build = BASELINES[config.optim.name]
+    made = build(model.to_empty(device="cpu"), norm, lr=config.optim.lr, **settings)
     every, lines = [n for n, _ in model.named_parameters()], []
     for optimizer in getattr(made, "optimizers", [made]):
         kind = type(optimizer)

@@ -18,7 +18,6 @@ import socket
 import sys
 import threading
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -34,9 +33,8 @@ import config as configuration
 from config import Config
 from data.loader import Dataset
 from models import build
-from optim import metrize
+from optim import BASELINES, metrize
 from optim.errors import Refusal
-from optim.rivals import UNNORMED
 from runtime import RunConfig
 
 ROOT = Path(__file__).parent.parent
@@ -86,7 +84,7 @@ STANDARD = {"model.residual": "plain", "model.logit_scale": 1.0}
 # An optimizer with the parametrization and the initialization it is compared in.
 METHODS: dict[str, dict[str, Any]] = {
     "dualized": {"optim.name": "dualized"},
-    "modular-sgd": {"optim.name": "sgd", "optim.scaling": "modular"},
+    "modular-sgd": {"optim.name": "sgd", "baseline.scaling": "modular"},
     "normalized-adam": {"optim.name": "normalized_adam"},
     "normalized-sgd": {"optim.name": "normalized_sgd"},
     "adamw": {
@@ -97,7 +95,7 @@ METHODS: dict[str, dict[str, Any]] = {
         **STANDARD,
     },  # as nanoGPT
     "standard-sgd": {"optim.name": "sgd", "model.init": "fan_in", **STANDARD},
-    "ntk": {"optim.name": "sgd", "optim.scaling": "ntk", "model.init": "fan_in", **STANDARD},
+    "ntk": {"optim.name": "sgd", "baseline.scaling": "ntk", "model.init": "fan_in", **STANDARD},
 }
 
 
@@ -288,11 +286,7 @@ def done(job: Job, folder: Path) -> bool:
     path = folder / job.name
     if not finished(path):
         return False
-    there = configuration.flat(
-        configuration.from_dict(
-            Config, tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
-        )
-    )
+    there = configuration.flat(configuration.of_file(path / "config.toml"))
     for key, value in configuration.flat(job.config).items():
         if (
             value != there[key]
@@ -448,7 +442,8 @@ def cost(config: Config, dataset: Dataset, flops_per_second: float) -> tuple[flo
         n.flops(model.get_parameter(k).shape)
         for k, n in metrize(model, model.structure()).norms.items()
     )
-    dualize *= config.optim.name not in UNNORMED
+    baseline = BASELINES.get(config.optim.name)
+    dualize *= baseline is None or baseline.normed
     step = model.flops_per_token() * c.batch_size * shape.block_size + dualize
     evaluations = 1 + (c.steps // c.eval_every if c.eval_every else 0)
     flops = c.steps * step + evaluations * model.flops_per_token() / 3 * (

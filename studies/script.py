@@ -26,7 +26,7 @@ from config import Config
 from model import GPT
 from models import build
 from optim import DIRECTIONS, Norm
-from optim.rivals import set_beta
+from optim.baselines import set_beta
 from optim.schedules import SCHEDULES, momentum_at
 from runtime import RunConfig
 
@@ -327,7 +327,7 @@ class Baseline:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.max_grad_norm)
         for group in self.groups:
             group["lr"] = group["initial_lr"] * multiplier
-            if config.optim.beta_warmup or config.optim.beta_cooldown:
+            if config.schedule.beta_warmup or config.schedule.beta_cooldown:
                 set_beta(group, beta)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -437,22 +437,22 @@ def train(seed: int) -> None:
         if WORLD > 1:
             for p in model.parameters():
                 dist.all_reduce(p.grad)
-        multiplier = SCHEDULES[config.optim.schedule](
+        multiplier = SCHEDULES[config.schedule.shape](
             step,
             steps,
-            warmup=config.optim.warmup,
-            cooldown=config.optim.cooldown,
-            power=config.optim.cooldown_power,
+            warmup=config.schedule.warmup,
+            cooldown=config.schedule.cooldown,
+            power=config.schedule.power,
         )
         beta = config.optim.beta
-        if config.optim.beta_warmup or config.optim.beta_cooldown:
+        if config.schedule.beta_warmup or config.schedule.beta_cooldown:
             beta = momentum_at(
                 step,
                 steps,
                 beta=config.optim.beta,
-                low=config.optim.beta_low,
-                warmup=config.optim.beta_warmup,
-                cooldown=config.optim.beta_cooldown,
+                low=config.schedule.beta_low,
+                warmup=config.schedule.beta_warmup,
+                cooldown=config.schedule.beta_cooldown,
             )
         if config.optim.name == "dualized":
             optimizer.step(config.optim.lr * multiplier, beta)  # type: ignore[operator]

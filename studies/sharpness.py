@@ -3,7 +3,7 @@
     python -m studies.sharpness configs/transfer.toml --widths 64 128 256 --methods dualized=4 ntk=8 adamw=0.004 --seeds 4
 
 METHODS: an optimizer, its parametrization and initialization, with the learning rate that all sizes share. Each λ_max is that of the Hessian in the coordinates
-in which the method is gradient descent (optim/rivals.py's coordinates; AdamW's weights are their own, with its preconditioner beside it), on one batch for all runs. A size's
+in which the method is gradient descent (optim/baselines.py's coordinates; AdamW's weights are their own, with its preconditioner beside it), on one batch for all runs. A size's
 trajectory is that of train.sharpness_every in metrics.jsonl; telemetry.py says what is in it.
 
 Super consistency, as a number: the standard deviation over sizes of ln λ_max, averaged over time; once at equal steps, once at equal loss, over the losses that all sizes and

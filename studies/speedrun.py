@@ -128,7 +128,7 @@ def load(paths: Sequence[str], options: Sequence[str], *, allow_different: bool)
             for key, value in configuration.flat(entry.config).items()
             if value != there[key]
             and not key.startswith(
-                ("optim.", "run.seed", "train.steps", "train.eval_every", *runs.NEUTRAL)
+                (*OPTIMIZER, "run.seed", "train.steps", "train.eval_every", *runs.NEUTRAL)
             )
         ]
         if apart:
@@ -138,6 +138,7 @@ def load(paths: Sequence[str], options: Sequence[str], *, allow_different: bool)
     return entries
 
 
+OPTIMIZER = ("optim.", "schedule.", "baseline.")  # whose settings are an entry's own
 MUST_AGREE: dict[str, Callable[[Config], Any]] = {
     "data.dataset": lambda c: c.data.dataset,
     "model.block_size": lambda c: c.model.block_size,
@@ -547,7 +548,7 @@ def _entry(
     known = [r for (h, s), path in paths.items() if (r := runs.summary(path))]
     at_budget = [r for r in told if r["steps"] == entry.steps]
     first = paths[entry.steps, study.seeds[0]]
-    resolved = configuration.flat(configuration.load([str(first / "config.toml")]))
+    resolved = configuration.flat(configuration.of_file(first / "config.toml"))
     tokens = tokens_per_step(entry.config)
     n = len(study.seeds)
     diverged = sum(r["loss"] is None for r in told)

@@ -235,7 +235,7 @@ def coordinate_check(
         # The schedule's first steps, not a schedule of so few steps.
         changes |= {
             "train.steps": steps,
-            "optim.cooldown": 0.0,
+            "schedule.cooldown": 0.0,
             "train.eval_tokens": base.train.eval_batch_size * base.model.block_size,
         }
         jobs.append(runs.job(base, f"coordinates.w{width}.n{steps}", folder, **changes))

@@ -97,11 +97,13 @@ def parse(text: str, entries: Sequence[str]) -> Range:
             allowed=f"{', '.join(entries)}, the entries",
             fix="one of these before the colon",
         )
-    if not key.startswith(("optim.", "model.")) or key == "model.block_size":
+    sections = ("optim.", "schedule.", "baseline.", "model.")
+    if not key.startswith(sections) or key == "model.block_size":
         raise StudyError(
             f"--tune {text}",
             got=key,
-            allowed="optim.… and model.… but block_size: data, batch and budget are the same for all trials",
+            allowed="optim.…, schedule.…, baseline.… and model.… but block_size: data, batch and budget"
+            " are the same for all trials",
             fix="another key",
         )
     if found["choices"] is not None:

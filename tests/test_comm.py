@@ -44,9 +44,8 @@ from optim import (
     replicas,
 )
 from optim import ranks as the_ranks
-from optim.placement import Job, assign_owners, interleave
 from optim.errors import PlacementError
-from optim.placement import Job
+from optim.placement import Job, assign_owners, interleave
 from optim.polar import SCHEDULES
 from optim.ranks import Piece, Ranks
 from torch import Tensor, nn

@@ -30,9 +30,10 @@ def test_optim_needs_torch_alone(path: Path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "data").glob("*.py")), ids=lambda p: p.name)
-def test_data_needs_numpy_and_torch_alone(path: Path):
+def test_data_needs_numpy_torch_and_the_errors_alone(path: Path):
+    assert {n for n in imports(path) if n.split(".")[0] == "optim"} <= {"optim.errors"}
     extra = {"prepare.py": {"datasets", "tqdm"}, "tokenizer.py": {"tiktoken"}}.get(path.name, set())
-    assert third_party(path) <= {"numpy", "torch"} | extra
+    assert third_party(path) <= {"numpy", "torch", "optim"} | extra
 
 
 def test_the_model_needs_torch_and_optim_alone():
@@ -42,6 +43,13 @@ def test_the_model_needs_torch_and_optim_alone():
 @pytest.mark.parametrize("path", sorted((ROOT / "models").glob("*.py")), ids=lambda p: p.name)
 def test_other_models_need_the_one_that_they_extend(path: Path):
     assert third_party(path) <= {"torch", "optim", "model"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "training").glob("*.py")), ids=lambda p: p.name)
+def test_training_stands_on_models_data_and_optim(path: Path):
+    lower = {"data", "model", "models", "optim", "training"}
+    extra = {"help.py": {"config", "tyro"}, "sections.py": {"pydantic"}}.get(path.name, set())
+    assert third_party(path) <= {"torch"} | lower | extra
 
 
 def test_nothing_imports_the_training_script():
@@ -57,6 +65,7 @@ def test_only_communication_checkpoints_and_runtime_touch_torch_distributed():
         *(ROOT / "models").glob("*.py"),
         *(ROOT / "optim").glob("*.py"),
         *(ROOT / "data").glob("*.py"),
+        *(ROOT / "training").glob("*.py"),
     ]:
         if path.name not in allowed:
             assert "torch.distributed" not in path.read_text(), path

@@ -9,14 +9,13 @@ import re
 import tomllib
 from collections.abc import Callable, Sequence
 from functools import partial
-from inspect import signature
 from pathlib import Path
 
 import pytest
 import pytorch_optimizer
 import torch
 from config import OptimConfig, load
-from optim import Dualized, EscapeVelocity, Module, Norm, atom, metrize
+from optim import Dualized, Module, Norm, atom, metrize
 from pytorch_optimizer.optimizer import scion as published_scion
 from pytorch_optimizer.optimizer.utils.matrix import zero_power_via_newton_schulz_5
 from torch import Tensor, nn
@@ -82,9 +81,8 @@ def point(name: str, *options: str) -> OptimConfig:
 def build(o: OptimConfig, model: Net) -> Dualized:
     """The optimizer of a configuration, as train_gpt.py makes it."""
     norm = metrize(model, model.structure(o.norms.build(o.polar, n_head=1)))
-    settings = {k: v for k, v in vars(o).items() if k in signature(Dualized).parameters and k != "lr"}
-    lr = EscapeVelocity(o.auto_initial, o.auto_factor) if isinstance(o.lr, str) else o.lr
-    return Dualized(model, lr, norm=norm.unweighted() if o.composition == "max" else norm, **settings)
+    lr = o.auto if isinstance(o.lr, str) else o.lr
+    return Dualized(model, lr, norm=norm.unweighted() if o.composition == "max" else norm, **o.step_settings())
 
 
 def apart(model: Net, twin: Net) -> float:
@@ -372,7 +370,7 @@ PRODIGY_SUMS = [4.694809992231333, 5.655732208490764, -3.249364960643027, 0.5549
 
 def test_prodigy_is_published_code_without_averages():
     """prodigyopt with β₁ = 0 steps by d as grown in the same step, as ours does (with β₁ > 0 by d of the step before: see the next test)."""
-    o, model = point("prodigy", "--optim.auto-initial", "1e-6"), Net()
+    o, model = point("prodigy", "--optim.auto.initial", "1e-6"), Net()
     optimizer = build(o, model)
     for t in range(STEPS):
         backward(model, t)
@@ -384,7 +382,7 @@ def test_prodigy_is_published_code_without_averages():
 
 def test_prodigy_of_the_other_published_code_grows_alike_and_steps_one_late():
     """pytorch_optimizer's: on the same weights and gradient its d becomes our η, but it has stepped by the d before."""
-    o, model, twin = point("prodigy", "--optim.auto-initial", "1e-6"), Net(), Net()
+    o, model, twin = point("prodigy", "--optim.auto.initial", "1e-6"), Net(), Net()
     optimizer = build(o, model)
     theirs = pytorch_optimizer.Prodigy(twin.parameters(), betas=(0.0, 0.0), beta3=0.0, d0=1e-6, eps=1e-300)
     for t in range(STEPS):
@@ -408,7 +406,7 @@ MODULAR = "--optim.composition modular --optim.norms.embedding L1ToRMS --optim.n
 def test_the_escape_velocity_is_at_most_the_distance_travelled(options: str):
     """Hölder: ⟨g, w₀ − w⟩ ≤ ‖g‖† ‖w₀ − w‖, in the norm of the point and in the modular norm."""
     o, model = point("prodigy", *options.split()), Net()
-    optimizer, start, furthest = build(o, model), dict(Net().named_parameters()), o.auto_initial
+    optimizer, start, furthest = build(o, model), dict(Net().named_parameters()), o.auto.initial
     for t in range(STEPS):
         furthest = max(
             furthest, optimizer.norm.norm({n: (start[n] - p).detach() for n, p in model.named_parameters()}).item()
@@ -417,7 +415,7 @@ def test_the_escape_velocity_is_at_most_the_distance_travelled(options: str):
         optimizer.step()
         eta = optimizer.step_size
         assert eta is not None and eta <= furthest * (1 + ROUNDING)
-    assert furthest > 10 * o.auto_initial, "it has grown"
+    assert furthest > 10 * o.auto.initial, "it has grown"
 
 
 # ---- directions

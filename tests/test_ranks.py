@@ -33,7 +33,7 @@ EXACT = (
     "exact",
     "--optim.lr",
     "1",
-    "--optim.cooldown",
+    "--schedule.cooldown",
     "0",
 )
 # 36 wide: at 4 ranks, the head's 18 rows are shards of 5, 5, 5 and 3.
@@ -489,7 +489,7 @@ def test_a_number_that_is_not_finite_ends_all_ranks_with_its_place(root: Path):
         (("--run.parallel", "hsdp", "--run.shard-size", "3"), "error: run.shard_size\n  got: 3\n  allowed: a divisor of the 2 ranks"),
         (("--run.parallel", "fsdp", "--optim.direction", "soap"), "\n  got: the direction 'soap' of a sharded weight\n  allowed: momentum, nesterov"),
         (("--run.parallel", "fsdp", "--run.compile"), "error: run.compile\n  got: true with run.parallel = 'fsdp'"),
-        (("--run.parallel", "tp"), "error: --run.parallel\n  got: 'tp'\n  allowed: 'ddp', 'fsdp', 'hsdp'"),
+        (("--run.parallel", "tp"), "error: --run.parallel\n  got: 'tp'\n  allowed: \"ddp\", \"fsdp\", \"hsdp\""),
         (("--run.timeout", "0"), "error: run.timeout\n  got: 0"),
         (("--data.dataset", "corpora/none"), "error: no dataset at corpora/none"),
     ],

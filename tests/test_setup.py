@@ -31,7 +31,7 @@ def imported(paths: list[Path]) -> set[str]:
 def test_requirements_are_what_runs_and_studies_import_and_the_corpus():
     files = [
         *ROOT.glob("*.py"),
-        *(p for folder in ("optim", "data", "models", "studies") for p in (ROOT / folder).rglob("*.py")),
+        *(p for folder in ("optim", "data", "models", "studies", "training") for p in (ROOT / folder).rglob("*.py")),
     ]
     corpus = {"sympy", "networkx", "mpmath"}
     hub = {"datasets", "huggingface-hub"}

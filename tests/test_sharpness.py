@@ -11,7 +11,7 @@ import pytest
 import torch
 from data.loader import Dataset, TrainBatches
 from model import GPT, GPTConfig
-from optim import RIVALS, Dualized, Rival, coordinates, metrize
+from optim import BASELINES, Dualized, coordinates, metrize
 from studies import runs
 from studies.runs import StudyError
 from studies.sharpness import (
@@ -28,6 +28,7 @@ from studies.sharpness import (
     spread_at_steps,
 )
 from telemetry import Sharpness, stable
+from training.baseline import Baseline
 
 from tests.helpers import QUICK, run, small_dataset
 
@@ -117,10 +118,11 @@ def test_a_record_has_the_ends_of_the_spectrum_in_the_methods_own_coordinates(na
     model, batch = small()
     norm = metrize(model, model.structure())
     if name == "dualized":
-        optimizer: Dualized | Rival = Dualized(model, 0.1, norm=norm)
+        optimizer: Dualized | Baseline = Dualized(model, 0.1, norm=norm)
     else:
-        optimizer = Rival(
-            RIVALS[name](model, norm, lr=0.1, beta=0.9, beta2=0.99, weight_decay=0.0, scaling=scaling), scaling=scaling
+        optimizer = Baseline(
+            BASELINES[name](model, norm, lr=0.1, beta=0.9, beta2=0.99, weight_decay=0.0, scaling=scaling),
+            scaling=scaling,
         )  # type: ignore[arg-type]
     record = Sharpness(model, optimizer, norm, batch).measure()
     spectrum = dense(model, batch, dict(coordinates(model, norm, scaling)))  # type: ignore[arg-type]
@@ -134,7 +136,7 @@ def test_a_record_has_the_ends_of_the_spectrum_in_the_methods_own_coordinates(na
 def test_adamw_has_its_preconditioned_curvature():
     model, batch = small()
     norm = metrize(model, model.structure())
-    optimizer = Rival(RIVALS["adamw"](model, norm, lr=0.01, beta=0.9, beta2=0.99, weight_decay=0.0))
+    optimizer = Baseline(BASELINES["adamw"](model, norm, lr=0.01, beta=0.9, beta2=0.99, weight_decay=0.0))
     for _ in range(3):
         model(*batch)[1].backward()  # type: ignore[union-attr]
         optimizer.step()

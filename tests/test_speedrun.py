@@ -295,7 +295,7 @@ NAMES = ("ours", "adamw", "sgd")
 
 @pytest.fixture(scope="module")
 def study(root: Path) -> dict[str, Any]:
-    assert call(root, NAMES, *STUDY, str(root / "tuned"), "--optim.cooldown", "0.5") == 0
+    assert call(root, NAMES, *STUDY, str(root / "tuned"), "--schedule.cooldown", "0.5") == 0
     return json.loads((root / "runs/study/results.json").read_text())
 
 
@@ -435,7 +435,7 @@ def test_the_same_call_again_runs_nothing_and_other_values_under_its_name_are_re
     }
     monkeypatch.setattr("studies.report.write", lambda results, folder: [folder / "report.html"])
     capsys.readouterr()
-    assert call(root, NAMES, *STUDY, str(root / "tuned"), "--optim.cooldown", "0.5") == 0
+    assert call(root, NAMES, *STUDY, str(root / "tuned"), "--schedule.cooldown", "0.5") == 0
     out = capsys.readouterr().out
     assert written(root / "runs/study") == there
     assert json.loads((root / "runs/study/results.json").read_text()) == study, "to the last digit, the seconds too"

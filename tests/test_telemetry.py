@@ -26,7 +26,6 @@ from optim import (
     Norm,
     Normalized,
     Polar,
-    Rival,
     RMSToLinf,
     RMSToRMS,
     Spectral,
@@ -39,6 +38,7 @@ from telemetry import Geometry, attention_logits, grid, plot_geometry
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from training.baseline import Baseline
 
 from tests.helpers import ranks
 
@@ -71,7 +71,7 @@ def weights(norm: Norm, *shapes: tuple[int, ...], dtype: torch.dtype = torch.flo
 
 
 def measured(
-    model: nn.Module, optimizer: torch.optim.Optimizer | Rival, norm: ModularNorm, idx: Tensor | None = None
+    model: nn.Module, optimizer: torch.optim.Optimizer | Baseline, norm: ModularNorm, idx: Tensor | None = None
 ) -> dict[str, Any]:
     """One step, measured; what is measured can be written and read."""
     geometry = Geometry(model, optimizer, norm)
@@ -132,7 +132,7 @@ def test_what_a_cautious_step_asked_for_is_not_told():
 
 @pytest.mark.parametrize("products", [False, True])  # as on an accelerator
 @pytest.mark.parametrize("per_head", [False, True])
-@pytest.mark.parametrize("kind", ["Dualized", "Normalized", "AdamW", "a rival"])
+@pytest.mark.parametrize("kind", ["Dualized", "Normalized", "AdamW", "a baseline"])
 def test_every_number_of_a_transformer_is_the_oracles(
     kind: str, per_head: bool, products: bool, monkeypatch: pytest.MonkeyPatch
 ):
@@ -145,7 +145,7 @@ def test_every_number_of_a_transformer_is_the_oracles(
         "Dualized": lambda: Dualized(model, 0.3, norm=norm, weight_decay=0.2),
         "Normalized": lambda: Normalized(adam, norm, 0.3, weight_decay=0.2),
         "AdamW": lambda: adam,
-        "a rival": lambda: Rival(Normalized(adam, norm, 0.3, weight_decay=0.2)),
+        "a baseline": lambda: Baseline(Normalized(adam, norm, 0.3, weight_decay=0.2)),
     }[kind]()
     idx = backward(model)
     old = {n: p.detach().clone() for n, p in model.named_parameters()}

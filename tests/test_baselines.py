@@ -1,4 +1,4 @@
-"""optim/rivals.py: the optimizers that are compared with Dualized, by themselves, in train_gpt.py, and of two ranks."""
+"""optim/baselines.py, training/baseline.py: the optimizers that are compared with Dualized, by themselves, in train_gpt.py, and of two ranks."""
 
 import copy
 import json
@@ -14,13 +14,12 @@ import torch
 from model import GPT, GPTConfig, RoleNorms
 from models.ngram import NgramConfig, NgramGPT
 from optim import (
-    RIVALS,
+    BASELINES,
     L1ToRMS,
     ModularNorm,
     NonFiniteError,
     Normalized,
     Polar,
-    Rival,
     RMSToLinf,
     RMSToRMS,
     Rule,
@@ -28,10 +27,11 @@ from optim import (
     coordinates,
     metrize,
 )
-from optim.rivals import Float32Muon, Several, set_beta
+from optim.baselines import Float32Muon, Several, set_beta
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import _muon
+from training.baseline import Baseline
 
 from tests.helpers import ROOT, ranks, run, run_ranks, small_dataset, start
 
@@ -83,17 +83,17 @@ def normed(model: nn.Module) -> ModularNorm:
     return metrize(model, rules=[Rule("head.weight", role="head")])
 
 
-def rival(name: str, model: nn.Module, **options) -> Rival:
+def baseline(name: str, model: nn.Module, **options) -> Baseline:
     max_grad_norm = options.pop("max_grad_norm", None)
-    return Rival(
-        RIVALS[name](
+    return Baseline(
+        BASELINES[name](
             model, normed(model), **{"lr": LR[name], "scaling": "standard", "auxiliary_lr": 1.0, **SETTINGS, **options}
         ),
         max_grad_norm=max_grad_norm,
     )
 
 
-def descend(model: nn.Module, optimizer: Rival, data: Tensor) -> None:
+def descend(model: nn.Module, optimizer: Baseline, data: Tensor) -> None:
     for batch in data:
         loss = loss_of(model, batch)
         loss.backward()
@@ -126,7 +126,7 @@ def test_muon_in_float32_is_torchs_without_its_cast(shape: tuple[int, int], monk
 
 def test_muon_iterates_in_the_dtype_of_polar():
     for dtype, kind in (("float32", Float32Muon), ("bfloat16", torch.optim.Muon)):
-        both = rival("muon_adamw", net(), polar=Polar(dtype=dtype)).optimizer  # type: ignore[arg-type]
+        both = baseline("muon_adamw", net(), polar=Polar(dtype=dtype)).optimizer  # type: ignore[arg-type]
         assert isinstance(both, Several) and type(both.optimizers[0]) is kind
 
 
@@ -156,7 +156,7 @@ def test_a_run_with_muon_takes_float32_where_bfloat16_is_emulated_and_says_so(tm
 def test_muon_adamw_is_torchs_two_optimizers_in_the_tracks_groups():
     """The groups typed by hand from train_gpt_simple.py: Muon 0.025 with decay 0.05; AdamW 0.7, 0.004, 0.015 with decay 0.001, betas 0.8 and 0.95, ε 1e-10."""
     ours, theirs, data = net(), net(), batches(6)
-    optimizer = rival("muon_adamw", ours, lr=0.025, beta=0.95, weight_decay=0.05)
+    optimizer = baseline("muon_adamw", ours, lr=0.025, beta=0.95, weight_decay=0.05)
     muon = torch.optim.Muon([theirs.up.weight, theirs.down.weight], lr=0.025, momentum=0.95, weight_decay=0.05)
     vectors = [theirs.up.bias, theirs.norm.weight]
     groups = [{"params": [p], "lr": lr} for p, lr in ((theirs.embedding.weight, 0.7), (theirs.head.weight, 0.004))]
@@ -179,7 +179,9 @@ def test_muon_is_for_hidden_matrices_alone():
     model = NgramGPT(
         NgramConfig(1, 2, D, block_size=4, vocab_size=V, ngram=3, ngram_rows=5, bias=True, norm_gains=True)
     )
-    optimizer = Rival(RIVALS["muon_adamw"](model, metrize(model), lr=0.1, beta=0.9, weight_decay=0.0, auxiliary_lr=1.0))
+    optimizer = Baseline(
+        BASELINES["muon_adamw"](model, metrize(model), lr=0.1, beta=0.9, weight_decay=0.0, auxiliary_lr=1.0)
+    )
     muon = {n for g in optimizer.param_groups if not g.get("auxiliary") for n in g["param_names"]}
     assert muon == {n for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2}
 
@@ -187,7 +189,7 @@ def test_muon_is_for_hidden_matrices_alone():
 def test_auxiliary_lr_multiplies_adamws_groups_alone():
     once, twice, still = net(), net(), net()
     for model, auxiliary in ((once, 1.0), (twice, 2.0)):
-        descend(model, rival("muon_adamw", model, weight_decay=0.0, auxiliary_lr=auxiliary), batches(1))
+        descend(model, baseline("muon_adamw", model, weight_decay=0.0, auxiliary_lr=auxiliary), batches(1))
     for (name, a), b, w in zip(once.named_parameters(), twice.parameters(), still.parameters(), strict=True):
         factor = 1 if name in ("up.weight", "down.weight") else 2
         assert torch.allclose(b - w, factor * (a - w), atol=1e-12), name
@@ -196,7 +198,7 @@ def test_auxiliary_lr_multiplies_adamws_groups_alone():
 @pytest.mark.parametrize("name", LR)
 def test_set_beta_reaches_every_average_but_the_auxiliary_ones(name: str):
     model = net()
-    optimizer = rival(name, model)
+    optimizer = baseline(name, model)
     for group in optimizer.param_groups:
         set_beta(group, 0.7)
     descend(model, optimizer, batches(2))  # still a valid optimizer
@@ -252,7 +254,7 @@ def test_sgd_is_gradient_descent_in_its_coordinates(scaling: str):
         loss.backward()
         oracle.step()
         losses.append(loss.item())
-    optimizer = rival("sgd", model, scaling=scaling, weight_decay=0.0)
+    optimizer = baseline("sgd", model, scaling=scaling, weight_decay=0.0)
     descend(model, optimizer, data)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), scales[name] * v[name].detach(), rtol=1e-11, atol=1e-13)
@@ -279,7 +281,7 @@ def test_adamw_is_torchs_and_decays_matrices_and_embeddings_alone():
         for oracle in oracles:
             oracle.step()
             oracle.zero_grad()
-    descend(model, rival("adamw", model), data)
+    descend(model, baseline("adamw", model), data)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p, named[name], rtol=1e-12, atol=1e-14)
 
@@ -297,7 +299,7 @@ def test_normalized_ones_are_normalized_and_decay_all(base: str):
         loss_of(other, batch).backward()
         oracle.step()
         oracle.zero_grad()
-    descend(model, rival(f"normalized_{base}", model), data)
+    descend(model, baseline(f"normalized_{base}", model), data)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
@@ -310,15 +312,15 @@ def test_clipping_is_torchs():
         nn.utils.clip_grad_norm_(other.parameters(), 0.01)
         oracle.step()
         oracle.zero_grad()
-    descend(model, rival("sgd", model, beta=0.0, weight_decay=0.0, max_grad_norm=0.01), data)
+    descend(model, baseline("sgd", model, beta=0.0, weight_decay=0.0, max_grad_norm=0.01), data)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_what_is_not_finite_is_named_and_changes_nothing(name: str):
     model = net()
-    optimizer = rival(name, model)
+    optimizer = baseline(name, model)
     descend(model, optimizer, batches(2))
     before = copy.deepcopy((model.state_dict(), optimizer.held()))
     for bad in (math.nan, math.inf, -math.inf):
@@ -341,12 +343,12 @@ def test_what_is_not_finite_is_named_and_changes_nothing(name: str):
 
 
 @pytest.mark.parametrize("beta", [0.8, 0.0])
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_state_that_is_put_back_continues_to_the_same_bits(name: str, beta: float):
     """As a checkpoint does it: weights, settings, and the buffers of those that have some, written into what make_state made."""
     model, data = net(), batches(6)
     model.norm.weight.requires_grad_(False)
-    optimizer = rival(name, model, beta=beta)
+    optimizer = baseline(name, model, beta=beta)
     descend(model, optimizer, data[:3])
     saved = {k: x.tensor.clone() for k, x in optimizer.held().items()}
     settings = json.loads(json.dumps({"param_groups": optimizer.settings()}))
@@ -356,7 +358,7 @@ def test_state_that_is_put_back_continues_to_the_same_bits(name: str, beta: floa
     other = net(seed=1)
     other.norm.weight.requires_grad_(False)
     other.load_state_dict(weights)
-    resumed = rival(name, other, beta=beta)
+    resumed = baseline(name, other, beta=beta)
     resumed.load_state_dict({"state": {}, **settings})
     resumed.make_state({k.rsplit(".", 1)[0] for k in saved}.__contains__)
     assert all(torch.equal(p, weights[n]) for n, p in other.state_dict().items()), "making buffers moves no weight"
@@ -370,7 +372,7 @@ def test_state_that_is_put_back_continues_to_the_same_bits(name: str, beta: floa
 
 
 def test_state_of_other_parameters_is_refused():
-    one, two = rival("adamw", net()), rival("sgd", net())
+    one, two = baseline("adamw", net()), baseline("sgd", net())
     with pytest.raises(
         ValueError, match="optimizer state\n  got: other parameters\n  allowed: those of this model\n  fix: resume with"
     ):
@@ -378,7 +380,7 @@ def test_state_of_other_parameters_is_refused():
 
 
 def test_a_receipt_tells_every_parameter_and_its_settings():
-    lines = rival("sgd", net(), scaling="ntk").receipt().splitlines()
+    lines = baseline("sgd", net(), scaling="ntk").receipt().splitlines()
     assert lines[0] == "SGD"
     assert lines[1:3] == [
         "embedding.weight  (13, 8)  lr 0.3, lr_scale 1, momentum 0.8, weight_decay 0.1",
@@ -393,7 +395,7 @@ def test_a_receipt_tells_every_parameter_and_its_settings():
 def _stepped(rank: int, world: int, name: str) -> list[Tensor]:
     """In a rank: its part of every batch."""
     model = net()
-    optimizer = rival(name, model, max_grad_norm=0.5)
+    optimizer = baseline(name, model, max_grad_norm=0.5)
     descend(model, optimizer, batches(4).unflatten(1, (world, -1))[:, rank])
     loss = loss_of(model, batches(1)[0])
     loss.backward()
@@ -408,11 +410,11 @@ def _stepped(rank: int, world: int, name: str) -> list[Tensor]:
     return before
 
 
-@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize("name", BASELINES)
 def test_two_ranks_are_one_process(name: str):
     found = ranks(2, _stepped, name)
     model = net()
-    descend(model, rival(name, model, max_grad_norm=0.5), batches(4))
+    descend(model, baseline(name, model, max_grad_norm=0.5), batches(4))
     for p, *others in zip(model.parameters(), *found, strict=True):
         for other in others:
             torch.testing.assert_close(other, p.detach(), rtol=1e-11, atol=1e-13)
@@ -423,7 +425,7 @@ def test_two_ranks_are_one_process(name: str):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("rivals with spaces")
+    root = tmp_path_factory.mktemp("baselines with spaces")
     small_dataset(root)
     return root
 
@@ -439,14 +441,14 @@ def arguments(name: str) -> tuple[str, ...]:
         "--train.sample-tokens",
         "0",
     )
-    return (*options, "--optim.scaling", "modular", "--model.init", "fan_in") if name == "sgd" else options
+    return (*options, "--baseline.scaling", "modular", "--model.init", "fan_in") if name == "sgd" else options
 
 
 def losses(folder: Path) -> list[float]:
     return [r["loss"] for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
 
 
-@pytest.fixture(scope="module", params=RIVALS)
+@pytest.fixture(scope="module", params=BASELINES)
 def whole(root: Path, request: pytest.FixtureRequest) -> tuple[str, Path]:
     """An uninterrupted run of each."""
     code, _, err = run(
@@ -504,7 +506,9 @@ def test_two_ranks_train_as_one(root: Path, whole: tuple[str, Path]):
     assert losses(root / f"runs/{name}-2") == pytest.approx(losses(folder), rel=1e-4)
 
 
-def test_settings_of_a_resumed_rival_take_effect_and_another_optimizer_is_refused(root: Path, whole: tuple[str, Path]):
+def test_settings_of_a_resumed_baseline_take_effect_and_another_optimizer_is_refused(
+    root: Path, whole: tuple[str, Path]
+):
     name, folder = whole
     cut = shutil.copytree(folder, root / f"runs/{name}-changed")
     shutil.rmtree(cut / "checkpoints/step_00000012")
@@ -519,7 +523,7 @@ def test_settings_of_a_resumed_rival_take_effect_and_another_optimizer_is_refuse
         *arguments(name),
         "--optim.name",
         other,
-        "--optim.scaling",
+        "--baseline.scaling",
         "standard",
     )
     assert code == 2 and f"error: optim.name of a resumed run\n  got: '{other}'\n  allowed: '{name}'" in err
@@ -538,7 +542,7 @@ def test_sharded_weights_are_refused(root: Path, name: str):
     assert not (root / "runs/sharded").exists()
 
 
-def test_a_rival_has_no_lr_of_its_own(root: Path):
+def test_a_baseline_has_no_lr_of_its_own(root: Path):
     code, _, err = run(root, "small.toml", "--run.name", "auto", *arguments("adamw"), "--optim.lr", "auto")
     assert code == 2 and "error: optim.lr\n  got: 'auto'\n  allowed: a number for adamw" in err
 
