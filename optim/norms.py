@@ -329,7 +329,7 @@ class MaxEntry(Norm):
     """max |entry| of a weight of ndim dimensions: sign descent [OO].
 
     It is the norm of a gain, a diagonal map from RMS to RMS; of a scalar (ndim 0); and of what is
-    added to logits, a head's bias.
+    added to logits, a head's bias. A vector's blocks are its entries, those of others their rows.
     """
 
     ndim: int = 1
@@ -354,7 +354,7 @@ class MaxEntry(Norm):
         return G.sign_().div_(self._factor(G.shape))
 
     def live(self, G: Tensor) -> Tensor:
-        return nonzero(G, (-1,)) if self.ndim >= 2 else super().live(G)
+        return nonzero(G, (-1,)) if self.ndim >= 2 else G != 0
 
     def update_rms(self, shape: Sequence[int]) -> float:
         return 1 / self._factor(shape)

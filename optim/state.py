@@ -79,14 +79,20 @@ def grouped(
             raise Refusal(f"Dualized: roles[{role!r}][{key!r}]", got=repr(value), allowed=words)
     groups: list[dict[str, Any]] = []
     for group in listed:
-        rest = {canonical(n): (n, p) for n, p in named_pairs(group["params"])}
-        parts = {r: [rest.pop(n) for n in list(rest) if norm.roles.get(n) == r] for r in roles}
-        if rest or not roles:
-            groups.append({**group, "params": list(rest.values())})
-        groups += [
-            {**roles[r], **group, "params": pairs, "role": r} for r, pairs in parts.items() if pairs
-        ]
+        pairs = named_pairs(group["params"])
+        for role in (None, *roles):  # None: whatever has no settings of its own
+            owned = [(n, p) for n, p in pairs if own_role(norm, n, roles) == role]
+            if role is None and (owned or not roles):
+                groups.append({**group, "params": owned})
+            elif role is not None and owned:
+                groups.append({**roles[role], **group, "params": owned, "role": role})
     return norm, groups
+
+
+def own_role(norm: ModularNorm, name: str, roles: Iterable[str]) -> str | None:
+    """Return the role of a parameter if it is one of these."""
+    role = norm.roles.get(canonical(name))
+    return role if role in roles else None
 
 
 def add_norms(

@@ -1078,7 +1078,10 @@ def test_what_is_not_supported_is_refused_when_built():
         "  allowed: one dimension, or replicate × shard over all ranks in order\n"
         '  fix: init_device_mesh(device, (replicas, shards), mesh_dim_names=("replicate", "shard"))'
     )
-    several = "TypeError: Dualized of several processes: got a copy or pickle of it; allowed: state_dict() of one, loaded into another"
+    several = (
+        "CopyError: Dualized of several processes\n  got: a copy or pickle of it\n  allowed: state_dict() of one, loaded into another\n"
+        "  fix: copy the model, build Dualized anew, and load_state_dict()"
+    )
     expected = {
         "columns": f"PlacementError: w0\n  got: a DTensor of placements (Shard(dim=1),)\n{unplaced}",
         "copies": f"PlacementError: w0\n  got: a DTensor of placements (Replicate(),)\n{unplaced}",
