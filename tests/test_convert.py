@@ -201,8 +201,9 @@ def test_the_table_reads_so():
         "2.weight   16     gain       0.0002           0.00167   8.33\n"
         "2.bias     16     bias       0.0002           0.00167   8.33\n"
         "\n"
-        "update RMS: root mean square of a step's entries, predicted, before decay. Matched, in the geometric mean weighted by size: the steps of the\n"
-        "rows marked yes, and their decay per step. The other rows differ by design: their steps follow from the modular norm.\n"
+        "update RMS: root mean square of a step's entries, predicted, before decay. Matched, in the geometric\n"
+        "mean weighted by size: the steps of the rows marked yes, and their decay per step. The other rows\n"
+        "differ by design: their steps follow from the modular norm.\n"
         "None of this is measured: scan lr around the value by factors of 2."
     )
 
