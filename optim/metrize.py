@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .errors import CoverageError, require
 from .modular import Atom, ModularNorm, Module, atom, bond, concat
 from .module_types import MASSES, Place, norm_of_role, place_by_type
-from .norms import NORMS, Norm
+from .norms import NORMS, MaxEntry, Norm
 
 # The parts of a name that torch.compile, DDP, checkpointing and FSDP add.
 WRAPPERS = ("_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -211,7 +211,9 @@ def _placed(
         error=CoverageError,
     )
     norm = rule.norm
-    if norm is None:
+    if norm is None and role in ("bias", "head") and _weight_beside(name) in heads:
+        norm = MaxEntry(p.ndim)  # it is added to logits, whose norm is the largest entry
+    elif norm is None:
         norm = default.norm if default and role == default.role else norm_of_role(role, p, default)
     if norm is None or isinstance(norm, str):
         raise _unplaced(name, module, p)
@@ -247,6 +249,12 @@ def _heads(model: nn.Module, every: list[tuple[str, Tensor]], chosen: dict[str, 
     declared = getattr(get() if get is not None else None, "weight", None)
     roles = {name: rule.role for name, rule in chosen.items() if rule.role}
     return {n for n, p in every if roles.get(n, "head" if p is declared else None) == "head"}
+
+
+def _weight_beside(name: str) -> str | None:
+    """Return the name of the weight that a bias belongs to, by its name."""
+    path, dot, own = name.rpartition(".")
+    return f"{path}{dot}weight" if own == "bias" else None
 
 
 def _check_no_head(
