@@ -320,16 +320,9 @@ class Runtime:
             device = there[0]
             self.choices.append(f"run.device = {device} (found here: {', '.join(there)})")
         if device not in there:
-            raise (
-                RunError
-                if self.size == 1
-                else RankError(
-                    "run.device",
-                    got=device,
-                    allowed=f"{', '.join(there)}, found here",
-                    fix="--run.device auto",
-                )
-            )
+            error = RunError if self.size == 1 else RankError
+            allowed = f"{', '.join(there)}, found here"
+            raise error("run.device", got=device, allowed=allowed, fix="--run.device auto")
         if device == "mps" and self.size > 1:
             raise RunError(
                 "run.device",
