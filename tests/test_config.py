@@ -106,7 +106,7 @@ def test_shipped_configurations_load(file: Path):
         ("[optim.masses]\nmlp = -1.0", "optim.masses.mlp\n  got: -1\n  allowed: 0 (never updated) or more"),
         (
             "[optim.polar]\nschedule = 'newton'",
-            "optim.polar\n  got: {'schedule': 'newton'}\n  allowed: Polar.schedule: got 'newton'; allowed: exact, cubic",
+            "optim.polar\n  got: {'schedule': 'newton'}\n  allowed: Polar.schedule\n  got: 'newton'\n  allowed: exact, cubic",
         ),
         ("[model]\nn_head = 5", "model.n_head\n  got: 5\n  allowed: a divisor of n_embd = 768\n  fix: "),
         ("[run]\nname = 'a/b'", "run.name\n  got: 'a/b'\n  allowed: the name of a run folder"),
