@@ -30,9 +30,10 @@ def test_optim_needs_torch_alone(path: Path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "data").glob("*.py")), ids=lambda p: p.name)
-def test_data_needs_numpy_and_torch_alone(path: Path):
+def test_data_needs_numpy_torch_and_refusals_alone(path: Path):
     extra = {"prepare.py": {"datasets", "tqdm"}, "tokenizer.py": {"tiktoken"}}.get(path.name, set())
-    assert third_party(path) <= {"numpy", "torch"} | extra
+    assert third_party(path) <= {"numpy", "torch", "optim"} | extra
+    assert {name for name in imports(path) if name.split(".")[0] == "optim"} <= {"optim.errors"}
 
 
 def test_the_model_needs_torch_and_optim_alone():
