@@ -170,7 +170,7 @@ def test_the_names_known():
         "Frobenius",
         "VectorRMS",
     }
-    with pytest.raises(ValueError, match="Spectral.scale: got '2'; allowed: .*O/I"):
+    with pytest.raises(ValueError, match=r"^Spectral.scale\n  got: '2'\n  allowed: .*O/I"):
         Spectral(scale="2")
 
 
