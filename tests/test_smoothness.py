@@ -1,4 +1,4 @@
-"""(α, β, γ) of optim/modular.py's trees against second derivatives of real networks. Oracle: an adversary that picks directions, weights and inputs."""
+"""optim/smoothness.py: (α, β, γ) of trees against second derivatives of real networks. Oracle: an adversary that picks directions, weights and inputs."""
 
 import math
 from collections.abc import Callable
@@ -339,7 +339,7 @@ def test_attention_attains_its_constant_in_a_query_and_a_key():
 def test_halving_any_term_of_a_composite_is_caught(monkeypatch: pytest.MonkeyPatch, term: str):
     """A term is what one constant of one of the two nodes adds to one constant of the composite, which is linear in them."""
     result, node, constant = term.split()
-    whole, i, j = modular._after, CONSTANTS.index(result), CONSTANTS.index(constant)
+    whole, i, j = modular.sharpness_after, CONSTANTS.index(result), CONSTANTS.index(constant)
 
     def only(m: Module, kept: bool) -> Module:
         return replace(m, sharpness=tuple(s * (kept and k == j) for k, s in enumerate(constants(m))))
@@ -351,7 +351,7 @@ def test_halving_any_term_of_a_composite_is_caught(monkeypatch: pytest.MonkeyPat
         return tuple(s - term[k] / 2 * (k == i) for k, s in enumerate(full))
 
     assert not excesses()
-    monkeypatch.setattr(modular, "_after", halved)
+    monkeypatch.setattr(modular, "sharpness_after", halved)
     print(excesses(), end=" ")
     assert excesses()
 
