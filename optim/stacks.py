@@ -206,7 +206,8 @@ class Radii:
 
 
 def precise(state: dict[str, Tensor], place: OneProcess, p: Tensor, rows: Tensor) -> Tensor:
-    """Return the float32 master of the rows of p, brought up to date where p was written otherwise."""
+    """Return the float32 master of the rows of p, brought up to date where p was written
+    otherwise."""
     if "master" not in state:
         state["master"] = place.to_state(p, rows.detach().float())
     master = place.from_state(state["master"])

@@ -151,8 +151,8 @@ def add_norms(
 
 
 def new_buffers(group: Mapping[str, Any], rows: Tensor, *, origin: bool) -> dict[str, Tensor]:
-    """Return the buffers of a weight's rows before its first step: the direction's and, where they are
-    kept, a float32 master and the weights W₀ of the escape velocity."""
+    """Return the buffers of a weight's rows before its first step: the direction's and, where they
+    are kept, a float32 master and the weights W₀ of the escape velocity."""
     buffers: dict[str, Tensor] = {}
     if group["master_weights"] and rows.dtype in LOW:
         buffers["master"] = rows.float()
@@ -210,8 +210,8 @@ def check_step(name: str, p: Tensor, *, fits: bool) -> None:
     require(
         fits,
         name,
-        got="a direction, scale or constraint that needs whole weights, set after its rows were given"
-        " to ranks",
+        got="a direction, scale or constraint that needs whole weights, set after its rows were"
+        " given to ranks",
         allowed="those that it was built with",
         fix="build Dualized with them",
         error=PlacementError,

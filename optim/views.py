@@ -239,7 +239,8 @@ class Flattened(_One):
     """The norm of a weight (O, …) of ndim dimensions as a matrix (O, rest) or as one vector.
 
     Flattened(Spectral(), 4) is Muon's convolution. Flattened(RMSToRMS(), 4) bounds the gain of a
-    convolution between spatial maxima; Scion's steps are 1/√K of its, K kernel positions: ScionConv.
+    convolution between spatial maxima; Scion's steps are 1/√K of its, K kernel positions:
+    ScionConv.
     """
 
     ndim: int = 4
