@@ -115,7 +115,11 @@ def test_ranges_of_what_is_not_there_or_may_not_differ_are_refused():
         ("optim.lrr=log(1,2,3)", ConfigError, "unknown option --optim.lrr"),
         ("optim.beta={a,b}", ConfigError, "--optim.beta\n  got: 'a'"),
         ("sgd:optim.lr=log(1,2,3)", StudyError, "got: sgd\n  allowed: adamw, ours, the entries"),
-        ("train.batch_size={8,16}", StudyError, "got: train.batch_size\n  allowed: optim.…, schedule.…, baseline.… and model.… but block_size"),
+        (
+            "train.batch_size={8,16}",
+            StudyError,
+            "got: train.batch_size\n  allowed: optim.…, schedule.…, baseline.… and model.… but block_size",
+        ),
         ("model.block_size={8,16}", StudyError, "got: model.block_size"),
         ("optim.refresh_every=lin(0,2,5)", StudyError, "got: [0, 0, 1, 2, 2]\n  allowed: 5 values that differ"),
     ):
