@@ -43,9 +43,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from optim import Dualized
-from optim.comm import Piece, piece_of, sharded
 from optim.errors import Refusal
 from optim.metrize import canonical
+from optim.ranks import Piece, piece_of, sharded
 from training.baseline import Baseline
 
 SCHEMA = 2  # of state.json

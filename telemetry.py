@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from model import Attention
 from optim import Dualized, ModularNorm, Norm, Normalized, Spectral, coordinates
 from optim.baselines import Scaling
-from optim.comm import sharded
 from optim.curvature import Hessian, along, eigenvalues, loss_smoothness, modular_sharpness
 from optim.metrize import canonical
+from optim.ranks import sharded
 from training.baseline import Baseline
 
 STACK = 2**26  # entries of a stack at most, 256 MB: what is measured of large models comes in parts

@@ -3,10 +3,11 @@
 from .baselines import BASELINES, coordinates, register_baseline
 from .curvature import Hessian, along, eigenvalues, loss_smoothness, modular_sharpness
 from .directions import DIRECTIONS, Direction, register_direction
-from .dualized import Dualized, Normalized
+from .dualized import Dualized
 from .errors import CoverageError, NonFiniteError, PlacementError
 from .metrize import Rule, metrize
 from .modular import Atom, Bond, ModularNorm, Module, atom, attention, bond, concat, residual
+from .normalized import Normalized
 from .norms import (
     NORMS,
     Frobenius,

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import _muon
 
-from .dualized import Normalized
 from .errors import require
 from .metrize import canonical
 from .modular import ModularNorm
+from .normalized import Normalized
 from .polar import Polar, plain
 from .settings import Help, Range, StepSettings, allowed, fits, hints_of
 

@@ -66,5 +66,5 @@ class CopyError(Refusal, TypeError):
     """A copy or a pickle of what cannot be copied."""
 
 
-class NonFiniteError(ValueError):
+class NonFiniteError(Refusal):
     """A NaN or an infinity, with the name of its tensor."""

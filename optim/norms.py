@@ -80,9 +80,7 @@ class Norm:
 
         Here the block is the whole weight. Blocks whose gradient is exactly zero do not move.
         """
-        if not self.ndim:
-            return G != 0
-        return self._per_weight(nonzero(G.flatten(-self.ndim), -1))
+        return nonzero(G, tuple(range(-self.ndim, 0))) if self.ndim else G != 0
 
     def matrices(self, W: Tensor) -> list[tuple[Tensor, float]]:
         """Return [(X (n, blocks, O, I), σ)]: the matrices that a spectral norm sees in a stack
@@ -131,10 +129,12 @@ def register_norm(cls: N) -> N:
     return cls
 
 
-def nonzero(G: Tensor, dim: int) -> Tensor:
-    """Return whether any entry along a dimension differs from 0; 7 times as fast as (G !=
-    0).any()."""
-    return (G.amax(dim) != 0) | (G.amin(dim) != 0)
+def nonzero(G: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Return whether any entry over these dimensions (kept, of size 1) differs from 0.
+
+    On a CPU this takes a seventh of the time of (G != 0).any().
+    """
+    return (G.amax(dims, keepdim=True) != 0) | (G.amin(dims, keepdim=True) != 0)
 
 
 def _at_least_fp32(G: Tensor) -> Tensor:
@@ -298,7 +298,7 @@ class _RowWise(Norm):
         return self.dualize(W)
 
     def live(self, G: Tensor) -> Tensor:
-        return nonzero(G, -1).unsqueeze(-1)
+        return nonzero(G, (-1,))
 
     def update_rms(self, shape: Sequence[int]) -> float:
         return 1 / (self._row_factor(shape[-1]) * shape[-1] ** 0.5)
@@ -329,7 +329,7 @@ class MaxEntry(Norm):
     """max |entry| of a weight of ndim dimensions: sign descent [OO].
 
     It is the norm of a gain, a diagonal map from RMS to RMS; of a scalar (ndim 0); and of what is
-    added to logits, a head's bias.
+    added to logits, a head's bias. A vector's blocks are its entries, those of others their rows.
     """
 
     ndim: int = 1
@@ -354,7 +354,7 @@ class MaxEntry(Norm):
         return G.sign_().div_(self._factor(G.shape))
 
     def live(self, G: Tensor) -> Tensor:
-        return nonzero(G, -1).unsqueeze(-1) if self.ndim >= 2 else super().live(G)
+        return nonzero(G, (-1,)) if self.ndim >= 2 else G != 0
 
     def update_rms(self, shape: Sequence[int]) -> float:
         return 1 / self._factor(shape)

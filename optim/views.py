@@ -314,6 +314,14 @@ class ConvRMSToRMS(_One):
     def _view(self, W: Tensor) -> Tensor:
         return self._slices(W).flatten(-4, -3)
 
+    def live(self, G: Tensor) -> Tensor:
+        mask = self.inner.live(self._slices(G))  # (..., K, g, O/g or 1, I/g or 1)
+        mask = mask.mT if self.transposed else mask
+        if self.groups > 1:  # a block's mask stands for each of its rows
+            rows = G.shape[-self.ndim] // self.groups
+            mask = mask.expand(*mask.shape[:-2], rows, mask.shape[-1])
+        return mask.flatten(-3, -2).movedim(-3, -1).unflatten(-1, G.shape[-self.dims :])
+
     def dualize_(self, G: Tensor) -> Tensor:
         """Slice by slice: all of them together are a copy of G."""
         G = G.contiguous()

@@ -2,7 +2,7 @@
 
     python -m studies.scaling [--model 124M … | --config configs/x.toml] [--gpus 8 64 …] [--parallel ddp fsdp hsdp] [--tokens-per-step N] [--markdown]
 
-Nothing here is measured: FLOPs and bytes are those of the code, on weights without numbers (torch's meta device) that optim/comm.py places as on
+Nothing here is measured: FLOPs and bytes are those of the code, on weights without numbers (torch's meta device) that optim/placement.py places as on
 w GPUs; times are rooflines from data sheets. Assumptions, formulas and what is checked: docs/scaling.md.
 
 w GPUs; s shards of one copy of the weights, c = w/s copies. (w,): a number for each GPU, float64. O: rows of a weight.
@@ -22,8 +22,10 @@ from config import OptimConfig, load
 from model import GPT
 from models import ModelConfig, build
 from optim import DIRECTIONS, Dualized, Polar
-from optim.comm import IN_FLIGHT, Alone, Ranks, Replicas, Shards, bucketed
 from optim.errors import Refusal
+from optim.placement import OneProcess, Shards
+from optim.ranks import Ranks, bucketed
+from optim.replicas import IN_FLIGHT, Replicas
 from runtime import PEAK_FLOPS
 
 ROOT = Path(__file__).parent.parent
@@ -153,14 +155,14 @@ def cases() -> dict[str, Case]:
 # ---- optimizers
 
 
-class Recorder(Alone):
+class Recorder(OneProcess):
     """One process, and what Dualized wants placed: (p, FLOPs, by rows)."""
 
     def __init__(self) -> None:
         super().__init__(Ranks())
         self.entries: list[tuple[Tensor, float, bool]] = []
 
-    def place(self, entries: list[tuple[Tensor, float, bool]]) -> None:
+    def assign(self, entries: list[tuple[Tensor, float, bool]]) -> None:
         self.entries += entries
 
 
@@ -172,7 +174,7 @@ class Planned(Dualized):
         same = ("direction", "scale", "momentum_dtype", "master_weights")
         super().__init__(model, lr=1.0, **{k: getattr(optim, k) for k in same})
 
-    def _at(self, p: Tensor) -> Alone:
+    def placement_of(self, p: Tensor) -> OneProcess:
         return self.seen
 
 
@@ -306,11 +308,11 @@ def two_at_once(buffers: list[Tensor]) -> Tensor:
 
 
 def owned_replicas(weights: list[Weight], w: int) -> Step:
-    """Gradients to owners, weights back (comm.Replicas)."""
+    """Gradients to owners, weights back (Replicas)."""
     at = Replicas(Ranks(None, 0, w))
-    at.place([(x.p, float(x.whole or x.split), x.by_rows) for x in weights])
+    at.assign([(x.p, float(x.whole or x.split), x.by_rows) for x in weights])
     parts = {
-        x.p: torch.tensor([b - a for a, b in at.rows[x.p]], dtype=torch.float64) / x.p.shape[0]
+        x.p: torch.tensor([b - a for a, b in at.spans[x.p]], dtype=torch.float64) / x.p.shape[0]
         for x in weights
     }
     step = shared(weights, w, lambda x: (parts[x.p], parts[x.p]))
@@ -338,17 +340,16 @@ def owned_replicas(weights: list[Weight], w: int) -> Step:
 
 
 def held_rows(rows: int, w: int, s: int) -> Tensor:
-    """(w,): of a weight with so many rows, those that each GPU has of its copy. As fully_shard cuts: comm.Shards' own spans."""
+    """(w,): of a weight with so many rows, those that each GPU has of its copy. As fully_shard cuts: Shards' own spans."""
     at = Shards(Ranks(None, 0, w), _Mesh(w // s, s))
-    p = torch.empty(rows, 0, device="meta")
-    spans = [at._span(p, r) for r in range(s)]
+    spans = [at.span(rows, r) for r in range(s)]
     return torch.tensor([b - a for a, b in spans], dtype=torch.float64).repeat(w // s)
 
 
 def owned_shards(weights: list[Weight], w: int, s: int) -> Step:
-    """Rows of the momentum to owners, rows of the result back to all copies (comm.Shards)."""
+    """Rows of the momentum to owners, rows of the result back to all copies (Shards)."""
     at, c = Shards(Ranks(None, 0, w), _Mesh(w // s, s)), w // s
-    at.place([(x.p, float(x.whole), x.by_rows) for x in weights])
+    at.assign([(x.p, float(x.whole), x.by_rows) for x in weights])
     rows = {n: held_rows(n, w, s) for n in {x.p.shape[0] for x in weights}}
     owned = {
         x.p: torch.nn.functional.one_hot(torch.tensor(at.owner[x.p]), w).double() for x in weights

@@ -1,4 +1,4 @@
-"""optim/comm.py, and Dualized over ranks. Oracle: one process without a process group, on the whole batch.
+"""optim/placement.py, replicas.py, ranks.py, and Dualized over ranks. Oracle: one process without a process group, on the whole batch.
 
 w: ranks. mode: "replicas" (gradients of their own), "fsdp" (rows sharded over all ranks), "hsdp" (two copies, each sharded over half of the ranks).
 Functions that take (rank, world, …) run in the processes of a group: see tests.helpers.ranks.
@@ -40,11 +40,14 @@ from optim import (
     RMSToRMS,
     Transposed,
     VectorRMS,
-    comm,
     metrize,
+    replicas,
 )
-from optim.comm import Job, Piece, PlacementError, Ranks, assign, run
+from optim import ranks as the_ranks
+from optim.errors import PlacementError
+from optim.placement import Job, assign_owners, interleave
 from optim.polar import SCHEDULES
+from optim.ranks import Piece, Ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -463,8 +466,8 @@ def test_one_step_in_float32_follows_one_process(world: int):
 
 def _overlapped(rank: int, world: int) -> list[Weights]:
     found = []
-    for overlap, bucket in ((False, 600), (True, 1), (True, 600), (True, comm.BUCKET_BYTES)):
-        comm.BUCKET_BYTES = bucket
+    for overlap, bucket in ((False, 600), (True, 1), (True, 600), (True, the_ranks.BUCKET_BYTES)):
+        the_ranks.BUCKET_BYTES = bucket
         model = Net()
         train(
             model, dualized(model, "groups", grads="local"), range(3), rank=rank, world=world, parts=2, overlap=overlap
@@ -520,8 +523,8 @@ def used_by(rank: int, step: int) -> list[int]:
     ][step]
 
 
-BUCKETS = (1, 300, comm.BUCKET_BYTES)  # bytes: one weight in each, two, all of a dtype
-SIZES = [(1, 1), (1, 4), (300, 4), (comm.BUCKET_BYTES, 4)]  # with how many of them are under way
+BUCKETS = (1, 300, the_ranks.BUCKET_BYTES)  # bytes: one weight in each, two, all of a dtype
+SIZES = [(1, 1), (1, 4), (300, 4), (the_ranks.BUCKET_BYTES, 4)]  # with how many of them are under way
 
 
 def _missing(rank: int, world: int) -> list[Weights]:
@@ -529,7 +532,7 @@ def _missing(rank: int, world: int) -> list[Weights]:
 
 
 def _missing_with(rank: int, world: int, overlap: bool, bucket: int, in_flight: int) -> Weights:
-    comm.BUCKET_BYTES, comm.IN_FLIGHT = bucket, in_flight
+    the_ranks.BUCKET_BYTES, replicas.IN_FLIGHT = bucket, in_flight
     model = Layers()
     optimizer = model.dualized(grads="local")
     for step in range(8):
@@ -607,7 +610,7 @@ def test_a_step_without_any_gradient_on_any_rank_does_not_count():
 
 
 def _two_backward_passes(rank: int, world: int, bucket: int) -> tuple[str, Weights]:
-    comm.BUCKET_BYTES = bucket
+    the_ranks.BUCKET_BYTES = bucket
     model = Layers()
     optimizer = model.dualized(grads="local")
     losses = [model.loss(range(5), rank) for _ in range(2)]
@@ -620,7 +623,7 @@ def _two_backward_passes(rank: int, world: int, bucket: int) -> tuple[str, Weigh
     return str(caught.value), weights(model)
 
 
-@pytest.mark.parametrize("bucket", [300, comm.BUCKET_BYTES])
+@pytest.mark.parametrize("bucket", [300, the_ranks.BUCKET_BYTES])
 def test_two_backward_passes_as_the_last_one_are_refused(bucket: int):
     model = Layers()
     optimizer = model.dualized()
@@ -642,7 +645,7 @@ NOT_TAKEN = ([[0, 1, 2, 3, 4]] * 2, [[0, 1, 2, 3, 4], [0]], [[], [3, 4]], [[], [
 def _step_not_taken(rank: int, world: int, goes_on: str) -> list[Weights]:
     found = []
     for used, bucket in product(NOT_TAKEN, BUCKETS[1:]):
-        comm.BUCKET_BYTES = bucket
+        the_ranks.BUCKET_BYTES = bucket
         model = Layers()
         optimizer = model.dualized(grads="local")
         with optimizer.last_backward():
@@ -947,18 +950,18 @@ def optimum(costs: list[int], w: int) -> int:
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_the_largest_load_is_within_grahams_bound_of_the_best(costs: list[int], w: int):
     loads = [0.0] * w
-    where = assign(costs, loads)
+    where = assign_owners(costs, loads)
     assert loads == [0.0] * w, "not written"
-    assert where == assign(costs, loads), "every rank finds the same"
+    assert where == assign_owners(costs, loads), "every rank finds the same"
     largest = max(sum(c for c, r in zip(costs, where, strict=True) if r == rank) for rank in range(w))
     assert largest <= (4 / 3 - 1 / (3 * w)) * optimum(costs, w) * (1 + 1e-12)
 
 
 def test_costs_go_longest_first_to_the_least_loaded_rank_and_the_lowest_of_equals():
-    assert assign([1, 1, 1], [0, 0]) == [0, 1, 0]
-    assert assign([1, 5, 2, 2], [0, 0]) == [1, 0, 1, 1]
-    assert assign([1, 1], [3, 0, 2]) == [1, 1]
-    assert assign([], [0, 0]) == []
+    assert assign_owners([1, 1, 1], [0, 0]) == [0, 1, 0]
+    assert assign_owners([1, 5, 2, 2], [0, 0]) == [1, 0, 1, 1]
+    assert assign_owners([1, 1], [3, 0, 2]) == [1, 1]
+    assert assign_owners([], [0, 0]) == []
 
 
 @pytest.mark.parametrize("size", ["124m", "350m", "1.5b"])
@@ -968,7 +971,7 @@ def test_eight_ranks_share_a_gpts_steps_within_a_tenth(size: str, monkeypatch: p
     with torch.device("meta"):
         model = GPT(config.model, config.optim.norms.build(config.optim.polar, config.model.n_head))
     norm = metrize(model, model.structure(config.optim.masses))
-    loads = Dualized(model, 1.0, norm=norm, direction=config.optim.direction, grads="local")._plain.loads  # type: ignore[attr-defined]
+    loads = Dualized(model, 1.0, norm=norm, direction=config.optim.direction, grads="local")._placement.loads  # type: ignore[attr-defined]
     assert sum(loads) == pytest.approx(sum(norm.norms[n].flops(p.shape) for n, p in model.named_parameters()))
     assert max(loads) / (sum(loads) / 8) < 1.1
 
@@ -1000,7 +1003,7 @@ def jobs_of(yields: Iterable[int], log: list[str]) -> Iterator[Job]:
 )
 def test_later_jobs_are_begun_while_one_waits(ahead: int, yields: list[int], order: str):
     log: list[str] = []
-    run(jobs_of(yields, log), ahead=ahead)
+    interleave(jobs_of(yields, log), at_once=ahead + 1)
     assert " ".join(log) == order
 
 
@@ -1008,7 +1011,7 @@ def test_later_jobs_are_begun_while_one_waits(ahead: int, yields: list[int], ord
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_all_jobs_are_done_and_no_more_are_begun_than_allowed(yields: list[int], ahead: int):
     log: list[str] = []
-    run(jobs_of(yields, log), ahead=ahead)
+    interleave(jobs_of(yields, log), at_once=ahead + 1)
     for i, times in enumerate(yields):
         assert [x for x in log if x[0] == chr(ord("a") + i)] == [f"{chr(ord('a') + i)}{k}" for k in range(times + 1)]
     assert [x for x in log if x[1:] == "0"] == sorted(x for x in log if x[1:] == "0"), "begun in order"
@@ -1075,7 +1078,10 @@ def test_what_is_not_supported_is_refused_when_built():
         "  allowed: one dimension, or replicate × shard over all ranks in order\n"
         '  fix: init_device_mesh(device, (replicas, shards), mesh_dim_names=("replicate", "shard"))'
     )
-    several = "TypeError: Dualized of several processes: got a copy or pickle of it; allowed: state_dict() of one, loaded into another"
+    several = (
+        "CopyError: Dualized of several processes\n  got: a copy or pickle of it\n  allowed: state_dict() of one, loaded into another\n"
+        "  fix: copy the model, build Dualized anew, and load_state_dict()"
+    )
     expected = {
         "columns": f"PlacementError: w0\n  got: a DTensor of placements (Shard(dim=1),)\n{unplaced}",
         "copies": f"PlacementError: w0\n  got: a DTensor of placements (Replicate(),)\n{unplaced}",
@@ -1246,7 +1252,7 @@ def test_the_state_that_a_checkpoint_library_makes_by_a_step_of_lr_0_is_whole():
 
 
 def _order_of_work(rank: int, world: int) -> list[str]:
-    comm.BUCKET_BYTES = 1  # every weight leaves alone
+    the_ranks.BUCKET_BYTES = 1  # every weight leaves alone
     layers = nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(3)))
     named = dict(layers.named_parameters())
     optimizer = Dualized(
@@ -1258,9 +1264,9 @@ def _order_of_work(rank: int, world: int) -> list[str]:
     done: list[str] = []
     for name, p in named.items():
         p.register_post_accumulate_grad_hook(lambda _, name=name: done.append(f"gradient {name}"))
-    exchange, dualize = comm.Ranks.exchange, RMSToRMS.dualize_
+    exchange, dualize = the_ranks.Ranks.exchange, RMSToRMS.dualize_
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comm.Ranks, "exchange", lambda *args: (done.append("leaves"), exchange(*args))[1])
+        patch.setattr(the_ranks.Ranks, "exchange", lambda *args: (done.append("leaves"), exchange(*args))[1])
         patch.setattr(RMSToRMS, "dualize_", lambda *args: (done.append("dualizes"), dualize(*args))[1])
         with optimizer.last_backward():
             layers(torch.ones(1, 6)).sum().backward()
@@ -1296,10 +1302,10 @@ def _order_of_stacks(rank: int, world: int, mode: str) -> list[str]:
     for p in named.values():
         p.grad = torch.ones_like(p)
     done: list[str] = []
-    exchange, dualize, wait = comm.Ranks.exchange, RMSToRMS.dualize_, comm.Pending.wait
+    exchange, dualize, wait = the_ranks.Ranks.exchange, RMSToRMS.dualize_, the_ranks.Pending.wait
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comm.Ranks, "exchange", lambda *args: (done.append("sends"), exchange(*args))[1])
-        patch.setattr(comm.Pending, "wait", lambda *args: (done.append("waits"), wait(*args))[1])
+        patch.setattr(the_ranks.Ranks, "exchange", lambda *args: (done.append("sends"), exchange(*args))[1])
+        patch.setattr(the_ranks.Pending, "wait", lambda *args: (done.append("waits"), wait(*args))[1])
         patch.setattr(RMSToRMS, "dualize_", lambda *args: (done.append("dualizes"), dualize(*args))[1])
         optimizer.step()
     return done

@@ -392,7 +392,7 @@ BLOCKS: list[tuple[Norm, Shape, tuple]] = [  # what has no gradient, and so does
     (LINEAR, (4, 6), (...,)),
     (Frobenius(), (4, 6), (...,)),
     (VectorRMS(), (4,), (...,)),
-    (MaxEntry(), (4,), (...,)),
+    (MaxEntry(), (4,), (1,)),
     (MaxEntry(0), (), (...,)),
     (Blocks(LINEAR, 2), (4, 6), (slice(2, 4),)),
     (Blocks(LINEAR, (1, 3)), (4, 6), (slice(1, 4),)),

@@ -18,7 +18,7 @@ import torch
 from checkpoint import SaveError, Saver, best_of, newest_whole
 from model import GPT, GPTConfig
 from optim import Dualized, metrize
-from optim.comm import Piece
+from optim.ranks import Piece
 from torch import Tensor
 
 from tests.forked_python import forked_python, program

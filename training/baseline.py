@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from optim.baselines import Scaling
-from optim.comm import Piece, Ranks, piece_of, ranks_of, sharded
-from optim.dualized import _finite as are_finite
 from optim.errors import NonFiniteError, PlacementError, Refusal
+from optim.finite import are_finite
 from optim.metrize import canonical
+from optim.ranks import Piece, Ranks, piece_of, ranks_of, sharded
 
 
 class Baseline:

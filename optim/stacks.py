@@ -1,0 +1,214 @@
+"""Stacks: weights of one shape, gathered, stepped as update.py says, and scattered.
+
+A stack's step is a job: it yields where it waits for other ranks (placement.py). Its arithmetic is
+that of update.step_(), whose parts it calls one by one, because memory and ranks come between them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .directions import DIRECTIONS
+from .norms import Norm, nonzero
+from .placement import Job, OneProcess
+from .ranks import Ranks
+from .update import (
+    by_rows,
+    copy_,
+    descend_,
+    direction_,
+    dualize_,
+    escape_terms,
+    retract,
+    settle_,
+    stacked,
+    step_,
+)
+
+LONG = 2**18  # entries of a table from which on only the rows with a gradient are read and written
+
+
+@dataclass(eq=False)
+class Stack:
+    """Weights of one group, norm, shape, dtype and device, and what this rank steps of them.
+
+    everyone: all parameters of the stack; params: those of which this rank has rows, n of them.
+    rows: these rows. weights: what steps, the rows or their float32 masters. buffers: the
+    direction's, n of each name. origin: n weights W₀, of the escape velocity alone. radii: (n, 1…).
+    ok: bools, one or (n, 1…): no number of this step is bad, and some rank has a gradient. clip: a
+    factor, or None.
+    """
+
+    group: dict[str, Any]
+    norm: Norm
+    place: OneProcess
+    everyone: list[Tensor]
+    params: list[Tensor]
+    rows: list[Tensor]
+    weights: list[Tensor]
+    buffers: dict[str, list[Tensor]]
+    origin: list[Tensor]
+    radii: Tensor
+    ok: Tensor
+    clip: Tensor | None
+    refresh: bool
+
+    @property
+    def lr(self) -> float | Tensor:
+        """The modular norm of this step."""
+        return self.group["lr"] * self.group["step_size"] if self.origin else self.group["lr"]
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether the step treats each row alone."""
+        return by_rows(self.norm, self.group)
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Return (G (n, *shape), a copy, clipped; live, bools broadcastable to it)."""
+        grads = [self.place.gradient(p) for p in self.params]
+        pairs = zip(grads, self.weights, strict=True)
+        G = torch.stack([torch.zeros_like(w) if g is None else g for g, w in pairs])
+        G = G.to(self.radii.dtype)
+        ok, lr, f = self.ok.to(G.device), self.group["lr"], self.norm.live
+        if isinstance(lr, Tensor):
+            ok = ok & (lr != 0).to(G.device)
+        live = self.place.mask(f, G, self.params, by_rows=self.norm.dualizes_by_rows) & ok
+        return (G if self.clip is None else G.mul_(self.clip.to(G))), live
+
+    def step(self) -> Job:
+        """Step what this rank has of the stack, and send it to those who have it too.
+
+        It yields where it waits for other ranks; on one process it never does.
+        """
+        alone = self.place.steps_whole(by_rows=self.by_rows)
+        if self.params and (self.rows[0].numel() or not alone):
+            rows = self._rows_with_gradients()
+            if rows is None:
+                yield from self._step_all()
+            else:
+                self._step_rows(rows)
+        yield from self.place.send_rows(self.everyone)
+
+    def _step_all(self) -> Job:
+        """Do as update.step_() does, and free or write back each part as soon as it is done with.
+
+        What needs whole weights that are elsewhere is done there, by place.on_whole().
+        """
+        group, norm, place = self.group, self.norm, self.place
+        G, live = self.gradients()
+        state = self._gather()
+        D = direction_(G, state, group, live=live, refresh=self.refresh)
+        self._scatter(state)
+        del G, state
+        f = partial(dualize_, norm=norm, group=group)
+        here = place.steps_whole(by_rows=norm.dualizes_by_rows and group["scale"] == "unit")
+        D = f(D) if here else (yield from place.on_whole(f, D, self.params))
+        changed = {"live": live, "radii": self.radii, "origin": self.origin}
+        descend_(self.weights, D, group, lr=self.lr, **changed)
+        del D
+        if group["constraint"] is not None:
+            W, f = stacked(self.weights), partial(retract, norm=norm, group=group)
+            here = place.steps_whole(by_rows=norm.retracts_by_rows)
+            R = f(W) if here else (yield from place.on_whole(f, W, self.params))
+            settle_(self.weights, W, R, **changed)
+        if self.weights[0] is not self.rows[0]:
+            copy_(self.rows, self.weights)
+
+    def escape(self, step_size: Tensor, terms: list[Tensor]) -> Job:
+        """Append the stack's terms of the escape velocity (update.escape_terms)."""
+        if self.params:
+            G, live = self.gradients()
+            G.masked_fill_(~live, 0)
+            here = self.place.steps_whole(by_rows=self.norm.dualizes_by_rows)
+            f = self.norm.dualize
+            T = f(G) if here else (yield from self.place.on_whole(f, G, self.params))
+            found = escape_terms(G, T, self.weights, self.origin, self.radii)
+            terms.append(found.to(step_size) / self.place.copies)
+
+    def _gather(self) -> dict[str, Tensor]:
+        """Return the direction's buffers as stacks, in float32 at least."""
+        dtypes = {
+            k: torch.promote_types(b[0].dtype, torch.float32) for k, b in self.buffers.items()
+        }
+        return {k: stacked(b).to(dtypes[k]) for k, b in self.buffers.items()}
+
+    def _scatter(self, state: Mapping[str, Tensor]) -> None:
+        """Write back the buffers of which the direction was given copies."""
+        gated = DIRECTIONS[self.group["direction"]].gated
+        for k, buffers in self.buffers.items():
+            if len(buffers) > 1 or not gated or state[k].dtype != buffers[0].dtype:
+                copy_(buffers, state[k].unbind())
+
+    def _rows_with_gradients(self) -> Tensor | None:
+        """Return the rows of a long table that have a gradient, if only they need be read; else
+        None.
+
+        That is so for one weight in float32 that no other process steps, on the CPU, where the host
+        need not wait to know them: half of the time of a step of a table of n-grams.
+        """
+        if len(self.params) != 1 or self.place.ranks.size > 1 or torch.compiler.is_compiling():
+            return None
+        W, g = self.weights[0], self.place.gradient(self.params[0])
+        usual = self.clip is None and not self.origin and not isinstance(self.group["lr"], Tensor)
+        if not usual or not self.by_rows or not DIRECTIONS[self.group["direction"]].gated:
+            return None
+        tables = [W, g, self.rows[0], *(b for (b,) in self.buffers.values())]
+        if g is None or g.ndim != 2 or W.device.type != "cpu" or W.numel() < LONG or not self.ok:
+            return None
+        if any(type(x) is not type(g) for x in tables[2:]):
+            return None
+        if any(x.dtype != torch.float32 or x.shape != W.shape for x in tables):
+            return None
+        return nonzero(g, (1,))[:, 0].nonzero()[:, 0]
+
+    def _step_rows(self, rows: Tensor) -> None:
+        """Do as step() does, of these rows of one weight: the same numbers, bit for bit."""
+        tables = {"W": self.weights[0], **{k: b for k, (b,) in self.buffers.items()}}
+        taken = {k: x.index_select(0, rows) for k, x in tables.items()}
+        state = {k: x[None] for k, x in taken.items() if k != "W"}
+        gradient = self.place.gradient(self.params[0])
+        assert gradient is not None
+        step_(
+            [taken["W"]],
+            gradient.index_select(0, rows)[None],
+            state,
+            self.group,
+            norm=self.norm,
+            live=torch.ones(1, 1, 1, dtype=torch.bool),
+            radii=self.radii,
+            lr=self.lr,
+            refresh=self.refresh,
+        )
+        for k, x in tables.items():
+            x.index_copy_(0, rows, taken[k])
+
+
+def clip_factor(
+    grads: Sequence[tuple[int, Tensor]], limit: float, *, like: Sequence[Tensor], ranks: Ranks
+) -> Tensor:
+    """Return the factor, at most 1, that brings the gradients' 2-norm to the limit.
+
+    grads: (ranks that have the same, gradient), none empty; like: all weights, of whose dtypes and
+    device the sum is, the same on all ranks. They are scaled by the largest entry first, so that no
+    square overflows. Collective.
+    """
+    dtype = reduce(torch.promote_types, (p.dtype for p in like), torch.float32)
+    parts = [torch.zeros((), device=like[0].device, dtype=dtype)]
+    for copies in sorted({c for c, _ in grads}):
+        own = [g for c, g in grads if c == copies]
+        largest = torch.nn.utils.get_total_norm(own, torch.inf)
+        scale = torch.where(largest > 0, largest, 1)
+        length = torch.nn.utils.get_total_norm([g / scale.to(g) for g in own]).to(dtype)
+        parts.append(scale.to(dtype) * length / copies**0.5)
+    total = _length(ranks.gather(_length(torch.stack(parts))))
+    return (limit / total).clamp(max=1)
+
+
+def _length(x: Tensor) -> Tensor:
+    """Return the 2-norm of a vector, without squares that under- or overflow."""
+    largest = torch.where(x.amax() > 0, x.amax(), 1)
+    return largest * torch.linalg.vector_norm(x / largest)

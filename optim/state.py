@@ -1,0 +1,225 @@
+"""An optimizer's groups of parameters, and its saved state, by parameter name."""
+
+from collections.abc import Iterable, Mapping
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CoverageError, Refusal, require
+from .metrize import canonical, check_distinct
+from .modular import ModularNorm
+from .norms import Norm
+from .settings import StepSettings, by_role, check, wrong
+
+SCHEMA = 2  # of Dualized.state_dict()
+
+
+def check_group(settings: Mapping[str, Any], *, auto: bool) -> dict[str, Any]:
+    """Return the settings of a group; raise Refusal for one that cannot be.
+
+    auto: the step size is found while training.
+    """
+    group = dict(settings)
+    if isinstance(group["momentum_dtype"], torch.dtype):
+        group["momentum_dtype"] = str(group["momentum_dtype"]).removeprefix("torch.")
+    lr = group["lr"]
+    waits = isinstance(lr, Tensor) and lr.device.type != "cpu"  # to be known
+    known = {"lr": 0.0 if waits else float(lr) if isinstance(lr, Tensor) else lr}
+    check(StepSettings, group | known, owner="Dualized")
+    require(
+        not isinstance(lr, str),
+        "Dualized: lr",
+        got=repr(lr),
+        allowed='a finite number >= 0, or "auto" for all groups',
+        fix="Dualized(…, lr=…)",
+    )
+    require(
+        not auto or group["scale"] == "unit",
+        "Dualized: scale",
+        got=repr(group["scale"]),
+        allowed='"unit" with lr="auto"',
+        fix="Dualized(…, scale=…), or the same key of its parameter group",
+    )
+    return group
+
+
+def grouped(
+    model_or_named: Any, norm: ModularNorm | None, roles: Mapping[str, Mapping[str, Any]]
+) -> tuple[ModularNorm, list[dict[str, Any]]]:
+    """Return the norm, which must be there, and groups of trainable (name, parameter) pairs, one more
+    for each role that has settings of its own."""
+    if isinstance(model_or_named, nn.Module):
+        model_or_named = model_or_named.named_parameters()
+    listed = list(model_or_named)
+    if not listed or not all(isinstance(x, dict) for x in listed):
+        listed = [{"params": [x for x in named_pairs(listed) if x[1].requires_grad]}]
+    if norm is None:
+        raise CoverageError(
+            "Dualized of named parameters",
+            got="no norm",
+            allowed="named parameters with a norm, or a module",
+            fix="pass norm=ModularNorm(...), or the model itself",
+        )
+    for role, settings in roles.items():
+        require(
+            role in norm.roles.values(),
+            f"Dualized: roles[{role!r}]",
+            got="a role that no parameter has",
+            allowed=", ".join(dict.fromkeys(norm.roles.values())),
+            fix="Dualized(…, roles={role: {setting: value}})",
+        )
+        odd = [k for k in settings if k not in by_role()]
+        bad = [
+            *((k, settings[k], ", ".join(by_role())) for k in odd),
+            *wrong(StepSettings, settings),
+        ]
+        for key, value, words in bad[:1]:
+            raise Refusal(f"Dualized: roles[{role!r}][{key!r}]", got=repr(value), allowed=words)
+    groups: list[dict[str, Any]] = []
+    for group in listed:
+        pairs = named_pairs(group["params"])
+        for role in (None, *roles):  # None: whatever has no settings of its own
+            owned = [(n, p) for n, p in pairs if own_role(norm, n, roles) == role]
+            if role is None and (owned or not roles):
+                groups.append({**group, "params": owned})
+            elif role is not None and owned:
+                groups.append({**roles[role], **group, "params": owned, "role": role})
+    return norm, groups
+
+
+def own_role(norm: ModularNorm, name: str, roles: Iterable[str]) -> str | None:
+    """Return the role of a parameter if it is one of these."""
+    role = norm.roles.get(canonical(name))
+    return role if role in roles else None
+
+
+def add_norms(
+    norm: ModularNorm, group: Mapping[str, Any], known: list[tuple[dict[str, Any], str, Tensor]]
+) -> list[tuple[str, Tensor]]:
+    """Return a group's (name, parameter) pairs, and give new parameters the group's norm and
+    radius.
+
+    known: members of the groups so far. Raises CoverageError for a parameter that has no norm, two,
+    or one that does not fit, before anything changes.
+    """
+    own, radius = group.get("norm"), group.get("radius")
+    pairs = [(canonical(n), p) for n, p in named_pairs(group["params"])]
+    check_distinct([*(n for _, n, _ in known), *(n for n, _ in pairs)])
+    for name, p in pairs:
+        placed = norm.norms.get(name)
+        if placed is not None and (own is not None or radius is not None):
+            raise CoverageError(
+                name,
+                got="a second norm or radius",
+                allowed=f"the norm {placed} and radius {norm.radii[name]:g} that it has already",
+                fix="leave norm and radius out of its group",
+            )
+        if placed is None and (own is None or radius is None):
+            raise CoverageError(
+                f"{name} has no norm",
+                got=f"norm {own!r} and radius {radius!r}",
+                allowed="both, for a parameter that is added",
+                fix='give its group "norm" and "radius"',
+            )
+        placed = placed or own
+        if not isinstance(placed, Norm) or not (radius is None or 0 <= radius < inf):
+            raise CoverageError(
+                name,
+                got=f"norm {own!r}, radius {radius!r}",
+                allowed="a Norm and a finite number >= 0",
+                fix="RMSToRMS() and 0.1, say",
+            )
+        wrong_shape = placed.check(p.shape)
+        require(
+            not wrong_shape and not p.is_complex(),
+            name,
+            got=f"shape {tuple(p.shape)}, {p.dtype}",
+            allowed=f"by {placed}: {wrong_shape or 'real numbers'}",
+            fix="another norm, or the weight without what it stands for",
+            error=CoverageError,
+        )
+    for name, p in pairs:
+        if own is not None and radius is not None:
+            norm.norms[name], norm.radii[name] = own, float(radius)
+            norm.shapes[name] = tuple(p.shape)
+    return pairs
+
+
+def named_pairs(named: Any) -> list[tuple[str, Tensor]]:
+    """Return one (name, parameter) pair, or several, as a list."""
+    one = isinstance(named, tuple) and len(named) == 2 and isinstance(named[0], str)
+    pairs = [named] if one else list(named)
+    require(
+        all(isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str) for x in pairs),
+        "Dualized of a list of tensors",
+        got="tensors without names",
+        allowed="a module, or (name, parameter) pairs with norm=",
+        fix="Dualized(model, ...) or Dualized(model.named_parameters(), ..., norm=metrize(model))",
+        error=CoverageError,
+    )
+    return pairs
+
+
+def members(groups: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """Return (group, name, parameter) of every parameter, in order."""
+    return [(g, n, p) for g in groups for n, p in zip(g["param_names"], g["params"], strict=True)]
+
+
+def by_name(
+    state_dict: dict[str, Any], names: list[list[str]], *, schema: int | None = SCHEMA
+) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
+    """Return (groups, state) of a saved optimizer for groups of these parameter names, copied.
+
+    Raises Refusal before anything changes, if it has other parameters, other groups or a later
+    schema.
+    """
+    saved_groups = state_dict["param_groups"]
+    require(
+        all("param_names" in g for g in saved_groups),
+        "optimizer state",
+        got="groups without param_names",
+        allowed="the state of an optimizer of named parameters",
+        fix="save Dualized's own",
+    )
+    require(
+        schema is None or 1 <= state_dict.get("schema", schema) <= schema,
+        "optimizer state",
+        got=f"schema {state_dict.get('schema')}",
+        allowed=f"1 to {schema}",
+        fix="use the version that saved it",
+    )
+    saved = {
+        canonical(n): (g, i)
+        for g in saved_groups
+        for n, i in zip(g["param_names"], g["params"], strict=True)
+    }
+    ours = [n for group in names for n in group]
+    odd = sorted(saved.keys() ^ set(ours))
+    if odd:
+        raise Refusal(
+            "optimizer state",
+            got=f"other parameters; {odd[0]!r} is {'missing' if odd[0] in ours else 'unknown'}",
+            allowed="the same names",
+            fix="load it into the model that it was saved with",
+        )
+    for group in names:
+        require(
+            all(saved[n][0] is saved[group[0]][0] for n in group),
+            "optimizer state",
+            got=f"parameters of one group here in several there, {group[0]!r} among them",
+            allowed="the same groups",
+            fix="build the optimizer with the groups that it was saved with",
+        )
+    groups = [
+        {**saved[group[0]][0], "params": [saved[n][1] for n in group], "param_names": group}
+        for group in names
+    ]
+    # Copied: torch keeps the loaded tensors themselves, and two optimizers would share one
+    # momentum.
+    state = {
+        i: {k: v.clone() if isinstance(v, Tensor) else v for k, v in buffers.items()}
+        for i, buffers in state_dict["state"].items()
+    }
+    return groups, state

@@ -1,0 +1,154 @@
+"""One step of the dualized optimizer: all of its arithmetic.
+
+    W ← retract( W − lr · radius · ( dualize(direction) + weight_decay · W ) )
+
+A stack is n weights of one shape, norm and group, which one batched call steps. step_() takes no
+ranks, no state dict and no torch.optim: Dualized gathers stacks, calls it, and scatters what it
+changed. Of GPT-2's 12 layers the projections of attention are one stack, of shape (768, 768):
+
+    weights   12 tensors (768, 768)             changed in place
+    G         (12, 768, 768)                    their gradients
+    live      (12, 1, 1), or finer, of bools    which blocks have a gradient; no other block moves
+    radii     (12, 1, 1)                        the size of each weight's step at lr 1
+    state     {"momentum": (12, 768, 768)}      the direction's memory, changed in place
+    group     {"direction": "nesterov", …}      settings, as optim/settings.py declares them
+    lr        a number, or a tensor ()          the modular norm of this step
+
+A name that ends in _ changes its arguments. Sources: [MD] Bernstein, Newhouse, arXiv 2410.21265;
+[MN] Large et al., arXiv 2405.14813.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .directions import DIRECTIONS
+from .norms import Norm
+
+Group = Mapping[str, Any]
+# One call for all tensors of a list; public in torch's source, though not in its documentation.
+add_, subtract_, copy_ = torch._foreach_add_, torch._foreach_sub_, torch._foreach_copy_
+
+
+def step_(
+    weights: list[Tensor],
+    G: Tensor,
+    state: dict[str, Tensor],
+    group: Group,
+    *,
+    norm: Norm,
+    live: Tensor,
+    radii: Tensor,
+    lr: float | Tensor,
+    refresh: bool,
+    origin: list[Tensor] | None = None,
+) -> None:
+    """Step a stack. G is overwritten. refresh: a direction makes costly parts of its state anew.
+
+    origin: the weights W₀ from which the escape velocity measures the way. Decay and retraction are
+    not part of that way, so they move W₀ along.
+    """
+    D = direction_(G, state, group, live=live, refresh=refresh)
+    T = dualize_(D, norm, group)
+    descend_(weights, T, group, live=live, radii=radii, lr=lr, origin=origin)
+    if group["constraint"] is not None:
+        W = stacked(weights)
+        settle_(weights, W, retract(W, norm, group), live=live, radii=radii, origin=origin)
+
+
+def direction_(
+    G: Tensor, state: dict[str, Tensor], group: Group, *, live: Tensor, refresh: bool
+) -> Tensor:
+    """Return what is dualized, (n, *shape): a momentum, say. Only live blocks change the state."""
+    direction = DIRECTIONS[group["direction"]]
+    before = {} if direction.gated else {k: v.clone() for k, v in state.items()}
+    settings = {k: group[k] for k in ("beta", "beta2")}
+    D = direction(G.masked_fill_(~live, 0), state, live=live.to(G), refresh=refresh, **settings)
+    some = live.reshape(len(live), -1).any(1)
+    for k, old in before.items():
+        kept = live if old.shape == D.shape else some.reshape(-1, *(1,) * (old.ndim - 1))
+        state[k] = torch.where(kept, state[k], old)
+    return D
+
+
+def dualize_(D: Tensor, norm: Norm, group: Group) -> Tensor:
+    """Return the steepest direction of norm 1; with scale "dual", times the dual norm of D."""
+    return norm.sharp(D) if group["scale"] == "dual" else norm.dualize_(D)
+
+
+def descend_(
+    weights: list[Tensor],
+    T: Tensor,
+    group: Group,
+    *,
+    live: Tensor,
+    radii: Tensor,
+    lr: float | Tensor,
+    origin: list[Tensor] | None = None,
+) -> None:
+    """Set W ← W − lr · radius · (T + weight_decay · W) where live. T is overwritten."""
+    U = T.mul_(radii).masked_fill_(~live, 0)
+    lr = lr.to(U) if isinstance(lr, Tensor) else lr
+    if group["weight_decay"]:
+        W = stacked(weights)
+        decays = live & (U * W > 0) if group["cautious"] else live
+        decay = torch.where(decays, W, 0).mul_(radii * group["weight_decay"]).mul_(lr)
+        subtract_(weights, decay.unbind())
+        if origin:
+            subtract_(origin, decay.unbind())
+    if isinstance(lr, Tensor):
+        subtract_(weights, U.mul_(lr).unbind())
+    else:
+        add_(weights, U.unbind(), alpha=-lr)
+
+
+def retract(W: Tensor, norm: Norm, group: Group) -> Tensor:
+    """Return a stack (n, *shape) on its constraint.
+
+    Vectors and scalars are kept in the ball: a bias of norm 1 for ever would be another model.
+    """
+    constraint = group["constraint"] if norm.ndim >= 2 else "ball"
+    return {"ball": norm.project, "sphere": norm.sphere, "stiefel": norm.stiefel}[constraint](W)
+
+
+def settle_(
+    weights: list[Tensor],
+    W: Tensor,
+    R: Tensor,
+    *,
+    live: Tensor,
+    radii: Tensor,
+    origin: list[Tensor] | None = None,
+) -> None:
+    """Set the weights, stacked in W, to their retraction R where live and where they may move."""
+    R = torch.where(live & (radii > 0), R, W)
+    if origin:
+        add_(origin, (R - W).unbind())
+    copy_(weights, R.unbind())
+
+
+def escape_terms(
+    G: Tensor, T: Tensor, weights: list[Tensor], origin: list[Tensor], radii: Tensor
+) -> Tensor:
+    """Return (⟨G, W₀ − W⟩, Σ radius · ‖G‖†), (2,), of the escape velocity; see EscapeVelocity.
+
+    G: gradients, 0 where not live. T: dualize(G), which attains the dual norm ‖G‖†.
+    """
+    ways = zip(G, origin, weights, strict=True)
+    travelled = torch.stack([(g * (w0 - w)).sum() for g, w0, w in ways]).sum()
+    return torch.stack([travelled, (G * T * radii).sum()])
+
+
+def by_rows(norm: Norm, group: Group) -> bool:
+    """Return whether a step treats each row of a weight alone: ranks may then have some rows
+    each."""
+    dualizes = DIRECTIONS[group["direction"]].entrywise and norm.dualizes_by_rows
+    retracts = group["constraint"] is None or norm.retracts_by_rows
+    return dualizes and retracts and group["scale"] == "unit"
+
+
+def stacked(tensors: list[Tensor]) -> Tensor:
+    """Return (n, *shape); one tensor is viewed, not copied."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
