@@ -40,6 +40,7 @@ from optim import (
     metrize,
 )
 from optim.baselines import set_beta
+from optim.errors import require
 from runtime import (
     Clock,
     RankError,
@@ -218,9 +219,17 @@ def train(config: Config, runtime: Runtime) -> None:
     runtime.shard(model, model.blocks)
     settings, roles = o.step_settings(), o.roles.given()
     if o.name == "dualized":
-        given = {"roles": roles} if roles else {}
+        for role in roles:
+            require(
+                role in norm.roles.values(),
+                f"optim.roles.{role}",
+                got="a role that no weight of this model has",
+                allowed=", ".join(dict.fromkeys(norm.roles.values())),
+                fix="leave it out",
+                error=ConfigError,
+            )
         lr = o.auto if isinstance(o.lr, str) else o.lr
-        optimizer = Dualized(model, lr, norm=norm, grads="local", **settings, **given)
+        optimizer = Dualized(model, lr, norm=norm, grads="local", roles=roles, **settings)
     else:
         own = vars(config.baseline)
         optimizer = Baseline(

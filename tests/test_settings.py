@@ -21,7 +21,7 @@ from training.help import page
 from training.migrate import DROPPED, RENAMED, migrate
 from training.resume import keep_choices
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, run, small_dataset
 
 PRODUCT = [p for p in ROOT.rglob("*.py") if not {".venv", "tests", "records"} & set(p.relative_to(ROOT).parts)]
 
@@ -34,7 +34,7 @@ def text_of(file: Path) -> str:
 
 
 def defaults(path: Path) -> Iterator[tuple[str, str]]:
-    """(owner, name) of what has a default: annotated fields of classes, and parameters of functions and methods."""
+    """(owner, name) of what has a default of its own: annotated fields of classes, parameters of functions and methods."""
     tree = ast.parse(text_of(path))
     owners = {id(inner): node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for inner in node.body}
     for node in ast.walk(tree):
@@ -42,17 +42,19 @@ def defaults(path: Path) -> Iterator[tuple[str, str]]:
             yield owners[id(node)], ast.unparse(node.target)
         if isinstance(node, ast.FunctionDef):
             spec = node.args
-            named = [a.arg for a in (*spec.posonlyargs, *spec.args)]
-            found = named[len(named) - len(spec.defaults) :]
-            found += [a.arg for a, d in zip(spec.kwonlyargs, spec.kw_defaults, strict=True) if d is not None]
-            yield from ((owners.get(id(node), node.name), name) for name in found)
+            named = [*spec.posonlyargs, *spec.args]
+            pairs = [*zip(named[len(named) - len(spec.defaults) :], spec.defaults, strict=True)]
+            pairs += [(a, d) for a, d in zip(spec.kwonlyargs, spec.kw_defaults, strict=True) if d is not None]
+            for argument, default in pairs:
+                if not isinstance(default, ast.Attribute):  # lr=StepSettings.lr is a reference
+                    yield owners.get(id(node), node.name), argument.arg
 
 
 # Arguments of other things that have the name of a setting.
 OTHERS = {
     ("scale", "optim/norms.py", "Spectral"),
     ("scale", "optim/norms.py", "RMSToRMS"),
-    ("weight_decay", "optim/dualized.py", "Normalized"),
+    ("weight_decay", "optim/normalized.py", "Normalized"),
 }
 
 
@@ -65,7 +67,6 @@ def test_a_setting_of_a_step_or_of_a_baseline_has_one_declaration():
         for owner, name in defaults(path)
         if name in owner_of
     }
-    found = {f for f in found if f[1:] != ("optim/dualized.py", "Dualized")}  # until it takes StepSettings
     assert found - OTHERS == {(name, *owner) for name, owner in owner_of.items()}
 
 
@@ -209,6 +210,36 @@ def test_what_a_role_cannot_have_is_refused(tmp_path: Path, text: str, message: 
     with pytest.raises(ConfigError) as error:
         load([str(tmp_path / "c.toml")])
     assert message in str(error.value)
+
+
+def trained(root: Path, *argv: str) -> tuple[int, str]:
+    roles = ("--optim.roles.head.direction", "adam", "--optim.roles.head.beta", "0.5")
+    code, _, err = run(root, "small.toml", "--schedule.beta-cooldown", "1", "--run.name", "roles", *roles, *argv)
+    return code, err
+
+
+def test_a_run_steps_a_role_by_its_own_settings_and_resumes_with_them(tmp_path: Path):
+    small_dataset(tmp_path)
+    code, err = trained(tmp_path, "--train.sample-tokens", "0", "--train.steps", "4")
+    assert code == 0, err
+
+    def groups(step: int) -> dict[str | None, dict]:
+        state = json.loads((tmp_path / f"runs/roles/checkpoints/step_{step:08d}/state.json").read_text())
+        return {g.get("role"): g for g in state["param_groups"]}
+
+    head, others = groups(4)["head"], groups(4)[None]
+    assert head["param_names"] == ["head.weight"] and len(others["param_names"]) == 13
+    assert (head["direction"], others["direction"]) == ("adam", "nesterov")
+    last = Schedule(beta_cooldown=1.0)
+    assert head["beta"] == last.beta_at(3, 4, beta=0.5) and others["beta"] == last.beta_at(3, 4, beta=0.95)
+    code, err = trained(tmp_path, "--train.steps", "5", "--run.resume", "--optim.roles.head.weight-decay", "0.1")
+    assert code == 0, err
+    assert (groups(5)["head"]["weight_decay"], groups(5)[None]["weight_decay"]) == (0.1, 0.0)
+    assert groups(5)["head"]["beta"] == last.beta_at(4, 5, beta=0.5)
+    assert "changed: optim.roles.head.weight_decay = 0.1, was None" in (tmp_path / "runs/roles/log.txt").read_text()
+    code, err = trained(tmp_path, "--run.name", "gains", "--optim.roles.gain.beta", "0.5")
+    message = "error: optim.roles.gain\n  got: a role that no weight of this model has\n  allowed: embedding, attention, mlp, head\n"
+    assert code == 2 and message in err
 
 
 # ---- baselines
