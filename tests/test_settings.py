@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import config as configuration
 import pytest
@@ -274,12 +274,12 @@ def test_a_baselines_parameters_are_its_declaration(monkeypatch: pytest.MonkeyPa
     with pytest.raises(Refusal, match="register_baseline: rho of sam\n  got: a setting without default or help text"):
 
         @register_baseline("sam")
-        def sam(model, norm, *, lr: float, rho: float = 0.1): ...
+        def sam(model, norm, *, lr: float, rho: float = 0.1) -> Any: ...
 
     with pytest.raises(Refusal, match="register_baseline: scaling of sam\n  got: another declaration than another"):
 
         @register_baseline("sam")
-        def other(model, norm, *, lr: float, scaling: Annotated[float, Range(0), Help("How far.")] = 0.1): ...
+        def other(model, norm, *, lr: float, scaling: Annotated[float, Range(0), Help("How far.")] = 0.1) -> Any: ...
 
     with pytest.raises(
         Refusal, match='sgd: scaling\n  got: \'mup\'\n  allowed: "standard", "ntk", "modular"\n  fix: sgd'
