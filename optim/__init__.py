@@ -1,4 +1,5 @@
-"""The dualized optimizer: norms, their composition into the modular norm of a network, and steepest descent in it."""
+"""The dualized optimizer: norms, their composition into the modular norm of a network, and steepest
+descent in it."""
 
 from .baselines import BASELINES, coordinates, register_baseline
 from .curvature import Hessian, along, eigenvalues, loss_smoothness, modular_sharpness

@@ -1,10 +1,14 @@
-"""From AdamW's or Muon's settings to Dualized's, with the predicted step of every layer before and after (python -m nanodual.convert with the wheel).
+"""From AdamW's or Muon's settings to Dualized's, with the predicted step of every layer before and
+after (python -m nanodual.convert with the wheel).
 
-    python -m optim.convert adamw --model module:callable --lr 6e-4 --weight-decay 0.1 --betas 0.9 0.95
-    python -m optim.convert muon --shapes wte=50304x768:embedding h.{0..11}.up=3072x768:hidden … --lr 0.02 --weight-decay 0.01
+    python -m optim.convert adamw --model module:callable --lr 6e-4 --weight-decay 0.1 --betas 0.9
+    0.95 python -m optim.convert muon --shapes wte=50304x768:embedding h.{0..11}.up=3072x768:hidden
+    … --lr 0.02 --weight-decay 0.01
 
-A step is measured by its update RMS: the root mean square of its entries, before decay, in the units of the weight.
-Sources: [LI] Liu et al., Muon is scalable for LLM training, arXiv 2502.16982; [MU] Jordan et al., kellerjordan.github.io/posts/muon.
+A step is measured by its update RMS: the root mean square of its entries, before decay, in the
+units of the weight.
+Sources: [LI] Liu et al., Muon is scalable for LLM training, arXiv 2502.16982; [MU] Jordan et al.,
+kellerjordan.github.io/posts/muon.
 """
 
 import argparse
@@ -35,7 +39,8 @@ None of this is measured: scan lr around the value by factors of 2."""
 
 @dataclass(frozen=True)
 class Row:
-    """A parameter; rival, ours: predicted update RMS, None where it is not known. matched: lr and weight_decay were chosen on it."""
+    """A parameter; rival, ours: predicted update RMS, None where it is not known. matched: lr and
+    weight_decay were chosen on it."""
 
     name: str
     shape: tuple[int, ...]
@@ -107,9 +112,11 @@ def convert(
 ) -> Conversion:
     """Dualized's settings for a network that trains well with the rival's.
 
-    norm: of the network, from metrize(). AdamW: betas, by default (0.9, 0.999). Muon: momentum (0.95), nesterov (True) and adjust_lr_fn ("original"), all
-    as in torch.optim.Muon; adamw_lr: of the AdamW that steps what Muon does not take (embedding, head, vectors, convolutions), only for the table.
-    Raises ValueError for an impossible setting, one of the other rival, and a network without a hidden weight to match.
+    norm: of the network, from metrize(). AdamW: betas, by default (0.9, 0.999). Muon: momentum
+    (0.95), nesterov (True) and adjust_lr_fn ("original"), all as in torch.optim.Muon; adamw_lr: of
+    the AdamW that steps what Muon does not take (embedding, head, vectors, convolutions), only for
+    the table. Raises ValueError for an impossible setting, one of the other rival, and a network
+    without a hidden weight to match.
     """
     settings = dict(
         betas=betas,
@@ -157,7 +164,8 @@ def convert(
         )
     sizes = [math.prod(norm.shapes[n]) for n in matched]
     ours = _ratio(sizes, [theirs[n] for n in matched], [unit[n] for n in matched])
-    # The decay of a step is lr · weight_decay · W for both rivals (torch's Muon does not adjust it), and ours lr · radius · weight_decay · W.
+    # The decay of a step is lr · weight_decay · W for both rivals (torch's Muon does not adjust
+    # it), and ours lr · radius · weight_decay · W.
     decay = weight_decay and _ratio(
         sizes, [lr * weight_decay for _ in matched], [ours * norm.radii[n] for n in matched]
     )
@@ -167,7 +175,8 @@ def convert(
             "momentum",
         )  # what β₂ was for, the sizes of entries, is the duality map's
     else:
-        # torch.optim.Muon averages as we do, M ← β M + (1 − β) G, and looks ahead as our "nesterov". A sum instead of an average has the same polar factor.
+        # torch.optim.Muon averages as we do, M ← β M + (1 − β) G, and looks ahead as our
+        # "nesterov". A sum instead of an average has the same polar factor.
         beta, direction = (
             0.95 if momentum is None else momentum,
             "momentum" if nesterov is False else "nesterov",
@@ -181,9 +190,11 @@ def convert(
 
 
 def _adamw_rms(beta1: float) -> float:
-    """AdamW's update RMS in units of lr: 0.2 at β₁ = 0.9, the low end of what training shows [LI, §2.2].
+    """AdamW's update RMS in units of lr: 0.2 at β₁ = 0.9, the low end of what training shows [LI,
+    §2.2].
 
-    Elsewhere in proportion to √((1 − β₁) / (1 + β₁)), its value for gradients of nothing but noise, which is 0.23 at 0.9.
+    Elsewhere in proportion to √((1 − β₁) / (1 + β₁)), its value for gradients of nothing but noise,
+    which is 0.23 at 0.9.
     """
     return 0.2 * ((1 - beta1) / (1 + beta1) / (0.1 / 1.9)) ** 0.5
 
@@ -289,7 +300,8 @@ def build(spec: str) -> nn.Module:
 
 
 def sketch(specs: list[str]) -> tuple[nn.Module, list[Rule]]:
-    """A module of nothing but these "name=OxI:role" parameters, on the meta device, and the rules that place them."""
+    """A module of nothing but these "name=OxI:role" parameters, on the meta device, and the rules
+    that place them."""
     model, rules = nn.Module(), []
     for spec in specs:
         found = re.fullmatch(r"([\w.]+)=(\d+(?:x\d+)*):(\w+)", spec)

@@ -1,9 +1,11 @@
-"""Second derivatives of a loss in its weights: eigenvalues of the Hessian, and the largest curvature of steps of modular norm 1.
+"""Second derivatives of a loss in its weights: eigenvalues of the Hessian, and the largest
+curvature of steps of modular norm 1.
 
-g, H: gradient and Hessian at the weights' present values. d: a direction. All are {name: tensor} in the shapes of the weights; n: their entries.
+g, H: gradient and Hessian at the weights' present values. d: a direction. All are {name: tensor} in
+the shapes of the weights; n: their entries.
 Units: the loss's per squared unit of the weights, or of the modular norm.
-Sources: [GL] Golub, Van Loan, Matrix Computations, 4th ed., §10.1–10.3; [FW] Lacoste-Julien, arXiv 1607.00345; [MN] arXiv 2405.14813, §3.3;
-[OO] arXiv 2409.20325.
+Sources: [GL] Golub, Van Loan, Matrix Computations, 4th ed., §10.1–10.3; [FW] Lacoste-Julien, arXiv
+1607.00345; [MN] arXiv 2405.14813, §3.3; [OO] arXiv 2409.20325.
 """
 
 from __future__ import annotations
@@ -25,13 +27,16 @@ ROUNDINGS = 10  # of Lanczos: a remainder of so many roundings of the largest ei
 
 
 class Hessian:
-    """The Hessian of loss() in `weights`, as an operator: hessian(d) is H d, with every name; names left out of d count as zero.
+    """The Hessian of loss() in `weights`, as an operator: hessian(d) is H d, with every name; names
+    left out of d count as zero.
 
-    loss: () → scalar, on a fixed batch, without randomness. weights: float32 or float64, requiring gradients; those that the loss does not use
-    get zeros. scales: coordinates v with w = scale · v, by name: numbers, or tensors of the weight's shape, 1 where left out. Then the gradient is
-    S g and the operator S H S: the weights in another parametrization.
-    value: the loss. gradient: by name. The graph of the gradient lives as long as this object; after a change of the weights make a new one.
-    Raises ValueError, for two evaluations that differ too, and NonFiniteError, with the tensor's name.
+    loss: () → scalar, on a fixed batch, without randomness. weights: float32 or float64, requiring
+    gradients; those that the loss does not use get zeros. scales: coordinates v with w = scale · v,
+    by name: numbers, or tensors of the weight's shape, 1 where left out. Then the gradient is S g
+    and the operator S H S: the weights in another parametrization.
+    value: the loss. gradient: by name. The graph of the gradient lives as long as this object;
+    after a change of the weights make a new one. Raises ValueError, for two evaluations that differ
+    too, and NonFiniteError, with the tensor's name.
     """
 
     def __init__(
@@ -48,8 +53,9 @@ class Hessian:
         self._differentiable = {k: g for k, g in grads.items() if g.requires_grad}
         before = self._random_state()
         again, grads = self._evaluate(loss, create_graph=False)
-        # With an output projection of zeros another batch may leave the loss as it is, but not the gradient, and dropout both, but not random states.
-        # Sums in another order change far less than √ε.
+        # With an output projection of zeros another batch may leave the loss as it is, but not the
+        # gradient, and dropout both, but not random states. Sums in another order change far less
+        # than √ε.
         change = {k: self.scales[k] * g - self.gradient[k] for k, g in grads.items()}
         rounding, far = torch.finfo(value.dtype).eps ** 0.5, _dot(change, change) ** 0.5
         drawn = any(
@@ -219,7 +225,8 @@ def _length(x: Tensor) -> float:
 class Eigenvalues:
     """The algebraic ends of a Hessian's spectrum.
 
-    Some eigenvalue is within largest_residual of largest, and likewise smallest. vector: unit eigenvector of largest, by name. steps: products.
+    Some eigenvalue is within largest_residual of largest, and likewise smallest. vector: unit
+    eigenvector of largest, by name. steps: products.
     """
 
     largest: float
@@ -234,10 +241,12 @@ class Eigenvalues:
 def eigenvalues(
     hessian: Hessian, *, generator: torch.Generator, steps: int = 100, tolerance: float = 1e-3
 ) -> Eigenvalues:
-    """By Lanczos with full reorthogonalisation [GL, §10.3]. steps: at most so many products, each of which keeps a vector of n entries.
+    """By Lanczos with full reorthogonalisation [GL, §10.3]. steps: at most so many products, each
+    of which keeps a vector of n entries.
 
-    converged, and stopped: largest_residual <= tolerance · |largest|, or the subspace is invariant. The error of `largest` is then far smaller: its
-    residual squared over the gap to the next. Both ends are the subspace's, so never outside of the spectrum; a start that misses an eigenvector
+    converged, and stopped: largest_residual <= tolerance · |largest|, or the subspace is invariant.
+    The error of `largest` is then far smaller: its residual squared over the gap to the next. Both
+    ends are the subspace's, so never outside of the spectrum; a start that misses an eigenvector
     misses its eigenvalue.
     """
     q = hessian.flat(hessian.random(generator))
@@ -277,10 +286,13 @@ def eigenvalues(
 
 @dataclass(frozen=True)
 class ModularSharpness:
-    """A lower bound on max dᵀHd over the unit ball of a modular norm, never below 0, the value at d = 0.
+    """A lower bound on max dᵀHd over the unit ball of a modular norm, never below 0, the value at d
+    = 0.
 
-    direction: the d that attains it. values: what the climb from each start reached, negative ones as 0. steps: products, of all climbs.
-    converged: within the ball, nothing gains more than `tolerance` of the value over the direction, to first order: a local maximum at best.
+    direction: the d that attains it. values: what the climb from each start reached, negative ones
+    as 0. steps: products, of all climbs.
+    converged: within the ball, nothing gains more than `tolerance` of the value over the direction,
+    to first order: a local maximum at best.
     """
 
     value: float
@@ -307,12 +319,13 @@ def modular_sharpness(
 ) -> ModularSharpness:
     """max dᵀHd over ‖d‖ <= 1, from below: the best of climbs of at most `steps` products each.
 
-    A climb moves d towards v = dualize(H d), the generalized power iteration [OO], to the best point of the segment between them, which a positive
-    semidefinite H has at v and an indefinite one perhaps before [FW]: the value never falls. Starts: the dualized gradient, the eigenvector of
-    `top` (computed, coarsely, if left out) scaled to norm 1, and `restarts` random directions, dualized.
-    The bound is strict although polar factors are approximate: norm.stiefel polishes each v, which makes it almost exact, and the best d is divided
-    by its norm where that still exceeds 1, before its value is taken anew.
-    Raises ValueError for a weight without a norm.
+    A climb moves d towards v = dualize(H d), the generalized power iteration [OO], to the best
+    point of the segment between them, which a positive semidefinite H has at v and an indefinite
+    one perhaps before [FW]: the value never falls. Starts: the dualized gradient, the eigenvector
+    of `top` (computed, coarsely, if left out) scaled to norm 1, and `restarts` random directions,
+    dualized. The bound is strict although polar factors are approximate: norm.stiefel polishes each
+    v, which makes it almost exact, and the best d is divided by its norm where that still exceeds
+    1, before its value is taken anew. Raises ValueError for a weight without a norm.
     """
     starts = [_extreme(norm, hessian.gradient)]
     vector = (top or eigenvalues(hessian, generator=generator, tolerance=0.1)).vector
@@ -372,7 +385,8 @@ def _extreme(norm: ModularNorm, G: Direction) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Along:
-    """The loss along d = dualize(g): curvature dᵀHd, dual_norm ‖g‖†, and stable_lr, beyond which a step −lr · d raises a quadratic loss."""
+    """The loss along d = dualize(g): curvature dᵀHd, dual_norm ‖g‖†, and stable_lr, beyond which a
+    step −lr · d raises a quadratic loss."""
 
     curvature: float
     dual_norm: float
@@ -380,7 +394,8 @@ class Along:
 
 
 def along(hessian: Hessian, norm: ModularNorm) -> Along:
-    """Along the dualized gradient. stable_lr: 2‖g‖†/dᵀHd, in fact 2⟨g, d⟩/dᵀHd, where polar factors are approximate; infinite if dᵀHd <= 0."""
+    """Along the dualized gradient. stable_lr: 2‖g‖†/dᵀHd, in fact 2⟨g, d⟩/dᵀHd, where polar factors
+    are approximate; infinite if dᵀHd <= 0."""
     d = norm.dualize(hessian.gradient)
     curvature = hessian.quadratic(d)
     stable = 2 * _dot(hessian.gradient, d) / curvature if curvature > 0 else math.inf
@@ -388,10 +403,12 @@ def along(hessian: Hessian, norm: ModularNorm) -> Along:
 
 
 def loss_smoothness(norm: ModularNorm, *, sigma: float = 2.0, tau: float = 1.0) -> float | None:
-    """σα + τ: |dᵀHd| <= this for ‖d‖ <= 1, where weights and inputs are in their unit balls [MN, §3.3]; None where the tree has no α.
+    """σα + τ: |dᵀHd| <= this for ‖d‖ <= 1, where weights and inputs are in their unit balls [MN,
+    §3.3]; None where the tree has no α.
 
-    The loss is σ-Lipschitz and τ-smooth in the network's output; the defaults are cross-entropy's, of logits in ℓ∞, whatever multiplies them before:
-    a logit scale is a bond of the tree, and α counts it.
+    The loss is σ-Lipschitz and τ-smooth in the network's output; the defaults are cross-entropy's,
+    of logits in ℓ∞, whatever multiplies them before: a logit scale is a bond of the tree, and α
+    counts it.
     """
     constants = norm.smoothness()
     return None if constants is None else sigma * constants[0] + tau

@@ -17,23 +17,33 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .directions import DIRECTIONS
-from .errors import CopyError, PlacementError, Refusal, require
-from .finite import Finding, Watch
+from .errors import CopyError, PlacementError, require
+from .finite import Watch
 from .metrize import metrize
 from .modular import ModularNorm
 from .norms import Norm
 from .placement import OneProcess, Shards, interleave
-from .ranks import Piece, check_sharded, ranks_of, sharded
+from .ranks import Piece, ranks_of, sharded
 from .replicas import Replicas
 from .schedules import EscapeVelocity
-from .settings import StepSettings, defaults_of, takes
-from .stacks import Stack, clip_factor
-from .state import SCHEMA, add_norms, by_name, check_group, grouped, members
+from .settings import StepSettings, defaults_of, known, takes
+from .stacks import Radii, Stack, clip_factor, precise
+from .state import (
+    LOW,
+    SCHEMA,
+    add_norms,
+    by_name,
+    check_group,
+    check_saved,
+    check_shards,
+    check_step,
+    grouped,
+    members,
+    new_buffers,
+)
 from .update import by_rows
 
 F = TypeVar("F", bound=Callable[..., Any])
-LOW = (torch.bfloat16, torch.float16)
 Entry = tuple[dict[str, Any], str, Tensor]  # (group, name, parameter)
 
 
@@ -115,14 +125,12 @@ class Dualized(torch.optim.Optimizer):
         # itself it would skip some and leave others waiting.
         self._step_supports_amp_scaling = self._placement.state_at_owners
         # calls: of step() with gradients and an lr; here, as checkpoint libraries keep only groups.
+        known("Dualized", settings, StepSettings)
         defaults = defaults_of(StepSettings) | {"lr": 1.0 if self.escape else lr} | settings
         super().__init__(groups, check_group(defaults, auto=self.escape is not None) | {"calls": 0})
 
     def _forget_step(self) -> None:
-        self._watch, self._finding, self._call = Watch(self._ranks), None, 0
-        self._finding: Finding | None
-        self._counts: list[dict[str, Any]] = []  # groups of the last step that are not counted yet
-        self._radii: dict[tuple[Any, ...], Tensor] = {}
+        self._watch, self._radii = Watch(self._ranks), Radii()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does, of named parameters. Existing radii stay.
@@ -138,7 +146,7 @@ class Dualized(torch.optim.Optimizer):
             # nothing else.
             known = self.param_groups[0]["step_size"] if self.param_groups else None
             group["step_size"] = self._new_step_size(pairs[0][1]) if known is None else known
-        self._refuse_unsupported(group, pairs)
+        check_shards(group, pairs, self._ranks, self._shards)
         super().add_param_group(group)
         entries: dict[OneProcess, list[tuple[Tensor, float, bool]]] = {}
         for name, p in pairs:
@@ -155,30 +163,6 @@ class Dualized(torch.optim.Optimizer):
         mesh = p.device_mesh  # type: ignore[attr-defined]
         return self._shards.setdefault(mesh, Shards(self._ranks, mesh))
 
-    def _refuse_unsupported(self, group: dict[str, Any], pairs: list[tuple[str, Tensor]]) -> None:
-        for name, p in pairs:
-            if not sharded(p):
-                continue
-            check_sharded(name, p)
-            require(
-                DIRECTIONS[group["direction"]].entrywise,
-                name,
-                got=f"the direction {group['direction']!r} of a sharded weight",
-                allowed=f"{', '.join(k for k, d in DIRECTIONS.items() if d.entrywise)},"
-                " entry by entry",
-                fix='one of them, or replicas (grads="local"), whose owners have whole weights',
-                error=PlacementError,
-            )
-            mesh = p.device_mesh  # type: ignore[attr-defined]
-            require(
-                (not self._shards or mesh in self._shards) and mesh.size() == self._ranks.size,
-                name,
-                got="a mesh that no weight before it has",
-                allowed="one mesh",
-                fix="build Dualized with sharded weights",
-                error=PlacementError,
-            )
-
     def _new_step_size(self, p: Tensor, value: float | Tensor | None = None) -> Tensor:
         assert self.escape
         value = self.escape.initial if value is None else value
@@ -194,7 +178,7 @@ class Dualized(torch.optim.Optimizer):
             fix="copy the model, build Dualized anew, and load_state_dict()",
             error=CopyError,
         )
-        self._count()
+        self._watch.count()
         kept = {k: getattr(self, k) for k in ("norm", "escape", "_ranks", "_placement", "_shards")}
         return super().__getstate__() | kept
 
@@ -205,7 +189,7 @@ class Dualized(torch.optim.Optimizer):
     @property
     def calls(self) -> int:
         """Number of calls of step() in which something was to be moved."""
-        self._count()
+        self._watch.count()
         return max(group["calls"] for group in self.param_groups)
 
     @property
@@ -242,9 +226,9 @@ class Dualized(torch.optim.Optimizer):
         entries = self._moving()
         if entries:
             self._placement.receive_gradients()
-            refresh = {id(g): g["calls"] % g["refresh_every"] == 0 for g, *_ in entries}
-            ok, present = self._look(entries, loss)
-            stacks = self._stacks(entries, ok, present, refresh)
+            # Before this call is counted.
+            refresh = {id(g): g["calls"] % g["refresh_every"] == 0 for g in self.param_groups}
+            stacks = self._stacks(entries, refresh, *self._look(entries, loss))
             self._grow(stacks)
             interleave(s.step() for s in stacks)
         self._placement.drop_gradients()
@@ -271,13 +255,8 @@ class Dualized(torch.optim.Optimizer):
         """Return the parameters that may move in this step, each with its state made."""
         entries: list[Entry] = []
         for group, name, p in members(self.param_groups):
-            if p.grad is not None and p.grad.is_sparse:
-                raise Refusal(
-                    name,
-                    got="a sparse gradient",
-                    allowed="dense ones",
-                    fix="sparse=False in its module",
-                )
+            apart = self.placement_of(p).rows_are_apart(p)
+            check_step(name, p, fits=not apart or by_rows(self.norm.norms[name], group))
             # What other ranks have is not known here: with several, every weight takes part, and
             # those without any gradient are masked.
             if p.grad is None and self._ranks.size == 1:
@@ -286,59 +265,81 @@ class Dualized(torch.optim.Optimizer):
             lr = group["lr"]
             if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:  # without waiting
                 entries.append((group, name, p))
-            apart = self.placement_of(p).rows_are_apart(p)
-            require(
-                not apart or by_rows(self.norm.norms[name], group),
-                name,
-                got="a direction, scale or constraint that needs whole weights, set after its rows"
-                " were given to ranks",
-                allowed="those that it was built with",
-                fix="build Dualized with them",
-                error=PlacementError,
-            )
         return entries
 
     def _stacks(
-        self, entries: list[Entry], ok: Tensor, present: Tensor | None, refresh: dict[int, bool]
+        self, entries: list[Entry], refresh: dict[int, bool], ok: Tensor, present: Tensor | None
     ) -> list[Stack]:
-        """Return the weights by group, norm, shape, dtype and device."""
-        clips: dict[int, Tensor | None] = {}
-        equal: dict[tuple[Any, ...], list[tuple[int, Entry]]] = {}
-        for i, (group, name, p) in enumerate(entries):
-            if id(group) not in clips:
-                own = [q for g, _, q in entries if g is group]
-                clips[id(group)] = self._clip(own, group["max_grad_norm"])
-            norm, place = self.norm.norms[name], self.placement_of(p)
-            key = (id(group), place, norm, p.shape, p.dtype, p.device)
-            equal.setdefault(key, []).append((i, entries[i]))
-        stacks: list[Stack] = []
-        for (_, place, norm, *_), alike in equal.items():
-            group = alike[0][1][0]
-            everyone = [p for _, (*_, p) in alike]
-            mine = [
-                (i, n, p)
-                for i, (_, n, p) in alike
-                if not place.state_at_owners or place.rows(p).numel()
-            ]
-            params = [p for *_, p in mine]
-            rows = [place.rows(p) for p in params]
-            weights = [self._precise(group, *pair) for pair in zip(params, rows, strict=True)]
-            fine = ok
-            if present is not None and mine:
-                here = torch.stack([present[i] for i, *_ in mine])
-                fine = ok & here.reshape(-1, *(1,) * norm.ndim)
-            radii = self._radii_of(norm, [(n, p) for _, n, p in mine])
-            names = (
-                [k for k in self.state[params[0]] if k not in ("master", "start")] if params else []
+        """Return the weights by group, norm, shape, dtype and device.
+
+        ok, present: what Watch.look() says of them.
+        """
+        equal: dict[tuple[Any, ...], list[tuple[Entry, Tensor | None]]] = {}
+        of_group: dict[int, list[Entry]] = {}
+        for i, entry in enumerate(entries):
+            group, name, p = entry
+            of_group.setdefault(id(group), []).append(entry)
+            key = (
+                id(group),
+                self.placement_of(p),
+                self.norm.norms[name],
+                p.shape,
+                p.dtype,
+                p.device,
             )
-            state = {k: [place.from_state(self.state[p][k]) for p in params] for k in names}
-            origin = [place.from_state(self.state[p]["start"]) for p in params if self.escape]
-            clip, anew = clips[id(group)], refresh[id(group)]
-            owned = (params, rows, weights, state, origin)
-            stacks.append(Stack(group, norm, place, everyone, *owned, radii, fine, clip, anew))
+            equal.setdefault(key, []).append((entry, None if present is None else present[i]))
+        clips = {k: self._clip(members) for k, members in of_group.items()}
+        stacks = [
+            self._stack(norm, place, alike, ok, clips[group], refresh[group])
+            for (group, place, norm, *_), alike in equal.items()
+        ]
         # What is stepped by rows is cheap to step and large to send: first, so that the rest hides
         # its way.
-        return sorted(stacks, key=lambda s: not by_rows(s.norm, s.group))
+        return sorted(stacks, key=lambda s: not s.by_rows)
+
+    def _stack(
+        self,
+        norm: Norm,
+        place: OneProcess,
+        alike: list[tuple[Entry, Tensor | None]],
+        ok: Tensor,
+        clip: Tensor | None,
+        refresh: bool,
+    ) -> Stack:
+        """Return a stack of weights, with the part of each that this rank steps."""
+        group, masters = alike[0][0][0], alike[0][0][0]["master_weights"]
+        mine = [
+            (name, p, here)
+            for (_, name, p), here in alike
+            if not place.state_at_owners or place.rows(p).numel()
+        ]
+        present = [here for *_, here in mine if here is not None]
+        if present:
+            ok = ok & torch.stack(present).reshape(-1, *(1,) * norm.ndim)
+        params = [p for _, p, _ in mine]
+        rows = [place.rows(p) for p in params]
+        buffers: dict[str, list[Tensor]] = {}
+        for p in params:
+            for k, b in self.state[p].items():
+                buffers.setdefault(k, []).append(place.from_state(b))
+        return Stack(
+            group,
+            norm,
+            place,
+            everyone=[p for (*_, p), _ in alike],
+            params=params,
+            rows=rows,
+            weights=[
+                precise(self.state[p], place, p, x) if masters and x.dtype in LOW else x
+                for p, x in zip(params, rows, strict=True)
+            ],
+            origin=buffers.pop("start", []),
+            buffers={k: b for k, b in buffers.items() if k != "master"},
+            radii=self._radii.of([self.norm.radii[n] for n, *_ in mine], params, norm.ndim),
+            ok=ok,
+            clip=clip,
+            refresh=refresh,
+        )
 
     def _grow(self, stacks: list[Stack]) -> None:
         """Let the escape velocity grow, after what these gradients say."""
@@ -350,72 +351,31 @@ class Dualized(torch.optim.Optimizer):
             grown = self.escape.grow(step_size, *self._ranks.gather(total).sum(0))
             step_size.copy_(grown)
 
-    def _clip(self, params: list[Tensor], limit: float | None) -> Tensor | None:
+    def _clip(self, entries: list[Entry]) -> Tensor | None:
+        limit = entries[0][0]["max_grad_norm"]
         if limit is None:
             return None
-        places = [self.placement_of(p) for p in params]
-        pairs = [(at.copies, at.gradient(p)) for at, p in zip(places, params, strict=True)]
+        params = [p for *_, p in entries]
+        pairs = [(self.placement_of(p).copies, self.placement_of(p).gradient(p)) for p in params]
         grads = [(copies, g) for copies, g in pairs if g is not None and g.numel()]
         return clip_factor(grads, limit, like=params, ranks=self._ranks)
-
-    def _radii_of(self, norm: Norm, pairs: list[tuple[str, Tensor]]) -> Tensor:
-        """Return the radii (n, 1…), made once: a copy to the device waits for it."""
-        if not pairs:
-            return torch.empty(0)
-        values, p = tuple(self.norm.radii[n] for n, _ in pairs), pairs[0][1]
-        key = (torch.promote_types(p.dtype, torch.float32), p.device, norm.ndim, values)
-        if key not in self._radii:
-            made = torch.tensor(values, dtype=key[0], device=p.device)
-            self._radii[key] = made.reshape(-1, *(1,) * norm.ndim)
-        return self._radii[key]
-
-    def _precise(self, group: dict[str, Any], p: Tensor, rows: Tensor) -> Tensor:
-        """Return what steps: rows of p, or their float32 master, brought up to date where somebody
-        else has written p."""
-        if not group["master_weights"] or p.dtype not in LOW:
-            return rows
-        place = self.placement_of(p)
-        if "master" not in self.state[p]:
-            self.state[p]["master"] = place.to_state(p, rows.detach().float())
-        master = place.from_state(self.state[p]["master"])
-        return master.copy_(torch.where(master.to(p.dtype) == rows, master, rows))
 
     # ---- numbers that are not finite
 
     @eager
     def _look(self, entries: list[Entry], loss: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return (0-dim bool: every number on every rank is finite; (n,) bools: which weights have
-        a gradient on some rank, None for one rank)."""
+        """See Watch.look()."""
         places = [(self.placement_of(p), p) for *_, p in entries]
         own = [at.local_gradient(p) for at, p in places]
         averages = [at.gradient(p) if at.state_at_owners else None for at, p in places]
         device = places[0][0].rows(places[0][1]).device
-        found = self._watch.look([n for _, n, _ in entries], own, averages, loss, device)
-        self._finding, self._counts = found, [g for g, *_ in entries]
-        self._call = 1 + max(g["calls"] for g in self._counts)
-        if self._ranks.size == 1:
-            self._count()
-        return found.ok, found.present
-
-    @eager
-    def _count(self) -> None:
-        """Count the last step in the groups of which some rank had a gradient: with several ranks
-        that is known late."""
-        if self._finding is not None and self._counts:
-            present = self._finding.were_present()
-            counted = {id(g): g for g, x in zip(self._counts, present, strict=True) if x}
-            self._counts = []
-            for group in counted.values():
-                group["calls"] += 1
+        return self._watch.look(entries, own, averages, loss, device)
 
     @eager
     def check_finite(self) -> None:
-        """Raise NonFiniteError if the last step met a gradient that was not finite. That step
-        changed nothing."""
-        if self._finding is not None:
-            self._count()
-            found, self._finding = self._finding, None
-            found.check(self._call)
+        """Raise NonFiniteError if the last step met a number that was not finite. That step changed
+        nothing."""
+        self._watch.check()
 
     # ---- state
 
@@ -426,17 +386,7 @@ class Dualized(torch.optim.Optimizer):
         rows = place.rows(p).detach()
         if self.state.get(p) or (place.state_at_owners and not rows.numel()):
             return
-        state: dict[str, Tensor] = {}
-        if group["master_weights"] and p.dtype in LOW:
-            state["master"] = rows.float()
-        if self.escape:
-            state["start"] = rows.clone()
-        made = DIRECTIONS[group["direction"]].buffers(rows)
-        assert not made.keys() & {"master", "start"}
-        dtype = getattr(torch, group["momentum_dtype"] or "", None)
-        for k, b in made.items():
-            kept = dtype is None or b.dtype == torch.float64 or not b.is_floating_point()
-            state[k] = b if kept else b.to(dtype)
+        state = new_buffers(group, rows, origin=self.escape is not None)
         self.state[p].update({k: place.to_state(p, b) for k, b in state.items()})
 
     def state_dict(self) -> dict[str, Any]:
@@ -444,24 +394,21 @@ class Dualized(torch.optim.Optimizer):
 
         With local gradients it is the whole state, gathered on every rank.
         """
-        self._count()
+        self._watch.count()
         saved = super().state_dict()
         if self._placement.state_at_owners:
-            groups = zip(self.param_groups, saved["param_groups"], strict=True)
-            for p, i in (
-                x for own, s in groups for x in zip(own["params"], s["params"], strict=True)
+            own = (p for group in self.param_groups for p in group["params"])
+            for p, i in zip(
+                own, (i for g in saved["param_groups"] for i in g["params"]), strict=True
             ):
-                place = self.placement_of(p)
-                whole = (
-                    place.gather_state(p, self.state.get(p, {})) if place is self._placement else {}
-                )
-                if whole:
-                    saved["state"][i] = whole
+                if (place := self.placement_of(p)) is self._placement:
+                    saved["state"][i] = place.gather_state(p, self.state.get(p, {}))
+            saved["state"] = {i: buffers for i, buffers in saved["state"].items() if buffers}
         return saved | {"schema": SCHEMA}
 
     def settings(self) -> list[dict[str, Any]]:
         """Return param_groups as state_dict() has them, without asking other ranks."""
-        self._count()
+        self._watch.count()
         return super().state_dict()["param_groups"]
 
     def held(self) -> dict[str, Piece]:
@@ -487,16 +434,7 @@ class Dualized(torch.optim.Optimizer):
         """
         groups, state = by_name(state_dict, [list(g["param_names"]) for g in self.param_groups])
         for group, own in zip(groups, self.param_groups, strict=True):
-            auto = "step_size" in group and all("start" in s for s in state.values())
-            kinds = ("a fixed lr", "…"), ('lr="auto"', '"auto"')
-            (theirs, fix), (ours, _) = kinds if self.escape else kinds[::-1]
-            require(
-                auto if self.escape else "step_size" not in group,
-                "optimizer state",
-                got=f"one saved with {theirs}",
-                allowed=f"one saved with {ours}",
-                fix=f"Dualized(model, lr={fix}), or start anew",
-            )
+            check_saved(group, state, auto=self.escape is not None)
             if self.escape:
                 group["step_size"] = self._new_step_size(own["params"][0], groups[0]["step_size"])
             # Saved by a version that had fewer settings.
@@ -508,9 +446,9 @@ class Dualized(torch.optim.Optimizer):
             for p, i in zip(group["params"], saved["params"], strict=True):
                 # Not by torch, which casts buffers to the weight's dtype: masters, and momentum of
                 # another one, would lose their digits.
-                buffers = {k: v for k, v in state.get(i, {}).items() if isinstance(v, Tensor)}
-                place = self.placement_of(p)
-                parts = {k: place.cut(p, v.to(p.device)) for k, v in buffers.items()}
-                own = {k: v for k, v in parts.items() if v is not None}
-                if own:
-                    self.state[p].update(own)
+                place, buffers = self.placement_of(p), state.get(i, {}).items()
+                parts = {
+                    k: place.cut(p, v.to(p.device)) for k, v in buffers if isinstance(v, Tensor)
+                }
+                if any(v is not None for v in parts.values()):
+                    self.state[p].update({k: v for k, v in parts.items() if v is not None})

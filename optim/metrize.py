@@ -1,6 +1,8 @@
-"""From a model to its modular norm: by the structure that it declares, or by the types of its modules and the user's rules.
+"""From a model to its modular norm: by the structure that it declares, or by the types of its
+modules and the user's rules.
 
-Each parameter is placed exactly once, or an error names it. The receipt of the result is ModularNorm.receipt().
+Each parameter is placed exactly once, or an error names it. The receipt of the result is
+ModularNorm.receipt().
 """
 
 import difflib
@@ -25,10 +27,12 @@ WRAPPERS = (
     "_fsdp_wrapped_module.",
 )  # torch.compile, DDP, checkpointing, FSDP
 
-# Masses of a model that declares no structure: each role's total, shared equally by its maps (fused queries, keys and values are three). As in
-# model.py, what is between embedding and head has six times the mass of either.
+# Masses of a model that declares no structure: each role's total, shared equally by its maps (fused
+# queries, keys and values are three). As in model.py, what is between embedding and head has six
+# times the mass of either.
 MASSES = {"embedding": 1.0, "hidden": 6.0, "head": 1.0, "gain": 0.5, "bias": 0.5, "scalar": 0.1}
-# Several maps stored as one weight, by the names that models give them: blocks of as many rows as there are columns.
+# Several maps stored as one weight, by the names that models give them: blocks of as many rows as
+# there are columns.
 FUSED = ("c_attn", "qkv", "qkv_proj", "Wqkv", "gate_up_proj")
 INTERLEAVED = (
     "query_key_value",
@@ -41,11 +45,14 @@ GAINS, BIASES = (
 
 @dataclass(frozen=True)
 class Rule:
-    """What the user decides: for parameters whose name matches `pattern` (as file names do: * and ?), norm, mass and role; None leaves the default.
+    """What the user decides: for parameters whose name matches `pattern` (as file names do: * and
+    ?), norm, mass and role; None leaves the default.
 
-    norm: a Norm, or a name in NORMS. mass: of each matching weight, beside the totals in MASSES. role: a key of MASSES, which brings its norm, or a name of your own.
-    maps: how many maps the weight holds, 3 for fused queries, keys and values, each with a share of the role's mass; a norm that sees its blocks belongs to it.
-    On a declared structure a rule changes norm, mass and the role's name.
+    norm: a Norm, or a name in NORMS. mass: of each matching weight, beside the totals in MASSES.
+    role: a key of MASSES, which brings its norm, or a name of your own.
+    maps: how many maps the weight holds, 3 for fused queries, keys and values, each with a share of
+    the role's mass; a norm that sees its blocks belongs to it. On a declared structure a rule
+    changes norm, mass and the role's name.
     """
 
     pattern: str
@@ -93,7 +100,8 @@ class Rule:
 
 @dataclass(frozen=True)
 class Place:
-    """role, norm, and how many maps the weight holds. wrap: what its storage makes of a role's norm. note: a guess that the receipt prints."""
+    """role, norm, and how many maps the weight holds. wrap: what its storage makes of a role's
+    norm. note: a guess that the receipt prints."""
 
     role: str
     norm: Norm
@@ -140,10 +148,13 @@ def metrize(
 ) -> ModularNorm:
     """The modular norm of a model, by canonical parameter names.
 
-    structure: the tree; by default what model.structure() returns. A model without one is placed by the types of its modules, its weights side by side with the
-    shares of MASSES: nothing is assumed of its forward pass. rules: Rule, or a mapping of its fields; the first that matches a name wins over structure and types.
-    Every trainable parameter is placed exactly once. Raises CoverageError, and names it, for one that is not, that is tied to another without a rule that
-    gives the two one norm, of a shape that its norm does not fit, complex, or with sparse gradients; for a rule without a parameter; for an atom without one.
+    structure: the tree; by default what model.structure() returns. A model without one is placed by
+    the types of its modules, its weights side by side with the shares of MASSES: nothing is assumed
+    of its forward pass. rules: Rule, or a mapping of its fields; the first that matches a name wins
+    over structure and types. Every trainable parameter is placed exactly once. Raises
+    CoverageError, and names it, for one that is not, that is tied to another without a rule that
+    gives the two one norm, of a shape that its norm does not fit, complex, or with sparse
+    gradients; for a rule without a parameter; for an atom without one.
     """
     rules = [r if isinstance(r, Rule) else _rule(r) for r in rules]
     plain = _unwrapped(model)
@@ -492,7 +503,8 @@ def _check_rules(rules: list[Rule], names: list[str]) -> None:
 def _check_ties(
     every: Sequence[tuple[str, Tensor]], rules: list[Rule], embeddings: set[str]
 ) -> dict[str, set[str]]:
-    """{first name: further names} of weights that share memory; an error unless all are embeddings, or a rule gives them one norm."""
+    """{first name: further names} of weights that share memory; an error unless all are embeddings,
+    or a rule gives them one norm."""
     alias: dict[str, set[str]] = {}
     spans: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
     owner: dict[int, str] = {}

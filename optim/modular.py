@@ -1,8 +1,9 @@
 """The modular norm: masses, sensitivities and norms of modules, composed [MN].
 
-A module has a mass (its share of feature learning), a sensitivity (Lipschitz constant in its input) and a norm on its weights.
-Atoms hold one weight; bonds hold none and have mass 0; compounds derive theirs. Everything holds for well-normed modules: inputs of
-norm at most 1, weights of norm at most 1. Tuples carry the sum of their members' norms.
+A module has a mass (its share of feature learning), a sensitivity (Lipschitz constant in its input)
+and a norm on its weights. Atoms hold one weight; bonds hold none and have mass 0; compounds derive
+theirs. Everything holds for well-normed modules: inputs of norm at most 1, weights of norm at most
+1. Tuples carry the sum of their members' norms.
 Sources: [MN] Large et al., arXiv 2405.14813, §3; [MD] arXiv 2410.21265, §5;
 [OO] Bernstein, Newhouse, arXiv 2409.20325.
 """
@@ -29,10 +30,12 @@ Rows = list[
 
 @dataclass(frozen=True)
 class Module:
-    """A node of the tree. mass >= 0; sensitivity >= 0; typical: the sensitivity is the gain at unit-RMS Gaussian input, not a bound.
+    """A node of the tree. mass >= 0; sensitivity >= 0; typical: the sensitivity is the gain at
+    unit-RMS Gaussian input, not a bound.
 
-    sharpness: (α, β, γ), or None where a bond below does not declare its own; undeclared: the labels of those bonds.
-    str() draws the tree in the order of the forward pass, with the radii of its weights.
+    sharpness: (α, β, γ), or None where a bond below does not declare its own; undeclared: the
+    labels of those bonds. str() draws the tree in the order of the forward pass, with the radii of
+    its weights.
     """
 
     mass: float = 0.0
@@ -63,7 +66,8 @@ class Module:
     __rmul__ = __mul__
 
     def __pow__(self, times: int) -> Module:
-        """The module after itself, `times` times; the i-th copy has its atoms' last "{}" filled with i, counted from the input."""
+        """The module after itself, `times` times; the i-th copy has its atoms' last "{}" filled
+        with i, counted from the input."""
         if not isinstance(times, int) or times < 1:
             raise Refusal(
                 "a module's power",
@@ -97,7 +101,8 @@ class Module:
         return self
 
     def radii(self, target: float = 1.0) -> Iterator[tuple[Atom, float]]:
-        """Each atom below with the radius that its update has when the whole module's has norm `target`."""
+        """Each atom below with the radius that its update has when the whole module's has norm
+        `target`."""
         return iter(())
 
     def rows(self, targets: tuple[float, ...] = (1.0,)) -> Rows:
@@ -169,9 +174,11 @@ class Atom(Module):
 def atom(
     name: str, norm: Norm, *, mass: float = 1.0, sensitivity: float = 1.0, role: str = ""
 ) -> Atom:
-    """A weight: parameter name ("{}" is a layer number, filled by **), norm, mass, sensitivity on the unit ball.
+    """A weight: parameter name ("{}" is a layer number, filled by **), norm, mass, sensitivity on
+    the unit ball.
 
-    It acts linearly in the weight: (α, β, γ) = (0, 1, 0). A bias, which does not see the input, has sensitivity 0 and (0, 0, 0).
+    It acts linearly in the weight: (α, β, γ) = (0, 1, 0). A bias, which does not see the input, has
+    sensitivity 0 and (0, 0, 0).
     """
     if not 0 <= mass < math.inf or not 0 <= sensitivity < math.inf:
         what, got = ("mass", mass) if not 0 <= mass < math.inf else ("sensitivity", sensitivity)
@@ -206,8 +213,10 @@ def bond(
 ) -> Bond:
     """A map without weights.
 
-    sensitivity: its Lipschitz constant on the unit ball or, marked typical, its gain at unit-RMS Gaussian input.
-    sharpness: γ, a bound on its second derivative there, 0 for linear maps; None where there is none, as for every typical bond.
+    sensitivity: its Lipschitz constant on the unit ball or, marked typical, its gain at unit-RMS
+    Gaussian input.
+    sharpness: γ, a bound on its second derivative there, 0 for linear maps; None where there is
+    none, as for every typical bond.
     """
     if not sensitivity > 0 or (sharpness is not None and (typical or not sharpness >= 0)):
         raise Refusal(
@@ -222,9 +231,11 @@ def bond(
 
 
 def attention() -> Bond:
-    """Functional attention softmax(q kᵀ / d_head) v of (q, k, v), in the maximum over heads and tokens of RMS: 1 in each of q, k and v [MN].
+    """Functional attention softmax(q kᵀ / d_head) v of (q, k, v), in the maximum over heads and
+    tokens of RMS: 1 in each of q, k and v [MN].
 
-    Its γ is (35 + 13√13)/54, the largest second derivative on the unit ball (tests/test_smoothness.py searches for it).
+    Its γ is (35 + 13√13)/54, the largest second derivative on the unit ball
+    (tests/test_smoothness.py searches for it).
     """
     return bond("attention", sharpness=(35 + 13 * 13**0.5) / 54)
 
@@ -260,7 +271,8 @@ def _after(outer: Module, inner: Module) -> Sharpness | None:
 
 @dataclass(frozen=True)
 class Composite(Module):
-    """outer after inner: m = m₁ + m₂, μ = μ₁ μ₂, ‖w‖ = max(μ₂ (m/m₁) ‖w₁‖, (m/m₂) ‖w₂‖), 1 = inner, 2 = outer [MN, Def. 3]."""
+    """outer after inner: m = m₁ + m₂, μ = μ₁ μ₂, ‖w‖ = max(μ₂ (m/m₁) ‖w₁‖, (m/m₂) ‖w₂‖), 1 = inner,
+    2 = outer [MN, Def. 3]."""
 
     outer: Module = field(default_factory=Module)
     inner: Module = field(default_factory=Module)
@@ -318,7 +330,8 @@ class Composite(Module):
 
 @dataclass(frozen=True)
 class Concat(Module):
-    """Modules side by side on one input; the tuple of outputs has the sum norm: m = Σ m_k, μ = Σ μ_k, ‖w‖ = max (m/m_k) ‖w_k‖ [MN, Def. 4]."""
+    """Modules side by side on one input; the tuple of outputs has the sum norm: m = Σ m_k, μ = Σ
+    μ_k, ‖w‖ = max (m/m_k) ‖w_k‖ [MN, Def. 4]."""
 
     children: tuple[Module, ...] = ()
 
@@ -420,7 +433,8 @@ class Power(Module):
 
 
 def residual(block: Module, depth: int) -> Module:
-    """(1 − 1/depth) x + (1/depth) block(x): `depth` of them in a row have sensitivity 1 where the block has 1, and at most exp(μ − 1) where it has μ [MN]."""
+    """(1 − 1/depth) x + (1/depth) block(x): `depth` of them in a row have sensitivity 1 where the
+    block has 1, and at most exp(μ − 1) where it has μ [MN]."""
     if depth < 1:
         raise Refusal(
             "residual",
@@ -439,7 +453,8 @@ def residual(block: Module, depth: int) -> Module:
 class ModularNorm:
     """The modular norm, resolved: ‖w‖ = max_k ‖w_k‖_k / radius_k over named tensors.
 
-    norms, radii: by parameter name. roles, masses, shapes, notes: for the receipt. Tensors left out of a mapping count as zero.
+    norms, radii: by parameter name. roles, masses, shapes, notes: for the receipt. Tensors left out
+    of a mapping count as zero.
     tree: what it was resolved from; str(norm.tree) draws it.
     """
 
@@ -506,9 +521,11 @@ class ModularNorm:
     def normalize(
         self, updates: Mapping[str, Tensor], *, by_block: bool = False
     ) -> dict[str, Tensor]:
-        """radius_k · u_k / ‖u_k‖_k: every tensor of any optimizer's update at its full share of modular norm 1 [MN]; 0 stays 0.
+        """radius_k · u_k / ‖u_k‖_k: every tensor of any optimizer's update at its full share of
+        modular norm 1 [MN]; 0 stays 0.
 
-        by_block: every block of a norm that is a maximum over blocks (rows, heads, slices of a convolution) to its full size, as Modula's own code does.
+        by_block: every block of a norm that is a maximum over blocks (rows, heads, slices of a
+        convolution) to its full size, as Modula's own code does.
         """
         out = {}
         for k, u in self._checked(updates):
@@ -517,19 +534,23 @@ class ModularNorm:
         return out
 
     def unweighted(self) -> ModularNorm:
-        """The plain maximum over tensors, every radius 1 (0 where it was 0): what older optimizers compose their norms by [OO]."""
+        """The plain maximum over tensors, every radius 1 (0 where it was 0): what older optimizers
+        compose their norms by [OO]."""
         return replace(self, radii={k: float(r > 0) for k, r in self.radii.items()}, tree=None)
 
     def smoothness(self) -> Sharpness | None:
-        """(α, β, γ): bounds on second derivatives of the network on the unit ball, in its own norms [MN, §3.3].
+        """(α, β, γ): bounds on second derivatives of the network on the unit ball, in its own norms
+        [MN, §3.3].
 
-        None where a bond does not declare its own (`tree.undeclared` names them) or there is no tree. A loss that is σ-Lipschitz and τ-smooth in
-        the output has a gradient that is (σα + τ)-Lipschitz in the modular norm.
+        None where a bond does not declare its own (`tree.undeclared` names them) or there is no
+        tree. A loss that is σ-Lipschitz and τ-smooth in the output has a gradient that is (σα +
+        τ)-Lipschitz in the modular norm.
         """
         return self.tree.sharpness if self.tree else None
 
     def receipt(self) -> str:
-        """A table: parameter, shape, role, norm, mass, radius (its share of a step of modular norm 1) and the RMS of that step's entries; then the notes."""
+        """A table: parameter, shape, role, norm, mass, radius (its share of a step of modular norm
+        1) and the RMS of that step's entries; then the notes."""
         rows = [("parameter", "shape", "role", "norm", "mass", "radius", "update RMS")]
         for name, norm in self.norms.items():
             shape = self.shapes.get(name)

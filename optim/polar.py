@@ -1,7 +1,8 @@
 """The polar factor U Vᵀ of a matrix G = U S Vᵀ, exactly or by odd matrix polynomials.
 
 m, n: rows and columns of one matrix. Everything takes stacks (..., m, n).
-Sources: [MU] kellerjordan.github.io/posts/muon; [PE] arXiv 2505.16932; [GN] Zhang, Amsel, Chen, Dao, Gram Newton-Schulz, 2026.
+Sources: [MU] kellerjordan.github.io/posts/muon; [PE] arXiv 2505.16932; [GN] Zhang, Amsel, Chen,
+Dao, Gram Newton-Schulz, 2026.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +21,10 @@ Coefficients = tuple[tuple[float, float, float], ...]
 class Schedule:
     """A fixed sequence of steps X ← aX + b(XXᵀ)X + c(XXᵀ)²X on X = G / (safety · ‖G‖_F).
 
-    coefficients, safety factor and band are one value: a table run with another table's safety factor has another band.
-    band: where singular values from [floor, 1] · ‖G‖_F land, exact arithmetic, rounded outward (measured: tests/test_polar.py).
+    coefficients, safety factor and band are one value: a table run with another table's safety
+    factor has another band.
+    band: where singular values from [floor, 1] · ‖G‖_F land, exact arithmetic, rounded outward
+    (measured: tests/test_polar.py).
     """
 
     name: str
@@ -38,7 +41,8 @@ def _over(divisor: int, *rows: tuple[int, int, int]) -> Coefficients:
 SCHEDULES = {
     s.name: s
     for s in (
-        # The classical cubic and quintic Newton-Schulz iterations (Higham, Functions of Matrices, ch. 8).
+        # The classical cubic and quintic Newton-Schulz iterations (Higham, Functions of Matrices,
+        # ch. 8).
         Schedule("cubic", ((1.5, -0.5, 0.0),) * 12, 1.0, (0.129, 1.0)),
         Schedule("quintic", ((2.0, -1.5, 0.5),) * 12, 1.0, (0.99999, 1.00001)),
         Schedule("jordan", ((3.4445, -4.7750, 2.0315),) * 5, 1.0, (0.470, 1.203)),  # [MU]
@@ -71,16 +75,20 @@ SCHEDULES = {
     )
 }
 
-# The Gram form accumulates rounding errors faster than the plain one; X is formed anew ("restart") every so many steps. In float32 this
-# period follows the plain form within 2e-4 on log-uniform spectra. In bfloat16 no period but 1, the plain form, keeps the band: 2 leaves it
-# by up to 0.1 on log-uniform and rank-one spectra, and 9 diverges (tests/test_polar.py), so that bfloat16 is plain unless gram is asked for.
+# The Gram form accumulates rounding errors faster than the plain one; X is formed anew ("restart")
+# every so many steps. In float32 this period follows the plain form within 2e-4 on log-uniform
+# spectra. In bfloat16 no period but 1, the plain form, keeps the band: 2 leaves it by up to 0.1 on
+# log-uniform and rank-one spectra, and 9 diverges (tests/test_polar.py), so that bfloat16 is plain
+# unless gram is asked for.
 GRAM_PERIOD = {torch.float64: 3, torch.float32: 3, torch.bfloat16: 2}
-# The Gram form has fewer FLOPs exactly above n/m = 1.5 [GN]; from 2 on it also fits in two temporaries of X's size.
+# The Gram form has fewer FLOPs exactly above n/m = 1.5 [GN]; from 2 on it also fits in two
+# temporaries of X's size.
 GRAM_ASPECT = 2.0
 
 
 def plain(X: Tensor, coefficients: Coefficients, *, inplace: bool = False) -> Tensor:
-    """The iteration on X (b, m, n), m <= n. inplace: in X, with at most two more tensors of its size."""
+    """The iteration on X (b, m, n), m <= n. inplace: in X, with at most two more tensors of its
+    size."""
     for a, b, c in coefficients:
         A = X @ X.mT
         P = torch.baddbmm(A, A, A, beta=b, alpha=c)
@@ -92,7 +100,8 @@ def plain(X: Tensor, coefficients: Coefficients, *, inplace: bool = False) -> Te
 
 
 def gram(X: Tensor, coefficients: Coefficients, *, inplace: bool = False) -> Tensor:
-    """The same iteration through R = XXᵀ (b, m, m) and the product Q of its polynomials, m <= n [GN]."""
+    """The same iteration through R = XXᵀ (b, m, m) and the product Q of its polynomials, m <= n
+    [GN]."""
     Q = R = None
     for step, (a, b, c) in enumerate(coefficients, start=1):
         R = X @ X.mT if R is None else R
@@ -110,10 +119,12 @@ def gram(X: Tensor, coefficients: Coefficients, *, inplace: bool = False) -> Ten
 
 
 def exact(G: Tensor) -> Tensor:
-    """U Vᵀ over the singular values above √ε of the largest, so that a rank-deficient G gives the partial isometry that the schedules tend to.
+    """U Vᵀ over the singular values above √ε of the largest, so that a rank-deficient G gives the
+    partial isometry that the schedules tend to.
 
-    Less than that may be rounding: of sums in another order, of averages that cancel, of quotients as a direction makes them (SOAP's entries are known to √ε). The schedules bring
-    nothing below 1e-3 ‖G‖_F to full size either; float32's √ε is 3.5e-4, float64's 1.5e-8.
+    Less than that may be rounding: of sums in another order, of averages that cancel, of quotients
+    as a direction makes them (SOAP's entries are known to √ε). The schedules bring nothing below
+    1e-3 ‖G‖_F to full size either; float32's √ε is 3.5e-4, float64's 1.5e-8.
     """
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
     return (U * (torch.finfo(G.dtype).eps ** 0.5 * S[..., :1] < S).to(U.dtype).unsqueeze(-2)) @ Vh
@@ -123,8 +134,10 @@ def exact(G: Tensor) -> Tensor:
 class Polar:
     """How a polar factor is computed.
 
-    schedule: "exact" (SVD) or a name in SCHEDULES. form: "plain", "gram", or "auto": gram from aspect ratio GRAM_ASPECT on, except in bfloat16.
-    dtype: of the iteration; "auto" is bfloat16 on an accelerator and float32 on a CPU (in train_gpt.py: that of run.precision). float64 input is always iterated in float64.
+    schedule: "exact" (SVD) or a name in SCHEDULES. form: "plain", "gram", or "auto": gram from
+    aspect ratio GRAM_ASPECT on, except in bfloat16.
+    dtype: of the iteration; "auto" is bfloat16 on an accelerator and float32 on a CPU (in
+    train_gpt.py: that of run.precision). float64 input is always iterated in float64.
     """
 
     schedule: str = "polar_express"
@@ -148,12 +161,15 @@ class Polar:
         return (1.0, 1.0) if self.schedule == "exact" else SCHEDULES[self.schedule].band
 
     def __call__(self, G: Tensor, *, inplace: bool = False) -> Tensor:
-        """The polar factor of each matrix of G (..., m, n), in G's dtype; zero for a zero matrix, any scale of G.
+        """The polar factor of each matrix of G (..., m, n), in G's dtype; zero for a zero matrix,
+        any scale of G.
 
-        inplace: G may be overwritten; where the iteration is in G's dtype, it then needs two more tensors of G's size, and no third.
+        inplace: G may be overwritten; where the iteration is in G's dtype, it then needs two more
+        tensors of G's size, and no third.
         """
         X = G.double() if G.dtype == torch.float64 else G.float()
-        # Divided by its own largest entry first, ‖X‖_F is in [1, √(mn)]: no square under- or overflows, and 0 stays 0.
+        # Divided by its own largest entry first, ‖X‖_F is in [1, √(mn)]: no square under- or
+        # overflows, and 0 stays 0.
         largest = X.amax(dim=(-2, -1), keepdim=True).maximum(-X.amin(dim=(-2, -1), keepdim=True))
         scale = torch.where(largest > 0, largest, 1)
         X = X.div_(scale) if inplace or X is not G else X / scale
@@ -171,9 +187,11 @@ class Polar:
         return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
 
     def flops(self, m: int, n: int) -> int:
-        """Of the matrix products for one matrix (m, n), 2 per multiplication with its addition; dtype "auto" counts as float32.
+        """Of the matrix products for one matrix (m, n), 2 per multiplication with its addition;
+        dtype "auto" counts as float32.
 
-        The SVD: 6 n m² + 20 m³ for m <= n (Golub, Van Loan, Matrix Computations, 4th ed., fig. 8.6.1: R-SVD with U₁, Σ, V).
+        The SVD: 6 n m² + 20 m³ for m <= n (Golub, Van Loan, Matrix Computations, 4th ed., fig.
+        8.6.1: R-SVD with U₁, Σ, V).
         """
         m, n = sorted((m, n))
         dtype = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32

@@ -6,10 +6,11 @@ and docs/settings.md. To add a setting: declare it in StepSettings, and use it.
 """
 
 import ast
+import difflib
 import inspect
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from itertools import pairwise
@@ -17,7 +18,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .directions import DIRECTIONS
-from .errors import Refusal
+from .errors import Refusal, require
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,19 @@ def check(cls: type, values: Mapping[str, Any], *, owner: str) -> None:
     """Raise Refusal for the first value that cannot be. owner: whose argument it is, "Dualized"."""
     for key, value, words in wrong(cls, values):
         raise Refusal(f"{owner}: {key}", got=repr(value), allowed=words, fix=f"{owner}(…, {key}=…)")
+
+
+def known(owner: str, given: Iterable[str], cls: type) -> None:
+    """Raise Refusal for the first name that is no setting of cls. owner: who was given it."""
+    for key in given:
+        near = difflib.get_close_matches(key, hints_of(cls), n=1)
+        require(
+            key in hints_of(cls),
+            f"{owner}(…, {key}=…)",
+            got=f"no setting, {key}",
+            allowed=", ".join(hints_of(cls)),
+            fix=f"nearest valid name: {near[0]}" if near else "leave it out",
+        )
 
 
 @cache

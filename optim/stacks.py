@@ -187,6 +187,32 @@ class Stack:
             x.index_copy_(0, rows, taken[k])
 
 
+class Radii:
+    """Radii on the device, made once: a copy to the device waits for it."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Any, ...], Tensor] = {}
+
+    def of(self, values: list[float], params: list[Tensor], ndim: int) -> Tensor:
+        """Return the radii (n, 1…) of n weights of ndim dimensions."""
+        if not params:
+            return torch.empty(0)
+        dtype = torch.promote_types(params[0].dtype, torch.float32)
+        key = (dtype, params[0].device, ndim, tuple(values))
+        if key not in self._made:
+            made = torch.tensor(values, dtype=dtype, device=params[0].device)
+            self._made[key] = made.reshape(-1, *(1,) * ndim)
+        return self._made[key]
+
+
+def precise(state: dict[str, Tensor], place: OneProcess, p: Tensor, rows: Tensor) -> Tensor:
+    """Return the float32 master of the rows of p, brought up to date where p was written otherwise."""
+    if "master" not in state:
+        state["master"] = place.to_state(p, rows.detach().float())
+    master = place.from_state(state["master"])
+    return master.copy_(torch.where(master.to(p.dtype) == rows, master, rows))
+
+
 def clip_factor(
     grads: Sequence[tuple[int, Tensor]], limit: float, *, like: Sequence[Tensor], ranks: Ranks
 ) -> Tensor:

@@ -1,19 +1,22 @@
 """An optimizer's groups of parameters, and its saved state, by parameter name."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import CoverageError, Refusal, require
+from .directions import DIRECTIONS
+from .errors import CoverageError, PlacementError, Refusal, require
 from .metrize import canonical, check_distinct
 from .modular import ModularNorm
 from .norms import Norm
+from .ranks import Ranks, check_sharded, sharded
 from .settings import StepSettings, by_role, check, wrong
 
 SCHEMA = 2  # of Dualized.state_dict()
+LOW = (torch.bfloat16, torch.float16)  # dtypes of weights that may have float32 masters
 
 
 def check_group(settings: Mapping[str, Any], *, auto: bool) -> dict[str, Any]:
@@ -48,8 +51,8 @@ def check_group(settings: Mapping[str, Any], *, auto: bool) -> dict[str, Any]:
 def grouped(
     model_or_named: Any, norm: ModularNorm | None, roles: Mapping[str, Mapping[str, Any]]
 ) -> tuple[ModularNorm, list[dict[str, Any]]]:
-    """Return the norm, which must be there, and groups of trainable (name, parameter) pairs, one more
-    for each role that has settings of its own."""
+    """Return the norm, which must be there, and groups of trainable (name, parameter) pairs, one
+    more for each role that has settings of its own."""
     if isinstance(model_or_named, nn.Module):
         model_or_named = model_or_named.named_parameters()
     listed = list(model_or_named)
@@ -89,9 +92,9 @@ def grouped(
     return norm, groups
 
 
-def own_role(norm: ModularNorm, name: str, roles: Iterable[str]) -> str | None:
+def own_role(norm: ModularNorm, name: str, roles: Container[str]) -> str | None:
     """Return the role of a parameter if it is one of these."""
-    role = norm.roles.get(canonical(name))
+    role = norm.roles.get(canonical(name), "")
     return role if role in roles else None
 
 
@@ -147,6 +150,74 @@ def add_norms(
     return pairs
 
 
+def new_buffers(group: Mapping[str, Any], rows: Tensor, *, origin: bool) -> dict[str, Tensor]:
+    """Return the buffers of a weight's rows before its first step: the direction's and, where they are
+    kept, a float32 master and the weights W₀ of the escape velocity."""
+    buffers: dict[str, Tensor] = {}
+    if group["master_weights"] and rows.dtype in LOW:
+        buffers["master"] = rows.float()
+    if origin:
+        buffers["start"] = rows.clone()
+    made = DIRECTIONS[group["direction"]].buffers(rows)
+    assert not made.keys() & {"master", "start"}
+    dtype = getattr(torch, group["momentum_dtype"] or "", None)
+    for k, b in made.items():
+        kept = dtype is None or b.dtype == torch.float64 or not b.is_floating_point()
+        buffers[k] = b if kept else b.to(dtype)
+    return buffers
+
+
+def check_shards(
+    group: Mapping[str, Any], pairs: list[tuple[str, Tensor]], ranks: Ranks, meshes: Container[Any]
+) -> None:
+    """Raise PlacementError for a sharded weight that cannot be stepped.
+
+    meshes: those of weights before; empty if there is none.
+    """
+    fine = ", ".join(k for k, d in DIRECTIONS.items() if d.entrywise)
+    for name, p in pairs:
+        if not sharded(p):
+            continue
+        check_sharded(name, p)
+        require(
+            DIRECTIONS[group["direction"]].entrywise,
+            name,
+            got=f"the direction {group['direction']!r} of a sharded weight",
+            allowed=f"{fine}, entry by entry",
+            fix='one of them, or replicas (grads="local"), whose owners have whole weights',
+            error=PlacementError,
+        )
+        mesh: Any = p.device_mesh  # type: ignore[attr-defined]
+        require(
+            (not meshes or mesh in meshes) and mesh.size() == ranks.size,
+            name,
+            got="a mesh that no weight before it has",
+            allowed="one mesh",
+            fix="build Dualized with sharded weights",
+            error=PlacementError,
+        )
+
+
+def check_step(name: str, p: Tensor, *, fits: bool) -> None:
+    """Raise for a weight that cannot be stepped now. fits: its settings suit where its rows are."""
+    require(
+        p.grad is None or not p.grad.is_sparse,
+        name,
+        got="a sparse gradient",
+        allowed="dense ones",
+        fix="sparse=False in its module",
+    )
+    require(
+        fits,
+        name,
+        got="a direction, scale or constraint that needs whole weights, set after its rows were given"
+        " to ranks",
+        allowed="those that it was built with",
+        fix="build Dualized with them",
+        error=PlacementError,
+    )
+
+
 def named_pairs(named: Any) -> list[tuple[str, Tensor]]:
     """Return one (name, parameter) pair, or several, as a list."""
     one = isinstance(named, tuple) and len(named) == 2 and isinstance(named[0], str)
@@ -165,6 +236,20 @@ def named_pairs(named: Any) -> list[tuple[str, Tensor]]:
 def members(groups: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any], str, Tensor]]:
     """Return (group, name, parameter) of every parameter, in order."""
     return [(g, n, p) for g in groups for n, p in zip(g["param_names"], g["params"], strict=True)]
+
+
+def check_saved(group: Mapping[str, Any], state: Mapping[int, Any], *, auto: bool) -> None:
+    """Raise Refusal for a saved group of the other kind: with a fixed lr, or with lr="auto"."""
+    found = "step_size" in group and all("start" in buffers for buffers in state.values())
+    kinds = ("a fixed lr", "…"), ('lr="auto"', '"auto"')
+    (theirs, fix), (ours, _) = kinds if auto else kinds[::-1]
+    require(
+        found if auto else "step_size" not in group,
+        "optimizer state",
+        got=f"one saved with {theirs}",
+        allowed=f"one saved with {ours}",
+        fix=f"Dualized(model, lr={fix}), or start anew",
+    )
 
 
 def by_name(
