@@ -59,7 +59,10 @@ class Dataset:
             self.shards[name] = arrays
         if self.tokenizer.vocab_size != self.manifest.vocab_size:
             raise DataError(
-                f"{self.folder / META}: got vocab_size {self.manifest.vocab_size}; allowed for tokenizer {self.manifest.tokenizer}: {self.tokenizer.vocab_size}"
+                f"vocab_size in {self.folder / META}",
+                got=self.manifest.vocab_size,
+                allowed=f"{self.tokenizer.vocab_size}, that of tokenizer {self.manifest.tokenizer}",
+                fix="prepare the dataset again (python -m data.prepare)",
             )
         if config.holdout:
             self._hold_out(config.holdout)
@@ -90,7 +93,10 @@ class Dataset:
     def split(self, name: str) -> list[np.ndarray]:
         if name not in self.shards:
             raise DataError(
-                str(self.folder), got=f"no split {name!r}", allowed=", ".join(self.shards)
+                str(self.folder),
+                got=f"no split {name!r}",
+                allowed=", ".join(self.shards),
+                fix="prepare the dataset again (python -m data.prepare)",
             )
         return self.shards[name]
 

@@ -181,13 +181,15 @@ def package_sources(package: str) -> Iterator[tuple[str, str]]:
         files = importlib.metadata.distribution(package).files
     except importlib.metadata.PackageNotFoundError as error:
         raise DataError(
-            f"pysource: got no installed package {package!r}",
+            "pysource",
+            got=f"no installed package {package!r}",
             allowed=", ".join(PACKAGES),
             fix="pip install -r requirements.txt",
         ) from error
     if not files:
         raise DataError(
-            f"pysource: got no list of files for {package!r}",
+            "pysource",
+            got=f"no list of files for {package!r}",
             allowed="a package that pip installed",
             fix=f"pip install --force-reinstall {package}",
         )
@@ -373,13 +375,16 @@ def take(
                 row = next(rows, None)
             except (OSError, ValueError) as error:
                 raise DataError(
-                    "hub", got=error, allowed="rows that the datasets library reads", fix="the data"
+                    "hub",
+                    got=error,
+                    allowed="rows that the datasets library reads",
+                    fix="mend the data, or leave that file out of --files",
                 ) from error
             if row is None:
                 return
             if column not in row:
                 raise DataError(
-                    f"hub: got no column {column!r}", allowed=", ".join(row), fix="--column NAME"
+                    "hub", got=f"no column {column!r}", allowed=", ".join(row), fix="--column NAME"
                 )
             if not row[column]:
                 continue
@@ -407,7 +412,8 @@ def adopt(args: argparse.Namespace) -> None:
         ours = False  # damaged, and written anew below
     if ours:
         raise DataError(
-            f"{folder}: got a dataset that was prepared here",
+            str(folder),
+            got="a dataset that was prepared here",
             allowed="shards of another program",
             fix="nothing to adopt, train on it",
         )
@@ -416,7 +422,8 @@ def adopt(args: argparse.Namespace) -> None:
         paths = sorted(p for p in folder.glob("*.bin") if re.search(rf"(^|_){name}(_|\.)", p.name))
         if not paths:
             raise DataError(
-                f"{folder}: got no file named {name}_….bin or …_{name}_….bin",
+                str(folder),
+                got=f"no file named {name}_….bin or …_{name}_….bin",
                 allowed="a folder with train and val shards",
                 fix="python -m data.prepare adopt FOLDER",
             )
@@ -425,7 +432,8 @@ def adopt(args: argparse.Namespace) -> None:
             tokens = read_shard(path)
             if len(tokens) and int(tokens.max()) >= tokenizer.vocab_size:
                 raise DataError(
-                    f"{path}: got token {tokens.max()}",
+                    str(path),
+                    got=f"token {tokens.max()}",
                     allowed=f"below {tokenizer.vocab_size}, the vocabulary of {args.tokenizer}",
                     fix="--tokenizer",
                 )
@@ -454,7 +462,8 @@ def make_tokenizer(name: str, splits: Splits) -> Tokenizer:
 
 def read_bytes(path: Path) -> bytes:
     if not path.is_file():
-        raise DataError(str(path), got="no such file", allowed="a text file that exists")
+        fix = "its path, from the folder that the command runs in"
+        raise DataError(str(path), got="no such file", allowed="a text file that exists", fix=fix)
     return path.read_bytes()
 
 
@@ -462,7 +471,8 @@ def read_text(path: Path) -> str:
     try:
         return read_bytes(path).decode()
     except UnicodeDecodeError as error:
-        raise DataError(str(path), got=error, allowed="UTF-8 text") from error
+        fix = f"iconv -f latin1 -t utf8 {path}, if that is its encoding"
+        raise DataError(str(path), got=error, allowed="UTF-8 text", fix=fix) from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -86,6 +86,7 @@ def write_shard(path: Path, tokens: np.ndarray) -> Shard:
             str(path),
             got=f"tokens {tokens.min()} … {tokens.max()}",
             allowed="0 … 65535, the format's uint16",
+            fix="a tokenizer with a vocabulary of at most 65536",
         )
     header = np.zeros(HEADER, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
@@ -180,7 +181,8 @@ def read_manifest(folder: Path) -> Manifest:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw["schema"] != SCHEMA:
             raise DataError(
-                f"{path}: got schema {raw['schema']}",
+                f"schema of {path}",
+                got=raw["schema"],
                 allowed=SCHEMA,
                 fix="prepare the dataset again",
             )

@@ -30,8 +30,8 @@ class Tokenizer:
         except DataError as error:
             raise DataError(
                 option,
-                got=repr(text),
-                allowed=f"text of this vocabulary: {error}",
+                got=f"{text!r} ({error.what}: {error.got})",
+                allowed=f"the characters {error.allowed}",
                 fix="another prompt",
             ) from error
         if not tokens:
@@ -71,6 +71,7 @@ class Characters(Tokenizer):
                 "characters",
                 got=repr(characters),
                 allowed="distinct, in code point order, at least one",
+                fix='"".join(sorted(set(text)))',
             )
         self.characters, self.vocab_size = characters, len(characters)
         self.separator = max(0, characters.find("\n"))
@@ -85,6 +86,7 @@ class Characters(Tokenizer):
                 "a character that is not in the vocabulary",
                 got=repr(chr(codes[unknown][0])),
                 allowed=repr(self.characters),
+                fix="another text, or the tokenizer bytes",
             )
         return tokens.astype(np.uint16)
 
@@ -139,7 +141,10 @@ def get_tokenizer(name: str, characters: str | None = None) -> Tokenizer:
         return GPT2()
     if name == "chars":
         return Characters(characters or "")
-    raise DataError("tokenizer", got=repr(name), allowed=", ".join(NAMES))
+    names = ", ".join(NAMES)
+    raise DataError(
+        "tokenizer", got=repr(name), allowed=names, fix="--tokenizer NAME, one of those"
+    )
 
 
 def tokenizer_of(manifest: Manifest) -> Tokenizer:

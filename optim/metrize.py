@@ -1,13 +1,12 @@
-"""From a model to its modular norm: by the structure that it declares, or by the types of its
-modules and the user's rules.
+"""From a model to its modular norm: by the structure that it declares, or by its modules' types.
 
-Each parameter is placed exactly once, or an error names it. The receipt of the result is
-ModularNorm.receipt().
+Each parameter is placed exactly once, or an error names it. The user's rules come before both. The
+receipt of the result is ModularNorm.receipt().
 """
 
 import difflib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import inf
@@ -15,44 +14,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .errors import CoverageError
+from .errors import CoverageError, require
 from .modular import Atom, ModularNorm, Module, atom, bond, concat
-from .norms import NORMS, L1ToRMS, MaxEntry, Norm, RMSToLinf, RMSToRMS, VectorRMS
-from .views import Blocks, ConvRMSToRMS, Flattened, Transposed
+from .module_types import MASSES, Place, norm_of_role, place_by_type
+from .norms import NORMS, MaxEntry, Norm
 
-WRAPPERS = (
-    "_orig_mod.",
-    "module.",
-    "_checkpoint_wrapped_module.",
-    "_fsdp_wrapped_module.",
-)  # torch.compile, DDP, checkpointing, FSDP
-
-# Masses of a model that declares no structure: each role's total, shared equally by its maps (fused
-# queries, keys and values are three). As in model.py, what is between embedding and head has six
-# times the mass of either.
-MASSES = {"embedding": 1.0, "hidden": 6.0, "head": 1.0, "gain": 0.5, "bias": 0.5, "scalar": 0.1}
-# Several maps stored as one weight, by the names that models give them: blocks of as many rows as
-# there are columns.
-FUSED = ("c_attn", "qkv", "qkv_proj", "Wqkv", "gate_up_proj")
-INTERLEAVED = (
-    "query_key_value",
-)  # GPT-NeoX, Bloom: queries, keys and values of each head in turn, in sizes that only the configuration tells
-GAINS, BIASES = (
-    ("weight", "gamma", "gain", "scale", "g"),
-    ("bias", "beta", "b"),
-)  # 1-D weights of modules of unknown type, by name
+# The parts of a name that torch.compile, DDP, checkpointing and FSDP add.
+WRAPPERS = ("_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What the user decides: for parameters whose name matches `pattern` (as file names do: * and
-    ?), norm, mass and role; None leaves the default.
+    """What the user decides for the parameters whose name matches; None leaves the default.
 
-    norm: a Norm, or a name in NORMS. mass: of each matching weight, beside the totals in MASSES.
-    role: a key of MASSES, which brings its norm, or a name of your own.
-    maps: how many maps the weight holds, 3 for fused queries, keys and values, each with a share of
-    the role's mass; a norm that sees its blocks belongs to it. On a declared structure a rule
-    changes norm, mass and the role's name.
+    pattern: as of file names, with * and ?. norm: a Norm, or a name in NORMS. mass: of each
+    matching weight, beside the totals in MASSES. role: a key of MASSES, which brings its norm, or a
+    name of your own. maps: how many maps the weight holds, 3 for fused queries, keys and values,
+    each with a share of the role's mass; a norm that sees its blocks belongs to it. On a declared
+    structure a rule changes norm, mass and the role's name.
     """
 
     pattern: str
@@ -62,52 +41,24 @@ class Rule:
     maps: int | None = None
 
     def __post_init__(self) -> None:
-        if not (self.norm is None or isinstance(self.norm, str | Norm)):
-            raise CoverageError(
-                f"rule {self.pattern!r}",
-                got=f"norm {self.norm!r}",
-                allowed="a Norm, or a name in NORMS",
-                fix="RMSToRMS(), with brackets, say",
-            )
-        if isinstance(self.norm, str):
-            if self.norm not in NORMS:
-                raise CoverageError(
-                    f"rule {self.pattern!r}",
-                    got=f"norm {self.norm!r}",
-                    allowed=", ".join(NORMS),
-                    fix="one of those, or a Norm",
-                )
-            object.__setattr__(self, "norm", NORMS[self.norm]())
-        if self.mass is not None and not 0 <= self.mass < inf:
-            raise CoverageError(
-                f"rule {self.pattern!r}",
-                got=f"mass {self.mass}",
-                allowed="0 (never updated) or more",
-                fix="Rule(…, mass=1)",
-            )
+        norm, mass, maps = self.norm, self.mass, self.maps
+        typed, named = norm is None or isinstance(norm, str | Norm), not isinstance(norm, str)
+        weighed = mass is None or 0 <= mass < inf
+        counted = maps is None or (isinstance(maps, int) and maps >= 1)
+        for field, fine, allowed, fix in (
+            ("norm", typed, "a Norm, or a name in NORMS", "RMSToRMS(), with brackets, say"),
+            ("norm", named or norm in NORMS, ", ".join(NORMS), "one of those, or a Norm"),
+            ("mass", weighed, "0 (never updated) or more", "Rule(…, mass=1)"),
+            ("maps", counted, "1 or more", "Rule(…, maps=3)"),
+        ):
+            what, got = f"rule {self.pattern!r}", f"{field} {getattr(self, field)!r}"
+            require(fine, what, got=got, allowed=allowed, fix=fix, error=CoverageError)
+        if isinstance(norm, str):
+            object.__setattr__(self, "norm", NORMS[norm]())
 
-        if self.maps is not None and not (isinstance(self.maps, int) and self.maps >= 1):
-            raise CoverageError(
-                f"rule {self.pattern!r}",
-                got=f"maps {self.maps}",
-                allowed="1 or more",
-                fix="Rule(…, maps=3)",
-            )
-
-    def matches(self, name: str) -> bool:
-        return fnmatchcase(name, self.pattern)
-
-
-@dataclass(frozen=True)
-class Place:
-    """role, norm, and how many maps the weight holds. wrap: what its storage makes of a role's
-    norm. note: a guess that the receipt prints."""
-
-    role: str
-    norm: Norm
-    maps: int = 1
-    wrap: Callable[[Norm], Norm] = lambda norm: norm
-    note: str = ""
+    def matches(self, *names: str) -> bool:
+        """Return whether one of the names of a weight matches."""
+        return any(fnmatchcase(name, self.pattern) for name in names)
 
 
 def _rule(fields: Mapping[str, Any]) -> Rule:
@@ -115,29 +66,25 @@ def _rule(fields: Mapping[str, Any]) -> Rule:
         return Rule(**fields)
     except TypeError as error:
         allowed = ", ".join(Rule.__dataclass_fields__)
-        raise CoverageError(
-            "rule",
-            got=dict(fields),
-            allowed=allowed,
-            fix="{'pattern': 'lm_head.weight', 'role': 'head'}, say",
-        ) from error
+        fix = "{'pattern': 'lm_head.weight', 'role': 'head'}, say"
+        raise CoverageError("rule", got=dict(fields), allowed=allowed, fix=fix) from error
 
 
 def canonical(name: str) -> str:
-    """A parameter's name without the prefixes that torch's wrappers add."""
-    parts = name.split(".")
-    return ".".join(p for p in parts if f"{p}." not in WRAPPERS)
+    """Return a parameter's name without the prefixes that torch's wrappers add."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def check_distinct(names: Iterable[str]) -> None:
     """Raise CoverageError for a name that stands twice."""
-    twice = [n for n, count in Counter(names).items() if count > 1]
-    if twice:
-        raise CoverageError(
-            f"two parameters are named {twice[0]!r}",
+    for name, count in Counter(names).items():
+        require(
+            count == 1,
+            f"two parameters are named {name!r}",
             got="one name twice, wrappers' prefixes taken off",
             allowed="one name a parameter",
             fix="rename one",
+            error=CoverageError,
         )
 
 
@@ -146,395 +93,309 @@ def metrize(
     structure: Module | None = None,
     rules: Iterable[Rule | Mapping[str, Any]] = (),
 ) -> ModularNorm:
-    """The modular norm of a model, by canonical parameter names.
+    """Return the modular norm of a model, by canonical parameter names.
 
     structure: the tree; by default what model.structure() returns. A model without one is placed by
     the types of its modules, its weights side by side with the shares of MASSES: nothing is assumed
     of its forward pass. rules: Rule, or a mapping of its fields; the first that matches a name wins
-    over structure and types. Every trainable parameter is placed exactly once. Raises
-    CoverageError, and names it, for one that is not, that is tied to another without a rule that
-    gives the two one norm, of a shape that its norm does not fit, complex, or with sparse
-    gradients; for a rule without a parameter; for an atom without one.
+    over structure and types.
+    Every trainable parameter is placed exactly once. Raises CoverageError, and names it, for one
+    that is not, that is tied to another without a rule that gives the two one norm, of a shape that
+    its norm does not fit, complex, or with sparse gradients; for a rule without a parameter; for an
+    atom without one.
     """
     rules = [r if isinstance(r, Rule) else _rule(r) for r in rules]
-    plain = _unwrapped(model)
-    every = [(canonical(n), p) for n, p in model.named_parameters(remove_duplicate=False)]
+    every: list[tuple[str, Tensor]] = [
+        (canonical(n), p) for n, p in model.named_parameters(remove_duplicate=False)
+    ]
     check_distinct(canonical(n) for n, _ in model.named_parameters())
-    _check_rules(rules, [n for n, _ in every])
-    unique = {canonical(n): p for n, p in model.named_parameters()}
-    tables = {
-        canonical(f"{path}.weight".lstrip(".")): m
-        for path, m in model.named_modules(remove_duplicate=False)
-        if isinstance(m, nn.Embedding | nn.EmbeddingBag)
-    }
-    alias = _check_ties(every, rules, {n for n, m in tables.items() if isinstance(m, nn.Embedding)})
+    _check_rules(rules, [name for name, _ in every])
+    names: dict[int, list[str]] = defaultdict(list)  # of each tensor
+    for name, p in every:
+        names[id(p)].append(name)
+    chosen: dict[str, Rule] = {}  # by every name of a tensor: the first rule that matches one
+    for rule in reversed(rules):
+        chosen |= {n: rule for group in names.values() if rule.matches(*group) for n in group}
+    _check_tensors(model, every, chosen)
+    firsts = {group[0] for group in names.values()}
+    trainable = {name: p for name, p in every if name in firsts and p.requires_grad}
+
+    plain, notes = _unwrapped(model), []
     declare: Callable[[], Module] | None = getattr(plain, "structure", None)
-    for name, m in tables.items():
-        if m.sparse and m.weight.requires_grad:
-            raise CoverageError(
-                name,
-                got="sparse gradients",
-                allowed="dense ones",
-                fix=f"build its {type(m).__name__} with sparse=False",
-            )
     if structure is None and declare is not None and not isinstance(declare, nn.Module):
         structure = declare()
-    trainable = {n: p for n, p in unique.items() if p.requires_grad}
-    notes: list[str] = []
-    for name, p in trainable.items():
-        if p.is_complex():
-            raise CoverageError(
-                name,
-                got="complex numbers",
-                allowed="real ones",
-                fix="keep real and imaginary parts in two parameters, or freeze it",
-            )
     if structure is None:
-        tree = _by_type(plain, trainable, rules, alias, notes)
-    else:
-        tree = (
-            structure.unrolled().mapped(lambda leaf: _ruled(leaf, rules, alias))
-            if rules
-            else structure
-        )
-    found = ModularNorm.of(tree)
-    for name, p in trainable.items():
-        norm = found.norms.get(name)
-        if norm is None:
-            raise CoverageError(
-                f"{name} {tuple(p.shape)} has no place in the modular structure{_nearest(name, found.norms)}",
-                allowed="every trainable parameter named by exactly one atom",
-                fix="add an atom for it, or freeze it (requires_grad=False)",
-            )
-        wrong = norm.check(p.shape)
-        if wrong:
-            raise CoverageError(
-                name,
-                got=f"shape {tuple(p.shape)}\n  allowed by {norm}: {wrong}",
-                fix=f"metrize(model, rules=[Rule({name!r}, norm=…)])",
-            )
-    absent = sorted(found.norms.keys() - {n for n, _ in every})
-    if absent:
-        raise CoverageError(
-            f"the structure names {absent[0]!r}, which the model does not have{_nearest(absent[0], unique)}",
-            got=absent[0],
-            allowed="names of the model's parameters",
-            fix="rename the atom",
-        )
-    frozen = len(unique) - len(trainable)
+        structure, notes = _by_type(plain, trainable, chosen, _heads(plain, every, chosen))
+    elif rules:
+        structure = structure.unrolled().mapped(lambda leaf: _ruled(leaf, chosen))
+    norm = ModularNorm.of(structure)
+    _check_coverage(norm, trainable, every)
+
+    frozen = len(firsts) - len(trainable)
     if frozen:
         notes.append(f"{frozen} frozen parameter{'s' * (frozen > 1)} left out")
     kept = {
-        f: {k: v for k, v in getattr(found, f).items() if k in trainable}
+        f: {name: value for name, value in getattr(norm, f).items() if name in trainable}
         for f in ("norms", "radii", "roles", "masses")
     }
-    return replace(
-        found, shapes={n: tuple(p.shape) for n, p in trainable.items()}, notes=tuple(notes), **kept
-    )
+    shapes = {name: tuple(p.shape) for name, p in trainable.items()}
+    return replace(norm, shapes=shapes, notes=tuple(notes), **kept)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    while (
-        not model._parameters
-        and len(list(model.children())) == 1
-        and isinstance(
-            inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module
-        )
-    ):
+    while not model._parameters and len(list(model.children())) == 1:
+        inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+        if not isinstance(inner, nn.Module):
+            break
         model = inner
     return model
 
 
-def _ruled(leaf: Atom, rules: list[Rule], alias: dict[str, set[str]]) -> Module:
-    """An atom of a declared structure, as the first rule that matches it wants it."""
-    rule = next(
-        (r for r in rules if any(map(r.matches, {leaf.name} | alias.get(leaf.name, set())))), None
-    )
-    if rule is None:
-        return leaf
+def _ruled(leaf: Atom, chosen: dict[str, Rule]) -> Module:
+    """Return an atom of a declared structure as its rule wants it."""
+    rule = chosen.get(leaf.name, Rule(leaf.name))
     assert not isinstance(rule.norm, str)
-    return replace(
-        leaf,
-        norm=rule.norm or leaf.norm,
-        mass=leaf.mass if rule.mass is None else rule.mass,
-        role=rule.role or leaf.role,
-    )
+    mass = leaf.mass if rule.mass is None else rule.mass
+    return replace(leaf, norm=rule.norm or leaf.norm, mass=mass, role=rule.role or leaf.role)
+
+
+# ---- a model that declares no structure
 
 
 def _by_type(
-    model: nn.Module,
-    trainable: Mapping[str, Tensor],
-    rules: list[Rule],
-    alias: dict[str, set[str]],
-    notes: list[str],
-) -> Module:
-    """The tree of a model that declares none: its weights side by side."""
+    model: nn.Module, trainable: dict[str, Tensor], chosen: dict[str, Rule], heads: set[str]
+) -> tuple[Module, list[str]]:
+    """Return the tree of a model that declares none, its weights side by side, and its notes."""
     owners = {
-        canonical(f"{path}.{own}" if path else own): (m, own, path)
-        for path, m in model.named_modules()
-        for own in m._parameters
+        canonical(f"{path}.{own}" if path else own): (module, own, path.rpartition(".")[2])
+        for path, module in model.named_modules()
+        for own in module._parameters
     }
-    heads = _declared_heads(model)
     places: dict[str, Place] = {}
-    masses: dict[str, float] = {}
     for name, p in trainable.items():
-        module, own, path = owners[name]
-        rule = next(
-            (r for r in rules for n in sorted({name} | alias.get(name, set())) if r.matches(n)),
-            Rule(name),
+        module, own, label = owners[name]
+        default = place_by_type(module, own, label, p)
+        places[name] = _placed(name, p, module, chosen.get(name, Rule(name)), default, heads)
+    notes = [f"{name}: {place.note}" for name, place in places.items() if place.note]
+    if not any(place.role == "head" for place in places.values()):
+        _check_no_head(model, trainable, places, chosen)
+        notes.append(
+            "no head: every linear map is a hidden one; "
+            "Rule(pattern, role='head') names one that ends in logits"
         )
-        place = _place(module, own, path, p)
-        role = rule.role or ("head" if id(p) in heads else place.role if place else None)
-        if role is not None and role not in MASSES and _nearest(role, MASSES):
-            raise CoverageError(
-                f"rule {rule.pattern!r}",
-                got=f"role {role!r}{_nearest(role, MASSES)}",
-                allowed=", ".join(MASSES),
-                fix="one of those, or a name that is not nearly one",
-            )
-        norm = rule.norm
-        if norm is None and role is not None and (place is None or role != place.role):
-            norm = _role_norm(role, p, place)
-        elif norm is None and place:
-            norm = place.norm
-        if norm is None or isinstance(norm, str):
-            raise _unplaced(name, module, p)
-        as_placed = place is not None and (
-            norm is place.norm or (rule.norm is not None and rule.role is None)
-        )
-        maps = rule.maps or (place.maps if place and as_placed else 1)
-        role = role or ("hidden" if p.ndim >= 2 else "bias")
-        places[name] = Place(role, norm, maps)
-        if rule.mass is not None:
-            masses[name] = rule.mass
-        elif rule.norm is None and rule.role is None and place and place.note:
-            notes.append(f"{name}: {place.note}")
-    _check_head(model, trainable, places, rules, notes)
-    counts: dict[str, int] = defaultdict(int)
-    for name, place in places.items():
-        if name not in masses:
-            counts[place.role] += place.maps
+    maps: dict[str, int] = defaultdict(int)  # that share the mass of a role
+    for place in places.values():
+        maps[place.role] += place.maps if place.mass is None else 0
     atoms = []
     for name, place in places.items():
-        n = place.maps
-        mass = masses.get(
-            name, n * MASSES.get(place.role, MASSES["hidden"]) / max(1, counts[place.role])
-        )
+        n, mass = place.maps, place.mass
+        if mass is None:
+            mass = n * MASSES.get(place.role, MASSES["hidden"]) / maps[place.role]
         leaf = atom(name, place.norm, mass=mass, role=place.role)
         atoms.append(leaf if n == 1 else bond(f"{n} maps", sensitivity=n, sharpness=0) @ leaf)
-    return bond("any network", typical=True) @ concat(*atoms)
+    return bond("any network", typical=True) @ concat(*atoms), notes
 
 
-def _place(module: nn.Module, own: str, path: str, p: Tensor) -> Place | None:
-    """By the module's type; None where it says nothing."""
-    kind, label = type(module).__name__, path.rpartition(".")[2]
-    bias = Place("bias", VectorRMS())
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return Place("embedding", L1ToRMS())
-    if isinstance(module, nn.Linear) or (
-        kind == "Conv1D" and getattr(module.weight, "ndim", 0) == 2
-    ):
-        wrap: Callable[[Norm], Norm] = (
-            Transposed if kind == "Conv1D" else lambda norm: norm
-        )  # transformers' GPT-2 stores (I, O)
-        rows, columns = reversed(module.weight.shape) if kind == "Conv1D" else module.weight.shape  # type: ignore[misc, union-attr]
-        maps, norm, vector, note = 1, wrap(RMSToRMS()), VectorRMS(), ""
-        fused = "qkv" in label or label in ("kv", "to_kv", "kv_proj")
-        if label in INTERLEAVED or (
-            fused and label not in FUSED and rows in (2 * columns, 3 * columns)
-        ):
-            return None  # several maps in an order that the name does not tell
-        if label == "gate_up_proj" or (label in FUSED and rows != columns):
-            maps = 2 if label == "gate_up_proj" else 3
-            if rows % maps or (label != "gate_up_proj" and rows != maps * columns):
-                return None
-            norm, vector, note = (
-                wrap(Blocks(RMSToRMS(), maps)),
-                Blocks(VectorRMS(), maps),
-                f"{maps} maps fused in one weight, by its name ({label})",
-            )
-        if own in ("weight", "bias"):
-            return (
-                Place("hidden", norm, maps, wrap, note)
-                if own == "weight"
-                else Place("bias", vector, maps)
-            )
-    if isinstance(module, nn.modules.conv._ConvNd):
-        dims, transposed = len(module.kernel_size), module.transposed
-        return (
-            Place("hidden", ConvRMSToRMS(dims=dims, groups=module.groups, transposed=transposed))
-            if own == "weight"
-            else bias
-        )
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        gates = (
-            4
-            if isinstance(module, nn.LSTM | nn.LSTMCell)
-            else 3
-            if isinstance(module, nn.GRU | nn.GRUCell)
-            else 1
-        )
-        if own.startswith("bias"):
-            return Place("bias", Blocks(VectorRMS(), gates), gates)
-        return (
-            Place("hidden", Blocks(RMSToRMS(), gates), gates)
-            if "_hr" not in own
-            else Place("hidden", RMSToRMS())
-        )
-    if isinstance(module, nn.MultiheadAttention):
-        if own in ("in_proj_weight", "in_proj_bias"):
-            return (
-                Place("hidden", Blocks(RMSToRMS(), 3), 3)
-                if own.endswith("weight")
-                else Place("bias", Blocks(VectorRMS(), 3), 3)
-            )
-        return (
-            Place("hidden", RMSToRMS())
-            if p.ndim == 2
-            else Place("bias", Flattened(VectorRMS(), p.ndim))
-        )
-    known = isinstance(
-        module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.modules.batchnorm._NormBase
+def _placed(
+    name: str, p: Tensor, module: nn.Module, rule: Rule, default: Place | None, heads: set[str]
+) -> Place:
+    """Return the place of a weight: by its rule, its role, then its module's type."""
+    role = rule.role or ("head" if name in heads else default.role if default else None)
+    nearest = _nearest(role, MASSES) if role and role not in MASSES else ""
+    require(
+        not nearest,
+        f"rule {rule.pattern!r}",
+        got=f"role {role!r}{nearest}",
+        allowed=", ".join(MASSES),
+        fix="one of those, or a name that is not nearly one",
+        error=CoverageError,
     )
-    if p.ndim == 0:
-        return Place("scalar", MaxEntry(0), note="a scalar")
-    if known or p.ndim == 1:
-        guess = "" if known else f"1-D and named {own}, of a {kind}: taken for a"
-        if own in GAINS:
-            return Place("gain", MaxEntry(p.ndim), note=guess and f"{guess} gain")
-        if own in BIASES:
-            return Place(
-                "bias",
-                VectorRMS() if p.ndim == 1 else Flattened(VectorRMS(), p.ndim),
-                note=guess and f"{guess} bias",
-            )
-    return None
-
-
-def _role_norm(role: str, p: Tensor, place: Place | None) -> Norm | None:
-    """The default norm of a role that is not the module type's own."""
-    wrap = place.wrap if place else lambda norm: norm
-    if p.ndim == 2 and role in ("embedding", "hidden", "head"):
-        return wrap({"embedding": L1ToRMS(), "hidden": RMSToRMS(), "head": RMSToLinf()}[role])
-    if role in ("gain", "scalar"):
-        return MaxEntry(p.ndim)
-    if role == "bias" and p.ndim:
-        return VectorRMS() if p.ndim == 1 else Flattened(VectorRMS(), p.ndim)
-    return place.norm if place else None
+    norm = rule.norm
+    if norm is None and role in ("bias", "head") and _weight_beside(name) in heads:
+        norm = MaxEntry(p.ndim)  # it is added to logits, whose norm is the largest entry
+    elif norm is None:
+        norm = default.norm if default and role == default.role else norm_of_role(role, p, default)
+    if norm is None or isinstance(norm, str):
+        raise _unplaced(name, module, p)
+    as_default = default and (norm is default.norm or (rule.norm is not None and rule.role is None))
+    maps = rule.maps or (default.maps if default and as_default else 1)
+    guessed = default and rule.mass is None and rule.norm is None and rule.role is None
+    role = role or ("hidden" if p.ndim >= 2 else "bias")
+    return Place(role, norm, maps, mass=rule.mass, note=default.note if default and guessed else "")
 
 
 def _unplaced(name: str, module: nn.Module, p: Tensor) -> CoverageError:
-    shape, kind = tuple(p.shape), type(module).__name__
-    fix = f"metrize(model, rules=[Rule({name!r}, norm=…, role=…)]), or freeze it"
-    if p.ndim == 3:
-        fix += "; for experts norm=Experts(RMSToRMS()), stored (E, in, out) Experts(Transposed(RMSToRMS())); for vectors (1, T, D) Experts(L1ToRMS())"
-    elif p.ndim == 2:
-        fix += "; several maps fused in one weight are norm=Blocks(RMSToRMS(), (rows of each, …)), maps=…"
+    hints = {
+        2: "; several maps fused in one weight are "
+        "norm=Blocks(RMSToRMS(), (rows of each, …)), maps=…",
+        3: "; for experts norm=Experts(RMSToRMS()), stored (E, in, out) "
+        "Experts(Transposed(RMSToRMS())); for vectors (1, T, D) Experts(L1ToRMS())",
+    }
+    rule = f"metrize(model, rules=[Rule({name!r}, norm=…, role=…)])"
     return CoverageError(
-        f"{name} {shape} of a {kind} has no place",
+        f"{name} {tuple(p.shape)} of a {type(module).__name__} has no place",
         got="a weight whose role its module's type and its name do not tell",
         allowed="one that a rule places",
-        fix=fix,
+        fix=f"{rule}, or freeze it{hints.get(p.ndim, '')}",
     )
 
 
-def _declared_heads(model: nn.Module) -> set[int]:
-    """The ids of the weights of what a transformers model calls its output embeddings."""
+# ---- heads
+
+
+def _heads(model: nn.Module, every: list[tuple[str, Tensor]], chosen: dict[str, Rule]) -> set[str]:
+    """Return the names of the weights whose role is "head": by rule, or as transformers declare."""
     get: Callable[[], Any] | None = getattr(model, "get_output_embeddings", None)
-    head = get() if get is not None else None
-    weight = getattr(head, "weight", None)
-    return {id(weight)} if isinstance(weight, Tensor) else set()
+    declared = getattr(get() if get is not None else None, "weight", None)
+    roles = {name: rule.role for name, rule in chosen.items() if rule.role}
+    return {n for n, p in every if roles.get(n, "head" if p is declared else None) == "head"}
 
 
-def _check_head(
+def _weight_beside(name: str) -> str | None:
+    """Return the name of the weight that a bias belongs to, by its name."""
+    path, dot, own = name.rpartition(".")
+    return f"{path}{dot}weight" if own == "bias" else None
+
+
+def _check_no_head(
     model: nn.Module,
-    trainable: Mapping[str, Tensor],
+    trainable: dict[str, Tensor],
     places: dict[str, Place],
-    rules: list[Rule],
-    notes: list[str],
+    chosen: dict[str, Rule],
 ) -> None:
-    """A map to a vocabulary that nobody called the head is not taken for a hidden one."""
-    if any(place.role == "head" for place in places.values()):
-        return
+    """Raise CoverageError for a map to a vocabulary that nobody called the head, nor hidden."""
     vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, place in places.items():
-        shape = trainable[name].shape
-        if (
-            place.role == "hidden"
-            and place.maps == 1
-            and not any(
-                part.isdigit() for part in name.split(".")[:-2]
-            )  # a layer's own maps are not heads
-            and len(shape) == 2
-            and shape[0] in vocabularies
-            and shape[0] != shape[1]
-            and not any(r.matches(name) for r in rules)
-        ):
-            raise CoverageError(
-                f"{name} {tuple(shape)} looks like the head",
-                got="a map to as many outputs as an embedding has rows, and no head",
-                allowed="a head by rule",
-                fix=f"metrize(model, rules=[Rule({name!r}, role='head')]), or role='hidden' if it is not",
-            )
-    notes.append(
-        "no head: every linear map is a hidden one; Rule(pattern, role='head') names one that ends in logits"
-    )
+        shape = tuple(trainable[name].shape)
+        inside = any(part.isdigit() for part in name.split(".")[:-2])  # a layer's map is no head
+        square = len(set(shape)) == 1
+        candidate = place.role == "hidden" and place.maps == 1 and len(shape) == 2 and not square
+        require(
+            not candidate or inside or shape[0] not in vocabularies or name in chosen,
+            f"{name} {shape} looks like the head",
+            got="a map to as many outputs as an embedding has rows, and no head",
+            allowed="a head by rule",
+            fix=f"metrize(model, rules=[Rule({name!r}, role='head')]), or role='hidden' if it is "
+            "not",
+            error=CoverageError,
+        )
+
+
+# ---- what cannot be placed
 
 
 def _check_rules(rules: list[Rule], names: list[str]) -> None:
+    """Raise CoverageError for a rule that decides nothing."""
     left = list(names)
     for rule in rules:
-        if not any(rule.matches(n) for n in left):
-            shadowed = any(rule.matches(n) for n in names)
-            got = (
-                "matches only parameters that earlier rules have taken"
-                if shadowed
-                else f"matches no parameter{_nearest(rule.pattern, names)}"
-            )
+        if not any(map(rule.matches, left)):
+            shadowed = any(map(rule.matches, names))
             raise CoverageError(
                 f"rule {rule.pattern!r}",
-                got=f"a pattern that {got}",
+                got="a pattern that matches only parameters that earlier rules have taken"
+                if shadowed
+                else f"a pattern that matches no parameter{_nearest(rule.pattern, names)}",
                 allowed="one that decides something",
                 fix="correct it, move it up, or leave it out",
             )
-        left = [n for n in left if not rule.matches(n)]
+        left = [name for name in left if not rule.matches(name)]
+
+
+def _check_tensors(
+    model: nn.Module, every: list[tuple[str, Tensor]], chosen: dict[str, Rule]
+) -> None:
+    """Raise CoverageError for weights that share memory, are complex or get sparse gradients."""
+    tables = {
+        canonical(f"{path}.weight".lstrip(".")): module
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    }
+    _check_ties(every, chosen, {n for n, m in tables.items() if isinstance(m, nn.Embedding)})
+    for name, module in tables.items():
+        require(
+            not (module.sparse and module.weight.requires_grad),
+            name,
+            got="sparse gradients",
+            allowed="dense ones",
+            fix=f"build its {type(module).__name__} with sparse=False",
+            error=CoverageError,
+        )
+    for name, p in every:
+        require(
+            not (p.requires_grad and p.is_complex()),
+            name,
+            got="complex numbers",
+            allowed="real ones",
+            fix="keep real and imaginary parts in two parameters, or freeze it",
+            error=CoverageError,
+        )
 
 
 def _check_ties(
-    every: Sequence[tuple[str, Tensor]], rules: list[Rule], embeddings: set[str]
-) -> dict[str, set[str]]:
-    """{first name: further names} of weights that share memory; an error unless all are embeddings,
-    or a rule gives them one norm."""
-    alias: dict[str, set[str]] = {}
+    every: list[tuple[str, Tensor]], chosen: dict[str, Rule], embeddings: set[str]
+) -> None:
+    """Raise CoverageError for weights that share memory.
+
+    Two names of one tensor may stand where both are embeddings, or a rule gives them one norm.
+    """
     spans: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
-    owner: dict[int, str] = {}
+    owners: dict[int, str] = {}
     tensors = dict(every)
     for name, p in every:
-        other = owner.setdefault(id(p), name)
-        if other == name and p.numel() and p.device.type != "meta" and p.data_ptr():
-            begin = p.data_ptr()
-            end = (
-                begin
-                + (1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)))
-                * p.element_size()
-            )
+        owner = owners.setdefault(id(p), name)
+        if owner == name and p.numel() and p.device.type != "meta" and p.data_ptr():
+            reach = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
+            begin, end = p.data_ptr(), p.data_ptr() + (1 + reach) * p.element_size()
             memory = spans[p.untyped_storage().data_ptr()]
-            other = next((n for a, b, n in memory if a < end and begin < b), name)
+            owner = next((n for a, b, n in memory if a < end and begin < b), name)
             memory.append((begin, end, name))
-        twin = tensors[other]
-        if other == name or not (p.requires_grad or twin.requires_grad):
-            continue
-        rule = next((r for r in rules if r.matches(name) or r.matches(other)), None)
-        one_norm = (rule is not None and rule.norm is not None) or {name, other} <= embeddings
-        if twin is not p or not one_norm:
+        twin = tensors[owner]
+        ruled = name in chosen and chosen[name].norm is not None
+        one_norm = ruled or {name, owner} <= embeddings
+        moves = p.requires_grad or twin.requires_grad
+        norm = "VectorRMS" if p.ndim == 1 else "RMSToRMS"
+        require(
+            owner == name or not moves or (twin is p and one_norm),
+            f"{name} shares its storage with {owner}",
+            got="one tensor in two roles",
+            allowed="one role a tensor, or one norm by rule",
+            fix="untie them (transformers: tie_word_embeddings=False in the config, before the "
+            f"model is built), or metrize(model, rules=[Rule({owner!r}, norm={norm!r})])",
+            error=CoverageError,
+        )
+
+
+def _check_coverage(
+    norm: ModularNorm, trainable: dict[str, Tensor], every: list[tuple[str, Tensor]]
+) -> None:
+    """Raise CoverageError unless each parameter has one atom of its shape, and each atom one."""
+    for name, p in trainable.items():
+        shape, own = tuple(p.shape), norm.norms.get(name)
+        if own is None:
+            nearest = _nearest(name, norm.norms)
             raise CoverageError(
-                f"{name} shares its storage with {other}",
-                got="one tensor in two roles",
-                allowed="one role a tensor, or one norm by rule",
-                fix=f"untie them (transformers: tie_word_embeddings=False in the config, before the model is built), or metrize(model, rules=[Rule({other!r}, norm={('VectorRMS' if p.ndim == 1 else 'RMSToRMS')!r})])",
+                f"{name} {shape} has no place in the modular structure{nearest}",
+                got="no atom of that name",
+                allowed="every trainable parameter named by exactly one atom",
+                fix="add an atom for it, or freeze it (requires_grad=False)",
             )
-        alias.setdefault(other, set()).add(name)
-    return alias
+        wrong = own.check(shape)
+        require(
+            not wrong,
+            name,
+            got=f"shape {shape}",
+            allowed=f"{wrong} ({own})",
+            fix=f"metrize(model, rules=[Rule({name!r}, norm=…)])",
+            error=CoverageError,
+        )
+    names = [name for name, _ in every]
+    for name in sorted(norm.norms.keys() - set(names))[:1]:
+        raise CoverageError(
+            f"the structure names {name!r}, which the model does not have{_nearest(name, names)}",
+            got=name,
+            allowed="names of the model's parameters",
+            fix="rename the atom",
+        )
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:

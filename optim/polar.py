@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .errors import Refusal
+from .errors import require
 
 Coefficients = tuple[tuple[float, float, float], ...]
 
@@ -22,9 +22,8 @@ class Schedule:
     """A fixed sequence of steps X ← aX + b(XXᵀ)X + c(XXᵀ)²X on X = G / (safety · ‖G‖_F).
 
     coefficients, safety factor and band are one value: a table run with another table's safety
-    factor has another band.
-    band: where singular values from [floor, 1] · ‖G‖_F land, exact arithmetic, rounded outward
-    (measured: tests/test_polar.py).
+    factor has another band. band: where singular values from [floor, 1] · ‖G‖_F land, in exact
+    arithmetic, rounded outward (measured: tests/test_polar.py).
     """
 
     name: str
@@ -60,7 +59,8 @@ SCHEDULES = {
             1.0,
             (0.866, 1.0),
         ),
-        Schedule(  # [PE] with the safety factor 1.02 on ‖G‖_F, the pair that modded-nanogpt and dion use.
+        # [PE] with the safety factor 1.02 on ‖G‖_F, the pair that modded-nanogpt and dion use.
+        Schedule(
             "polar_express",
             (
                 (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -87,8 +87,10 @@ GRAM_ASPECT = 2.0
 
 
 def plain(X: Tensor, coefficients: Coefficients, *, inplace: bool = False) -> Tensor:
-    """The iteration on X (b, m, n), m <= n. inplace: in X, with at most two more tensors of its
-    size."""
+    """Return the iteration's result on X (b, m, n), m <= n.
+
+    inplace: in X, with at most two more tensors of its size.
+    """
     for a, b, c in coefficients:
         A = X @ X.mT
         P = torch.baddbmm(A, A, A, beta=b, alpha=c)
@@ -100,8 +102,7 @@ def plain(X: Tensor, coefficients: Coefficients, *, inplace: bool = False) -> Te
 
 
 def gram(X: Tensor, coefficients: Coefficients, *, inplace: bool = False) -> Tensor:
-    """The same iteration through R = XXᵀ (b, m, m) and the product Q of its polynomials, m <= n
-    [GN]."""
+    """Return the same through R = XXᵀ (b, m, m) and the product Q of its polynomials [GN]."""
     Q = R = None
     for step, (a, b, c) in enumerate(coefficients, start=1):
         R = X @ X.mT if R is None else R
@@ -119,15 +120,16 @@ def gram(X: Tensor, coefficients: Coefficients, *, inplace: bool = False) -> Ten
 
 
 def exact(G: Tensor) -> Tensor:
-    """U Vᵀ over the singular values above √ε of the largest, so that a rank-deficient G gives the
-    partial isometry that the schedules tend to.
+    """Return U Vᵀ over the singular values above √ε of the largest.
 
-    Less than that may be rounding: of sums in another order, of averages that cancel, of quotients
-    as a direction makes them (SOAP's entries are known to √ε). The schedules bring nothing below
-    1e-3 ‖G‖_F to full size either; float32's √ε is 3.5e-4, float64's 1.5e-8.
+    A rank-deficient G gives the partial isometry that the schedules tend to. What is smaller may be
+    rounding: of sums in another order, of averages that cancel, of quotients as a direction makes
+    them (SOAP's entries are known to √ε). The schedules bring nothing below 1e-3 ‖G‖_F to full size
+    either; float32's √ε is 3.5e-4, float64's 1.5e-8.
     """
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
-    return (U * (torch.finfo(G.dtype).eps ** 0.5 * S[..., :1] < S).to(U.dtype).unsqueeze(-2)) @ Vh
+    kept = torch.finfo(G.dtype).eps ** 0.5 * S[..., :1] < S
+    return (U * kept.to(U.dtype).unsqueeze(-2)) @ Vh
 
 
 @dataclass(frozen=True)
@@ -135,9 +137,9 @@ class Polar:
     """How a polar factor is computed.
 
     schedule: "exact" (SVD) or a name in SCHEDULES. form: "plain", "gram", or "auto": gram from
-    aspect ratio GRAM_ASPECT on, except in bfloat16.
-    dtype: of the iteration; "auto" is bfloat16 on an accelerator and float32 on a CPU (in
-    train_gpt.py: that of run.precision). float64 input is always iterated in float64.
+    aspect ratio GRAM_ASPECT on, except in bfloat16. dtype: of the iteration; "auto" is bfloat16 on
+    an accelerator and float32 on a CPU (in train_gpt.py: that of run.precision). float64 input is
+    always iterated in float64.
     """
 
     schedule: str = "polar_express"
@@ -145,27 +147,26 @@ class Polar:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def __post_init__(self) -> None:
-        for field, allowed in (
-            ("schedule", ("exact", *SCHEDULES)),
-            ("form", ("auto", "plain", "gram")),
-            ("dtype", ("auto", "float32", "bfloat16")),
-        ):
-            if getattr(self, field) not in allowed:
-                raise Refusal(
-                    f"Polar.{field}", got=repr(getattr(self, field)), allowed=", ".join(allowed)
-                )
+        allowed = {
+            "schedule": ("exact", *SCHEDULES),
+            "form": ("auto", "plain", "gram"),
+            "dtype": ("auto", "float32", "bfloat16"),
+        }
+        for field, names in allowed.items():
+            value, fix = getattr(self, field), f"Polar({field}={names[0]!r})"
+            words = ", ".join(names)
+            require(value in names, f"Polar.{field}", got=repr(value), allowed=words, fix=fix)
 
     @property
     def band(self) -> tuple[float, float]:
-        """Where singular values from [1e-3, 1] · ‖G‖_F land, in exact arithmetic."""
+        """Return where singular values from [1e-3, 1] · ‖G‖_F land, in exact arithmetic."""
         return (1.0, 1.0) if self.schedule == "exact" else SCHEDULES[self.schedule].band
 
     def __call__(self, G: Tensor, *, inplace: bool = False) -> Tensor:
-        """The polar factor of each matrix of G (..., m, n), in G's dtype; zero for a zero matrix,
-        any scale of G.
+        """Return the polar factor of each matrix of G (..., m, n), in G's dtype.
 
-        inplace: G may be overwritten; where the iteration is in G's dtype, it then needs two more
-        tensors of G's size, and no third.
+        It does not depend on G's scale, and is 0 for a zero matrix. inplace: G may be overwritten;
+        where the iteration is in G's dtype, it then needs two more tensors of G's size, no third.
         """
         X = G.double() if G.dtype == torch.float64 else G.float()
         # Divided by its own largest entry first, ‖X‖_F is in [1, √(mn)]: no square under- or
@@ -178,20 +179,17 @@ class Polar:
         schedule = SCHEDULES[self.schedule]
         X.div_(schedule.safety * torch.linalg.matrix_norm(X, keepdim=True).clamp(min=1))
         tall = X.shape[-2] > X.shape[-1]
-        X = (
-            (X.mT if tall else X)
-            .to(self._iteration_dtype(G))
-            .reshape(-1, min(G.shape[-2:]), max(G.shape[-2:]))
-        )
+        X = (X.mT if tall else X).to(self._iteration_dtype(G))
+        X = X.reshape(-1, *X.shape[-2:])
         X = self._form(X.shape, X.dtype)(X, schedule.coefficients, inplace=True)
         return (X.mT if tall else X).reshape(G.shape).to(G.dtype)
 
     def flops(self, m: int, n: int) -> int:
-        """Of the matrix products for one matrix (m, n), 2 per multiplication with its addition;
-        dtype "auto" counts as float32.
+        """Return the FLOPs of the matrix products for one matrix (m, n).
 
-        The SVD: 6 n m² + 20 m³ for m <= n (Golub, Van Loan, Matrix Computations, 4th ed., fig.
-        8.6.1: R-SVD with U₁, Σ, V).
+        A multiplication with its addition counts 2, dtype "auto" as float32. The SVD has
+        6 n m² + 20 m³ for m <= n (Golub, Van Loan, Matrix Computations, 4th ed., fig. 8.6.1: R-SVD
+        with U₁, Σ, V).
         """
         m, n = sorted((m, n))
         dtype = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
@@ -208,7 +206,7 @@ class Polar:
         )
 
     def _form(self, shape: Sequence[int], dtype: torch.dtype) -> Callable[..., Tensor]:
-        """Of X (..., m, n), m <= n."""
+        """Return the iteration for X (..., m, n), m <= n."""
         pays = shape[-1] >= GRAM_ASPECT * shape[-2] and dtype != torch.bfloat16
         return gram if self.form == "gram" or (self.form == "auto" and pays) else plain
 

@@ -238,7 +238,8 @@ class Transposed(_One):
 class Flattened(_One):
     """The norm of a weight (O, …) of ndim dimensions as a matrix (O, rest) or as one vector.
 
-    Flattened(Spectral(), 4) is Muon's convolution.
+    Flattened(Spectral(), 4) is Muon's convolution. Flattened(RMSToRMS(), 4) bounds the gain of a
+    convolution between spatial maxima; Scion's steps are 1/√K of its, K kernel positions: ScionConv.
     """
 
     ndim: int = 4
@@ -256,6 +257,23 @@ class Flattened(_One):
 
     def _unview(self, X: Tensor, shape: Sequence[int]) -> Tensor:
         return X.reshape(shape)
+
+
+@dataclass(frozen=True)
+class ScionConv(Flattened):
+    """Scion's convolution: √K times the norm of the kernel (O, I, *kernel) as a matrix (O, I K).
+
+    K is the number of kernel positions, so that with RMSToRMS it is K √(I/O) σ_max, and a step has
+    singular values √(O/I)/K. Source: the authors' code, github.com/LIONS-EPFL/scion, scion.py.
+    """
+
+    inner: Norm = field(default=RMSToRMS())
+
+    def _inner_dimensions(self) -> tuple[int, ...]:
+        return (2,)
+
+    def factor(self, shape: Sequence[int]) -> float:
+        return prod(shape[len(shape) - self.ndim + 2 :]) ** 0.5
 
 
 @dataclass(frozen=True)

@@ -1318,3 +1318,50 @@ def test_a_stack_is_on_its_way_while_the_next_one_is_dualized(mode: str):
         # Between a stack's sending and the waiting for it another one is dualized.
         assert "sds" in after or "swds" in after, order
         assert after.count("d") == 3
+
+
+# ---- blocks without a gradient, which may reach over ranks
+
+STILL: dict[str, tuple[Norm, tuple[int, ...], tuple]] = {
+    "whole": (RMSToRMS(), (6, 4), (...,)),
+    "head": (Blocks(RMSToRMS(), 3), (6, 4), (slice(2, 4),)),  # its rows are of both ranks
+    "heads": (Blocks(VectorRMS(), (1, 4, 1)), (6,), (slice(1, 5),)),
+    "slice": (ConvRMSToRMS(RMSToRMS(), 2), (5, 6, 3, 3), (slice(None), slice(None), 1, 2)),
+    "columns": (Transposed(Blocks(RMSToRMS(), 2)), (6, 4), (slice(None), slice(2, 4))),
+    "row": (L1ToRMS(), (5, 4), (1,)),
+    "gain": (MaxEntry(), (5,), (2,)),
+}
+
+
+def _stands_still(rank: int, world: int, mode: str) -> dict[str, torch.Tensor]:
+    generator, named = torch.Generator().manual_seed(0), {}
+    stream = {
+        n: [torch.randn(s, generator=generator, dtype=torch.float64) for _ in range(4)]
+        for n, (_, s, _) in STILL.items()
+    }
+    mesh = init_device_mesh("cpu", (world,)) if mode == "fsdp" else None
+
+    def placed(x: torch.Tensor) -> torch.Tensor:
+        return distribute_tensor(x, mesh, [Shard(0)]) if mesh else x.clone()
+
+    for name, (first, *_) in stream.items():
+        named[name] = nn.Parameter(placed(first))
+    norm = ModularNorm({n: norm for n, (norm, *_) in STILL.items()}, dict.fromkeys(STILL, 1.0))
+    local = {"one": "reduced", "fsdp": "reduced", "replicas": "local"}[mode]
+    optimizer = Dualized(list(named.items()), 0.1, norm=norm, grads=local, weight_decay=0.1)  # type: ignore[arg-type]
+    for step in range(1, 4):
+        for name, p in named.items():
+            g = stream[name][step].clone()
+            if step > 1:
+                g[STILL[name][2]] = 0
+            p.grad = placed(g)
+        optimizer.step()
+    return {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for n, p in named.items()}
+
+
+@pytest.mark.parametrize("mode", ["replicas", "fsdp"])
+def test_a_block_stands_still_on_ranks_as_on_one_process(mode: str):
+    expected = _stands_still(0, 1, "one")
+    for found in ranks(2, _stands_still, mode):
+        for name, w in expected.items():
+            assert torch.allclose(found[name], w, rtol=0, atol=1e-12), name

@@ -8,7 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from optim import NORMS, Dualized, ModularNorm, Module, Norm, Polar, RMSToRMS, Rule, VectorRMS, atom, concat, metrize
+from optim import (
+    NORMS,
+    Dualized,
+    MaxEntry,
+    ModularNorm,
+    Module,
+    Norm,
+    Polar,
+    RMSToRMS,
+    Rule,
+    VectorRMS,
+    atom,
+    concat,
+    metrize,
+)
 from optim.convert import convert, main
 from torch import nn
 
@@ -201,8 +215,9 @@ def test_the_table_reads_so():
         "2.weight   16     gain       0.0002           0.00167   8.33\n"
         "2.bias     16     bias       0.0002           0.00167   8.33\n"
         "\n"
-        "update RMS: root mean square of a step's entries, predicted, before decay. Matched, in the geometric mean weighted by size: the steps of the\n"
-        "rows marked yes, and their decay per step. The other rows differ by design: their steps follow from the modular norm.\n"
+        "update RMS: root mean square of a step's entries, predicted, before decay. Matched, in the geometric\n"
+        "mean weighted by size: the steps of the rows marked yes, and their decay per step. The other rows\n"
+        "differ by design: their steps follow from the modular norm.\n"
         "None of this is measured: scan lr around the value by factors of 2."
     )
 
@@ -325,6 +340,16 @@ def test_shapes_alone_convert_as_the_model_does(module: str, capsys: pytest.Capt
         == 0
     )
     assert capsys.readouterr().out == by_model
+
+
+def test_shapes_tell_a_heads_bias_by_its_name(capsys: pytest.CaptureFixture[str]):
+    shapes = ["up.weight=8x4:hidden", "up.bias=8:bias", "head.weight=5x8:head", "head.bias=5:bias"]
+    assert main(["adamw", "--shapes", *shapes, *ADAMW]) == 0
+    by_shapes = capsys.readouterr().out
+    model = nn.ModuleDict({"up": nn.Linear(4, 8), "head": nn.Linear(8, 5)})
+    norm = metrize(model, rules=[Rule("head.weight", role="head")])
+    assert by_shapes == f"{convert(norm, 'adamw', lr=6e-4, weight_decay=0.1)}\n"
+    assert isinstance(norm.norms["head.bias"], MaxEntry)
 
 
 @pytest.mark.parametrize(

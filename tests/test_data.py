@@ -73,7 +73,7 @@ def test_a_damaged_shard_is_refused(tmp_path: Path, damage, text: str):
 
 
 def test_tokens_that_do_not_fit_are_refused(tmp_path: Path):
-    with pytest.raises(DataError, match=r"got tokens 0 … 70000; allowed: 0 … 65535"):
+    with pytest.raises(DataError, match=r"a.bin\n  got: tokens 0 … 70000\n  allowed: 0 … 65535, .*\n  fix: "):
         write_shard(tmp_path / "a.bin", np.array([0, 70000]))
 
 
@@ -91,7 +91,9 @@ def test_text_survives_tokenization(name: str):
 
 
 def test_an_unknown_character_is_named():
-    with pytest.raises(DataError, match="character 'z' is not in the vocabulary; allowed: 'abc'"):
+    with pytest.raises(
+        DataError, match=r"^a character that is not in the vocabulary\n  got: 'z'\n  allowed: 'abc'\n  fix: "
+    ):
         Characters("abc").encode("abz")
 
 
@@ -107,7 +109,7 @@ def test_gpt2_tokens_are_tiktokens(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_an_unknown_tokenizer_is_refused():
-    with pytest.raises(DataError, match="tokenizer: got 'llama'; allowed: bytes, chars, gpt2"):
+    with pytest.raises(DataError, match=r"^tokenizer\n  got: 'llama'\n  allowed: bytes, chars, gpt2\n  fix: "):
         get_tokenizer("llama")
 
 
@@ -247,12 +249,12 @@ def test_which_text_validates_is_part_of_the_source(here: Path):
     ("argv", "text"),
     [
         (["text", "empty.txt"], "train split is empty"),
-        (["text", "none.txt"], "got no file none.txt; allowed: a text file that exists"),
-        (["text", "latin.txt"], "latin.txt: got 'utf-8' codec"),
-        (["text", "a.txt", "--separator", r"\x"], "--separator: got"),
+        (["text", "none.txt"], "none.txt\n  got: no such file\n  allowed: a text file that exists\n  fix: "),
+        (["text", "latin.txt"], "latin.txt\n  got: 'utf-8' codec can't decode byte 0xe9"),
+        (["text", "a.txt", "--separator", r"\x"], "--separator\n  got: '\\\\x' (truncated"),
         (["text", "a.txt", "--separator", "¶"], "split is empty"),
         (["hub", "json", "--files", "none.jsonl"], "hub: json\n  got: "),
-        (["adopt", "empty"], "got no file named train_….bin"),
+        (["adopt", "empty"], "empty\n  got: no file named train_….bin"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
@@ -368,7 +370,7 @@ def test_adopted_shards_get_a_manifest(here: Path, monkeypatch: pytest.MonkeyPat
     Path("fineweb/meta.json").unlink()
     write_shard(Path("fineweb/fineweb_val_000000.bin"), np.array([50300], dtype=np.uint16))
     assert prepare.main(["adopt", "fineweb", "--tokenizer", "gpt2"]) == 2
-    assert "got token 50300; allowed: below 50257" in capsys.readouterr().err
+    assert "fineweb_val_000000.bin\n  got: token 50300\n  allowed: below 50257, " in capsys.readouterr().err
 
 
 def test_a_corrupted_shard_is_found_by_its_hash(here: Path):

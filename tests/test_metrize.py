@@ -6,9 +6,12 @@ Oracles: real steps of Dualized, and the same network built from separate maps.
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from model import GPT, GPTConfig
+from models.ngram import NgramConfig, NgramGPT
 from optim import (
     Blocks,
     CoverageError,
@@ -147,13 +150,13 @@ def test_a_norm_of_other_dimensions_is_refused():
     with pytest.raises(CoverageError) as error:
         metrize(model, atom("a.weight", VectorRMS()))
     assert str(error.value) == (
-        "a.weight\n  got: shape (4, 3)\n  allowed by VectorRMS: 1 dimensions, none of them 0\n  fix: metrize(model, rules=[Rule('a.weight', norm=…)])"
+        "a.weight\n  got: shape (4, 3)\n  allowed: 1 dimensions, none of them 0 (VectorRMS)\n  fix: metrize(model, rules=[Rule('a.weight', norm=…)])"
     )
 
 
 def test_an_empty_parameter_is_refused():
     with pytest.raises(
-        CoverageError, match=r"^a\n  got: shape \(0, 3\)\n  allowed by Frobenius: 2 dimensions, none of them 0\n"
+        CoverageError, match=r"^a\n  got: shape \(0, 3\)\n  allowed: 2 dimensions, none of them 0 \(Frobenius\)\n"
     ):
         metrize(holding(a=parameter(0, 3)), atom("a", Frobenius()))
 
@@ -528,7 +531,9 @@ def test_an_impossible_rule_is_refused():
             CoverageError, match=rf"^rule 'w'\n  got: mass {mass}\n  allowed: 0 \(never updated\) or more\n"
         ):
             Rule("w", mass=mass)
-    with pytest.raises(CoverageError, match=r"^weight\n  got: shape \(4, 3\)\n  allowed by VectorRMS: 1 dimensions"):
+    with pytest.raises(
+        CoverageError, match=r"^weight\n  got: shape \(4, 3\)\n  allowed: 1 dimensions, .* \(VectorRMS\)\n  fix: "
+    ):
         metrize(nn.Linear(3, 4), rules=[Rule("weight", norm="VectorRMS")])
 
 
@@ -630,6 +635,62 @@ def test_the_output_embeddings_of_transformers_are_the_head():
     assert places(Transformer("lm_head")) == {"embed.weight": "embedding L1ToRMS", "lm_head.weight": "head RMSToLinf"}
     with pytest.raises(CoverageError, match="^lm_head.weight .* looks like the head"):
         metrize(Transformer(None))
+
+
+def classifier(head: type[nn.Module] = nn.Linear) -> nn.Module:
+    last = Conv1D(4, 8) if head is Conv1D else head(8, 4)
+    return holding(embed=nn.Embedding(9, 6), hidden=nn.Linear(6, 8), head=last)
+
+
+@pytest.mark.parametrize("head", [nn.Linear, Conv1D])
+@pytest.mark.parametrize("pattern", ["head.weight", "head.*"])
+def test_a_heads_bias_has_the_norm_of_logits(head: type[nn.Module], pattern: str):
+    norm = metrize(classifier(head), rules=[Rule(pattern, role="head")])
+    assert (norm.norms["head.bias"], norm.norms["hidden.bias"]) == (MaxEntry(), VectorRMS())
+    assert norm.roles["head.bias"] == ("bias" if pattern == "head.weight" else "head"), "the rule's word stands"
+
+
+def test_a_heads_bias_keeps_its_role_mass_and_radius():
+    norm = metrize(classifier(), rules=[Rule("head.weight", role="head")])
+    assert norm.roles["head.bias"] == "bias"
+    assert norm.masses["head.bias"] == norm.masses["hidden.bias"] == MASSES["bias"] / 2
+    assert norm.radii["head.bias"] == norm.radii["hidden.bias"]
+
+
+def test_a_step_moves_every_logit_alike_through_a_heads_bias():
+    model = classifier().double()
+    norm = metrize(model, rules=[Rule("head.weight", role="head")])
+    delta = gaussian_step(model, Dualized(model, 0.5, norm=norm))
+    assert torch.allclose(delta["head.bias"].abs(), torch.full((4,), 0.5 * norm.radii["head.bias"]).double())
+    assert delta["hidden.bias"].abs().unique().numel() > 1
+
+
+def test_a_declared_heads_bias_has_the_norm_of_logits_even_where_only_biases_train():
+    model = classifier()
+    vars(model)["get_output_embeddings"] = lambda: model.head
+    assert metrize(model).norms["head.bias"] == MaxEntry()
+    model.head.weight.requires_grad_(False)  # type: ignore[union-attr, operator]
+    assert metrize(model).norms["head.bias"] == MaxEntry()
+    hidden = metrize(model, rules=[Rule("head.weight", role="hidden")])
+    assert hidden.norms["head.bias"] == VectorRMS(), "a rule's word against it counts"
+    assert metrize(model, rules=[Rule("head.bias", norm=Frobenius(1))]).norms["head.bias"] == Frobenius(1)
+
+
+def test_the_bias_of_a_tied_head_has_the_norm_of_logits():
+    model = Tied()
+    model.head.bias = parameter(7)
+    norm = metrize(model, rules=[Rule("embed.weight", norm="RMSToLinf", role="head")])
+    assert (norm.norms["head.bias"], norm.norms["up.bias"]) == (MaxEntry(), VectorRMS())
+
+
+@pytest.mark.parametrize("name", ["gpt", "ngram"])
+def test_a_gpts_biases_have_the_norms_of_what_they_are_added_to(name: str):
+    settings: dict[str, Any] = dict(n_layer=1, n_head=2, n_embd=8, block_size=4, vocab_size=5, bias=True)
+    model = GPT(GPTConfig(**settings)) if name == "gpt" else NgramGPT(NgramConfig(**settings, ngram=2))
+    norm = metrize(model)
+    biases = {n: own for n, own in norm.norms.items() if n.endswith("bias")}
+    assert biases.pop("head.bias") == MaxEntry() and norm.roles["head.bias"] == "bias"
+    assert len(biases) == 6 and set(biases.values()) == {VectorRMS()}
 
 
 # Ties.

@@ -26,7 +26,8 @@ from optim import (
 )
 from optim.norms import SCALES, MaxEntry, MeanToLinf, Spectral, spectral_norm
 from optim.polar import SCHEDULES, Polar
-from optim.views import Blocks, ConvRMSToRMS, Experts, Flattened, Transposed
+from optim.views import Blocks, ConvRMSToRMS, Experts, Flattened, ScionConv, Transposed
+from pytorch_optimizer.optimizer import scion as published_scion
 from torch import Tensor
 
 EXACT = 1e-10  # float64, exact polar factor
@@ -169,7 +170,7 @@ def test_the_names_known():
         "Frobenius",
         "VectorRMS",
     }
-    with pytest.raises(ValueError, match="Spectral.scale: got '2'; allowed: .*O/I"):
+    with pytest.raises(ValueError, match=r"^Spectral.scale\n  got: '2'\n  allowed: .*O/I"):
         Spectral(scale="2")
 
 
@@ -386,6 +387,23 @@ def test_blocks_are_what_plain_indexing_cuts_out(norm: Norm, shape: Shape, inner
         assert factor * inner.norm(found).item() == pytest.approx(float(b.any()), rel=slack(inner)), (
             "zero blocks stay, the others have full size"
         )
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 3, 3), (8, 3, 3, 3), (6, 4, 5), (4, 4, 2, 3)])
+def test_scions_convolution_is_the_published_one_and_the_loosest_bound(shape: Shape, monkeypatch: pytest.MonkeyPatch):
+    def polar(G: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        U, _, Vh = torch.linalg.svd(G.double(), full_matrices=False)
+        return U @ Vh
+
+    monkeypatch.setattr(published_scion, "zero_power_via_newton_schulz_5", polar)
+    G, W = sample(shape), sample((2, *shape))[1]
+    norm, T = ScionConv(LINEAR, len(shape)), published_scion.SpectralConv().lmo(G.clone())
+    assert torch.allclose(norm.dualize(G), T, rtol=1e-9, atol=1e-12)
+    assert norm.norm(T).item() == pytest.approx(1)
+    assert (T * G).sum().item() == pytest.approx(norm.dual_norm(G).item())
+    assert T.square().mean().sqrt().item() == pytest.approx(norm.update_rms(shape))
+    flat = Flattened(LINEAR, len(shape)).norm(W)
+    assert flat <= ConvRMSToRMS(LINEAR, len(shape) - 2).norm(W) <= norm.norm(W)
 
 
 BLOCKS: list[tuple[Norm, Shape, tuple]] = [  # what has no gradient, and so does not move

@@ -267,7 +267,7 @@ REFUSED = [
     (["none.toml"], "error: configuration file\n  got: none.toml (No such file or directory)\n  allowed: a TOML file\n  fix: one of those in configs/: "),
     (["corpora"], "error: configuration file\n  got: corpora (Is a directory)"),
     (["--run.resume"], "error: run.name\n  got: None\n  allowed: the name of a run folder"),
-    (["small.toml", "--train.sample-prompt", "語"], "error: train.sample_prompt\n  got: '語'\n  allowed: text of this vocabulary: character '語' is not in the vocabulary"),
+    (["small.toml", "--train.sample-prompt", "語"], "error: train.sample_prompt\n  got: '語' (a character that is not in the vocabulary: '語')\n  allowed: the characters "),
     (["small.toml", "--optim.norms.mlp", "Nuclear"], "error: optim.norms.mlp\n  got: 'Nuclear'\n  allowed: Spectral, MuonSpectral"),
     (["small.toml", "--optim.constraint", "sphere"], "error: model.zero_init\n  got: True\n  allowed: false with optim.constraint = 'sphere'"),
     (["small.toml", "--optim.constraint", "cube"], "error: --optim.constraint\n  got: 'cube'\n  allowed: \"ball\", \"sphere\", \"stiefel\" or left out"),
