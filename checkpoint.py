@@ -484,12 +484,10 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     if not any(folder.glob("*.safetensors")):
         return {}
     try:
-        return {
-            k: tuple(x.size)
-            for k, x in HuggingFaceStorageReader(str(folder))
-            .read_metadata()
-            .state_dict_metadata.items()
-        }  # type: ignore[union-attr]
+        saved: dict[str, Any] = (
+            HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        )
+        return {k: tuple(x.size) for k, x in saved.items()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder}: damaged checkpoint",

@@ -32,38 +32,66 @@ from optim.errors import Refusal
 
 @dataclass
 class GPTConfig:
-    """n_layer, n_head, n_embd, block_size as in nanoGPT. vocab_size: None takes the tokenizer's; larger is padding.
-
-    residual: "convex" is (1 − 1/2L) x + (1/2L) f(x) per half-layer, "plain" is x + f(x). branch_gains: f has the constants 1/3 and √(2/3) that keep it well-normed.
-    logit_softcap: c, None is off; softcap: "tanh" is c · tanh(x/c), "rsqrt" x / √(1 + (x/c)²).
-    logit_scale: logits of a head of norm 1 at unit-RMS input are at most this. attention_scale: c in softmax(c · cos(q, k)).
-    bias: of every linear map. norm_gains: of every RMSNorm. embedding_norm: an RMSNorm after the embedding. rotary: "half" turns half of each head's pairs, at base 1024.
-    init: "norm", every weight at norm 1 of its role; "gpt2", N(0, 0.02²), output projections by 1/√2L smaller (Radford et al. 2019, as nanoGPT);
-    "fan_in", N(0, 1/I) and embeddings N(0, 1), the function that standard and NTK parametrizations start from; "track", N(0, 0.33/I), embeddings N(0, 1), output
-    projections 0, as the NanoGPT speedrun's optimization track. The last three are for comparisons. Biases start at 0, gains at 1.
-    zero_init: with init = "norm", output projections start at 0.
-
-    configs/track3_124m.toml sets them to that track's architecture.
-    """
+    """The GPT. configs/track3_124m.toml sets it to the architecture of the NanoGPT speedrun's
+    optimization track."""
 
     n_layer: int = 12
+    """Blocks, each of an attention and an MLP."""
+
     n_head: int = 12
+    """Heads of an attention."""
+
     n_embd: int = 768
+    """Width of the residual stream."""
+
     block_size: int = 1024
+    """Tokens of a sequence."""
+
     vocab_size: int | None = None
+    """Rows of embedding and head; by default the tokenizer's. Larger is padding."""
+
     dropout: float = 0.0
+    """Of attention weights, and of what each half-layer adds."""
+
     residual: Literal["convex", "plain"] = "convex"
+    """"convex": (1 − 1/2L) x + (1/2L) f(x) for each of the 2L half-layers. "plain": x + f(x)."""
+
     branch_gains: bool = True
+    """Give f the constants 1/3 and √(2/3) that keep it well-normed."""
+
     logit_softcap: float | None = None
+    """Bound logits softly by this, c; by default they are not."""
+
     softcap: Literal["tanh", "rsqrt"] = "tanh"
+    """"tanh": c · tanh(x/c). "rsqrt": x / √(1 + (x/c)²)."""
+
     logit_scale: float = 10.0
+    """Logits of a head of norm 1 at unit-RMS input are at most this."""
+
     attention_scale: float = 10.0
+    """c in softmax(c · cos(q, k))."""
+
     bias: bool = False
+    """Give every linear map a bias."""
+
     norm_gains: bool = False
+    """Give every RMSNorm gains."""
+
     embedding_norm: bool = False
+    """Put an RMSNorm after the embedding."""
+
     rotary: Literal["full", "half"] = "full"
+    """"half": turn half of each head's pairs, at base 1024, as the optimization track does."""
+
     init: Literal["norm", "gpt2", "fan_in", "track"] = "norm"
+    """"norm": every weight at norm 1 of its role. The others are for comparisons. "gpt2": N(0, 0.02²),
+    output projections by 1/√2L smaller (Radford et al. 2019, as nanoGPT). "fan_in": N(0, 1/I) and
+    embeddings N(0, 1), the function that standard and NTK parametrizations start from. "track":
+    N(0, 0.33/I), embeddings N(0, 1), output projections 0, as the optimization track. Biases start at
+    0, gains at 1."""
+
     zero_init: bool = True
+    """With init = "norm": start output projections at 0."""
 
     def check(self) -> None:
         """Raise ValueError for what cannot be built."""
@@ -116,13 +144,22 @@ class GPTConfig:
 
 @dataclass
 class RoleNorms:
-    """The norm of each role, by the names of optim.NORMS. per_head: queries, keys and values take the maximum over heads of theirs."""
+    """The norm of each role, by the names of optim.NORMS."""
 
     embedding: str = "L1ToRMS"
+    """Of the embedding, and of the rows for n-grams and matches."""
+
     attention: str = "RMSToRMS"
+    """Of queries, keys, values and the output projection."""
+
     mlp: str = "RMSToRMS"
+    """Of both matrices of an MLP."""
+
     head: str = "RMSToLinf"
+    """Of the head."""
+
     per_head: bool = False
+    """Take of queries, keys and values the maximum over heads of theirs."""
 
     def roles(self) -> dict[str, str]:
         return {role: name for role, name in vars(self).items() if isinstance(name, str)}
@@ -153,19 +190,34 @@ class RoleNorms:
 
 @dataclass
 class RoleMasses:
-    """Each role's share of feature learning, all layers together; only ratios matter. A layer's six matrices have equal mass, as in Modula.
+    """Each role's share of feature learning, all layers together; only ratios matter.
 
-    ngram, match, gain, bias: where the model has them.
+    A layer's six matrices have equal mass, as in Modula. 0 is never updated.
     """
 
     embedding: float = 1.0
+    """Of the embedding."""
+
     ngram: float = 1.0
+    """Of the table of n-grams, where the model has one."""
+
     match: float = 1.0
+    """Of the rows for matches, where the model has them."""
+
     attention: float = 4.0
+    """Of all attentions."""
+
     mlp: float = 2.0
+    """Of all MLPs."""
+
     head: float = 1.0
+    """Of the head."""
+
     gain: float = 0.5
+    """Of all gains of norms, where the model has them."""
+
     bias: float = 0.5
+    """Of all biases, where the model has them."""
 
     def check(self) -> None:
         """Raise ValueError for what cannot be built."""

@@ -40,7 +40,7 @@ from optim import (
     metrize,
 )
 from optim.baselines import set_beta
-from optim.settings import BUFFERS, StepSettings, marked
+from optim.errors import require
 from runtime import (
     Clock,
     RankError,
@@ -55,6 +55,7 @@ from runtime import (
 )
 from telemetry import Geometry, Sharpness, plot_geometry
 from training.baseline import Baseline
+from training.resume import keep_choices, remember
 
 
 class Stopped(Exception):
@@ -133,7 +134,7 @@ def train(config: Config, runtime: Runtime) -> None:
     )
     saved = runtime.together(lambda: checkpoint.read_state(newest) if newest else None)
     first = saved["step"] if saved else 0
-    changes = runtime.together(lambda: keep_choices(config, folder, saved)) if resume else []
+    changes = runtime.together(lambda: keep_choices(config, folder.path, saved)) if resume else []
     if first > config.train.steps:
         raise ConfigError(
             "train.steps of a resumed run",
@@ -218,9 +219,17 @@ def train(config: Config, runtime: Runtime) -> None:
     runtime.shard(model, model.blocks)
     settings, roles = o.step_settings(), o.roles.given()
     if o.name == "dualized":
-        given = {"roles": roles} if roles else {}
+        for role in roles:
+            require(
+                role in norm.roles.values(),
+                f"optim.roles.{role}",
+                got="a role that no weight of this model has",
+                allowed=", ".join(dict.fromkeys(norm.roles.values())),
+                fix="leave it out",
+                error=ConfigError,
+            )
         lr = o.auto if isinstance(o.lr, str) else o.lr
-        optimizer = Dualized(model, lr, norm=norm, grads="local", **settings, **given)
+        optimizer = Dualized(model, lr, norm=norm, grads="local", roles=roles, **settings)
     else:
         own = vars(config.baseline)
         optimizer = Baseline(
@@ -678,74 +687,6 @@ def plot_losses(
     axes.legend()
     figure.savefig(folder.path / "loss.png", dpi=120)
     plt.close(figure)
-
-
-def remember(config: Config) -> None:
-    """Keep the device and the precision that were chosen for a run that is resumed.
-
-    That is what there is before there is a runtime to ask.
-    """
-    path = Path(config.run.dir) / str(config.run.name) / "config.toml"
-    before = configuration.of_file(path).run if config.run.resume and path.is_file() else None
-    for key in ("device", "precision"):
-        if before is not None and getattr(config.run, key) == "auto":
-            setattr(config.run, key, getattr(before, key))
-
-
-# What a resumed run has as it was, beside its model and its optimizer's buffers. Of what else differs, the run's log
-# has what follows: other keys change nothing that is computed.
-KEPT = ("optim.name", "optim.param_dtype", "run.seed", "train.batch_size", "data.holdout")
-TOLD = ("optim.", "schedule.", "baseline.", "data.", "run.device", "run.precision", "run.threads")
-TOLD += ("train.steps", "train.gradient_accumulation_steps")
-
-
-def keep_choices(config: Config, folder: RunFolder, saved: dict[str, Any] | None) -> list[str]:
-    """Keep what was chosen for a resumed run's model, and return what differs from before, to be told.
-
-    Raises ConfigError for what must not differ: model, seed, batches, and what a checkpoint's buffers are.
-    """
-    if saved:
-        before = configuration.from_dict(Config, saved["config"])
-    elif (folder.path / "config.toml").is_file():
-        before = configuration.of_file(folder.path / "config.toml")
-    else:
-        return []
-    config.model.vocab_size = config.model.vocab_size or before.model.vocab_size
-    polar = config.optim.polar
-    if polar.dtype == "auto":
-        config.optim.polar = Polar(polar.schedule, polar.form, before.optim.polar.dtype)
-    old, changes = configuration.flat(before), []
-    for key, value in configuration.flat(config).items():
-        if value == old[key]:
-            continue
-        if key.startswith("model.") or key in KEPT or needs_other_buffers(key, before, config):
-            raise ConfigError(
-                f"{key} of a resumed run",
-                got=repr(value),
-                allowed=f"{old[key]!r}, as {folder.path} has it",
-                fix=f"resume with {folder.path / 'config.toml'}, or start a new run",
-            )
-        if key.startswith(TOLD):
-            changes.append(f"changed: {key} = {value!r}, was {old[key]!r}")
-    return changes
-
-
-def needs_other_buffers(key: str, before: Config, now: Config) -> bool:
-    """Return whether a setting that differs needs buffers that a checkpoint of `before` has not."""
-    section, _, name = key.rpartition(".")
-    if key == "optim.lr":
-        return "auto" in (before.optim.lr, now.optim.lr)
-    role = section.removeprefix("optim.roles.")
-    given = [c.optim.roles.given() for c in (before, now)]
-    if role in given[0].keys() - given[1].keys():
-        return True  # a resumed optimizer splits groups of parameters, but joins none
-    if not key.startswith("optim.") or name not in marked(StepSettings, BUFFERS):
-        return False
-    there, here = (
-        of_roles.get(role, {}).get(name, getattr(c.optim, name))
-        for of_roles, c in zip(given, (before, now), strict=True)
-    )
-    return there != here and {there, here} != {"momentum", "nesterov"}
 
 
 def report(error: object) -> None:

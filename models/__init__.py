@@ -20,12 +20,10 @@ MODELS: dict[str, tuple[type[GPT], type[GPTConfig]]] = {
 
 @dataclass
 class ModelConfig(NgramConfig):
-    """The settings of all models. name: which one is built, with its own settings alone.
-
-    "gpt" is the GPT of model.py; "ngram" adds tables of n-grams and matches (models/ngram.py).
-    """
+    """The model, by name. Settings of other models must be at their defaults."""
 
     name: Literal["gpt", "ngram"] = "gpt"
+    """"gpt" is the GPT of model.py; "ngram" adds tables of n-grams and matches (models/ngram.py)."""
 
     def check(self) -> None:
         """Raise ValueError for what cannot be built, and for settings of other models."""

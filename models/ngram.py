@@ -36,19 +36,24 @@ from optim import Module, atom, bond
 
 @dataclass
 class NgramConfig(GPTConfig):
-    """ngram: N > 1 adds a row for each of the last 2, … N tokens. ngram_rows: rows of their table.
-
-    match: M > 0 adds rows for what followed the last time that the last 4, 8, … 4 · 2^(M − 1)
-    tokens stood in the window. match_dropout: in training this share of the sequences finds no
-    matches, so that the model learns to do without them, as `generate` does. mlp_shift: half of
-    the MLP's input comes from the position before.
-    """
+    """The GPT, and what it is given beside."""
 
     ngram: int = 1
+    """N > 1 adds a row for each of the last 2, … N tokens."""
+
     ngram_rows: int = 4096
+    """Rows of the table of n-grams."""
+
     match: int = 0
+    """M > 0 adds rows for what followed the last time that the last 4, 8, … 4 · 2^(M − 1) tokens
+    stood in the window."""
+
     match_dropout: float = 0.0
+    """In training this share of the sequences finds no matches, so that the model learns to do
+    without them, as `generate` does."""
+
     mlp_shift: bool = False
+    """Half of the MLP's input comes from the position before."""
 
     def check(self) -> None:
         """Raise ValueError for what cannot be built."""

@@ -41,8 +41,10 @@ from .bundle import ERASED, BundleError, Code, bundle
 from .runs import ROOT, metrics, summary
 
 FILES = {
+    "optim/errors.py": "Refusals",
     "optim/polar.py": "Polar factor",
     "optim/norms.py": "Norms, their duality maps, initial weights",
+    "optim/views.py": "Norms of parts of a weight",
     "optim/directions.py": "Direction: what is dualized",
     "optim/schedules.py": "Schedules",
     "optim/baselines.py": "Schedules of torch's optimizers",
@@ -219,7 +221,7 @@ def script(run: Run, *, track: bool = False) -> str:
             known=_known(config, slots, track),
             filled=filled,
             packages=("optim", "model", "models", "config"),
-            stripped=("register_norm",),
+            stripped=("register_norm", "register_schedule"),
         )
     except BundleError as error:
         raise ExportError(

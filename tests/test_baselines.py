@@ -90,6 +90,7 @@ def baseline(name: str, model: nn.Module, **options) -> Baseline:
             model, normed(model), **{"lr": LR[name], "scaling": "standard", "auxiliary_lr": 1.0, **SETTINGS, **options}
         ),
         max_grad_norm=max_grad_norm,
+        scaling="modular",
     )
 
 
@@ -179,9 +180,8 @@ def test_muon_is_for_hidden_matrices_alone():
     model = NgramGPT(
         NgramConfig(1, 2, D, block_size=4, vocab_size=V, ngram=3, ngram_rows=5, bias=True, norm_gains=True)
     )
-    optimizer = Baseline(
-        BASELINES["muon_adamw"](model, metrize(model), lr=0.1, beta=0.9, weight_decay=0.0, auxiliary_lr=1.0)
-    )
+    muon_adamw = BASELINES["muon_adamw"](model, metrize(model), lr=0.1, beta=0.9, weight_decay=0.0, auxiliary_lr=1.0)
+    optimizer = Baseline(muon_adamw, max_grad_norm=None, scaling="modular")
     muon = {n for g in optimizer.param_groups if not g.get("auxiliary") for n in g["param_names"]}
     assert muon == {n for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2}
 

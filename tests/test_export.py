@@ -321,6 +321,7 @@ def test_the_track_s_configuration_is_exported_without_a_run(tmp_path: Path, mon
         (("--optim.param-dtype", "bfloat16"), "optim.param_dtype"),
         (("--optim.momentum-dtype", "bfloat16"), "optim.momentum_dtype"),
         (("--data.holdout", "0.1"), "data.holdout"),
+        (("--optim.roles.head.beta", "0.5"), "optim.roles.head.beta"),
     ],
 )
 def test_a_setting_that_the_script_lacks_is_refused(options: tuple[str, ...], key: str, root: Path):

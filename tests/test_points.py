@@ -451,12 +451,11 @@ def test_adam_is_torchs_with_every_update_at_frobenius_norm_lr():
     """Its bias corrections rescale a tensor as a whole, so nothing of them is left."""
     o = point("adam")
     adam = partial(torch.optim.Adam, betas=(o.beta, o.beta2), eps=1e-300)
-    assert (
-        follow(
-            o, lambda twin: resized(weights(twin), adam, lambda u: float(o.lr) * nn.functional.normalize(u, dim=(0, 1)))
-        )
-        < ROUNDING
-    )  # type: ignore[arg-type]
+
+    def unit(u: Tensor) -> Tensor:
+        return float(o.lr) * nn.functional.normalize(u, dim=(0, 1))  # type: ignore[arg-type]
+
+    assert follow(o, lambda twin: resized(weights(twin), adam, unit)) < ROUNDING
 
 
 class RenewsFirst(pytorch_optimizer.SOAP):

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import checkpoint
 import config as configuration
@@ -90,11 +91,11 @@ def test_a_ratio_of_spreads_comes_with_its_interval():
 # ---- records
 
 
-def small(**changes: object) -> tuple[GPT, list[torch.Tensor]]:
+def small(**changes: Any) -> tuple[GPT, list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     model = GPT(
         GPTConfig(1, 1, 4, block_size=6, vocab_size=7, zero_init=False, **changes), generator=generator
-    ).double()  # type: ignore[arg-type]
+    ).double()
     return model, list(torch.randint(0, 7, (2, 3, 6), generator=generator))
 
 
@@ -122,8 +123,9 @@ def test_a_record_has_the_ends_of_the_spectrum_in_the_methods_own_coordinates(na
     else:
         optimizer = Baseline(
             BASELINES[name](model, norm, lr=0.1, beta=0.9, beta2=0.99, weight_decay=0.0, scaling=scaling),
-            scaling=scaling,
-        )  # type: ignore[arg-type]
+            max_grad_norm=None,
+            scaling=scaling,  # type: ignore[arg-type]
+        )
     record = Sharpness(model, optimizer, norm, batch).measure()
     spectrum = dense(model, batch, dict(coordinates(model, norm, scaling)))  # type: ignore[arg-type]
     assert record["coordinates"] == scaling
@@ -136,7 +138,8 @@ def test_a_record_has_the_ends_of_the_spectrum_in_the_methods_own_coordinates(na
 def test_adamw_has_its_preconditioned_curvature():
     model, batch = small()
     norm = metrize(model, model.structure())
-    optimizer = Baseline(BASELINES["adamw"](model, norm, lr=0.01, beta=0.9, beta2=0.99, weight_decay=0.0))
+    adamw = BASELINES["adamw"](model, norm, lr=0.01, beta=0.9, beta2=0.99, weight_decay=0.0)
+    optimizer = Baseline(adamw, max_grad_norm=None, scaling="modular")
     for _ in range(3):
         model(*batch)[1].backward()  # type: ignore[union-attr]
         optimizer.step()

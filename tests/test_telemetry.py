@@ -145,7 +145,9 @@ def test_every_number_of_a_transformer_is_the_oracles(
         "Dualized": lambda: Dualized(model, 0.3, norm=norm, weight_decay=0.2),
         "Normalized": lambda: Normalized(adam, norm, 0.3, weight_decay=0.2),
         "AdamW": lambda: adam,
-        "a baseline": lambda: Baseline(Normalized(adam, norm, 0.3, weight_decay=0.2)),
+        "a baseline": lambda: Baseline(
+            Normalized(adam, norm, 0.3, weight_decay=0.2), max_grad_norm=None, scaling="modular"
+        ),
     }[kind]()
     idx = backward(model)
     old = {n: p.detach().clone() for n, p in model.named_parameters()}

@@ -28,8 +28,8 @@ class Baseline:
         self,
         optimizer: torch.optim.Optimizer,
         *,
-        max_grad_norm: float | None = None,
-        scaling: Scaling = "modular",
+        max_grad_norm: float | None,
+        scaling: Scaling,
     ) -> None:
         """Take the optimizer's groups.
 

@@ -68,7 +68,8 @@ def _tables(config: Any, prefix: str) -> Iterator[str]:
             cells = (f"`{key}`", allowed(hint), default, text)
             rows.append(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in cells)} |")
     if prefix:
-        yield f"## [{prefix}]\n\n{inspect.cleandoc(cls.__doc__ or '')}\n"
+        paragraphs = inspect.cleandoc(cls.__doc__ or "").split("\n\n")
+        yield "\n\n".join([f"## [{prefix}]", *(" ".join(p.split()) for p in paragraphs)]) + "\n"
     if rows:
         yield "\n".join(["| key | allowed | default | |", "|---|---|---|---|", *rows, ""])
     seen: dict[type, str] = {}

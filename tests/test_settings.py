@@ -1,0 +1,390 @@
+"""Each setting has one declaration; earlier versions' keys, roles, --help and docs/settings.md follow from it."""
+
+import ast
+import inspect
+import json
+import tomllib
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import config as configuration
+import pytest
+from config import Config, ConfigError, flat, from_dict, load, to_toml
+from model import RoleMasses
+from optim import BASELINES, Dualized, Polar, register_baseline
+from optim.errors import Refusal
+from optim.schedules import Schedule
+from optim.settings import Help, Range, StepSettings, by_role, help_texts
+from training.help import page
+from training.migrate import DROPPED, RENAMED, migrate
+from training.resume import keep_choices
+
+from tests.helpers import ROOT, run, small_dataset
+
+PRODUCT = [p for p in ROOT.rglob("*.py") if not {".venv", "tests", "records"} & set(p.relative_to(ROOT).parts)]
+
+
+def text_of(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
+
+
+# ---- one declaration
+
+
+def defaults(path: Path) -> Iterator[tuple[str, str]]:
+    """(owner, name) of what has a default of its own: annotated fields of classes, parameters of functions and methods."""
+    tree = ast.parse(text_of(path))
+    owners = {id(inner): node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for inner in node.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.AnnAssign) and id(node) in owners and node.value is not None:
+            yield owners[id(node)], ast.unparse(node.target)
+        if isinstance(node, ast.FunctionDef):
+            spec = node.args
+            named = [*spec.posonlyargs, *spec.args]
+            pairs = [*zip(named[len(named) - len(spec.defaults) :], spec.defaults, strict=True)]
+            pairs += [(a, d) for a, d in zip(spec.kwonlyargs, spec.kw_defaults, strict=True) if d is not None]
+            for argument, default in pairs:
+                if not isinstance(default, ast.Attribute):  # lr=StepSettings.lr is a reference
+                    yield owners.get(id(node), node.name), argument.arg
+
+
+# Arguments of other things that have the name of a setting.
+OTHERS = {
+    ("scale", "optim/norms.py", "Spectral"),
+    ("scale", "optim/norms.py", "RMSToRMS"),
+    ("weight_decay", "optim/normalized.py", "Normalized"),
+}
+
+
+def test_a_setting_of_a_step_or_of_a_baseline_has_one_declaration():
+    owner_of = {f.name: ("optim/settings.py", "StepSettings") for f in fields(StepSettings)}
+    owner_of |= {key: ("optim/baselines.py", name) for name, made in BASELINES.items() for key in made.own}
+    found = {
+        (name, str(path.relative_to(ROOT)), owner)
+        for path in PRODUCT
+        for owner, name in defaults(path)
+        if name in owner_of
+    }
+    assert found - OTHERS == {(name, *owner) for name, owner in owner_of.items()}
+
+
+def test_every_setting_has_its_text():
+    def check(section: Any) -> None:
+        for f in fields(section):
+            value = getattr(section, f.name)
+            if is_dataclass(value):
+                check(value)
+            elif not isinstance(section, Polar):  # whose docstring has them, as polar.py stands in exported scripts
+                assert len(help_texts(type(section))[f.name]) > 8, (section, f.name)
+
+    check(Config())
+
+
+# ---- earlier versions
+
+BEFORE_NAMES = """
+[model]
+n_layer = 1
+n_head = 1
+n_embd = 8
+block_size = 8
+ngram = 3
+[optim]
+lr = 0.5
+schedule = "cosine"
+warmup = 3
+cooldown = 0.9
+cooldown_power = 1.2
+auto_initial = 0.2
+auto_factor = 0.4
+beta_low = 0.5
+beta_warmup = 0.1
+beta_cooldown = 0.2
+scaling = "standard"
+auxiliary_lr = 1.0
+floor = 0.0
+[optim.masses]
+ngram = 3.0
+"""
+
+
+def test_a_run_of_an_earlier_version_is_read_with_the_keys_of_now(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "c.toml"
+    file.write_text(BEFORE_NAMES)
+    config = load([str(file), "--schedule.warmup", "4"])
+    assert config.schedule == Schedule(
+        shape="cosine", warmup=4.0, cooldown=0.9, power=1.2, beta_low=0.5, beta_warmup=0.1, beta_cooldown=0.2
+    )
+    assert (config.optim.auto.initial, config.optim.auto.factor, config.model.name) == (0.2, 0.4, "ngram")
+    told = capsys.readouterr().err
+    assert told.startswith(
+        f"note: {file} is of an earlier version: optim.floor = 0.0, which did nothing, is left out; "
+    )
+    assert all(f"{old} is {new}" in told for old, new in RENAMED.items()) and told.count("\n") == 1
+    assert configuration.of_file(file) == replace(
+        config, schedule=replace(config.schedule, warmup=3.0), run=replace(config.run, name=None)
+    )
+    assert capsys.readouterr().err == "", "a study that reads a run folder says nothing"
+    (tmp_path / "now.toml").write_text(to_toml(config))
+    assert load([str(tmp_path / "now.toml")]) == config and not capsys.readouterr().err
+
+
+def test_every_renamed_key_is_one_of_now_and_no_key_of_now_is_an_old_one():
+    keys = flat(Config())
+    assert set(RENAMED.values()) <= keys.keys() and not (RENAMED.keys() | DROPPED.keys()) & keys.keys()
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read():
+    raw = {"optim": {"lr": 2.0, "cooldown": 0.3}, "train": {"steps": 7}}
+    config = from_dict(Config, raw)
+    assert (config.optim.lr, config.schedule.cooldown) == (2.0, 0.3) and raw["optim"] == {"lr": 2.0, "cooldown": 0.3}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "records").rglob("*.toml")), ids=lambda p: p.stem)
+def test_every_record_loads(path: Path):
+    old, new = tomllib.loads(text_of(path)), flat(load([str(path)]))
+    for key, value in old["optim"].items():
+        if not isinstance(value, dict) and f"optim.{key}" not in DROPPED:
+            assert new[RENAMED.get(f"optim.{key}", f"optim.{key}")] == value
+    record = json.loads(text_of(path.parent / "record.json"))
+    assert path.name in {e["config"] for e in record["entries"]}
+
+
+def test_what_cannot_be_read_truthfully_is_refused():
+    with pytest.raises(
+        ConfigError, match="optim.floor\n  got: 0.3\n  allowed: 0.0, which did nothing: .*\n  fix: the commit"
+    ):
+        migrate({"optim": {"floor": 0.3}})
+    with pytest.raises(
+        ConfigError,
+        match="optim.warmup\n  got: 0.1, beside schedule.warmup = 0.2\n  allowed: schedule.warmup alone\n  fix: leave",
+    ):
+        migrate({"optim": {"warmup": 0.1}, "schedule": {"warmup": 0.2}})
+    with pytest.raises(ConfigError, match="schedule\n  got: 'wsd'\n  allowed: a section"):
+        from_dict(Config, {"schedule": "wsd"})
+
+
+def test_an_old_option_is_refused_with_the_key_of_now():
+    for old, new in RENAMED.items():
+        with pytest.raises(ConfigError) as error:
+            load(["--run.name", "x", f"--{old.replace('_', '-')}", "1"])
+        assert str(error.value).startswith(f"unknown option --{old.replace('_', '-')}\n")
+        assert f"  fix: it is --{new.replace('_', '-')} now" in str(error.value)
+
+
+# ---- roles
+
+
+def test_roles_are_set_in_a_file_and_on_the_command_line(tmp_path: Path):
+    file = tmp_path / "c.toml"
+    file.write_text('[optim.roles.bias]\ndirection = "adam"\nbeta = 0.9\n')
+    config = load([str(file), "--run.name", "x", "--optim.roles.head.weight-decay", "0.1"])
+    assert config.optim.roles.given() == {
+        "bias": {"direction": "adam", "beta": 0.9},
+        "head": {"weight_decay": 0.1},
+    }
+    file.write_text(text := to_toml(config))
+    assert load([str(file)]) == config
+    assert "[optim.roles.bias]" in text and "[optim.roles.gain]" not in text and "[optim.roles]" not in text
+    assert Config().optim.roles.given() == {}
+
+
+def test_roles_are_those_of_the_masses_and_have_what_declarations_say():
+    assert set(vars(Config().optim.roles)) == {f.name for f in fields(RoleMasses)}
+    for role in vars(Config().optim.roles).values():
+        assert list(vars(role)) == by_role() == ["direction", "beta", "beta2", "weight_decay"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[optim.roles.bias]\nbeta = 1.0", "optim.roles.bias.beta\n  got: 1.0\n  allowed: a number x with 0 <= x < 1 or left out\n  fix: "),
+        ("[optim.roles.bias]\ndirection = 'sam'", "optim.roles.bias.direction\n  got: 'sam'\n  allowed: momentum, nesterov, "),
+        ("[optim.roles.bias]\nscale = 'dual'", "unknown key optim.roles.bias.scale\n  got: scale\n  allowed: direction, beta, "),
+        ("[optim.roles.biases]\nbeta = 0.5", "unknown key optim.roles.biases\n  got: biases\n  allowed: embedding, ngram, match, "),
+        (
+            "[optim]\nname = 'adamw'\n[optim.roles.bias]\nbeta = 0.5",
+            "optim.roles.bias.beta\n  got: 0.5\n  allowed: None with optim.name = 'adamw', which has no choice",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_role_cannot_have_is_refused(tmp_path: Path, text: str, message: str):
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load([str(tmp_path / "c.toml")])
+    assert message in str(error.value)
+
+
+def trained(root: Path, *argv: str) -> tuple[int, str]:
+    roles = ("--optim.roles.head.direction", "adam", "--optim.roles.head.beta", "0.5")
+    code, _, err = run(root, "small.toml", "--schedule.beta-cooldown", "1", "--run.name", "roles", *roles, *argv)
+    return code, err
+
+
+def test_a_run_steps_a_role_by_its_own_settings_and_resumes_with_them(tmp_path: Path):
+    small_dataset(tmp_path)
+    code, err = trained(tmp_path, "--train.sample-tokens", "0", "--train.steps", "4")
+    assert code == 0, err
+
+    def groups(step: int) -> dict[str | None, dict]:
+        state = json.loads((tmp_path / f"runs/roles/checkpoints/step_{step:08d}/state.json").read_text())
+        return {g.get("role"): g for g in state["param_groups"]}
+
+    head, others = groups(4)["head"], groups(4)[None]
+    assert head["param_names"] == ["head.weight"] and len(others["param_names"]) == 13
+    assert (head["direction"], others["direction"]) == ("adam", "nesterov")
+    last = Schedule(beta_cooldown=1.0)
+    assert head["beta"] == last.beta_at(3, 4, beta=0.5) and others["beta"] == last.beta_at(3, 4, beta=0.95)
+    code, err = trained(tmp_path, "--train.steps", "5", "--run.resume", "--optim.roles.head.weight-decay", "0.1")
+    assert code == 0, err
+    assert (groups(5)["head"]["weight_decay"], groups(5)[None]["weight_decay"]) == (0.1, 0.0)
+    assert groups(5)["head"]["beta"] == last.beta_at(4, 5, beta=0.5)
+    assert "changed: optim.roles.head.weight_decay = 0.1, was None" in (tmp_path / "runs/roles/log.txt").read_text()
+    code, err = trained(tmp_path, "--run.name", "gains", "--optim.roles.gain.beta", "0.5")
+    message = "error: optim.roles.gain\n  got: a role that no weight of this model has\n  allowed: embedding, attention, mlp, head\n"
+    assert code == 2 and message in err
+
+
+# ---- baselines
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[optim]\nname = 'sgd'\nbeta2 = 0.9", "optim.beta2\n  got: 0.9\n  allowed: 0.99 with optim.name = 'sgd', which has no choice\n  fix: "),
+        ("[optim]\nname = 'adamw'\n[optim.auto]\ninitial = 0.3", "optim.auto.initial\n  got: 0.3\n  allowed: 0.1 with optim.name = 'adamw'"),
+        ("[optim]\nname = 'sgd'\n[baseline]\nauxiliary_lr = 2.0", "baseline.auxiliary_lr\n  got: 2.0\n  allowed: 1.0 with optim.name = 'sgd'"),
+        ("[optim]\nname = 'muon_adamw'\n[baseline]\nauxiliary_lr = 0.0", "baseline.auxiliary_lr\n  got: 0.0\n  allowed: a finite number > 0"),
+    ],
+)  # fmt: skip
+def test_what_a_baseline_does_not_take_is_refused(tmp_path: Path, text: str, message: str):
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load([str(tmp_path / "c.toml")])
+    assert message in str(error.value)
+
+
+def test_a_baselines_parameters_are_its_declaration(monkeypatch: pytest.MonkeyPatch):
+    assert {name: set(made.hints) for name, made in BASELINES.items()} == {
+        "normalized_adam": {"lr", "beta", "beta2", "weight_decay"},
+        "normalized_sgd": {"lr", "beta", "weight_decay"},
+        "adamw": {"lr", "beta", "beta2", "weight_decay"},
+        "muon_adamw": {"lr", "beta", "weight_decay", "auxiliary_lr", "polar"},
+        "sgd": {"lr", "beta", "weight_decay", "scaling"},
+    }
+    assert set(vars(Config().baseline)) == {"auxiliary_lr", "scaling"}
+    monkeypatch.setattr("optim.baselines.BASELINES", dict(BASELINES))
+    with pytest.raises(Refusal, match="register_baseline: rho of sam\n  got: a setting without default or help text"):
+
+        @register_baseline("sam")
+        def sam(model, norm, *, lr: float, rho: float = 0.1) -> Any: ...
+
+    with pytest.raises(Refusal, match="register_baseline: scaling of sam\n  got: another declaration than another"):
+
+        @register_baseline("sam")
+        def other(model, norm, *, lr: float, scaling: Annotated[float, Range(0), Help("How far.")] = 0.1) -> Any: ...
+
+    with pytest.raises(
+        Refusal, match='sgd: scaling\n  got: \'mup\'\n  allowed: "standard", "ntk", "modular"\n  fix: sgd'
+    ):
+        BASELINES["sgd"](None, None, lr=1.0, scaling="mup")  # type: ignore[arg-type]
+
+
+# ---- help
+
+
+def test_help_shows_every_text_and_range(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        load([str(ROOT / "configs/race/adamw.toml"), "--help"])
+    assert ended.value.code == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for section in (StepSettings, Schedule, type(Config().train), type(Config().run), type(Config().baseline)):
+        for key, text in help_texts(section).items():
+            assert " ".join(text.split()) in shown, key
+    assert "--optim.roles.bias.beta {None}|FLOAT" in shown and "(default: 0.0036)" in shown
+    assert "Allowed: a number x with 0 <= x < 1. (default: 0.7)" in shown
+
+
+def test_the_page_of_settings_is_that_of_the_code():
+    """`python -m training.help > docs/settings.md`."""
+    assert text_of(ROOT / "docs/settings.md") == page(Config())
+
+
+# ---- what a resumed run may change
+
+
+def resumed(before: Config, **changes: object) -> list[str]:
+    raw = {"config": json.loads(json.dumps(nested(before)))}
+    now = nested(before)
+    for key, value in changes.items():
+        configuration.put(now, key.replace("__", "."), value)
+    return keep_choices(from_dict(Config, now), Path("runs/x"), raw)
+
+
+def nested(config: Config) -> dict:
+    raw: dict = {}
+    for key, value in flat(config).items():
+        if value is not None:
+            configuration.put(raw, key, value)
+    return raw
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optim__direction": "soap"},
+        {"optim__momentum_dtype": "bfloat16"},
+        {"optim__master_weights": False},
+        {"optim__lr": "auto"},
+        {"optim__name": "adamw"},
+        {"optim__param_dtype": "bfloat16"},
+        {"run__seed": 1},
+        {"model__dropout": 0.1},
+        {"optim__roles__bias__direction": "adam"},
+    ],
+    ids=str,
+)
+def test_what_decides_buffers_model_and_batches_is_refused(changes: dict):
+    (key,) = changes
+    with pytest.raises(
+        ConfigError, match=f"{key.replace('__', '.')} of a resumed run\n  got: .*\n  allowed: .*, as runs/x has it"
+    ):
+        resumed(Config(), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"optim__direction": "momentum"}, "changed: optim.direction = 'momentum', was 'nesterov'"),
+        ({"optim__beta": 0.8}, "changed: optim.beta = 0.8, was 0.95"),
+        ({"schedule__cooldown": 0.2}, "changed: schedule.cooldown = 0.2, was 0.5"),
+        ({"baseline__scaling": "ntk"}, "changed: baseline.scaling = 'ntk', was 'standard'"),
+        ({"optim__roles__bias__beta": 0.8}, "changed: optim.roles.bias.beta = 0.8, was None"),
+        ({"optim__roles__bias__direction": "momentum"}, "changed: optim.roles.bias.direction = 'momentum', was None"),
+        ({"train__log_every": 3}, None),
+    ],
+    ids=str,
+)
+def test_what_else_differs_is_told(changes: dict, told: str | None):
+    assert resumed(Config(), **changes) == ([told] if told else [])
+
+
+def test_a_role_that_was_apart_is_not_joined_again():
+    before = from_dict(Config, {"optim": {"roles": {"bias": {"beta": 0.5}}}})
+    now = nested(before)
+    del now["optim"]["roles"]
+    saved = {"config": nested(before)}
+    with pytest.raises(ConfigError, match="optim.roles.bias.beta of a resumed run\n  got: None\n  allowed: 0.5"):
+        keep_choices(from_dict(Config, now), Path("runs/x"), saved)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_compared_by_the_keys_of_now():
+    assert keep_choices(Config(), Path("runs/x"), {"config": {"optim": {"cooldown": 0.3, "floor": 0.0}}}) == [
+        "changed: schedule.cooldown = 0.5, was 0.3"
+    ]
+
+
+def test_dualized_takes_every_setting_of_a_step():
+    assert set(Config().optim.step_settings()) | {"lr"} <= set(inspect.signature(Dualized).parameters)
