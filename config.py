@@ -134,8 +134,12 @@ class OptimConfig(StepSettings, Chosen):
         self.masses.check()
 
     def _check_baseline(self) -> None:
-        """Raise ConfigError for a setting that the baseline does not take."""
-        taken = (*BASELINES[self.name].hints, "max_grad_norm")  # which the loop clips to
+        """Raise ConfigError for a setting that no baseline takes.
+
+        One that others take may stay, so that entries of a comparison can share a file.
+        """
+        taken = {k for baseline in BASELINES.values() for k in baseline.hints}
+        taken.add("max_grad_norm")  # which the loop clips to
         untaken = [f.name for f in fields(StepSettings) if f.name not in taken]
         default, here = flat(OptimConfig()), flat(self)
         for key, value in here.items():

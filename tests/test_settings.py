@@ -253,7 +253,7 @@ def test_a_run_steps_a_role_by_its_own_settings_and_resumes_with_them(tmp_path: 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[optim]\nname = 'sgd'\nbeta2 = 0.9", "optim.beta2\n  got: 0.9\n  allowed: 0.99 with optim.name = 'sgd', which has no choice\n  fix: "),
+        ("[optim]\nname = 'sgd'\ncautious = true", "optim.cautious\n  got: True\n  allowed: False with optim.name = 'sgd', which has no choice\n  fix: "),
         ("[optim]\nname = 'adamw'\n[optim.auto]\ninitial = 0.3", "optim.auto.initial\n  got: 0.3\n  allowed: 0.1 with optim.name = 'adamw'"),
         ("[optim]\nname = 'sgd'\n[baseline]\nauxiliary_lr = 2.0", "baseline.auxiliary_lr\n  got: 2.0\n  allowed: 1.0 with optim.name = 'sgd'"),
         ("[optim]\nname = 'muon_adamw'\n[baseline]\nauxiliary_lr = 0.0", "baseline.auxiliary_lr\n  got: 0.0\n  allowed: a finite number > 0"),
