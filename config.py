@@ -20,8 +20,10 @@ import tyro
 from data.loader import DataConfig
 from model import RoleMasses, RoleNorms
 from models import ModelConfig
-from optim import BASELINES, Dualized, EscapeVelocity, Polar
+from optim import Dualized, EscapeVelocity
+from optim.baselines import BASELINES
 from optim.errors import Refusal, require
+from optim.polar import Polar
 from optim.schedules import Schedule
 from optim.settings import Help, OneOf, Range, StepSettings, by_role, help_texts, hints_of
 from runtime import RunConfig

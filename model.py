@@ -13,21 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optim import (
-    NORMS,
-    Blocks,
-    MaxEntry,
-    Module,
-    Norm,
-    Polar,
-    Spectral,
-    VectorRMS,
-    atom,
-    bond,
-    concat,
-    residual,
-)
 from optim.errors import Refusal
+from optim.modular import Module, atom, bond, concat, residual
+from optim.norms import NORMS, MaxEntry, Norm, Spectral, VectorRMS
+from optim.polar import Polar
+from optim.views import Blocks
 
 
 @dataclass

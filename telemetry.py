@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from model import Attention
-from optim import Dualized, ModularNorm, Norm, Normalized, Spectral, coordinates
-from optim.baselines import Scaling
+from optim import Dualized, ModularNorm, Normalized
+from optim.baselines import Scaling, coordinates
 from optim.curvature import Hessian, along, eigenvalues, loss_smoothness, modular_sharpness
 from optim.metrize import canonical
+from optim.norms import Norm, Spectral
 from optim.ranks import sharded
 from training.baseline import Baseline
 

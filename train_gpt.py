@@ -30,17 +30,10 @@ from data.loader import Dataset, TrainBatches, check_validation, validation_batc
 from data.shards import DataError
 from model import GPT
 from models import build
-from optim import (
-    BASELINES,
-    CoverageError,
-    Dualized,
-    NonFiniteError,
-    PlacementError,
-    Polar,
-    metrize,
-)
-from optim.baselines import set_beta
-from optim.errors import require
+from optim import Dualized, NonFiniteError, metrize
+from optim.baselines import BASELINES, set_beta
+from optim.errors import CoverageError, PlacementError, require
+from optim.polar import Polar
 from runtime import (
     Clock,
     RankError,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import _muon
 
-from optim import Polar
+from optim.polar import Polar
 
 MUON = (3.4445, -4.7750, 2.0315)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optim import Dualized, Rule, metrize
+from nanodual import Dualized, Rule, metrize
 
 CLASSES = 16
 

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from examples.tiny import BATCH, language_model, loss_of, options, train_and_test, windows
-from optim import Dualized
+from nanodual import Dualized
 
 
 def main(argv: Sequence[str] | None = None) -> tuple[float, float]:

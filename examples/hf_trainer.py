@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from transformers import Trainer, TrainingArguments, get_cosine_schedule_with_warmup
 
 from examples.tiny import BATCH, language_model, loss_of, options, train_and_test, windows
-from optim import Dualized
+from nanodual import Dualized
 
 
 def main(argv: Sequence[str] | None = None) -> tuple[float, float]:

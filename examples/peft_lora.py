@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from examples.tiny import BATCH, language_model, loss_of, train_and_test, windows
-from optim import Dualized
+from nanodual import Dualized
 
 TARGETS = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],

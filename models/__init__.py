@@ -6,8 +6,8 @@ from typing import Any, Literal
 import torch
 
 from model import GPT, GPTConfig
-from optim import Norm
 from optim.errors import Refusal
+from optim.norms import Norm
 
 from .ngram import NgramConfig, NgramGPT
 

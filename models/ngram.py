@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import GPT, MLP, OUTPUTS, Cache, GPTConfig, Past, RoleMasses
-from optim import Module, atom, bond
+from optim.modular import Module, atom, bond
 
 
 @dataclass

@@ -1,77 +1,32 @@
-"""The dualized optimizer: norms, their composition into the modular norm of a network, and steepest
-descent in it."""
+"""The dualized optimizer. Outside this repository its name is `nanodual`.
 
-from .baselines import BASELINES, coordinates, register_baseline
-from .curvature import Hessian, along, eigenvalues, loss_smoothness, modular_sharpness
-from .directions import DIRECTIONS, Direction, register_direction
+    from nanodual import Dualized, metrize
+
+Norms are in nanodual.norms and nanodual.views, composition in nanodual.modular, schedules in
+nanodual.schedules; docs/theory.md has the mathematics, README.md a map.
+"""
+
+from .baselines import register_baseline
+from .directions import register_direction
 from .dualized import Dualized
-from .errors import CoverageError, NonFiniteError, PlacementError
+from .errors import NonFiniteError, Refusal
 from .metrize import Rule, metrize
-from .modular import Atom, Bond, ModularNorm, Module, atom, attention, bond, concat, residual
+from .modular import ModularNorm
 from .normalized import Normalized
-from .norms import (
-    NORMS,
-    Frobenius,
-    L1ToLinf,
-    L1ToRMS,
-    MaxEntry,
-    MeanToLinf,
-    Norm,
-    RMSToLinf,
-    RMSToRMS,
-    Spectral,
-    VectorRMS,
-    register_norm,
-)
-from .polar import Polar
-from .schedules import EscapeVelocity
-from .views import Blocks, ConvRMSToRMS, Experts, Flattened, Transposed
+from .norms import register_norm
+from .schedules import EscapeVelocity, schedule
 
 __all__ = [
-    "BASELINES",
-    "DIRECTIONS",
-    "NORMS",
-    "Atom",
-    "Blocks",
-    "Bond",
-    "ConvRMSToRMS",
-    "CoverageError",
-    "Direction",
     "Dualized",
     "EscapeVelocity",
-    "Experts",
-    "Flattened",
-    "Frobenius",
-    "Hessian",
-    "L1ToLinf",
-    "L1ToRMS",
-    "MaxEntry",
-    "MeanToLinf",
     "ModularNorm",
-    "Module",
     "NonFiniteError",
-    "Norm",
     "Normalized",
-    "PlacementError",
-    "Polar",
-    "RMSToLinf",
-    "RMSToRMS",
+    "Refusal",
     "Rule",
-    "Spectral",
-    "Transposed",
-    "VectorRMS",
-    "along",
-    "atom",
-    "attention",
-    "bond",
-    "concat",
-    "coordinates",
-    "eigenvalues",
-    "loss_smoothness",
     "metrize",
-    "modular_sharpness",
     "register_baseline",
     "register_direction",
     "register_norm",
-    "residual",
+    "schedule",
 ]

@@ -1,5 +1,4 @@
-"""Dualized: steepest descent in the modular norm, one learning rate, one momentum buffer per
-weight.
+"""Dualized: steepest descent in the modular norm, with one learning rate.
 
     W ← retract( W − lr · radius · ( dualize(direction) + weight_decay · W ) )
 
@@ -241,8 +240,7 @@ class Dualized(torch.optim.Optimizer):
 
     @contextmanager
     def last_backward(self) -> Iterator[None]:
-        """Surround the last backward pass of a step: with grads="local", gradients leave for their
-        owners as they come, while it goes on.
+        """Surround the last backward pass: with grads="local", gradients leave as they come.
 
         Without it they leave in step(). What is written into p.grad after it (clipping, unscaling)
         is not seen. Every rank enters it or none.
@@ -373,8 +371,7 @@ class Dualized(torch.optim.Optimizer):
 
     @eager
     def check_finite(self) -> None:
-        """Raise NonFiniteError if the last step met a number that was not finite. That step changed
-        nothing."""
+        """Raise NonFiniteError if a number of the last step was not finite: it was not taken."""
         self._watch.check()
 
     # ---- state
@@ -421,8 +418,7 @@ class Dualized(torch.optim.Optimizer):
         }
 
     def make_state(self, wanted: Callable[[str], bool]) -> None:
-        """Make the buffers of the parameters of these names, as their first step would: held() can
-        then be read into."""
+        """Make the buffers of parameters of these names, so that held() can be read into."""
         for group, name, p in members(self.param_groups):
             if wanted(name):
                 self._make_state(group, p)

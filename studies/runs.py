@@ -33,7 +33,8 @@ import config as configuration
 from config import Config
 from data.loader import Dataset
 from models import build
-from optim import BASELINES, metrize
+from optim import metrize
+from optim.baselines import BASELINES
 from optim.errors import Refusal
 from runtime import RunConfig
 

@@ -21,9 +21,11 @@ from torch import Tensor
 from config import OptimConfig, load
 from model import GPT
 from models import ModelConfig, build
-from optim import DIRECTIONS, Dualized, Polar
+from optim import Dualized
+from optim.directions import DIRECTIONS
 from optim.errors import Refusal
 from optim.placement import OneProcess, Shards
+from optim.polar import Polar
 from optim.ranks import Ranks, bucketed
 from optim.replicas import IN_FLIGHT, Replicas
 from runtime import PEAK_FLOPS

@@ -13,21 +13,10 @@ import pytest
 import torch
 from model import GPT, GPTConfig, RoleNorms
 from models.ngram import NgramConfig, NgramGPT
-from optim import (
-    BASELINES,
-    L1ToRMS,
-    ModularNorm,
-    NonFiniteError,
-    Normalized,
-    Polar,
-    RMSToLinf,
-    RMSToRMS,
-    Rule,
-    VectorRMS,
-    coordinates,
-    metrize,
-)
-from optim.baselines import Float32Muon, Several, set_beta
+from optim import ModularNorm, NonFiniteError, Normalized, Rule, metrize
+from optim.baselines import BASELINES, Float32Muon, Several, coordinates, set_beta
+from optim.norms import L1ToRMS, RMSToLinf, RMSToRMS, VectorRMS
+from optim.polar import Polar
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import _muon

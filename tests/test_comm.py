@@ -23,31 +23,14 @@ from config import load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model import GPT, GPTConfig
-from optim import (
-    Blocks,
-    ConvRMSToRMS,
-    Dualized,
-    Experts,
-    Flattened,
-    L1ToLinf,
-    L1ToRMS,
-    MaxEntry,
-    ModularNorm,
-    NonFiniteError,
-    Norm,
-    Polar,
-    RMSToLinf,
-    RMSToRMS,
-    Transposed,
-    VectorRMS,
-    metrize,
-    replicas,
-)
+from optim import Dualized, ModularNorm, NonFiniteError, metrize, replicas
 from optim import ranks as the_ranks
 from optim.errors import PlacementError
+from optim.norms import L1ToLinf, L1ToRMS, MaxEntry, Norm, RMSToLinf, RMSToRMS, VectorRMS
 from optim.placement import Job, assign_owners, interleave
-from optim.polar import SCHEDULES
+from optim.polar import SCHEDULES, Polar
 from optim.ranks import Piece, Ranks
+from optim.views import Blocks, ConvRMSToRMS, Experts, Flattened, Transposed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard

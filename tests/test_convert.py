@@ -8,22 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from optim import (
-    NORMS,
-    Dualized,
-    MaxEntry,
-    ModularNorm,
-    Module,
-    Norm,
-    Polar,
-    RMSToRMS,
-    Rule,
-    VectorRMS,
-    atom,
-    concat,
-    metrize,
-)
+from optim import Dualized, ModularNorm, Rule, metrize
 from optim.convert import convert, main
+from optim.modular import Module, atom, concat
+from optim.norms import NORMS, MaxEntry, Norm, RMSToRMS, VectorRMS
+from optim.polar import Polar
 from torch import nn
 
 from tests.test_metrize import exact

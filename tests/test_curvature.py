@@ -10,25 +10,11 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from model import GPT, GPTConfig
-from optim import (
-    Frobenius,
-    Hessian,
-    L1ToRMS,
-    MaxEntry,
-    ModularNorm,
-    Module,
-    NonFiniteError,
-    Polar,
-    RMSToLinf,
-    RMSToRMS,
-    along,
-    atom,
-    bond,
-    eigenvalues,
-    loss_smoothness,
-    modular_sharpness,
-)
-from optim.curvature import ModularSharpness
+from optim import ModularNorm, NonFiniteError
+from optim.curvature import Hessian, ModularSharpness, along, eigenvalues, loss_smoothness, modular_sharpness
+from optim.modular import Module, atom, bond
+from optim.norms import Frobenius, L1ToRMS, MaxEntry, RMSToLinf, RMSToRMS
+from optim.polar import Polar
 from torch import Tensor, nn
 from torch.func import functional_call, jacfwd, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -10,7 +10,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from optim import DIRECTIONS, Dualized, ModularNorm, Polar, RMSToRMS
+from optim import Dualized, ModularNorm
+from optim.directions import DIRECTIONS
+from optim.norms import RMSToRMS
+from optim.polar import Polar
 from torch import Tensor, nn
 
 PERTURBATION = 1e-15  # of ‖G‖_F: some five roundings of every entry

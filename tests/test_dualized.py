@@ -9,34 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from optim import (
-    DIRECTIONS,
-    NORMS,
-    Blocks,
-    ConvRMSToRMS,
-    CoverageError,
-    Direction,
-    Dualized,
-    EscapeVelocity,
-    Experts,
-    Frobenius,
-    L1ToLinf,
-    L1ToRMS,
-    ModularNorm,
-    Module,
-    NonFiniteError,
-    Norm,
-    Normalized,
-    Polar,
-    RMSToLinf,
-    RMSToRMS,
-    Transposed,
-    VectorRMS,
-    atom,
-    metrize,
-    register_direction,
-    stacks,
-)
+from optim import Dualized, EscapeVelocity, ModularNorm, NonFiniteError, Normalized, metrize, register_direction, stacks
+from optim.directions import DIRECTIONS, Direction
+from optim.errors import CoverageError
+from optim.modular import Module, atom
+from optim.norms import NORMS, Frobenius, L1ToLinf, L1ToRMS, Norm, RMSToLinf, RMSToRMS, VectorRMS
+from optim.polar import Polar
+from optim.views import Blocks, ConvRMSToRMS, Experts, Transposed
 from torch import nn
 
 FLOAT32 = 1e-5  # some hundred roundings

@@ -11,18 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers  # loads its parts when they are used
-from optim import (
-    Blocks,
-    CoverageError,
-    Dualized,
-    NonFiniteError,
-    Normalized,
-    Polar,
-    RMSToRMS,
-    Rule,
-    Transposed,
-    metrize,
-)
+from optim import Dualized, NonFiniteError, Normalized, Rule, metrize
+from optim.errors import CoverageError
+from optim.norms import RMSToRMS
+from optim.polar import Polar
+from optim.views import Blocks, Transposed
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict

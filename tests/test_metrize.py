@@ -12,30 +12,13 @@ import pytest
 import torch
 from model import GPT, GPTConfig
 from models.ngram import NgramConfig, NgramGPT
-from optim import (
-    Blocks,
-    CoverageError,
-    Dualized,
-    Experts,
-    Frobenius,
-    L1ToRMS,
-    MaxEntry,
-    ModularNorm,
-    Module,
-    Norm,
-    Polar,
-    RMSToLinf,
-    RMSToRMS,
-    Rule,
-    Spectral,
-    VectorRMS,
-    atom,
-    bond,
-    concat,
-    metrize,
-    residual,
-)
+from optim import Dualized, ModularNorm, Rule, metrize
+from optim.errors import CoverageError
 from optim.metrize import MASSES
+from optim.modular import Module, atom, bond, concat, residual
+from optim.norms import Frobenius, L1ToRMS, MaxEntry, Norm, RMSToLinf, RMSToRMS, Spectral, VectorRMS
+from optim.polar import Polar
+from optim.views import Blocks, Experts
 from torch import nn
 
 R = "RMSToRMS[polar_express]"

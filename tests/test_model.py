@@ -19,7 +19,8 @@ from model import (
     RoleNorms,
     rotary,
 )
-from optim import Dualized, Polar, metrize
+from optim import Dualized, metrize
+from optim.polar import Polar
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import ROOT, SOAK

@@ -14,7 +14,9 @@ from modula import abstract, compound
 from modula import atom as atoms
 from modula import bond as bonds
 from modula.vector import Vector
-from optim import L1ToRMS, ModularNorm, Module, RMSToRMS, atom, bond, concat, residual
+from optim import ModularNorm
+from optim.modular import Module, atom, bond, concat, residual
+from optim.norms import L1ToRMS, RMSToRMS
 from optim.views import ConvRMSToRMS
 
 CLOSE = 1e-5  # in float64 2e-12 is measured at worst

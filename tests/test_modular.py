@@ -4,20 +4,10 @@ import math
 
 import pytest
 import torch
-from optim import (
-    Frobenius,
-    L1ToRMS,
-    ModularNorm,
-    Module,
-    NonFiniteError,
-    Polar,
-    RMSToLinf,
-    RMSToRMS,
-    atom,
-    bond,
-    concat,
-    residual,
-)
+from optim import ModularNorm, NonFiniteError
+from optim.modular import Module, atom, bond, concat, residual
+from optim.norms import Frobenius, L1ToRMS, RMSToLinf, RMSToRMS
+from optim.polar import Polar
 
 LINEAR = RMSToRMS(Polar("exact"))
 

@@ -10,21 +10,23 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from optim import (
+from optim import ModularNorm
+from optim.modular import atom, bond, concat
+from optim.norms import (
     NORMS,
+    SCALES,
     Frobenius,
     L1ToLinf,
     L1ToRMS,
-    ModularNorm,
+    MaxEntry,
+    MeanToLinf,
     Norm,
     RMSToLinf,
     RMSToRMS,
+    Spectral,
     VectorRMS,
-    atom,
-    bond,
-    concat,
+    spectral_norm,
 )
-from optim.norms import SCALES, MaxEntry, MeanToLinf, Spectral, spectral_norm
 from optim.polar import SCHEDULES, Polar
 from optim.views import Blocks, ConvRMSToRMS, Experts, Flattened, ScionConv, Transposed
 from pytorch_optimizer.optimizer import scion as published_scion

@@ -15,7 +15,9 @@ import pytest
 import pytorch_optimizer
 import torch
 from config import OptimConfig, load
-from optim import Dualized, Module, Norm, atom, metrize
+from optim import Dualized, metrize
+from optim.modular import Module, atom
+from optim.norms import Norm
 from pytorch_optimizer.optimizer import scion as published_scion
 from pytorch_optimizer.optimizer.utils.matrix import zero_power_via_newton_schulz_5
 from torch import Tensor, nn
@@ -614,7 +616,7 @@ def test_a_point_trains_and_its_receipt_has_its_norms(trained: Path, name: str):
 
 def test_nesterov_soap_is_soap_of_the_average_one_step_ahead():
     """SOAP that starts from the new average M' instead of M averages to (1 − β) G + β M'; everything else it remembers is the same."""
-    from optim import DIRECTIONS
+    from optim.directions import DIRECTIONS
 
     g = torch.Generator().manual_seed(0)
     soap, ahead = DIRECTIONS["soap"], DIRECTIONS["nesterov_soap"]

@@ -26,7 +26,8 @@ import torch.distributed as dist
 from config import OptimConfig
 from model import GPT
 from models import ModelConfig
-from optim import Dualized, Polar
+from optim import Dualized
+from optim.polar import Polar
 from studies import scaling
 from studies.scaling import ADAMW, MUON, MUON_PLAIN, OURS, ZERO, Case, around, step_of, weights_of
 from torch import Tensor

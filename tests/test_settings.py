@@ -13,8 +13,10 @@ import config as configuration
 import pytest
 from config import Config, ConfigError, flat, from_dict, load, to_toml
 from model import RoleMasses
-from optim import BASELINES, Dualized, Polar, register_baseline
+from optim import Dualized, register_baseline
+from optim.baselines import BASELINES
 from optim.errors import Refusal
+from optim.polar import Polar
 from optim.schedules import Schedule
 from optim.settings import Help, Range, StepSettings, by_role, help_texts
 from training.help import page

@@ -12,7 +12,8 @@ import pytest
 import torch
 from data.loader import Dataset, TrainBatches
 from model import GPT, GPTConfig
-from optim import BASELINES, Dualized, coordinates, metrize
+from optim import Dualized, metrize
+from optim.baselines import BASELINES, coordinates
 from studies import runs
 from studies.runs import StudyError
 from studies.sharpness import (

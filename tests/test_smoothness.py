@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from optim import Atom, L1ToRMS, ModularNorm, Module, Norm, Polar, RMSToLinf, RMSToRMS, atom, modular, residual
-from optim.modular import Bond, Composite, Concat, Power
+from optim import ModularNorm, modular
+from optim.modular import Atom, Bond, Composite, Concat, Module, Power, atom, residual
+from optim.norms import L1ToRMS, Norm, RMSToLinf, RMSToRMS
+from optim.polar import Polar
 from optim.views import Blocks
 from torch import Tensor
 from torch.func import grad, grad_and_value, jvp

@@ -12,28 +12,10 @@ import pytest
 import telemetry
 import torch
 from model import GPT, GPTConfig, RoleNorms
-from optim import (
-    Blocks,
-    ConvRMSToRMS,
-    Dualized,
-    Experts,
-    Flattened,
-    Frobenius,
-    L1ToLinf,
-    L1ToRMS,
-    MaxEntry,
-    ModularNorm,
-    Norm,
-    Normalized,
-    Polar,
-    RMSToLinf,
-    RMSToRMS,
-    Spectral,
-    Transposed,
-    VectorRMS,
-    metrize,
-)
-from optim.polar import SCHEDULES
+from optim import Dualized, ModularNorm, Normalized, metrize
+from optim.norms import Frobenius, L1ToLinf, L1ToRMS, MaxEntry, Norm, RMSToLinf, RMSToRMS, Spectral, VectorRMS
+from optim.polar import SCHEDULES, Polar
+from optim.views import Blocks, ConvRMSToRMS, Experts, Flattened, Transposed
 from telemetry import Geometry, attention_logits, grid, plot_geometry
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from optim import DIRECTIONS, Dualized, ModularNorm
-from optim.directions import average_, rms_
+from optim import Dualized, ModularNorm
+from optim.directions import DIRECTIONS, average_, rms_
 from optim.norms import Frobenius, L1ToRMS, MaxEntry, Norm, RMSToRMS, VectorRMS
 from optim.polar import Polar
 from optim.settings import StepSettings, defaults_of

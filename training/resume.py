@@ -5,7 +5,7 @@ from typing import Any
 
 import config as configuration
 from config import Config, ConfigError
-from optim import Polar
+from optim.polar import Polar
 from optim.settings import BUFFERS, StepSettings, marked
 
 

@@ -1,0 +1,16 @@
+"""The package optim under the name that it has outside this repository.
+
+In a checkout both names are one module object, and so are their submodules: what is registered under
+one name is known under the other. convert is left out, because python -m nanodual.convert runs it.
+"""
+
+import sys
+from importlib import import_module
+from pkgutil import iter_modules
+
+import optim
+
+for _found in iter_modules(optim.__path__):
+    if _found.name != "convert":
+        sys.modules[f"nanodual.{_found.name}"] = import_module(f"optim.{_found.name}")
+sys.modules["nanodual"] = optim
