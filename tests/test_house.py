@@ -39,17 +39,8 @@ def tree(path: Path) -> ast.Module:
 
 
 def own_imports(path: Path) -> set[str]:
-    """Modules of optim/ that a file of it imports."""
-    top = tree(path)
-    typing = {
-        id(n)
-        for block in top.body
-        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
-        for n in ast.walk(block)
-    }
-    return {
-        str(n.module) for n in ast.walk(top) if isinstance(n, ast.ImportFrom) and n.level == 1 and id(n) not in typing
-    }
+    """Modules of optim/ that a file of it imports at its top. A drawing is imported where it is asked for."""
+    return {str(n.module) for n in tree(path).body if isinstance(n, ast.ImportFrom) and n.level == 1}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
