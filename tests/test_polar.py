@@ -1,5 +1,6 @@
 """optim/polar.py. Oracles: the SVD, and the schedules' polynomials on scalars."""
 
+import math
 from typing import Literal
 
 import pytest
@@ -15,7 +16,13 @@ FP32_LOG_UNIFORM = (
 )
 FP32 = 1e-3  # fp32 plain and Gram against float64: 8e-4 measured at worst, rank one under polar_express, whose polynomials are steep at 1
 GRAM_BF16 = 0.12
-BF16 = 0.02  # how far bf16 rounding carries a singular value past a band's upper edge: 0.012 measured at worst
+# The maximum of 2x − 1.5x³ + 0.5x⁵ on [0, 1], 1.00176: its derivative is 0 at x² = 0.8 and 1.
+QUINTIC_PEAK = 1.12 * 0.8**0.5
+# How far bf16 carries a singular value past a band's upper edge: 0.012 measured at worst.
+BF16 = 0.02
+# How far it carries one from the floor below the lower edge: 0.067 at worst of 200 matrices, three
+# instruction sets. Rounding the entries of G does it, in steps as steep as polar_express's at 0.
+BF16_BELOW = 0.1
 
 
 def with_spectrum(m: int, n: int, S: torch.Tensor, seed: int = 0) -> torch.Tensor:
@@ -33,14 +40,33 @@ def in_band_spectrum(m: int, floor: float = 1e-3) -> torch.Tensor:
     return S
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=NAMES)
-def test_stated_band_is_the_measured_one(schedule: Schedule):
-    x = torch.logspace(-3, 0, 400_001, dtype=torch.float64) / schedule.safety
+def on_scalars(schedule: Schedule, x: torch.Tensor) -> torch.Tensor:
+    x = x / schedule.safety
     for a, b, c in schedule.coefficients:
         x = a * x + b * x**3 + c * x**5
+    return x
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=NAMES)
+def test_stated_band_is_the_measured_one(schedule: Schedule):
+    x = on_scalars(schedule, torch.logspace(-3, 0, 400_001, dtype=torch.float64))
     low, high = schedule.band
     assert low <= x.min() and x.max() <= high + ROUNDING, "the band must hold"  # cubic tends to its edge, 1, itself
     assert low > x.min() - 2e-3 and high < x.max() + 2e-3, "and be tight to its rounding"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=NAMES)
+def test_below_its_floor_only_quintic_passes_its_upper_edge_and_none_is_steeper_than_at_0(
+    schedule: Schedule,
+):
+    x = torch.logspace(-12, math.log10(schedule.floor), 400_001, dtype=torch.float64)
+    y = on_scalars(schedule, x)
+    slope = math.prod(a for a, _, _ in schedule.coefficients) / schedule.safety
+    assert (y > 0).all() and (y <= slope * x * (1 + ROUNDING)).all()
+    if schedule.name == "quintic":
+        assert QUINTIC_PEAK - 1e-6 < y.max() <= QUINTIC_PEAK + ROUNDING, "its last step is met at its peak"
+    else:
+        assert (y.diff() > 0).all() and y.max() <= schedule.band[1]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -83,6 +109,19 @@ def test_bfloat16_stays_under_the_band_when_plain_and_near_it_in_gram_form(
     S = torch.logspace(-3, 0, 64, dtype=torch.float64) if rank > 1 else torch.eye(64, dtype=torch.float64)[0]
     X = Polar(name, form, "bfloat16")(with_spectrum(64, 256, S).float())
     assert torch.linalg.svdvals(X).max() < SCHEDULES[name].band[1] + slack
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("n", [64, 256])
+def test_bfloat16_keeps_the_band_of_singular_values_above_the_floor(name: str, n: int):
+    """cubic too: torch.baddbmm with alpha=0 made NaN of it."""
+    S, schedule = torch.logspace(-2.61, 0, 64, dtype=torch.float64), SCHEDULES[name]
+    assert schedule.floor <= S.min() / S.norm() < 1.05 * schedule.floor
+    low, high = schedule.band
+    for seed in range(3):
+        X = Polar(name, dtype="bfloat16")(with_spectrum(64, n, S, seed).float())
+        out = torch.linalg.svdvals(X.double())
+        assert low - BF16_BELOW < out.min() and out.max() < high + BF16
 
 
 def test_exact_is_the_svd_factor_and_a_partial_isometry_where_rank_is_missing():
