@@ -763,8 +763,8 @@ def _held(rank: int, world: int, mode: str) -> tuple[dict[str, Piece], set[str],
     for n, p in model.named_parameters():
         for k, b in optimizer.state.get(p, {}).items():
             if mode != "replicas" and not (
-                isinstance(b, DTensor) and b.placements == p.placements and b.device_mesh == p.device_mesh
-            ):  # type: ignore[attr-defined]
+                isinstance(b, DTensor) and b.placements == p.placements and b.device_mesh == p.device_mesh  # type: ignore[attr-defined]
+            ):
                 wrong[f"{n}.{k}"] = str(b)
     model = sharded(Bag(names).double(), mode, world)
     fresh = model.dualized(grads="local", direction="adam" if mode != "replicas" else "soap")  # type: ignore[operator]
