@@ -1,8 +1,8 @@
 """Directions: what a step dualizes, from the stream of gradients.
 
 G: fresh gradients (n, *shape), a stack of weights of one shape. live: 1 where a block has a
-gradient, else 0, broadcastable to G. A direction's scale does not matter, as dualize ignores it; so
-none has a bias correction or an ε.
+gradient, else 0, broadcastable to G. A direction's scale does not matter, as dualize ignores it
+(with scale = "unit"); so none has a bias correction or an ε.
 Sources: Kingma, Ba, arXiv 1412.6980 (Adam); Vyas et al., arXiv 2409.11321 (SOAP);
 Chen et al., arXiv 2302.06675 (Lion).
 """

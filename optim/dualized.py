@@ -73,7 +73,8 @@ class Dualized(torch.optim.Optimizer):
     the head a group without constraint.
 
     A gradient that is not finite makes the whole step a no-op, on all ranks, found on the device;
-    the next step() or check_finite() raises NonFiniteError with the parameter's name and rank. A
+    the next step() or check_finite() raises NonFiniteError with the parameter's name and rank (of
+    shards, the rank that has the rows). A
     block whose gradient is exactly zero does not move, and its momentum stays. p.grad is never
     written. With several processes step(), and state_dict() with local gradients, are collective:
     every rank calls them. A gradient absent on some ranks counts as zero there.
@@ -117,8 +118,8 @@ class Dualized(torch.optim.Optimizer):
         tensors = [p for group in groups for _, p in group["params"]]
         self._ranks = ranks_of(tensors, local=grads == "local")
         replicas = grads == "local" and self._ranks.size > 1
-        self._placement = (Replicas if replicas else OneProcess)(self._ranks)
-        self._shards: dict[Any, Shards] = {}
+        self._placement = (Replicas if replicas else OneProcess)(self._ranks)  # of whole weights
+        self._shards: dict[Any, Shards] = {}  # of sharded ones, by mesh
         self._forget_step()
         # Makes GradScaler call step() on every rank, where it can be refused on every rank; by
         # itself it would skip some and leave others waiting.
@@ -307,13 +308,13 @@ class Dualized(torch.optim.Optimizer):
         """Return a stack of weights, with the part of each that this rank steps."""
         group, masters = alike[0][0][0], alike[0][0][0]["master_weights"]
         mine = [
-            (name, p, here)
-            for (_, name, p), here in alike
+            (name, p, present)
+            for (_, name, p), present in alike
             if not place.state_at_owners or place.rows(p).numel()
         ]
-        present = [here for *_, here in mine if here is not None]
-        if present:
-            ok = ok & torch.stack(present).reshape(-1, *(1,) * norm.ndim)
+        known = [present for *_, present in mine if present is not None]
+        if known:
+            ok = ok & torch.stack(known).reshape(-1, *(1,) * norm.ndim)
         params = [p for _, p, _ in mine]
         rows = [place.rows(p) for p in params]
         buffers: dict[str, list[Tensor]] = {}
@@ -387,10 +388,7 @@ class Dualized(torch.optim.Optimizer):
         self.state[p].update({k: place.to_state(p, b) for k, b in state.items()})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's layout, with param_names in every group and a schema version.
-
-        With local gradients it is the whole state, gathered on every rank.
-        """
+        """Return torch's layout, with names and a schema; local gradients: gathered from ranks."""
         self._watch.count()
         saved = super().state_dict()
         if self._placement.state_at_owners:

@@ -64,7 +64,8 @@ class Norm:
         return (W / self._per_weight(torch.where(size > 0, size, 1))).to(W.dtype)
 
     def project(self, W: Tensor) -> Tensor:
-        """Return W / max(1, norm(W)): onto the unit ball, radially, block by block."""
+        """Return W / max(1, norm(W)): onto the unit ball, radially, block by block. Here, as in
+        live(), the block is the whole weight."""
         return (W / self._per_weight(self.size(W)).clamp(min=1)).to(W.dtype)
 
     def sphere(self, W: Tensor) -> Tensor:
@@ -338,6 +339,10 @@ class MaxEntry(Norm):
     def dualizes_by_rows(self) -> bool:  # type: ignore[override]
         return self.ndim >= 1
 
+    @property
+    def retracts_by_rows(self) -> bool:  # type: ignore[override]
+        return self.ndim >= 1
+
     def _factor(self, shape: Sequence[int]) -> float:
         return 1.0
 
@@ -352,6 +357,16 @@ class MaxEntry(Norm):
 
     def dualize_(self, G: Tensor) -> Tensor:
         return G.sign_().div_(self._factor(G.shape))
+
+    def project(self, W: Tensor) -> Tensor:
+        size = 1 / self._factor(W.shape)
+        return W.clamp(-size, size)
+
+    def sphere(self, W: Tensor) -> Tensor:
+        if self.ndim < 2:
+            return super().sphere(W)
+        largest = _at_least_fp32(W).abs().amax(-1, keepdim=True) * self._factor(W.shape)
+        return (W / torch.where(largest > 0, largest, 1)).to(W.dtype)
 
     def live(self, G: Tensor) -> Tensor:
         return nonzero(G, (-1,)) if self.ndim >= 2 else G != 0

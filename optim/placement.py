@@ -2,10 +2,9 @@
 
 A rank's *rows* of a weight are the rows (slices of the first dimension) that it steps. An *owner*
 is the rank that has a weight whole while it is dualized: polar factors need all of a matrix, while
-rows of embeddings and heads can be stepped apart.
+rows of embeddings and heads can be stepped apart. With replicas it alone has the momentum, too.
 
-One step on two ranks, of matrices A and B and an embedding E. Time runs down; "→ 1" leaves for rank
-1.
+One step on two ranks, of matrices A and B and an embedding E. Time runs down; "→ 1": to rank 1.
 
   replicas (ddp): both ranks have every weight; only an owner has momentum      (replicas.py)
     rank 0: owns A and the upper half of E      rank 1: owns B and the lower half of E
@@ -13,21 +12,23 @@ One step on two ranks, of matrices A and B and an embedding E. Time runs down; "
     average own and received gradients          average own and received gradients
     all numbers finite? ask the other rank      all numbers finite? ask the other rank
     step E up;              new E up → 1        step E low;             new E low → 0
-    step A;  receive E low; new A    → 1        step B;  receive E up;  new B     → 0
-             receive B                                   receive A
+    step A;  new A → 1;  receive E low          step B;  new B → 0;  receive E up
+                         receive B                                   receive A
 
   shards (fsdp): each rank has half of the rows of every weight, gradient and momentum      (here)
     rank 0: upper halves; owns A                rank 1: lower halves; owns B
     backward pass: fully_shard has averaged     backward pass: the same
     all numbers finite? ask the other rank      all numbers finite? ask the other rank
     step E up: rows need nobody else            step E low
-    average gradients of A up, B up;  B up → 1  average A low, B low;             A low → 0
+    are gradients of A, B zero? ask the other   are gradients of A, B zero? ask the other
+    momentum of A up, B up;           B up → 1  momentum of A low, B low;         A low → 0
     receive A low; dualize A; its low half → 1  receive B up; dualize B; its upper half → 0
     receive B's upper half; W ← W − … of both   receive A's lower half; W ← W − … of both
 
-A step waits only where a line says "receive", and interleave() then begins the next stack of
-weights. Source of the scheme: Rajbhandari et al., arXiv 1910.02054 (ZeRO: one owner for each piece
-of state).
+(A and B have one shape here; a constraint that needs whole weights makes the last two lines twice.)
+Where a line says "ask", all ranks wait for each other. Where it says "receive", interleave() has
+begun the next stack of weights before the rank waits. Source of the scheme: Rajbhandari et al.,
+arXiv 1910.02054 (ZeRO: one owner for each piece of state).
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -50,8 +51,9 @@ def interleave(jobs: Iterable[Job], *, at_once: int = AT_ONCE) -> None:
     """Run jobs, two at a time, so that one computes while the other one's messages are on their
     way.
 
-    Each round begins one more job, and lets every job under way, the newest first, go on to its
-    next yield. With jobs a, b, c of three parts each (send, compute and send, receive):
+    Each round begins one more job, if fewer than two are under way, and lets each of these, the
+    newest first, go on to its next yield. With jobs a, b, c of three parts each (send, compute and
+    send, receive):
 
         round   1        2           3           4           5           6
                 a.send   b.send      b.compute   c.send      c.compute   c.receive
@@ -105,8 +107,8 @@ class OneProcess:
         """Return whether ranks step rows of p without having it whole."""
         return False
 
-    def steps_whole(self, *, by_rows: bool) -> bool:
-        """Return whether a step needs nothing of other ranks; by_rows: it treats each row alone."""
+    def steps_alone(self, *, by_rows: bool) -> bool:
+        """Return whether a step needs no other rank. by_rows: it treats each row by itself."""
         return True
 
     # ---- weights and gradients
@@ -127,9 +129,10 @@ class OneProcess:
     def mask(
         self, f: Callable[[Tensor], Tensor], G: Tensor, params: list[Tensor], *, by_rows: bool
     ) -> Tensor:
-        """Return f of whole gradients, for rows G (n, rows, …) of them: which blocks are not zero.
+        """Return f of the whole gradients, cut to our rows of them, G (n, rows, …).
 
-        by_rows: no block reaches over several rows.
+        f is Norm.live: which blocks are not zero. It is given bools, too, and tensors in which a
+        dimension over which its blocks reach is one long. by_rows: no block reaches over rows.
         """
         return f(G)
 
@@ -154,12 +157,12 @@ class OneProcess:
         f may overwrite its argument.
         """
         return f(X)
-        yield
+        yield  # which makes this a generator
 
     def send_rows(self, params: list[Tensor]) -> Job:
         """Bring what ranks wrote into their rows of these weights to all that have them."""
         return
-        yield
+        yield  # which makes this a generator
 
     # ---- state
 
@@ -194,8 +197,8 @@ class Shards(OneProcess):
 
     def __init__(self, ranks: Ranks, mesh: Any) -> None:
         self.ranks = ranks
-        self.shards = mesh.size(mesh.ndim - 1)
-        self.copies = ranks.size // self.shards
+        self.n_shards = mesh.size(mesh.ndim - 1)
+        self.copies = ranks.size // self.n_shards
         self.loads = [0.0] * ranks.size
         self.owner: dict[Tensor, int] = {}
 
@@ -208,12 +211,12 @@ class Shards(OneProcess):
         for i, (p, *_) in enumerate(x for x in entries if x[2]):
             self.owner[p] = i % self.ranks.size  # for what is not done by rows after all
 
-    def steps_whole(self, *, by_rows: bool) -> bool:
+    def steps_alone(self, *, by_rows: bool) -> bool:
         return by_rows
 
     def span(self, rows: int, rank: int) -> tuple[int, int]:
         """Return (first, end) of the rows that a rank has of a weight of so many."""
-        return shard_rows(rows, self.shards, rank % self.shards)
+        return shard_rows(rows, self.n_shards, rank % self.n_shards)
 
     def rows(self, p: Tensor) -> Tensor:
         return self.from_state(p)
@@ -227,12 +230,14 @@ class Shards(OneProcess):
         if by_rows:
             return f(G)
         shape, alive = params[0].shape, G != 0
+        # A dimension of a mask is one long where blocks reach over it: it is reduced here, not
+        # sent.
         mask = f(torch.empty(1, *shape, device="meta")).shape[1:]
         for dim, size in enumerate(mask[1:], start=2):
             alive = alive.any(dim, keepdim=True) if size == 1 else alive
         if mask[0] == 1:  # blocks reach over all rows
-            return self.ranks.maximum(alive.any(1, keepdim=True).to(torch.uint8)).bool()
-        spans = [self.span(shape[0], r) for r in range(self.shards)]
+            return f(self.ranks.maximum(alive.any(1, keepdim=True).to(torch.uint8)).bool())
+        spans = [self.span(shape[0], r) for r in range(self.n_shards)]
         padded = alive.new_zeros(len(alive), spans[0][1], *alive.shape[2:], dtype=torch.uint8)
         padded[:, : alive.shape[1]] = alive
         everyone = self.ranks.gather(padded)
@@ -247,7 +252,7 @@ class Shards(OneProcess):
         spans = [self.span(p.shape[0], r) for r in range(w)]
         assert X.shape[1] == spans[me][1] - spans[me][0]
         owned = [[i for i, q in enumerate(params) if self.owner[q] == r] for r in range(w)]
-        near = [r // self.shards == me // self.shards for r in range(w)]  # with the same copy
+        near = [r // self.n_shards == me // self.n_shards for r in range(w)]  # with the same copy
         n, inner = len(owned[me]), p.numel() // p.shape[0]
         came = [n * near[r] * (spans[r][1] - spans[r][0]) * inner for r in range(w)]
         sent = [[X[owned[r]]] if near[r] else [] for r in range(w)]

@@ -60,7 +60,8 @@ class Stack:
     @property
     def lr(self) -> float | Tensor:
         """The modular norm of this step."""
-        return self.group["lr"] * self.group["step_size"] if self.origin else self.group["lr"]
+        auto = bool(self.origin)  # W₀ is kept for the escape velocity alone
+        return self.group["lr"] * self.group["step_size"] if auto else self.group["lr"]
 
     @property
     def by_rows(self) -> bool:
@@ -84,7 +85,7 @@ class Stack:
 
         It yields where it waits for other ranks; on one process it never does.
         """
-        alone = self.place.steps_whole(by_rows=self.by_rows)
+        alone = self.place.steps_alone(by_rows=self.by_rows)
         if self.params and (self.rows[0].numel() or not alone):
             rows = self._rows_with_gradients()
             if rows is None:
@@ -105,14 +106,14 @@ class Stack:
         self._scatter(state)
         del G, state
         f = partial(dualize_, norm=norm, group=group)
-        here = place.steps_whole(by_rows=norm.dualizes_by_rows and group["scale"] == "unit")
+        here = place.steps_alone(by_rows=norm.dualizes_by_rows and group["scale"] == "unit")
         D = f(D) if here else (yield from place.on_whole(f, D, self.params))
         changed = {"live": live, "radii": self.radii, "origin": self.origin}
         descend_(self.weights, D, group, lr=self.lr, **changed)
         del D
         if group["constraint"] is not None:
             W, f = stacked(self.weights), partial(retract, norm=norm, group=group)
-            here = place.steps_whole(by_rows=norm.retracts_by_rows)
+            here = place.steps_alone(by_rows=norm.retracts_by_rows)
             R = f(W) if here else (yield from place.on_whole(f, W, self.params))
             settle_(self.weights, W, R, **changed)
         if self.weights[0] is not self.rows[0]:
@@ -123,7 +124,7 @@ class Stack:
         if self.params:
             G, live = self.gradients()
             G.masked_fill_(~live, 0)
-            here = self.place.steps_whole(by_rows=self.norm.dualizes_by_rows)
+            here = self.place.steps_alone(by_rows=self.norm.dualizes_by_rows)
             f = self.norm.dualize
             T = f(G) if here else (yield from self.place.on_whole(f, G, self.params))
             found = escape_terms(G, T, self.weights, self.origin, self.radii)
@@ -166,19 +167,20 @@ class Stack:
         return nonzero(g, (1,))[:, 0].nonzero()[:, 0]
 
     def _step_rows(self, rows: Tensor) -> None:
-        """Do as step() does, of these rows of one weight: the same numbers, bit for bit."""
+        """Do as _step_all() does, of these rows of one weight: the same numbers, bit for bit."""
         tables = {"W": self.weights[0], **{k: b for k, (b,) in self.buffers.items()}}
         taken = {k: x.index_select(0, rows) for k, x in tables.items()}
         state = {k: x[None] for k, x in taken.items() if k != "W"}
         gradient = self.place.gradient(self.params[0])
         assert gradient is not None
+        G = gradient.index_select(0, rows)[None]
         step_(
             [taken["W"]],
-            gradient.index_select(0, rows)[None],
+            G,
             state,
             self.group,
             norm=self.norm,
-            live=torch.ones(1, 1, 1, dtype=torch.bool),
+            live=self.norm.live(G),
             radii=self.radii,
             lr=self.lr,
             refresh=self.refresh,

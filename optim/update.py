@@ -2,9 +2,10 @@
 
     W ← retract( W − lr · radius · ( dualize(direction) + weight_decay · W ) )
 
-A stack is n weights of one shape, norm and group, which one batched call steps. step_() takes no
-ranks, no state dict and no torch.optim: Dualized gathers stacks, calls it, and scatters what it
-changed. Of GPT-2's 12 layers the projections of attention are one stack, of shape (768, 768):
+A stack is n weights of one shape, norm and group, which one batched call steps. step_() knows no
+ranks, no state dict and no torch.optim. Dualized gathers stacks and scatters what changed; between
+the same calls, in the same order, stacks.py frees memory and asks other ranks. Of 12 layers the
+output projections of attention are one stack, of shape (768, 768):
 
     weights   12 tensors (768, 768)             changed in place
     G         (12, 768, 768)                    their gradients
@@ -45,7 +46,7 @@ def step_(
     refresh: bool,
     origin: list[Tensor] | None = None,
 ) -> None:
-    """Step a stack. G is overwritten. refresh: a direction makes costly parts of its state anew.
+    """Step a stack. G is overwritten. refresh: if true, SOAP renews its basis.
 
     origin: the weights W₀ from which the escape velocity measures the way. Decay and retraction are
     not part of that way, so they move W₀ along.
@@ -63,6 +64,7 @@ def direction_(
 ) -> Tensor:
     """Return what is dualized, (n, *shape): a momentum, say. Only live blocks change the state."""
     direction = DIRECTIONS[group["direction"]]
+    # A gated direction leaves its memory alone where nothing is live; others are put back below.
     before = {} if direction.gated else {k: v.clone() for k, v in state.items()}
     settings = {k: group[k] for k in ("beta", "beta2")}
     D = direction(G.masked_fill_(~live, 0), state, live=live.to(G), refresh=refresh, **settings)

@@ -259,6 +259,11 @@ class Flattened(_One):
     def _unview(self, X: Tensor, shape: Sequence[int]) -> Tensor:
         return X.reshape(shape)
 
+    def live(self, G: Tensor) -> Tensor:
+        mask, stack = self.inner.live(self._view(G)), G.shape[: G.ndim - self.ndim]
+        whole = mask.numel() == prod(stack)  # one block, over all dimensions
+        return mask.reshape(*stack, *(1,) * self.ndim) if whole else super().live(G)
+
 
 @dataclass(frozen=True)
 class ScionConv(Flattened):

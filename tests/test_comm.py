@@ -1311,6 +1311,8 @@ STILL: dict[str, tuple[Norm, tuple[int, ...], tuple]] = {
     "heads": (Blocks(VectorRMS(), (1, 4, 1)), (6,), (slice(1, 5),)),
     "slice": (ConvRMSToRMS(RMSToRMS(), 2), (5, 6, 3, 3), (slice(None), slice(None), 1, 2)),
     "columns": (Transposed(Blocks(RMSToRMS(), 2)), (6, 4), (slice(None), slice(2, 4))),
+    "column of a live block": (Transposed(Blocks(RMSToRMS(), 2)), (6, 4), (slice(None), 1)),
+    "entry of one row": (Flattened(VectorRMS(), 3), (1, 1, 5), (0, 0, 2)),
     "row": (L1ToRMS(), (5, 4), (1,)),
     "gain": (MaxEntry(), (5,), (2,)),
 }

@@ -159,6 +159,21 @@ def test_a_weight_that_never_again_has_a_gradient_ends_where_it_is():
     assert torch.equal(p, after)
 
 
+@pytest.mark.parametrize("constraint", ["ball", "sphere"])
+def test_a_large_row_that_stands_still_does_not_shrink_the_others(constraint: str):
+    """Blocks join a constraint one by one: so they do in the norms of sign descent."""
+    W = torch.ones(3, 4, dtype=torch.float64)
+    W[0] = 8
+    p = nn.Parameter(W.clone())
+    optimizer = Dualized([("w", p)], 1e-3, norm=ModularNorm({"w": MaxEntry(2)}, {"w": 1.0}), constraint=constraint)  # type: ignore[arg-type]
+    for step in range(5):
+        p.grad = gaussian(3, 4, seed=step)
+        p.grad[0] = 0
+        optimizer.step()
+    assert torch.equal(p[0], W[0])
+    assert p[1:].abs().amax(-1).tolist() == pytest.approx([1, 1], abs=0.02)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_average_has_no_denormals(dtype: torch.dtype):
     """An entry whose gradient is gone, in a block that has some, falls by β a step and ends at 0."""
