@@ -1,26 +1,31 @@
-"""A run as one self-contained Python script and its log, in the form of the NanoGPT speedrun's optimization track.
+"""A run as one self-contained Python script and its log, as the NanoGPT speedrun's optimization
+track has them.
 
     python -m studies.export runs/NAME [--out FILE.py] [--log FILE.txt] [--format own|track3]
     python -m studies.export configs/track3_124m.toml --format track3 --out train_gpt_dualized.py
 
-The script imports torch and the standard library alone, has the run's settings written into it, logs its own code first and then the lines that the track's scripts log, and runs alone or under
-torchrun where the number of processes divides its micro-batches; its one argument, as the track's, is a number of trials, whose seeds count up from the run's. Its code is that of
-model.py, models/, optim/ and studies/script.py, specialised to the run (studies/bundle.py). A setting that it cannot carry is refused.
+The script imports torch and the standard library alone, and has the run's settings written into it.
+It logs its own code first, then the lines that the track's scripts log. It runs alone, or under
+torchrun where the number of processes divides its micro-batches. Its one argument, as the track's,
+is a number of trials, whose seeds count up from the run's. The step is optim/update.py itself, and
+whatever else it needs of optim/ stands there as it stands here. model.py, models/ and
+studies/script.py are specialised to the run (studies/bundle.py). A setting that the script cannot
+carry is refused.
 
-own: the run's own batches and evaluations, of corpora/NAME/ in the current folder, whose files must have the run's sha256: the run's losses within 1e-4 on a device of its kind.
-track3: the optimization track's order of data (side by side, data/fineweb10B/fineweb_*.bin) and steps of evaluation; everything else is the configuration's.
---log: the log of the run that was, in the same form: the script, versions, the lines of metrics.jsonl.
+own: the run's own batches and evaluations, of corpora/NAME/ in the current folder, whose files must
+have the run's sha256: the run's losses within 1e-4 on a device of its kind.
+track3: the optimization track's order of data (side by side, data/fineweb10B/fineweb_*.bin) and
+steps of evaluation; everything else is the configuration's.
+--log: the log of the run that was, in the same form: the script, versions, the lines of
+metrics.jsonl.
 """
 
-from __future__ import annotations
-
 import argparse
-import ast
 import inspect
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, replace
+import tomllib
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -28,56 +33,64 @@ from typing import Any
 import torch
 
 import config as configuration
-from config import Config, ConfigError
-from data.shards import DataError, Manifest, read_manifest
+from config import Config
+from data.shards import read_manifest
 from model import GPT
 from models import MODELS, build
-from optim import BASELINES, DIRECTIONS, ModularNorm, Norm, Polar, metrize
-from optim.errors import Refusal
+from optim import ModularNorm, metrize
+from optim.baselines import BASELINES
+from optim.errors import Refusal, require
+from optim.norms import Norm
+from optim.schedules import SCHEDULES
 from optim.settings import StepSettings
 from runtime import git_state
 
-from .bundle import ERASED, BundleError, Code, bundle
+from .bundle import bundle
 from .runs import ROOT, metrics, summary
+from .specialise import ERASED, Code, ExportError
 
 FILES = {
     "optim/errors.py": "Refusals",
     "optim/polar.py": "Polar factor",
     "optim/norms.py": "Norms, their duality maps, initial weights",
     "optim/views.py": "Norms of parts of a weight",
-    "optim/directions.py": "Direction: what is dualized",
+    "optim/directions.py": "Directions: what is dualized",
+    "optim/update.py": "The step",
     "optim/schedules.py": "Schedules",
     "optim/baselines.py": "Schedules of torch's optimizers",
     "model.py": "Architecture",
-    "models/ngram.py": "Architecture: n-grams, matches, shifts",
+    "models/{}.py": "Architecture: what this model adds",
+    "studies/pcg64.py": "Random numbers",
     "studies/script.py": "Data, optimizer, training",
 }
 TRACK_SLOTS = 8  # micro-batches of 64 sequences: the track's scripts run on 1, 2, 4 or 8 GPUs
 TRACK_DATA = "data/fineweb10B"
 LINE = "=" * 100
-# What a script carries out. All other settings must be at their defaults, but those that change nothing that it computes.
+# What a script carries out. All other settings must be at their defaults, but those that change
+# nothing that it computes.
 NOT_CARRIED, OF_STORAGE = ("momentum_dtype",), ("master_weights",)  # of a step
 STEP = [f.name for f in fields(StepSettings) if f.name not in (*NOT_CARRIED, *OF_STORAGE)]
 CARRIED = re.compile(
     r"(model|schedule|baseline|optim\.polar|optim\.norms|optim\.masses)\..*"
     r"|run\.(seed|device|precision|compile|threads)|data\.dataset"
-    rf"|optim\.(name|composition|{'|'.join(STEP)})"
-    r"|train\.(steps|batch_size|gradient_accumulation_steps|eval_every|eval_tokens|eval_batch_size|log_every)"
+    rf"|optim\.(name|composition)|optim\.(roles\.\w+\.)?({'|'.join(STEP)})"
+    r"|train\.(steps|batch_size|gradient_accumulation_steps|eval_every|eval_tokens"
+    r"|eval_batch_size|log_every)"
 )
 NEUTRAL = re.compile(
     r"run\.(name|dir|resume|parallel|shard_size|timeout)|data\.verify"
     rf"|optim\.({'|'.join(OF_STORAGE)}|auto\..*)"
-    r"|train\.(target_loss|telemetry_every|sharpness_.*|checkpoint_every|keep_checkpoints|max_nonfinite|pictures|sample_.*)"
+    r"|train\.(target_loss|telemetry_every|sharpness_.*|checkpoint_every|keep_checkpoints"
+    r"|max_nonfinite|pictures|sample_.*)"
 )
-
-
-class ExportError(Refusal):
-    """A run that no script can be made of: what was got, what is allowed, how to fix it."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is exported. world: the processes that it was computed by. origin: a line for the script's docstring."""
+    """What is exported.
+
+    world: the processes that it was computed by. origin: a line for the script's docstring.
+    """
 
     name: str
     config: Config
@@ -87,80 +100,57 @@ class Run:
 
 
 def read(source: Path) -> Run:
-    """Of a run folder, or a configuration file."""
+    """Return the run of a folder, or of a configuration file."""
     folder = source if source.is_dir() else None
     file = source / "config.toml" if folder else source
-    if not file.is_file():
-        raise ExportError(
-            source,
-            got=f"no {('config.toml in it' if folder else 'such file')}",
-            allowed="a run's folder, or a configuration file",
-            fix="another path",
-        )
+    require(
+        file.is_file(),
+        source,
+        got=f"no {'config.toml in it' if folder else 'such file'}",
+        allowed="a run's folder, or a configuration file",
+        fix="another path",
+        error=ExportError,
+    )
     config = configuration.load([str(file)])
     if folder is None:
         config.run.name = file.stem  # not the time of now
-        commit, dirty = git_state()
-        return Run(
-            file.stem,
-            config,
-            1,
-            f"Exported from the configuration {file.name}, which was not run, by {_commit(commit, dirty)}.",
-        )
+        what = f"the configuration {file.name}, which was not run, by {_commit(*git_state())}"
+        return Run(file.stem, config, 1, f"Exported from {what}.")
     found = summary(source)
     if found is None:
-        raise ExportError(
-            source,
-            got="no summary.json",
-            allowed="a run that came to its end",
-            fix="train_gpt.py … --run.resume",
-        )
-    return Run(
-        source.name,
-        config,
-        found["world_size"],
-        f"Exported from the run {source.name} of {_commit(found['commit'], found['dirty'])}.",
-        source,
-    )
+        allowed, fix = "a run that came to its end", "train_gpt.py … --run.resume"
+        raise ExportError(source, got="no summary.json", allowed=allowed, fix=fix)
+    what = f"the run {source.name} of {_commit(found['commit'], found['dirty'])}"
+    return Run(source.name, config, found["world_size"], f"Exported from {what}.", source)
 
 
 def _commit(commit: str | None, dirty: bool | None) -> str:
-    return (
-        f"nanodual, commit {commit}{' with changes that were not committed' if dirty else ''}"
-        if commit
-        else "nanodual"
-    )
+    changes = " with changes that were not committed" if dirty else ""
+    return f"nanodual, commit {commit}{changes}" if commit else "nanodual"
 
 
 def check(config: Config) -> None:
     """Raise ExportError for a setting that a script does not carry out."""
     default, o = configuration.flat(Config()), config.optim
-    exported = ("dualized", *(name for name, made in BASELINES.items() if not made.normed))
     for key, value in configuration.flat(config).items():
         if value != default[key] and not CARRIED.fullmatch(key) and not NEUTRAL.fullmatch(key):
             raise _refusal(key, value, f"{default[key]!r}")
+    exported = ("dualized", *(name for name, made in BASELINES.items() if not made.normed))
+    ours = (ROOT / "optim/directions.py").read_text(encoding="utf-8")
+    directions = {s.get("direction", o.direction) for s in (vars(o), *o.roles.given().values())}
+    direction = next((d for d in directions if f'\n    "{d}": ' not in ours), None)
+    shape, vocabulary = config.schedule.shape, config.model.vocab_size
+    made_here = SCHEDULES[shape].__module__ == "optim.schedules"
+    muon = o.name != "muon_adamw" or o.polar.dtype == "bfloat16"
     for key, value, fine, allowed in (
         ("optim.lr", o.lr, not isinstance(o.lr, str), "a number"),
-        (
-            "optim.name",
-            o.name,
-            o.name in exported,
-            ", ".join(exported),
-        ),
-        (
-            "optim.polar.dtype",
-            o.polar.dtype,
-            o.name != "muon_adamw" or o.polar.dtype == "bfloat16",
-            "'bfloat16', in which torch.optim.Muon iterates",
-        ),
+        ("optim.name", o.name, o.name in exported, ", ".join(exported)),
+        ("optim.direction", direction, not direction, "those of optim/directions.py"),
+        ("schedule.shape", shape, made_here, "those of optim/schedules.py"),
+        ("optim.polar.dtype", o.polar.dtype, muon, "'bfloat16', in which torch's Muon iterates"),
         ("run.device", config.run.device, config.run.device in ("cpu", "cuda"), "cpu, cuda"),
         ("run.precision", config.run.precision, config.run.precision != "auto", "fp32, bf16"),
-        (
-            "model.vocab_size",
-            config.model.vocab_size,
-            config.model.vocab_size is not None,
-            "a number",
-        ),
+        ("model.vocab_size", vocabulary, vocabulary is not None, "a number"),
     ):
         if not fine:
             raise _refusal(key, value, allowed)
@@ -176,23 +166,19 @@ def _refusal(key: str, value: object, allowed: str) -> ExportError:
 
 
 def script(run: Run, *, track: bool = False) -> str:
-    """The Python script of a run; track: with the optimization track's data order and evaluations."""
-    config = configuration.from_dict(Config, nested(run.config))
-    if run.folder is None and config.run.device == "auto":
-        config.run.device = "cuda"
-    if config.optim.polar.dtype == "auto":
-        low = config.run.precision == "bf16" or config.optim.name == "muon_adamw"
-        config.optim.polar = replace(config.optim.polar, dtype="bfloat16" if low else "float32")
+    """Return the Python script of a run.
+
+    track: with the optimization track's data order and evaluations.
+    """
+    config = _resolved(run)
     check(config)
     slots = TRACK_SLOTS if track else config.train.gradient_accumulation_steps * run.world
     if config.train.batch_size % slots:
-        raise _refusal(
-            "train.batch_size", config.train.batch_size, f"a multiple of {slots} micro-batches"
-        )
+        allowed = f"a multiple of {slots} micro-batches"
+        raise _refusal("train.batch_size", config.train.batch_size, allowed)
+    norms = config.optim.norms.build(config.optim.polar, config.model.n_head)
     with torch.device("meta"):
-        model = build(
-            config.model, config.optim.norms.build(config.optim.polar, config.model.n_head)
-        )
+        model = build(config.model, norms)
     norm = metrize(model, model.structure(config.optim.masses))
     if config.optim.composition == "max":
         norm = norm.unweighted()
@@ -201,268 +187,199 @@ def script(run: Run, *, track: bool = False) -> str:
     filled = {
         "DATA": f"DATA = {data!r}",
         "CODE": "CODE = Path(__file__).read_text(encoding='utf-8')",
-        **({} if track else {"SHARDS": _shards(read_manifest(dataset))}),
-        **_weights(model, norm, config),
-        **(
-            {"base_optimizers": _base_optimizers(model, norm, config)}
-            if config.optim.name != "dualized"
-            else {}
-        ),
+        "POLAR": f"POLAR = {config.optim.polar!r}",
+        "SETTINGS": f"SETTINGS: Group = { {k: getattr(config.optim, k) for k in STEP}!r}",
+        "ROLES": f"ROLES: dict[str, Group] = {config.optim.roles.given()!r}",
+        "WEIGHTS": _weights(norm, config),
     }
-    files = {
-        file: title
-        for file, title in FILES.items()
-        if not file.startswith("models/") or file == f"models/{config.model.name}.py"
-    }
-    try:
-        code = bundle(
-            ROOT,
-            files,
-            known=_known(config, slots, track),
-            filled=filled,
-            packages=("optim", "model", "models", "config"),
-            stripped=("register_norm", "register_schedule"),
-        )
-    except BundleError as error:
-        raise ExportError(
-            "the code of this run",
-            got=error,
-            allowed="what studies/bundle.py can put into one file",
-            fix="see there",
-        ) from error
+    if not track:
+        splits = {k: read_manifest(dataset).splits[k].shards for k in ("train", "val")}
+        shards = {k: {s.file: s.sha256 for s in split} for k, split in splits.items()}
+        filled["SHARDS"] = f"SHARDS = {shards!r}"
+    if config.optim.name != "dualized":
+        filled["base_optimizers"] = _base_optimizers(model, norm, config)
+    files = {file.format(config.model.name): title for file, title in FILES.items()}
+    code = bundle(
+        ROOT,
+        {file: title for file, title in files.items() if (ROOT / file).is_file()},
+        known=_known(config, slots, track),
+        filled=filled,
+        packages=("optim", "model", "models", "config"),
+        whole=("optim/update.py",),
+        unregistered=("register_schedule",),  # whose SCHEDULES would be a second one
+    )
     order = "the optimization track's order" if track else "the run's order"
-    return f'"""{run.name}: {run.origin}\n\nData: {data}/, in {order}. Alone, or under torchrun with a number of processes that divides {slots}.\n"""\n\n{code}'
+    return (
+        f'"""{run.name}: {run.origin}\n\nData: {data}/, in {order}.\n'
+        f'Alone, or under torchrun with a number of processes that divides {slots}.\n"""\n\n{code}'
+    )
+
+
+def _resolved(run: Run) -> Config:
+    """Return a copy of a run's configuration, with what a script chooses by itself."""
+    config = configuration.from_dict(Config, nested(run.config))
+    if run.folder is None and config.run.device == "auto":
+        config.run.device = "cuda"
+    if config.optim.polar.dtype == "auto":
+        low = config.run.precision == "bf16" or config.optim.name == "muon_adamw"
+        config.optim.polar = replace(config.optim.polar, dtype="bfloat16" if low else "float32")
+    return config
 
 
 def nested(config: Config) -> dict[str, Any]:
-    """As configuration.from_dict takes it: a copy can be changed."""
-    raw: dict[str, Any] = {}
-    for key, value in configuration.flat(config).items():
-        if value is not None:
-            configuration.put(raw, key, value)
-    return raw
+    """Return a configuration as configuration.from_dict takes it: a copy can be changed."""
+    return tomllib.loads(configuration.to_toml(config))
 
 
 def _known(config: Config, slots: int, track: bool) -> dict[str, dict[str, Any]]:
-    """What the bundled files ask of the configuration, as they ask for it."""
-    polar = config.optim.polar
-    schedules = {polar.schedule, *(["cubic"] if config.optim.constraint == "stiefel" else [])}
-    table = ast.parse((ROOT / "optim/polar.py").read_text(encoding="utf-8"))
-    others = {
-        ast.unparse(call): ERASED
-        for call in ast.walk(table)
-        if isinstance(call, ast.Call)
-        and ast.unparse(call.func) == "Schedule"
-        and ast.literal_eval(call.args[0]) not in schedules
-    }
-    settings = {f"config.{k}": v for k, v in configuration.flat(config).items()} | {
-        "config.train.gradient_accumulation_steps": slots
-    }
-    architecture = {
-        f"{of}.{k}": v
-        for of in ("config", "c", "self.config")
+    """Return what is known of the files that are specialised, as they ask for it."""
+    of_model = {
+        f"{owner}.{k}": v
+        for owner in ("config", "c", "self.config")
         for k, v in vars(config.model).items()
     }
-    architecture |= {
+    of_model |= {
         "for (leaf, _) in self.structure().radii()": Code("for leaf in WEIGHTS"),
         "self.head.weight.is_meta": Code("False"),
     }
     # No text is generated: nothing is cached.
-    for name in ("past", "cache", "before"):
-        architecture |= {
-            name: ERASED,
-            f"{name} is None": Code("True"),
-            f"{name} is not None": Code("False"),
-        }
-    erased = (
-        "config",
-        "self.config",
-        "config.check()",
-        "norms",
-        "cache.layers[i] if cache else None",
-        "cache.extend(idx_BT) if cache else None",
-    )
-    architecture |= dict.fromkeys((*erased, "before_BS"), ERASED)
-    return {
-        "optim/polar.py": {f"self.{k}": v for k, v in vars(polar).items()} | others,
-        **dict.fromkeys(("model.py", "models/ngram.py"), architecture),
-        "studies/script.py": settings
-        | {
-            "build": Code(MODELS[config.model.name][0].__name__),
-            "config.model": ERASED,
-            "TRACK": track,
-            "SCHEDULES[config.schedule.shape]": Code(config.schedule.shape),
-        }
-        | {"DIRECTIONS[config.optim.direction]": Code(_direction(config.optim.direction))},
+    cached = ("past", "cache", "before")
+    of_model |= {f"{name} is None": Code("True") for name in cached}
+    of_model |= {f"{name} is not None": Code("False") for name in cached}
+    erased = ("config", "self.config", "config.check()", "norms", *cached, "before_BS")
+    calls = ("cache.layers[i] if cache else None", "cache.extend(idx_BT) if cache else None")
+    of_model |= dict.fromkeys((*erased, *calls), ERASED)
+    at = "step, config.train.steps"
+    lr = ", ".join(f"{k}=config.schedule.{k}" for k in ("warmup", "cooldown", "power"))
+    beta = ", ".join(f"{k}=config.schedule.beta_{k}" for k in ("low", "warmup", "cooldown"))
+    of_script = {f"config.{k}": v for k, v in configuration.flat(config).items()} | {
+        "config.train.gradient_accumulation_steps": slots,
+        "config.model": ERASED,
+        f"config.schedule.lr_at({at})": Code(f"{config.schedule.shape}({at}, {lr})"),
+        f"config.schedule.beta_at({at}, beta=beta)": Code(f"momentum_at({at}, beta=beta, {beta})"),
+        "build": Code(MODELS[config.model.name][0].__name__),
+        "TRACK": track,
     }
+    of_models = dict.fromkeys(("model.py", f"models/{config.model.name}.py"), of_model)
+    return {**of_models, "studies/script.py": of_script}
 
 
-def _direction(name: str) -> str:
-    """The expression that optim/directions.py has for it."""
-    for node in ast.parse((ROOT / "optim/directions.py").read_text(encoding="utf-8")).body:
-        if (
-            isinstance(node, ast.AnnAssign)
-            and ast.unparse(node.target) == "DIRECTIONS"
-            and isinstance(node.value, ast.Dict)
-        ):
-            for key, value in zip(node.value.keys, node.value.values, strict=True):
-                if key is not None and ast.literal_eval(key) == name:
-                    return ast.unparse(value)
-    raise _refusal(
-        "optim.direction", name, f"those of optim/directions.py, not {DIRECTIONS[name]!r}"
-    )
+# ---- what is filled in
 
 
-def _norm(norm: Any) -> str:
-    """The expression that makes it, without what is at its default."""
-    if isinstance(norm, Polar):
-        return "Polar()"  # whose settings are written into its code
-    if not isinstance(norm, Norm):
-        return repr(norm)
+def _expression(norm: Norm, config: Config) -> str:
+    """Return the expression that makes a norm, without what is at its default."""
     if not type(norm).__module__.startswith("optim."):
         raise _refusal("optim.norms", norm, "norms of optim/norms.py")
     options = []
     for f in fields(norm):  # type: ignore[arg-type]
         value = getattr(norm, f.name)
-        default = f.default_factory() if f.default_factory is not MISSING else f.default
-        if f.init and (value != default and not isinstance(value, Polar)):
-            options.append(f"{f.name}={_norm(value)}")
+        if f.init and value != f.default:
+            inner = _expression(value, config) if isinstance(value, Norm) else repr(value)
+            options.append(f"{f.name}={'POLAR' if value == config.optim.polar else inner}")
     return f"{type(norm).__name__}({', '.join(options)})"
 
 
-def _weights(model: GPT, norm: ModularNorm, config: Config) -> dict[str, str]:
-    """WEIGHTS in the order of initialization, blocks as a table; and the type of its rows, with what the run uses of it."""
-    fields = {"name": "str", "role": "str"}
-    dualized = config.optim.name == "dualized"
-    if dualized or config.model.init == "norm":
-        fields |= {"norm": "Norm"}
-    if dualized:
-        fields |= {"radius": "float"}
+def _weights(norm: ModularNorm, config: Config) -> str:
+    """Return WEIGHTS in the order of initialization, blocks as a table.
+
+    Of Weight's fields they have those that the run uses.
+    """
+    used = ["name", "role"]
+    used += ["norm"] if config.optim.name == "dualized" or config.model.init == "norm" else []
+    used += ["radius"] if config.optim.name == "dualized" else []
     L, rows = config.model.n_layer, list(norm.norms)
 
-    def written(name: str, radius: Callable[[str], str]) -> list[str]:
+    def written(name: str, radius: str) -> str:
+        first = name.format(0)
         values = {
             "name": repr(name),
-            "role": repr(norm.roles[name.format(0)]),
-            "norm": _norm(norm.norms[name.format(0)]),
-            "radius": radius(name),
+            "role": repr(norm.roles[first]),
+            "norm": _expression(norm.norms[first], config),
+            "radius": radius,
         }
-        return [values[k] for k in fields]
-
-    inside = [n.replace("blocks.0.", "blocks.{}.", 1) for n in rows if n.startswith("blocks.0.")]
-    start = rows.index(inside[0].format(0))
-    before, after = rows[:start], rows[start + L * len(inside) :]
-    if rows != [*before, *(n.format(i) for i in range(L) for n in inside), *after]:
-        raise ExportError(
-            "the model's structure",
-            got="blocks that differ",
-            allowed="L blocks with the same weights, one after the other",
-            fix="studies/export.py, _weights",
-        )
+        return ", ".join(values[k] for k in used)
 
     def radii(name: str) -> str:
         values = [norm.radii[name.format(i)] for i in range(L)]
         return f"[{values[0]!r}] * {L}" if len(set(values)) == 1 else repr(values)
 
-    one = [
-        f"Weight({', '.join(written(n, lambda n: repr(norm.radii[n])))})" for n in (*before, *after)
-    ]
-    table = [f"({', '.join(written(n, radii))})" for n in inside]
-    names = ", ".join("radii" if k == "radius" else k for k in fields)
-    made = ", ".join({"name": "name.format(i)", "radius": "radii[i]"}.get(k, k) for k in fields)
-    weights = [
-        *one[: len(before)],
-        f"*(Weight({made}) for i in range({L}) for {names} in BLOCK)",
-        *one[len(before) :],
-    ]
-    rows_of = "\n".join(f"    {k}: {v}" for k, v in fields.items())
-    doc = "One tensor: its role, the norm of that, and the radius that the modular norm gives it, the size of its step at lr 1."
-    doc = doc if dualized else "One tensor, in the order of initialization."
-    return {
-        "Weight": f'class Weight(NamedTuple):\n    """{doc}"""\n{rows_of}',
-        "WEIGHTS": f"BLOCK = [{', '.join(table)}]\nWEIGHTS = [{', '.join(weights)}]",
-    }
-
-
-def _shards(manifest: Manifest) -> str:
-    found = {
-        name: {s.file: s.sha256 for s in manifest.splits[name].shards} for name in ("train", "val")
-    }
-    return f"SHARDS = {found!r}"
+    inside = [n.replace("blocks.0.", "blocks.{}.", 1) for n in rows if n.startswith("blocks.0.")]
+    start = rows.index(inside[0].format(0))
+    before, after = rows[:start], rows[start + L * len(inside) :]
+    require(
+        rows == [*before, *(n.format(i) for i in range(L) for n in inside), *after],
+        "the model's structure",
+        got="blocks that differ",
+        allowed="L blocks with the same weights, one after the other",
+        fix="studies/export.py, _weights",
+        error=ExportError,
+    )
+    one = {n: f"Weight({written(n, repr(norm.radii[n]))})" for n in (*before, *after)}
+    table = ", ".join(f"({written(n, radii(n))})" for n in inside)
+    names = ", ".join(used).replace("radius", "radii")
+    made = ", ".join({"name": "name.format(i)", "radius": "radii[i]"}.get(k, k) for k in used)
+    blocks = f"*(Weight({made}) for i in range({L}) for {names} in BLOCK)"
+    weights = [*(one[n] for n in before), blocks, *(one[n] for n in after)]
+    return f"BLOCK = [{table}]\nWEIGHTS = [{', '.join(weights)}]"
 
 
 def _base_optimizers(model: GPT, norm: ModularNorm, config: Config) -> str:
-    """The function of studies/script.py that builds a baseline's optimizers, with all their settings."""
+    """Return the function that builds a baseline's optimizers, with all their settings."""
     settings = config.optim.step_settings() | vars(config.baseline)
-    build = BASELINES[config.optim.name]
-    made = build(model.to_empty(device="cpu"), norm, lr=config.optim.lr, **settings)
+    built = BASELINES[config.optim.name](
+        model.to_empty(device="cpu"), norm, lr=config.optim.lr, **settings
+    )
     every, lines = [n for n, _ in model.named_parameters()], []
-    for optimizer in getattr(made, "optimizers", [made]):
-        kind = type(optimizer)
-        if getattr(torch.optim, kind.__name__, None) is not kind:
-            raise _refusal(
-                "optim.name", config.optim.name, f"optimizers of torch.optim, not {kind.__name__}"
-            )
-        known = inspect.signature(kind).parameters
+    for optimizer in getattr(built, "optimizers", [built]):
+        kind = type(optimizer).__name__
+        if getattr(torch.optim, kind, None) is not type(optimizer):
+            allowed = f"optimizers of torch.optim, not {kind}"
+            raise _refusal("optim.name", config.optim.name, allowed)
+        known = inspect.signature(type(optimizer)).parameters
         groups: dict[str, list[str]] = {}  # names by settings
         for group in optimizer.param_groups:
-            values = {
-                k: v
-                for k, v in group.items()
-                if k in known and k != "params" and v != known[k].default
-            }
-            values |= {"lr": group["lr"] * group.get("lr_scale", 1.0)} | (
-                {"auxiliary": True} if group.get("auxiliary") else {}
-            )
-            groups.setdefault("".join(f", {k}={v!r}" for k, v in values.items()), []).extend(
-                group["param_names"]
-            )
-        parts = [
-            f"dict(params=matching(model, {', '.join(map(repr, _patterns(names, every)))}){options})"
-            for options, names in groups.items()
-        ]
-        lines.append(f"torch.optim.{kind.__name__}([{', '.join(parts)}], lr={config.optim.lr!r})")
-    return f"def base_optimizers(model: GPT) -> list[torch.optim.Optimizer]:\n    return [{', '.join(lines)}]"
+            own = {k: v for k, v in group.items() if k in known and k != "params"}
+            values = {k: v for k, v in own.items() if v != known[k].default}
+            values["lr"] = group["lr"] * group.get("lr_scale", 1.0)
+            if group.get("auxiliary"):
+                values["auxiliary"] = True
+            options = "".join(f", {k}={v!r}" for k, v in values.items())
+            groups.setdefault(options, []).extend(group["param_names"])
+        patterns = {o: ", ".join(map(repr, _patterns(n, every))) for o, n in groups.items()}
+        parts = [f"dict(params=matching(model, {p}){o})" for o, p in patterns.items()]
+        lines.append(f"torch.optim.{kind}([{', '.join(parts)}], lr={config.optim.lr!r})")
+    return (
+        "def base_optimizers(model: GPT) -> list[torch.optim.Optimizer]:\n"
+        f"    return [{', '.join(lines)}]"
+    )
 
 
 def _patterns(names: list[str], every: list[str]) -> list[str]:
-    """Of fnmatch, for these names and no other; the names themselves where layers differ."""
+    """Return patterns of fnmatch for these names and no other; where layers differ, the names."""
     patterns = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", n) for n in names))
-    return (
-        patterns if {n for n in every for p in patterns if fnmatch(n, p)} == set(names) else names
-    )
+    matched = {n for n in every for p in patterns if fnmatch(n, p)}
+    return patterns if matched == set(names) else names
 
 
 # ---- the log of a run that was
 
 
-def log(run: Run, code: str) -> str:
-    """The script, then the run's versions and lines."""
-    return f"{code}\n{LINE}\n{log_lines(run)}"
-
-
 def log_lines(run: Run) -> str:
-    """Versions, and metrics as the script logs them."""
+    """Return versions, and metrics as the script logs them."""
     assert run.folder is not None
-    found, steps, lines = summary(run.folder), run.config.train.steps, []
+    found, steps = summary(run.folder), run.config.train.steps
     assert found is not None
+    of = f"{run.name}, seed {run.config.run.seed}"
+    by = f"train_gpt.py of {_commit(found['commit'], found['dirty'])}"
+    on = f"{found['device']} with world_size {found['world_size']}"
+    lines = [f"Running PyTorch {found['torch']} on {on}: {of}, by {by}", LINE]
     for r in metrics(run.folder):
         done, seconds = r["step"], r["train_seconds"]
         what = f"val_loss:{r['val_loss']:.5f}" if "val_loss" in r else f"train_loss:{r['loss']:.6f}"
-        lines.append(
-            f"step:{done}/{steps} {what} train_time:{seconds:.3f}s step_avg:{1000 * seconds / max(1, done):.2f}ms"
-        )
-    running = f"Running PyTorch {found['torch']} on {found['device']} with world_size {found['world_size']}"
-    return (
-        "\n".join(
-            [
-                f"{running}: {run.name}, seed {run.config.run.seed}, by train_gpt.py of {_commit(found['commit'], found['dirty'])}",
-                LINE,
-                *lines,
-            ]
-        )
-        + "\n"
-    )
+        times = f"train_time:{seconds:.3f}s step_avg:{1000 * seconds / max(1, done):.2f}ms"
+        lines.append(f"step:{done}/{steps} {what} {times}")
+    return "\n".join(lines) + "\n"
 
 
 def _write(flag: str, file: Path, text: str) -> None:
@@ -478,6 +395,7 @@ def _write(flag: str, file: Path, text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m studies.export",
         description=__doc__,
@@ -503,8 +421,8 @@ def main(argv: list[str] | None = None) -> int:
         elif not args.log:
             print(code, end="")
         if args.log:
-            _write("--log", args.log, log(run, code))
-    except (ExportError, ConfigError, DataError) as error:
+            _write("--log", args.log, f"{code}\n{LINE}\n{log_lines(run)}")
+    except Refusal as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

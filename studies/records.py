@@ -52,6 +52,7 @@ CODE = (
     "config.py",
     "runtime.py",
     "studies/script.py",
+    "studies/pcg64.py",
 )  # what numbers come from
 # nats: the same processor, vector instructions, threads, versions and seeds give the same numbers, up to a few roundings of a float32 near 2. Where one of them
 # differs a run of 180 steps ends 0.001 to 0.007 apart (LOG.md, 2026-11-27).

@@ -14,9 +14,11 @@ import torch
 from config import Config
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from studies import bundle, export, script
-from studies.bundle import ERASED, BundleError, Code, Specialise
-from studies.export import LINE, ExportError
+from optim.directions import DIRECTIONS
+from optim.schedules import SCHEDULES
+from studies import bundle, export, pcg64, script, specialise
+from studies.export import FILES, LINE
+from studies.specialise import ERASED, BundleError, Code, ExportError, Specialise
 
 from tests.helpers import ROOT, run, run_ranks, small_dataset
 
@@ -148,6 +150,16 @@ CASES = {
         "--optim.composition",
         "max",
     ),
+    "roles": (
+        *("--optim.roles.bias.direction", "adam", "--optim.roles.embedding.beta", "0.8"),
+        *("--optim.roles.mlp.weight-decay", "0.2", "--schedule.beta-warmup", "0.3"),
+        *TRACK3,
+    ),
+    "groups": (  # two, whose gradients are clipped one by one
+        *("--optim.weight-decay", "0.1", "--optim.cautious", "--optim.max-grad-norm", "0.05"),
+        *("--optim.roles.head.direction", "adam", "--optim.constraint", "sphere"),
+        *("--model.no-zero-init", "--optim.norms.per-head", *TRACK3),
+    ),
     "bf16": ("--run.precision", "bf16", "--optim.constraint", "ball", "--optim.direction", "lion"),
 }
 
@@ -198,6 +210,29 @@ def assert_close(found: dict[tuple[int, str], float], wanted: dict[tuple[int, st
     assert max(abs(found[k] - wanted[k]) for k in wanted) <= CLOSE
 
 
+def sections(text: str) -> dict[str, str]:
+    """{file: what a script has of it}."""
+    titles = {f"# ---- {title}\n\n": file for file, title in FILES.items()}
+    found = re.split(f"^({'|'.join(map(re.escape, titles))})", text, flags=re.MULTILINE)
+    return {titles[title]: section.strip() for title, section in zip(found[1::2], found[2::2], strict=True)}
+
+
+def assert_optim_stands_in_it(text: str, *, dualized: bool) -> None:
+    """All of update.py but its imports, and every definition of the other files byte for byte, comments before it and
+    all."""
+    update = (ROOT / "optim/update.py").read_text(encoding="utf-8")
+    imports = [n for n in ast.parse(update).body if isinstance(n, ast.Import | ast.ImportFrom)]
+    lines = update.splitlines(keepends=True)
+    for part in (lines[: imports[0].lineno - 1], lines[imports[-1].end_lineno :]):
+        assert ("".join(part).strip() in text) is dualized
+    ours = {file: section for file, section in sections(text).items() if file.startswith("optim/")}
+    assert {"optim/update.py", "optim/norms.py", "optim/directions.py"} <= ours.keys() or not dualized
+    for file, section in ours.items():
+        source = (ROOT / file).read_text(encoding="utf-8")
+        pieces = section.split("\n\n\n")  # no definition has two empty lines in it
+        assert not [piece for piece in pieces if f"\n{piece}\n" not in f"\n{source}"], file
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_script_gives_every_loss_of_its_run(case: str, root: Path, monkeypatch: pytest.MonkeyPatch):
     folder = trained(root, case, *CASES[case])
@@ -210,7 +245,10 @@ def test_the_script_gives_every_loss_of_its_run(case: str, root: Path, monkeypat
     imports = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     imports |= {str(n.module) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     assert {name.split(".")[0] for name in imports} <= {"torch", *sys.stdlib_module_names}
-    assert len(file.read_text().splitlines()) < 1000
+    assert len(file.read_text().splitlines()) < 2000
+    text = file.read_text(encoding="utf-8")
+    assert_optim_stands_in_it(text, dualized="--optim.name" not in CASES[case])
+    tree = ast.parse("\n".join(part for file, part in sections(text).items() if not file.startswith("optim/")))
     names = {str(getattr(n, "id", getattr(n, "arg", getattr(n, "name", None)))) for n in ast.walk(tree)}
     assert not names & {"past", "cache", "before", "generate"}, "no text is generated"
     assert {"NgramGPT", "ngram_rows", "match_rows", "ShiftedMLP"} & names == (
@@ -310,6 +348,16 @@ def test_the_track_s_configuration_is_exported_without_a_run(tmp_path: Path, mon
     compile(text, "script.py", "exec")
 
 
+def test_the_track_s_script_lacks_nothing_but_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    config = configuration.to_toml(configuration.load([str(ROOT / "configs/track3_124m.toml"), "--run.device", "cpu"]))
+    (tmp_path / "cpu.toml").write_text(config)
+    assert export.main(["cpu.toml", "--format", "track3", "--out", "script.py"]) == 0
+    code, out, err = run(tmp_path, script=str(tmp_path / "script.py"))
+    assert code == 1 and out.startswith("logs/")
+    assert err.strip().endswith("FileNotFoundError: data/fineweb10B/fineweb_train_*.bin")
+
+
 # ---- what cannot be exported
 
 
@@ -321,12 +369,22 @@ def test_the_track_s_configuration_is_exported_without_a_run(tmp_path: Path, mon
         (("--optim.param-dtype", "bfloat16"), "optim.param_dtype"),
         (("--optim.momentum-dtype", "bfloat16"), "optim.momentum_dtype"),
         (("--data.holdout", "0.1"), "data.holdout"),
-        (("--optim.roles.head.beta", "0.5"), "optim.roles.head.beta"),
     ],
 )
 def test_a_setting_that_the_script_lacks_is_refused(options: tuple[str, ...], key: str, root: Path):
     config = configuration.load([str(root / "small.toml"), *options, "--run.name", "x", "--model.vocab-size", "18"])
     with pytest.raises(ExportError, match=f"{key} of an exported run\n  got: .*\n  allowed: .*\n  fix: "):
+        export.check(config)
+
+
+@pytest.mark.parametrize("key", ["optim.direction", "optim.roles.bias.direction", "schedule.shape"])
+def test_what_is_registered_elsewhere_is_refused(key: str, root: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(DIRECTIONS, "mine", DIRECTIONS["adam"])
+    monkeypatch.setitem(SCHEDULES, "mine", lambda *_, **__: 1.0)
+    config = configuration.load(
+        [str(root / "small.toml"), f"--{key}", "mine", "--run.name", "x", "--model.vocab-size", "18"]
+    )
+    with pytest.raises(ExportError, match="of an exported run\n  got: 'mine'\n  allowed: those of optim/"):
         export.check(config)
 
 
@@ -336,7 +394,8 @@ def test_every_setting_is_carried_neutral_or_refused_when_it_is_changed():
     assert not both
     read = set(
         re.findall(
-            r"config\.((?:run|data|model|optim|schedule|baseline|train)\.\w+)", (ROOT / "studies/script.py").read_text()
+            r"config\.((?:run|data|model|optim|schedule|baseline|train)\.\w+)\b(?!\()",
+            (ROOT / "studies/script.py").read_text(),
         )
     )
     assert read <= {k for k in configuration.flat(Config()) if export.CARRIED.fullmatch(k)}
@@ -380,8 +439,8 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.Ca
     most=st.integers(1, 2**32 - 1),
 )
 def test_random_draws_what_numpy_does(numbers: list[int], n: int, most: int):
-    ours, numpys = script.Random(*numbers), np.random.default_rng(numbers)
-    assert script.seed_words(tuple(numbers), 9) == np.random.SeedSequence(numbers).generate_state(9).tolist()
+    ours, numpys = pcg64.Random(*numbers), np.random.default_rng(numbers)
+    assert pcg64.seed_words(tuple(numbers), 9) == np.random.SeedSequence(numbers).generate_state(9).tolist()
     assert ours.below(most) == int(numpys.integers(most))
     assert ours.permutation(n) == numpys.permutation(n).tolist()
 
@@ -390,7 +449,7 @@ def test_random_draws_what_numpy_does(numbers: list[int], n: int, most: int):
 
 
 def specialised(text: str, known: dict) -> str:
-    return bundle.unparse(Specialise(known, {}).visit(bundle.parse(text)).body)
+    return specialise.unparse(Specialise(known, {}).visit(specialise.parse(text)).body)
 
 
 def test_what_is_known_is_decided():
@@ -430,7 +489,9 @@ def f(x):
 def make(root: Path, **files: str) -> str:
     for name, text in files.items():
         (root / f"{name}.py").write_text(f'"""{name}"""\n{text}')
-    return bundle.bundle(root, {f"{name}.py": name for name in files}, known={}, filled={}, packages=tuple(files))
+    """All but `plain` are specialised."""
+    known = {f"{name}.py": {} for name in files if name != "plain"}
+    return bundle.bundle(root, {f"{name}.py": name for name in files}, known=known, filled={}, packages=tuple(files))
 
 
 def test_only_what_is_used_is_left(tmp_path: Path):
@@ -441,6 +502,36 @@ def test_only_what_is_used_is_left(tmp_path: Path):
     )
     assert "import math" in text and "def used" in text and "def two" in text
     assert not re.search(r"unused|lonely|import os|from a", text)
+
+
+def test_what_is_not_specialised_comes_as_it_stands(tmp_path: Path):
+    kept = """# why
+
+# because
+@cache  # once
+class A:
+    x: int  # of it
+
+    def unused(self):
+        return math.pi if 1 > 2 else {"a":1}
+"""
+    text = make(
+        tmp_path,
+        plain=f"import math\nfrom functools import cache\n{kept}def lonely():\n    pass\n",
+        b="from plain import A\nA()\n",
+    )
+    assert kept.partition("\n\n")[2] in text
+    assert "import math\nfrom functools import cache\n" in text
+    assert "lonely" not in text and "why" not in text  # a comment apart belongs to no definition
+
+
+def test_a_name_that_is_imported_and_defined_is_refused(tmp_path: Path):
+    with pytest.raises(BundleError, match="pi\n  got: a second definition"):
+        make(
+            tmp_path,
+            plain="from math import pi\ndef f():\n    return pi\n",
+            b="from plain import f\npi = 3\nprint(pi, f())\n",
+        )
 
 
 def test_two_definitions_of_a_name_are_refused(tmp_path: Path):
