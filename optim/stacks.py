@@ -15,7 +15,7 @@ from torch import Tensor
 from .directions import DIRECTIONS
 from .norms import Norm, nonzero
 from .placement import Job, OneProcess
-from .ranks import Ranks
+from .ranks import Ranks, sharded
 from .update import (
     by_rows,
     copy_,
@@ -157,10 +157,10 @@ class Stack:
         usual = self.clip is None and not self.origin and not isinstance(self.group["lr"], Tensor)
         if not usual or not self.by_rows or not DIRECTIONS[self.group["direction"]].gated:
             return None
-        tables = [W, g, self.rows[0], *(b for (b,) in self.buffers.values())]
+        tables = [W, g, *(b for (b,) in self.buffers.values())]
         if g is None or g.ndim != 2 or W.device.type != "cpu" or W.numel() < LONG or not self.ok:
             return None
-        if any(type(x) is not type(g) for x in tables[2:]):
+        if W is not self.rows[0] or sharded(self.params[0]):
             return None
         if any(x.dtype != torch.float32 or x.shape != W.shape for x in tables):
             return None

@@ -1051,6 +1051,10 @@ def test_a_compiled_step_is_traced_in_two_graphs():
 @pytest.mark.parametrize("direction", ["momentum", "nesterov", "adam", "lion"])
 @pytest.mark.parametrize("norm", ["L1ToRMS", "RMSToLinf"])
 def test_a_long_table_steps_by_its_live_rows_bit_for_bit(monkeypatch: pytest.MonkeyPatch, direction: str, norm: str):
+    taken: list[int] = []
+    step_rows = stacks.Stack._step_rows
+    monkeypatch.setattr(stacks.Stack, "_step_rows", lambda s, rows: (taken.append(len(rows)), step_rows(s, rows))[1])
+
     def train(long: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         monkeypatch.setattr(stacks, "LONG", long)
         generator = torch.Generator().manual_seed(0)
@@ -1069,7 +1073,8 @@ def test_a_long_table_steps_by_its_live_rows_bit_for_bit(monkeypatch: pytest.Mon
             optimizer.step()
         return W.detach(), optimizer.state[W]
 
-    (W, state), (V, whole) = train(1), train(2**60)
+    (W, state), calls, (V, whole) = train(1), len(taken), train(2**60)
+    assert calls == len(taken) == 6 and 0 in taken and max(taken) <= 20, "by rows in the first training alone"
     assert torch.equal(W, V)
     assert state.keys() == whole.keys()
     assert all(torch.equal(state[k], whole[k]) for k in whole)
