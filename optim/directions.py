@@ -42,13 +42,14 @@ class Direction:
 
 
 def average_(M: Tensor, G: Tensor, live: Tensor, beta: float) -> Tensor:
-    """Set M ← β M + (1 − β) G where live is 1, and return it; M stays where live is 0."""
+    """Set M ← β M + (1 − β) G where live is 1, and return it; M, but for denormals, stays
+    elsewhere."""
     return flush_(M.lerp_(G, live * (1 - beta)))
 
 
 def flush_(M: Tensor) -> Tensor:
-    """Set to 0 what is denormal: an average of zeros would tend there and make every product
-    slow."""
+    """Set to 0 what is no larger than the smallest normal number: averages of zeros would tend to
+    denormals, which make every product slow."""
     return torch.hardshrink(M, torch.finfo(M.dtype).tiny, out=M)
 
 

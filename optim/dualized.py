@@ -30,9 +30,9 @@ from .stacks import Radii, Stack, clip_factor, precise
 from .state import (
     LOW,
     SCHEMA,
-    add_norms,
     by_name,
     check_group,
+    check_pairs,
     check_saved,
     check_shards,
     check_step,
@@ -121,8 +121,7 @@ class Dualized(torch.optim.Optimizer):
         self._placement = (Replicas if replicas else OneProcess)(self._ranks)  # of whole weights
         self._shards: dict[Any, Shards] = {}  # of sharded ones, by mesh
         self._forget_step()
-        # Makes GradScaler call step() on every rank, where it can be refused on every rank; by
-        # itself it would skip some and leave others waiting.
+        # GradScaler then calls step() on every rank, which refuses it; else it would skip some.
         self._step_supports_amp_scaling = self._placement.state_at_owners
         # calls: of step() with gradients and an lr; here, as checkpoint libraries keep only groups.
         known("Dualized", settings, StepSettings)
@@ -139,17 +138,20 @@ class Dualized(torch.optim.Optimizer):
         """
         group = {k: v for k, v in param_group.items() if k not in ("norm", "radius")}
         group |= check_group(self.defaults | group, auto=self.escape is not None)
-        group["params"] = add_norms(self.norm, param_group, members(self.param_groups))
-        pairs = group["params"]
+        pairs = check_pairs(self.norm, param_group, members(self.param_groups))
+        group["params"] = pairs
         if self.escape:
-            # One tensor for all groups: it travels in the groups because checkpoint libraries keep
-            # nothing else.
-            known = self.param_groups[0]["step_size"] if self.param_groups else None
-            group["step_size"] = self._new_step_size(pairs[0][1]) if known is None else known
+            # One tensor for all groups, in the groups: checkpoint libraries keep nothing else.
+            first = self.param_groups[0] if self.param_groups else {}
+            group["step_size"] = first.get("step_size", self._new_step_size(pairs[0][1]))
         check_shards(group, pairs, self._ranks, self._shards)
         super().add_param_group(group)
         entries: dict[OneProcess, list[tuple[Tensor, float, bool]]] = {}
         for name, p in pairs:
+            if name not in self.norm.norms:
+                self.norm.norms[name] = param_group["norm"]
+                self.norm.radii[name] = float(param_group["radius"])
+                self.norm.shapes[name] = tuple(p.shape)
             norm = self.norm.norms[name]
             entry = (p, float(norm.flops(p.shape)), by_rows(norm, self.param_groups[-1]))
             entries.setdefault(self.placement_of(p), []).append(entry)
@@ -183,7 +185,7 @@ class Dualized(torch.optim.Optimizer):
         return super().__getstate__() | kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # load_state_dict() ends here, too: a step before it is over
         self._forget_step()
 
     @property

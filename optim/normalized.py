@@ -76,11 +76,8 @@ class Normalized(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        moving = [
-            (g, n, p)
-            for g, n, p in members(self.param_groups)
-            if p.grad is not None and float(g["lr"]) != 0
-        ]
+        groups = [g for g in self.param_groups if float(g["lr"]) != 0]
+        moving = [(g, n, p) for g, n, p in members(groups) if p.grad is not None]
         if not moving:
             return loss
         # One wait for the device, not one a weight.
@@ -173,7 +170,7 @@ def check_base(base: torch.optim.Optimizer, *, from_zero: bool) -> None:
     for group in groups:
         needs(
             not group.get("weight_decay"),
-            got=f"a base with weight_decay {group.get('weight_decay', 0):g}",
+            got=f"a base with weight_decay {group.get('weight_decay') or 0:g}",
             allowed="0, or decay would be rescaled with the update",
             fix="weight_decay=0 in the base, and Normalized(…, weight_decay=…)",
         )

@@ -79,7 +79,9 @@ class Norm:
     def live(self, G: Tensor) -> Tensor:
         """Return which blocks have a gradient: bools, broadcastable to G (..., O, I).
 
-        Here the block is the whole weight. Blocks whose gradient is exactly zero do not move.
+        Here the block is the whole weight. Blocks whose gradient is exactly zero do not move. Of
+        weights whose blocks reach over ranks G has zeros and ones alone, and may be one long, or on
+        the device "meta", in a dimension over which blocks reach.
         """
         return nonzero(G, tuple(range(-self.ndim, 0))) if self.ndim else G != 0
 

@@ -131,8 +131,7 @@ class OneProcess:
     ) -> Tensor:
         """Return f of the whole gradients, cut to our rows of them, G (n, rows, …).
 
-        f is Norm.live: which blocks are not zero. It is given bools, too, and tensors in which a
-        dimension over which its blocks reach is one long. by_rows: no block reaches over rows.
+        f is Norm.live: which blocks are not zero. by_rows: no block reaches over rows.
         """
         return f(G)
 
@@ -236,14 +235,14 @@ class Shards(OneProcess):
         for dim, size in enumerate(mask[1:], start=2):
             alive = alive.any(dim, keepdim=True) if size == 1 else alive
         if mask[0] == 1:  # blocks reach over all rows
-            return f(self.ranks.maximum(alive.any(1, keepdim=True).to(torch.uint8)).bool())
+            return f(self.ranks.maximum(alive.any(1, keepdim=True).to(G.dtype)))
         spans = [self.span(shape[0], r) for r in range(self.n_shards)]
-        padded = alive.new_zeros(len(alive), spans[0][1], *alive.shape[2:], dtype=torch.uint8)
+        padded = G.new_zeros(len(alive), spans[0][1], *alive.shape[2:])
         padded[:, : alive.shape[1]] = alive
         everyone = self.ranks.gather(padded)
         parts = [everyone[r][:, : b - a] for r, (a, b) in enumerate(spans)]
         first, end = self.span(shape[0], self.ranks.rank)
-        return f(torch.cat(parts, dim=1).bool())[:, first:end]
+        return f(torch.cat(parts, dim=1))[:, first:end]
 
     def on_whole(
         self, f: Callable[[Tensor], Tensor], X: Tensor, params: list[Tensor]

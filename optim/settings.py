@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from itertools import pairwise
+from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -149,9 +150,10 @@ def fits(hint: Any, value: Any) -> bool:
         return any(fits(a, value) for a in args)
     if origin is Literal:
         return any(type(value) is type(a) and value == a for a in args)
-    if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    return hint is Any or type(value) is hint
+    numbers = {float: Real, int: Integral}  # NumPy's, too
+    if hint in numbers:
+        return isinstance(value, numbers[hint]) and type(value) is not bool and math.isfinite(value)
+    return hint is Any or isinstance(value, hint)
 
 
 def allowed(hint: Any) -> str:

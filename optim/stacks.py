@@ -56,6 +56,7 @@ class Stack:
     ok: Tensor
     clip: Tensor | None
     refresh: bool
+    blocks: Tensor | None = None
 
     @property
     def lr(self) -> float | Tensor:
@@ -77,7 +78,9 @@ class Stack:
         ok, lr, f = self.ok.to(G.device), self.group["lr"], self.norm.live
         if isinstance(lr, Tensor):
             ok = ok & (lr != 0).to(G.device)
-        live = self.place.mask(f, G, self.params, by_rows=self.norm.dualizes_by_rows) & ok
+        if self.blocks is None:  # asked of other ranks once a step
+            self.blocks = self.place.mask(f, G, self.params, by_rows=self.norm.dualizes_by_rows)
+        live = self.blocks & ok
         return (G if self.clip is None else G.mul_(self.clip.to(G))), live
 
     def step(self) -> Job:
@@ -121,10 +124,10 @@ class Stack:
 
     def escape(self, step_size: Tensor, terms: list[Tensor]) -> Job:
         """Append the stack's terms of the escape velocity (update.escape_terms)."""
-        if self.params:
+        here = self.place.steps_alone(by_rows=self.norm.dualizes_by_rows)
+        if self.params and (self.rows[0].numel() or not here):
             G, live = self.gradients()
             G.masked_fill_(~live, 0)
-            here = self.place.steps_alone(by_rows=self.norm.dualizes_by_rows)
             f = self.norm.dualize
             T = f(G) if here else (yield from self.place.on_whole(f, G, self.params))
             found = escape_terms(G, T, self.weights, self.origin, self.radii)

@@ -28,9 +28,16 @@ def check_group(settings: Mapping[str, Any], *, auto: bool) -> dict[str, Any]:
     if isinstance(group["momentum_dtype"], torch.dtype):
         group["momentum_dtype"] = str(group["momentum_dtype"]).removeprefix("torch.")
     lr = group["lr"]
+    require(
+        not isinstance(lr, Tensor) or lr.numel() == 1,
+        "Dualized: lr",
+        got="a tensor of several numbers",
+        allowed="a number, or a tensor with one",
+        fix="Dualized(…, lr=…); radii are what differs by weight",
+    )
     waits = isinstance(lr, Tensor) and lr.device.type != "cpu"  # to be known
-    known = {"lr": 0.0 if waits else float(lr) if isinstance(lr, Tensor) else lr}
-    check(StepSettings, group | known, owner="Dualized")
+    number = 0.0 if waits else float(lr) if isinstance(lr, Tensor) else lr
+    check(StepSettings, group | {"lr": number}, owner="Dualized")
     require(
         not isinstance(lr, str),
         "Dualized: lr",
@@ -88,7 +95,7 @@ def grouped(
             if role is None and (owned or not roles):
                 groups.append({**group, "params": owned})
             elif role is not None and owned:
-                groups.append({**roles[role], **group, "params": owned, "role": role})
+                groups.append({**group, **roles[role], "params": owned, "role": role})
     return norm, groups
 
 
@@ -98,14 +105,14 @@ def own_role(norm: ModularNorm, name: str, roles: Container[str]) -> str | None:
     return role if role in roles else None
 
 
-def add_norms(
+def check_pairs(
     norm: ModularNorm, group: Mapping[str, Any], known: list[tuple[dict[str, Any], str, Tensor]]
 ) -> list[tuple[str, Tensor]]:
-    """Return a group's (name, parameter) pairs, and give new parameters the group's norm and
-    radius.
+    """Return a group's (name, parameter) pairs, each with a norm and a radius: known, or the
+    group's.
 
     known: members of the groups so far. Raises CoverageError for a parameter that has no norm, two,
-    or one that does not fit, before anything changes.
+    or one that does not fit.
     """
     own, radius = group.get("norm"), group.get("radius")
     pairs = [(canonical(n), p) for n, p in named_pairs(group["params"])]
@@ -143,10 +150,6 @@ def add_norms(
             fix="another norm, or the weight without what it stands for",
             error=CoverageError,
         )
-    for name, p in pairs:
-        if own is not None and radius is not None:
-            norm.norms[name], norm.radii[name] = own, float(radius)
-            norm.shapes[name] = tuple(p.shape)
     return pairs
 
 
@@ -200,22 +203,18 @@ def check_shards(
 
 def check_step(name: str, p: Tensor, *, fits: bool) -> None:
     """Raise for a weight that cannot be stepped now. fits: its settings suit where its rows are."""
-    require(
-        p.grad is None or not p.grad.is_sparse,
-        name,
-        got="a sparse gradient",
-        allowed="dense ones",
-        fix="sparse=False in its module",
-    )
-    require(
-        fits,
-        name,
-        got="a direction, scale or constraint that needs whole weights, set after its rows were"
-        " given to ranks",
-        allowed="those that it was built with",
-        fix="build Dualized with them",
-        error=PlacementError,
-    )
+    if p.grad is not None and p.grad.is_sparse:
+        raise Refusal(
+            name, got="a sparse gradient", allowed="dense ones", fix="sparse=False in its module"
+        )
+    if not fits:
+        raise PlacementError(
+            name,
+            got="a direction, scale or constraint that needs whole weights, set after its rows were"
+            " given to ranks",
+            allowed="those that it was built with",
+            fix="build Dualized with them",
+        )
 
 
 def named_pairs(named: Any) -> list[tuple[str, Tensor]]:

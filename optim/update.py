@@ -125,7 +125,7 @@ def settle_(
     origin: list[Tensor] | None = None,
 ) -> None:
     """Set the weights, stacked in W, to their retraction R where live and where they may move."""
-    R = torch.where(live & (radii > 0), R, W)
+    torch.where(live & (radii > 0), R, W, out=R)
     if origin:
         add_(origin, (R - W).unbind())
     copy_(weights, R.unbind())

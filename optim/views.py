@@ -182,7 +182,9 @@ class Blocks(View):
             mask = self.inner.live(part)
             shape = (*mask.shape[:-k], part.shape[-k], *mask.shape[mask.ndim - k + 1 :])
             masks.append(mask.expand(shape).flatten(-k - 1, -k))
-        return torch.cat(masks, dim=-k)
+        rest = torch.broadcast_shapes(*(m.shape[m.ndim - k + 1 :] for m in masks))
+        rows = [m.expand(*m.shape[: m.ndim - k + 1], *rest) for m in masks]
+        return torch.cat(rows, dim=-k)
 
     def _fits(self) -> str:
         return (
