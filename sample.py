@@ -15,9 +15,9 @@ import tyro
 import checkpoint
 import config as configuration
 from config import Config, ConfigError
-from data.shards import DataError
 from data.tokenizer import get_tokenizer
 from models import build
+from optim.errors import Refusal
 from runtime import RunError, Runtime, listing
 
 
@@ -96,6 +96,6 @@ def main(options: Options) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Options, description=__doc__))
-    except (ConfigError, DataError, RunError, checkpoint.CheckpointError) as error:
+    except Refusal as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

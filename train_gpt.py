@@ -32,7 +32,7 @@ from model import GPT
 from models import build
 from optim import Dualized, NonFiniteError, metrize
 from optim.baselines import BASELINES, set_beta
-from optim.errors import CoverageError, PlacementError, require
+from optim.errors import Refusal, require
 from optim.polar import Polar
 from runtime import (
     Clock,
@@ -62,16 +62,6 @@ class Stopped(Exception):
         )
         super().__init__(f"{signal.Signals(number).name}: {end}")
         self.code = 128 + number
-
-
-REFUSALS = (
-    ConfigError,
-    DataError,
-    RunError,
-    PlacementError,
-    CoverageError,
-    checkpoint.CheckpointError,
-)
 
 
 @dataclass
@@ -104,7 +94,7 @@ def main(argv: list[str]) -> None:
     try:
         train(config, runtime)
         runtime.close()
-    except (*REFUSALS, Stopped, NonFiniteError, checkpoint.SaveError):  # alike on all ranks
+    except (Refusal, Stopped, NonFiniteError, checkpoint.SaveError):  # alike on all ranks
         runtime.close()
         raise
 
@@ -228,7 +218,7 @@ def train(config: Config, runtime: Runtime) -> None:
         optimizer = Baseline(
             BASELINES[o.name](model, norm, lr=o.lr, polar=o.polar, **settings, **own),
             max_grad_norm=o.max_grad_norm,
-            scaling=own["scaling"] if o.name == "sgd" else "modular",
+            scaling=own["scaling"] if "scaling" in BASELINES[o.name].own else "modular",
         )
     if newest and saved:
         runtime.together(lambda: checkpoint.load_model(newest, model))
@@ -692,7 +682,7 @@ if __name__ == "__main__":
     code = 0
     try:
         main(sys.argv[1:])
-    except REFUSALS as error:
+    except Refusal as error:
         code = 2
         report(error)
     except (NonFiniteError, checkpoint.SaveError) as error:

@@ -20,7 +20,16 @@ from .metrize import canonical
 from .modular import ModularNorm
 from .normalized import Normalized
 from .polar import Polar, plain
-from .settings import Help, Range, StepSettings, allowed, fits, hints_of
+from .settings import (
+    Help,
+    Range,
+    StepSettings,
+    allowed,
+    defaults_of,
+    fits,
+    hints_of,
+    known,
+)
 
 Build = Callable[..., torch.optim.Optimizer]
 Scaling = Literal["standard", "ntk", "modular"]
@@ -43,7 +52,7 @@ class Recipe:
         """{setting: its type with range and help text}."""
         hints = get_type_hints(self.build, include_extras=True)
         keywords = inspect.signature(self.build).parameters.values()
-        return {p.name: hints[p.name] for p in keywords if p.kind is p.KEYWORD_ONLY}
+        return {p.name: hints.get(p.name) for p in keywords if p.kind is p.KEYWORD_ONLY}
 
     @cached_property
     def own(self) -> dict[str, tuple[Any, Any]]:
@@ -55,10 +64,16 @@ class Recipe:
     def __call__(
         self, model: nn.Module, norm: ModularNorm, **settings: Any
     ) -> torch.optim.Optimizer:
-        """Build the optimizer, with those of the settings that it takes."""
-        for key, (hint, _) in self.own.items():
+        """Build the optimizer, with those of the settings that it takes.
+
+        What another optimizer takes may be there, too, so that entries of a comparison can share
+        their settings.
+        """
+        others = {k for baseline in BASELINES.values() for k in baseline.hints}
+        known(self.name, settings, [*defaults_of(StepSettings), *others])
+        for key, hint in self.hints.items():
             require(
-                key not in settings or fits(hint, settings[key]),
+                key not in settings or key in GIVEN or fits(hint, settings[key]),
                 f"{self.name}: {key}",
                 got=repr(settings.get(key)),
                 allowed=allowed(hint),
@@ -79,6 +94,13 @@ def register_baseline(name: str, *, normed: bool = False) -> Callable[[Build], B
     """
 
     def register(build: Build) -> Build:
+        require(
+            name != "dualized",
+            "register_baseline",
+            got=repr(name),
+            allowed="a name that is not the dualized optimizer's own",
+            fix="another name",
+        )
         made = Recipe(name, build, normed)
         for key, (hint, default) in made.own.items():
             texts = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Help)]

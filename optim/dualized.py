@@ -124,7 +124,7 @@ class Dualized(torch.optim.Optimizer):
         # GradScaler then calls step() on every rank, which refuses it; else it would skip some.
         self._step_supports_amp_scaling = self._placement.state_at_owners
         # calls: of step() with gradients and an lr; here, as checkpoint libraries keep only groups.
-        known("Dualized", settings, StepSettings)
+        known("Dualized", settings, defaults_of(StepSettings))
         defaults = defaults_of(StepSettings) | {"lr": 1.0 if self.escape else lr} | settings
         super().__init__(groups, check_group(defaults, auto=self.escape is not None) | {"calls": 0})
 

@@ -64,8 +64,7 @@ class Norm:
         return (W / self._per_weight(torch.where(size > 0, size, 1))).to(W.dtype)
 
     def project(self, W: Tensor) -> Tensor:
-        """Return W / max(1, norm(W)): onto the unit ball, radially, block by block. Here, as in
-        live(), the block is the whole weight."""
+        """Return W / max(1, norm(W)), block by block; here the block is the whole weight."""
         return (W / self._per_weight(self.size(W)).clamp(min=1)).to(W.dtype)
 
     def sphere(self, W: Tensor) -> Tensor:
@@ -95,8 +94,7 @@ class Norm:
         return self.dualize(torch.randn(tuple(shape), generator=generator))
 
     def update_rms(self, shape: Sequence[int]) -> float:
-        """Return the root mean square of the entries of dualize(G), for G without zeros and of full
-        rank."""
+        """Return the RMS of the entries of dualize(G), for G without zeros and of full rank."""
         raise NotImplementedError
 
     def flops(self, shape: Sequence[int]) -> int:
@@ -128,6 +126,7 @@ def register_norm(cls: N) -> N:
 
     It must be constructible without arguments.
     """
+    cls()  # raises a TypeError that names what it lacks
     NORMS[cls.__name__] = cls
     return cls
 
@@ -205,7 +204,10 @@ class Spectral(Norm):
     def __post_init__(self) -> None:
         if self.scale not in SCALES:
             raise Refusal(
-                f"{type(self).__name__}.scale", got=repr(self.scale), allowed=", ".join(SCALES)
+                f"{type(self).__name__}.scale",
+                got=repr(self.scale),
+                allowed=", ".join(SCALES),
+                fix='scale="1"',
             )
 
     def norm(self, W: Tensor) -> Tensor:
@@ -237,8 +239,7 @@ class Spectral(Norm):
         ).to(W.dtype)
 
     def init(self, shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
-        """Return a uniform (Haar) semi-orthogonal matrix at full size: the exact polar factor of a
-        Gaussian, by QR, which is cheaper than the SVD."""
+        """Return a uniform (Haar) semi-orthogonal matrix at full size, by QR, as SVD is slower."""
         G = torch.randn(*shape, generator=generator)
         Q, R = torch.linalg.qr(G if shape[-2] >= shape[-1] else G.mT)
         Q = Q * R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from .settings import OneOf, Range, check, known, takes
+from .settings import OneOf, Range, check, defaults_of, known, takes
 
 SCHEDULES: dict[str, Callable[..., float]] = {}
 
@@ -108,7 +108,7 @@ def momentum_at(
 def schedule(optimizer: torch.optim.Optimizer, total_steps: int, **settings: Any) -> LambdaLR:
     """Return a torch scheduler of the learning rate: one step() of it after each of the
     optimizer's."""
-    known("schedule", settings, Schedule)
+    known("schedule", settings, defaults_of(Schedule))
     check(Schedule, settings, owner="schedule")
     made = Schedule(**settings)
     return LambdaLR(optimizer, lambda step: made.lr_at(min(step, total_steps - 1), total_steps))

@@ -187,15 +187,16 @@ def check(cls: type, values: Mapping[str, Any], *, owner: str) -> None:
         raise Refusal(f"{owner}: {key}", got=repr(value), allowed=words, fix=f"{owner}(…, {key}=…)")
 
 
-def known(owner: str, given: Iterable[str], cls: type) -> None:
-    """Raise Refusal for the first name that is no setting of cls. owner: who was given it."""
+def known(owner: str, given: Iterable[str], names: Iterable[str]) -> None:
+    """Raise Refusal for the first that is none of these names. owner: who was given it."""
+    names = list(names)
     for key in given:
-        near = difflib.get_close_matches(key, hints_of(cls), n=1)
+        near = difflib.get_close_matches(key, names, n=1)
         require(
-            key in hints_of(cls),
-            f"{owner}(…, {key}=…)",
-            got=f"no setting, {key}",
-            allowed=", ".join(hints_of(cls)),
+            key in names,
+            f"{owner}: {key}",
+            got="no such setting",
+            allowed=", ".join(names),
             fix=f"nearest valid name: {near[0]}" if near else "leave it out",
         )
 

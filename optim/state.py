@@ -13,7 +13,7 @@ from .metrize import canonical, check_distinct
 from .modular import ModularNorm
 from .norms import Norm
 from .ranks import Ranks, check_sharded, sharded
-from .settings import StepSettings, by_role, check, wrong
+from .settings import StepSettings, by_role, check, known, wrong
 
 SCHEMA = 2  # of Dualized.state_dict()
 LOW = (torch.bfloat16, torch.float16)  # dtypes of weights that may have float32 masters
@@ -80,13 +80,14 @@ def grouped(
             allowed=", ".join(dict.fromkeys(norm.roles.values())),
             fix="Dualized(…, roles={role: {setting: value}})",
         )
-        odd = [k for k in settings if k not in by_role()]
-        bad = [
-            *((k, settings[k], ", ".join(by_role())) for k in odd),
-            *wrong(StepSettings, settings),
-        ]
-        for key, value, words in bad[:1]:
-            raise Refusal(f"Dualized: roles[{role!r}][{key!r}]", got=repr(value), allowed=words)
+        known(f"roles[{role!r}]", settings, by_role())
+        for key, value, words in wrong(StepSettings, settings):
+            raise Refusal(
+                f"Dualized: roles[{role!r}][{key!r}]",
+                got=repr(value),
+                allowed=words,
+                fix=f"Dualized(…, roles={{{role!r}: {{{key!r}: …}}}})",
+            )
     groups: list[dict[str, Any]] = []
     for group in listed:
         pairs = named_pairs(group["params"])

@@ -29,7 +29,8 @@ class View(Norm):
             raise Refusal(
                 type(self).__name__,
                 got=f"{self.inner}, of {self.inner.ndim} dimensions",
-                allowed=self._inner_dimensions(),
+                allowed=f"{' or '.join(map(str, self._inner_dimensions()))} dimensions",
+                fix=f"{type(self).__name__}(RMSToRMS()), say",
             )
 
     def _inner_dimensions(self) -> tuple[int, ...]:
