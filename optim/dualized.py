@@ -227,7 +227,7 @@ class Dualized(torch.optim.Optimizer):
                 result = closure()
         entries = self._moving()
         if entries:
-            self._placement.receive_gradients()
+            self._placement.receive_gradients()  # of replicas; shards have theirs
             # Before this call is counted.
             refresh = {id(g): g["calls"] % g["refresh_every"] == 0 for g in self.param_groups}
             stacks = self._stacks(entries, refresh, *self._look(entries, loss))

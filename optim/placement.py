@@ -25,7 +25,8 @@ One step on two ranks, of matrices A and B and an embedding E. Time runs down; "
     receive A low; dualize A; its low half → 1  receive B up; dualize B; its upper half → 0
     receive B's upper half; W ← W − … of both   receive A's lower half; W ← W − … of both
 
-(A and B have one shape here; a constraint that needs whole weights makes the last two lines twice.)
+(A and B have one shape here; a constraint that needs whole weights makes the last two lines twice.
+Without last_backward() gradients leave in step(). With gloo the host waits, with NCCL the device.)
 Where a line says "ask", all ranks wait for each other. Where it says "receive", interleave() has
 begun the next stack of weights before the rank waits. Source of the scheme: Rajbhandari et al.,
 arXiv 1910.02054 (ZeRO: one owner for each piece of state).
@@ -208,7 +209,7 @@ class Shards(OneProcess):
             self.owner[p] = owner
             self.loads[owner] += cost
         for i, (p, *_) in enumerate(x for x in entries if x[2]):
-            self.owner[p] = i % self.ranks.size  # for what is not done by rows after all
+            self.owner[p] = i % self.ranks.size  # for a constraint that needs whole weights
 
     def steps_alone(self, *, by_rows: bool) -> bool:
         return by_rows

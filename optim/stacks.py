@@ -78,7 +78,7 @@ class Stack:
         ok, lr, f = self.ok.to(G.device), self.group["lr"], self.norm.live
         if isinstance(lr, Tensor):
             ok = ok & (lr != 0).to(G.device)
-        if self.blocks is None:  # asked of other ranks once a step
+        if self.blocks is None:  # once a step, as shards ask all ranks and wait
             self.blocks = self.place.mask(f, G, self.params, by_rows=self.norm.dualizes_by_rows)
         live = self.blocks & ok
         return (G if self.clip is None else G.mul_(self.clip.to(G))), live

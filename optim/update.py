@@ -1,10 +1,11 @@
-"""One step of the dualized optimizer: all of its arithmetic.
+"""One step of the dualized optimizer: its arithmetic. Training runs it as stacks.Stack._step_all.
 
     W ← retract( W − lr · radius · ( dualize(direction) + weight_decay · W ) )
 
 A stack is n weights of one shape, norm and group, which one batched call steps. step_() knows no
-ranks, no state dict and no torch.optim. Dualized gathers stacks and scatters what changed; between
-the same calls, in the same order, stacks.py frees memory and asks other ranks. Of 12 layers the
+ranks, no state dict and no torch.optim. Dualized gathers stacks (clipped gradients, float32
+masters) and scatters what changed; between the same calls, in the same order, stacks.py frees
+memory and asks other ranks. Of 12 layers the
 output projections of attention are one stack, of shape (768, 768):
 
     weights   12 tensors (768, 768)             changed in place
@@ -13,7 +14,7 @@ output projections of attention are one stack, of shape (768, 768):
     radii     (12, 1, 1)                        the size of each weight's step at lr 1
     state     {"momentum": (12, 768, 768)}      the direction's memory, changed in place
     group     {"direction": "nesterov", …}      settings, as optim/settings.py declares them
-    lr        a number, or a tensor ()          the modular norm of this step
+    lr        a number, or a tensor ()          the modular norm of this step, at scale "unit"
 
 A name that ends in _ changes its arguments. Sources: [MD] Bernstein, Newhouse, arXiv 2410.21265;
 [MN] Large et al., arXiv 2405.14813.
