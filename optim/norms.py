@@ -104,11 +104,8 @@ class Norm:
 
     def check(self, shape: Sequence[int]) -> str | None:
         """Return None if a weight of this shape fits, else what does."""
-        return (
-            None
-            if len(shape) == self.ndim and prod(shape)
-            else f"{self.ndim} dimensions, none of them 0"
-        )
+        fits = len(shape) == self.ndim and prod(shape)
+        return None if fits else f"{self.ndim} dimensions, none of them 0"
 
     def _per_weight(self, value: Tensor) -> Tensor:
         return value.reshape((*value.shape, *(1,) * self.ndim))
@@ -143,14 +140,15 @@ def _at_least_fp32(G: Tensor) -> Tensor:
     return G if G.dtype == torch.float64 else G.float()
 
 
-def _unit(G: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _unit(G: Tensor, dims: tuple[int, ...], *, inplace: bool = False) -> tuple[Tensor, Tensor]:
     """Return G / ‖G‖₂ and ‖G‖₂ over dims (kept); 0 stays 0.
 
     It is scaled by the largest entry first, so that no square under- or overflows.
     """
     G = _at_least_fp32(G)
     largest = G.abs().amax(dim=dims, keepdim=True)
-    X = G / torch.where(largest > 0, largest, 1)
+    scale = torch.where(largest > 0, largest, 1)
+    X = G.div_(scale) if inplace else G / scale
     length = torch.linalg.vector_norm(X, dim=dims, keepdim=True)  # 0, or between 1 and √numel
     return X.div_(length.clamp(min=1)), largest * length
 
@@ -295,6 +293,9 @@ class _RowWise(Norm):
     def dualize(self, G: Tensor) -> Tensor:
         return _unit(G, (-1,))[0].div_(self._row_factor(G.shape[-1])).to(G.dtype)
 
+    def dualize_(self, G: Tensor) -> Tensor:
+        return _unit(G, (-1,), inplace=True)[0].div_(self._row_factor(G.shape[-1])).to(G.dtype)
+
     def project(self, W: Tensor) -> Tensor:
         return (W / (self._row_factor(W.shape[-1]) * _unit(W, (-1,))[1]).clamp(min=1)).to(W.dtype)
 
@@ -392,10 +393,7 @@ class L1ToLinf(MaxEntry):
 @register_norm
 @dataclass(frozen=True)
 class MeanToLinf(MaxEntry):
-    """I · max |entry|, the operator norm from mean |x| to the largest logit: Scion's head [SN].
-
-    It bounds RMSToLinf.
-    """
+    """I · max |entry|, from mean |x| to the largest logit: Scion's head [SN]; over RMSToLinf."""
 
     ndim: int = 2
 

@@ -1,7 +1,7 @@
-"""Stacks: weights of one shape, gathered, stepped as update.py says, and scattered.
+"""Stacks: weights of one shape, gathered, stepped by update.step_(), and scattered.
 
-A stack's step is a job: it yields where it waits for other ranks (placement.py). Its arithmetic is
-that of update.step_(), whose parts it calls one by one, because memory and ranks come between them.
+A stack's step is a job: it yields where it waits for other ranks (placement.py). Only shards that
+need whole weights call the parts of step_() one by one, because the ranks come between them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -88,20 +88,37 @@ class Stack:
 
         It yields where it waits for other ranks; on one process it never does.
         """
-        alone = self.place.steps_alone(by_rows=self.by_rows)
-        if self.params and (self.rows[0].numel() or not alone):
+        if self.params and self.place.steps_alone(by_rows=self.by_rows):
             rows = self._rows_with_gradients()
-            if rows is None:
-                yield from self._step_all()
-            else:
+            if rows is not None:
                 self._step_rows(rows)
+            elif self.rows[0].numel():
+                self._step_here()
+        elif self.params:
+            yield from self._step_shards()
         yield from self.place.send_rows(self.everyone)
 
-    def _step_all(self) -> Job:
-        """Do as update.step_() does, and free or write back each part as soon as it is done with.
+    def _step_here(self) -> None:
+        """Step with nothing of other ranks."""
+        G, live = self.gradients()
+        step_(
+            self.weights,
+            G,
+            self._gather(),
+            self.group,
+            norm=self.norm,
+            live=live,
+            radii=self.radii,
+            lr=self.lr,
+            refresh=self.refresh,
+            origin=self.origin,
+            keep=self._scatter,
+        )
+        self._write_rows()
 
-        What needs whole weights that are elsewhere is done there, by place.on_whole().
-        """
+    def _step_shards(self) -> Job:
+        """Do as update.step_() does; what needs whole weights is done where they are, by
+        place.on_whole()."""
         group, norm, place = self.group, self.norm, self.place
         G, live = self.gradients()
         state = self._gather()
@@ -119,6 +136,10 @@ class Stack:
             here = place.steps_alone(by_rows=norm.retracts_by_rows)
             R = f(W) if here else (yield from place.on_whole(f, W, self.params))
             settle_(self.weights, W, R, **changed)
+        self._write_rows()
+
+    def _write_rows(self) -> None:
+        """Write float32 masters into the weights."""
         if self.weights[0] is not self.rows[0]:
             copy_(self.rows, self.weights)
 
@@ -170,7 +191,7 @@ class Stack:
         return nonzero(g, (1,))[:, 0].nonzero()[:, 0]
 
     def _step_rows(self, rows: Tensor) -> None:
-        """Do as _step_all() does, of these rows of one weight: the same numbers, bit for bit."""
+        """Do as _step_here() does, of these rows of one weight: the same numbers, bit for bit."""
         tables = {"W": self.weights[0], **{k: b for k, (b,) in self.buffers.items()}}
         taken = {k: x.index_select(0, rows) for k, x in tables.items()}
         state = {k: x[None] for k, x in taken.items() if k != "W"}

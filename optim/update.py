@@ -1,12 +1,11 @@
-"""One step of the dualized optimizer: its arithmetic. Training runs it as stacks.Stack._step_all.
+"""One step of the dualized optimizer: all of its arithmetic.
 
     W ← retract( W − lr · radius · ( dualize(direction) + weight_decay · W ) )
 
 A stack is n weights of one shape, norm and group, which one batched call steps. step_() knows no
-ranks, no state dict and no torch.optim. Dualized gathers stacks (clipped gradients, float32
-masters) and scatters what changed; between the same calls, in the same order, stacks.py frees
-memory and asks other ranks. Of 12 layers the
-output projections of attention are one stack, of shape (768, 768):
+ranks, no state dict and no torch.optim: Dualized gathers stacks (clipped gradients, float32
+masters), calls it, and scatters what changed (stacks.py). Of 12 layers the output projections of
+attention are one stack, of shape (768, 768):
 
     weights   12 tensors (768, 768)             changed in place
     G         (12, 768, 768)                    their gradients
@@ -20,7 +19,7 @@ A name that ends in _ changes its arguments. Sources: [MD] Bernstein, Newhouse, 
 [MN] Large et al., arXiv 2405.14813.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -46,15 +45,21 @@ def step_(
     lr: float | Tensor,
     refresh: bool,
     origin: list[Tensor] | None = None,
+    keep: Callable[[dict[str, Tensor]], None] | None = None,
 ) -> None:
     """Step a stack. G is overwritten. refresh: if true, SOAP renews its basis.
 
     origin: the weights W₀ from which the escape velocity measures the way. Decay and retraction are
-    not part of that way, so they move W₀ along.
+    not part of that way, so they move W₀ along. keep: is given the changed state as soon as that is
+    done with, so that copies can be written back and freed before the rest.
     """
     D = direction_(G, state, group, live=live, refresh=refresh)
-    T = dualize_(D, norm, group)
-    descend_(weights, T, group, live=live, radii=radii, lr=lr, origin=origin)
+    if keep is not None:
+        keep(state)
+    del G, state
+    D = dualize_(D, norm, group)
+    descend_(weights, D, group, live=live, radii=radii, lr=lr, origin=origin)
+    del D
     if group["constraint"] is not None:
         W = stacked(weights)
         settle_(weights, W, retract(W, norm, group), live=live, radii=radii, origin=origin)
