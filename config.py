@@ -121,7 +121,7 @@ class OptimConfig(StepSettings, Chosen):
         return {f.name: getattr(self, f.name) for f in fields(StepSettings) if f.name != "lr"}
 
     def check(self) -> None:
-        """Raise ConfigError for values that cannot be together, and norms that there are not."""
+        """Raise ConfigError for values that cannot be together, Refusal where all masses are 0."""
         if self.name != "dualized":
             self._check_baseline()
         require(
@@ -132,7 +132,6 @@ class OptimConfig(StepSettings, Chosen):
             fix=set_it("optim.scale"),
             error=ConfigError,
         )
-        self.norms.check()
         self.masses.check()
 
     def _check_baseline(self) -> None:
@@ -191,7 +190,7 @@ class TrainConfig:
     eval_batch_size: Annotated[int, Range(1)] = 32
     """Sequences at once in an evaluation."""
 
-    target_loss: float | None = None
+    target_loss: Annotated[float, Range(0)] | None = None
     """Note the first evaluation at or under this loss, in nats per token."""
 
     log_every: Annotated[int, Range(0)] = 10
@@ -272,19 +271,11 @@ class Config:
             fix=set_it("run.name"),
             error=ConfigError,
         )
-        require(
-            0 <= self.run.seed < 2**63,
-            "run.seed",
-            got=self.run.seed,
-            allowed="0 … 2**63 − 1",
-            fix=set_it("run.seed"),
-            error=ConfigError,
-        )
         try:
             self.model.check()
             self.optim.check()
             self.train.check()
-        except Refusal as error:  # of the model's own, or of its norms and masses
+        except Refusal as error:  # of the model's own, or of its masses
             raise ConfigError(
                 error.what, got=error.got, allowed=error.allowed, fix=error.fix
             ) from error
