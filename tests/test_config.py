@@ -96,11 +96,11 @@ def test_shipped_configurations_load(file: Path):
         ("[optim]\nname = 'adamw'\nlr = 'auto'", "optim.lr\n  got: 'auto'\n  allowed: a number for adamw\n  fix: "),
         (
             "[optim]\nname = 'adamw'\nconstraint = 'sphere'",
-            "optim.constraint\n  got: 'sphere'\n  allowed: None with optim.name = 'adamw', which has no choice",
+            "optim.constraint\n  got: 'sphere'\n  allowed: left out with optim.name = 'adamw', which does not take it",
         ),
         (
             "[baseline]\nscaling = 'ntk'",
-            "baseline.scaling\n  got: 'ntk'\n  allowed: 'standard' with optim.name = 'dualized', which has no choice",
+            "baseline.scaling\n  got: 'ntk'\n  allowed: 'standard' with optim.name = 'dualized', which does not take it",
         ),
         ("[baseline]\nscaling = 'mup'", 'baseline.scaling\n  got: \'mup\'\n  allowed: "standard", "ntk", "modular"'),
         ("[model]\ninit = 'zero'", 'model.init\n  got: \'zero\'\n  allowed: "norm", "gpt2", "fan_in"'),
@@ -141,6 +141,9 @@ def test_the_command_line_is_as_strict():
         match="--optim.lr\n  got: 'fast'\n  allowed: a finite number >= 0 or \"auto\"\n  fix: --optim.lr VALUE",
     ):
         load(["--run.name", "x", "--optim.lr", "fast"])
+    for gone in ("--optim.floor", "--model.key-shift", "--model.no-key-shift"):
+        with pytest.raises(ConfigError, match=f"unknown option {gone}\n(.|\n)*fix: leave it out: there is no such"):
+            load(["--run.name", "x", gone, "0"])
     with pytest.raises(ConfigError, match="--optim.lr\n  got: ''"):
         load(["--run.name", "x", "--optim.lr"])
     with pytest.raises(SystemExit) as help_:

@@ -268,7 +268,7 @@ def test_roles_are_those_of_the_masses_and_have_what_declarations_say():
         ("[optim.roles.biases]\nbeta = 0.5", "unknown key optim.roles.biases\n  got: biases\n  allowed: embedding, ngram, match, "),
         (
             "[optim]\nname = 'adamw'\n[optim.roles.bias]\nbeta = 0.5",
-            "optim.roles.bias.beta\n  got: 0.5\n  allowed: None with optim.name = 'adamw', which has no choice",
+            "optim.roles.bias.beta\n  got: 0.5\n  allowed: left out with optim.name = 'adamw', which does not take it",
         ),
     ],
 )  # fmt: skip
@@ -315,7 +315,7 @@ def test_a_run_steps_a_role_by_its_own_settings_and_resumes_with_them(tmp_path: 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[optim]\nname = 'sgd'\ncautious = true", "optim.cautious\n  got: True\n  allowed: False with optim.name = 'sgd', which has no choice\n  fix: "),
+        ("[optim]\nname = 'sgd'\ncautious = true", "optim.cautious\n  got: True\n  allowed: False with optim.name = 'sgd', which does not take it\n  fix: "),
         ("[optim]\nname = 'adamw'\n[optim.auto]\ninitial = 0.3", "optim.auto.initial\n  got: 0.3\n  allowed: 0.1 with optim.name = 'adamw'"),
         ("[optim]\nname = 'sgd'\n[baseline]\nauxiliary_lr = 2.0", "baseline.auxiliary_lr\n  got: 2.0\n  allowed: 1.0 with optim.name = 'sgd'"),
         ("[optim]\nname = 'muon_adamw'\n[baseline]\nauxiliary_lr = 0.0", "baseline.auxiliary_lr\n  got: 0.0\n  allowed: a finite number > 0"),
@@ -326,6 +326,20 @@ def test_what_a_baseline_does_not_take_is_refused(tmp_path: Path, text: str, mes
     with pytest.raises(ConfigError) as error:
         load([str(tmp_path / "c.toml")])
     assert message in str(error.value)
+
+
+def test_what_one_baseline_takes_is_not_taken_by_others(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(BASELINES, "careful", replace(BASELINES["sgd"], name="careful", build=careful))
+    for section in ({"lr": 0.1, "beta": 0.5, "beta2": 0.5, "weight_decay": 0.1, "max_grad_norm": 1.0}, {"lr": 0.2}):
+        from_dict(Config, {"run": {"name": "x"}, "optim": {"name": "sgd", **section}}).check()
+    raw = {"run": {"name": "x"}, "optim": {"name": "careful", "cautious": True}}
+    from_dict(Config, raw).check()
+    raw["optim"]["name"] = "sgd"
+    with pytest.raises(ConfigError, match="optim.cautious\n  got: True\n  allowed: False with optim.name = 'sgd'"):
+        from_dict(Config, raw).check()
+
+
+def careful(model, norm, *, lr: float, beta: float, cautious: bool) -> Any: ...
 
 
 def test_a_baselines_parameters_are_its_declaration(monkeypatch: pytest.MonkeyPatch):
@@ -362,6 +376,7 @@ def test_help_shows_every_text_and_range(capsys: pytest.CaptureFixture[str]):
         load([str(ROOT / "configs/race/adamw.toml"), "--help"])
     assert ended.value.code == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "Train one model, as a configuration file says." in shown
     for section in (StepSettings, Schedule, type(Config().train), type(Config().run), type(Config().baseline), Polar):
         for key, text in help_texts(section).items():
             assert " ".join(text.split()) in shown, key
