@@ -88,6 +88,10 @@ BaselineSettings = made(
     ),
 )
 
+# What a file may set for every optimizer, so that the entries of a comparison can share it: most
+# take it, and the loop itself clips to max_grad_norm.
+SHARED = ("lr", "beta", "beta2", "weight_decay", "max_grad_norm")
+
 OPTIMIZERS = cast(Mapping[str, Any], ChainMap(cast(dict, BASELINES), {"dualized": Dualized}))
 
 
@@ -121,7 +125,7 @@ class OptimConfig(StepSettings, Chosen):
         return {f.name: getattr(self, f.name) for f in fields(StepSettings) if f.name != "lr"}
 
     def check(self) -> None:
-        """Raise ConfigError for values that cannot be together, and norms that there are not."""
+        """Raise ConfigError for values that cannot be together, Refusal where all masses are 0."""
         if self.name != "dualized":
             self._check_baseline()
         require(
@@ -132,16 +136,14 @@ class OptimConfig(StepSettings, Chosen):
             fix=set_it("optim.scale"),
             error=ConfigError,
         )
-        self.norms.check()
         self.masses.check()
 
     def _check_baseline(self) -> None:
-        """Raise ConfigError for a setting that no baseline takes.
+        """Raise ConfigError for a setting that this baseline does not take.
 
-        One that others take may stay, so that entries of a comparison can share a file.
+        Those that are SHARED may stay.
         """
-        taken = {k for baseline in BASELINES.values() for k in baseline.hints}
-        taken.add("max_grad_norm")  # which the loop clips to
+        taken = (*SHARED, *BASELINES[self.name].hints)
         untaken = [f.name for f in fields(StepSettings) if f.name not in taken]
         default, here = flat(OptimConfig()), flat(self)
         for key, value in here.items():
@@ -158,12 +160,13 @@ class OptimConfig(StepSettings, Chosen):
 
 
 def require_default(key: str, value: Any, default: Any, name: str) -> None:
-    """Raise ConfigError for a setting that is not at its default, though the optimizer has none."""
+    """Raise ConfigError unless a setting that this optimizer does not take is at its default."""
+    only = "left out" if default is None else repr(default)
     require(
         value == default,
         key,
         got=repr(value),
-        allowed=f"{default!r} with optim.name = {name!r}, which has no choice",
+        allowed=f"{only} with optim.name = {name!r}, which does not take it",
         fix=set_it(key),
         error=ConfigError,
     )
@@ -191,7 +194,7 @@ class TrainConfig:
     eval_batch_size: Annotated[int, Range(1)] = 32
     """Sequences at once in an evaluation."""
 
-    target_loss: float | None = None
+    target_loss: Annotated[float, Range(0)] | None = None
     """Note the first evaluation at or under this loss, in nats per token."""
 
     log_every: Annotated[int, Range(0)] = 10
@@ -272,19 +275,11 @@ class Config:
             fix=set_it("run.name"),
             error=ConfigError,
         )
-        require(
-            0 <= self.run.seed < 2**63,
-            "run.seed",
-            got=self.run.seed,
-            allowed="0 … 2**63 − 1",
-            fix=set_it("run.seed"),
-            error=ConfigError,
-        )
         try:
             self.model.check()
             self.optim.check()
             self.train.check()
-        except Refusal as error:  # of the model's own, or of its norms and masses
+        except Refusal as error:  # of the model's own, or of its masses
             raise ConfigError(
                 error.what, got=error.got, allowed=error.allowed, fix=error.fix
             ) from error
@@ -345,8 +340,15 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(path, got=error, allowed="TOML", fix="see https://toml.io") from error
 
 
+DESCRIPTION = """Train one model, as a configuration file says. The options below override it; their
+defaults are the file's."""
+
+
 def load(argv: list[str]) -> Config:
-    """[CONFIG.toml] [--section.key value]… → Config. `--help` lists every key."""
+    """Return the configuration that arguments name: [CONFIG.toml] [--section.key value]….
+
+    Of --help it prints the page and exits.
+    """
     path = Path(argv[0]) if argv and not argv[0].startswith("-") else None
     options = argv[1:] if path else argv
     raw, older = migrate(_read(path)) if path is not None else ({}, [])
@@ -359,7 +361,7 @@ def load(argv: list[str]) -> Config:
             described(from_dict(Config, raw)),
             args=["--help"],
             prog="train_gpt.py [CONFIG.toml]",
-            description=load.__doc__,
+            description=DESCRIPTION,
         )
     for key, value in read_options(options).items():
         put(raw, key, value)

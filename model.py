@@ -5,18 +5,19 @@ Linear maps are y = W x with W (out, in). Sources: [MN] arXiv 2405.14813; [MD] a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optim.errors import Refusal
+from optim.errors import Refusal, require
 from optim.modular import Module, atom, bond, concat, residual
 from optim.norms import NORMS, MaxEntry, Norm, Spectral, VectorRMS
 from optim.polar import Polar
+from optim.settings import OneOf, Range, check
 from optim.views import Blocks
 
 
@@ -25,22 +26,22 @@ class GPTConfig:
     """The GPT. configs/track3_124m.toml sets it to the architecture of the NanoGPT speedrun's
     optimization track."""
 
-    n_layer: int = 12
+    n_layer: Annotated[int, Range(1)] = 12
     """Blocks, each of an attention and an MLP."""
 
-    n_head: int = 12
-    """Heads of an attention."""
+    n_head: Annotated[int, Range(1)] = 12
+    """Heads of an attention; n_embd is a multiple of twice their number."""
 
-    n_embd: int = 768
+    n_embd: Annotated[int, Range(1)] = 768
     """Width of the residual stream."""
 
-    block_size: int = 1024
+    block_size: Annotated[int, Range(1)] = 1024
     """Tokens of a sequence."""
 
-    vocab_size: int | None = None
+    vocab_size: Annotated[int, Range(2)] | None = None
     """Rows of embedding and head; by default the tokenizer's. Larger is padding."""
 
-    dropout: float = 0.0
+    dropout: Annotated[float, Range(0, 1)] = 0.0
     """Of attention weights, and of what each half-layer adds."""
 
     residual: Literal["convex", "plain"] = "convex"
@@ -49,16 +50,16 @@ class GPTConfig:
     branch_gains: bool = True
     """Give f the constants 1/3 and √(2/3) that keep it well-normed."""
 
-    logit_softcap: float | None = None
+    logit_softcap: Annotated[float, Range(0, above=True)] | None = None
     """Bound logits softly by this, c; by default they are not."""
 
     softcap: Literal["tanh", "rsqrt"] = "tanh"
     """"tanh": c · tanh(x/c). "rsqrt": x / √(1 + (x/c)²)."""
 
-    logit_scale: float = 10.0
+    logit_scale: Annotated[float, Range(0, above=True)] = 10.0
     """Logits of a head of norm 1 at unit-RMS input are at most this."""
 
-    attention_scale: float = 10.0
+    attention_scale: Annotated[float, Range(0, above=True)] = 10.0
     """c in softmax(c · cos(q, k))."""
 
     bias: bool = False
@@ -84,14 +85,14 @@ class GPTConfig:
     """With init = "norm": start output projections at 0."""
 
     def check(self) -> None:
-        """Raise ValueError for what cannot be built."""
-        D, H = self.n_embd, max(1, self.n_head)
-        self.require(
-            ("n_layer", self.n_layer >= 1, "1 or more"),
-            ("n_head", self.n_head >= 1 and D % H == 0, f"a divisor of n_embd = {D}"),
+        """Raise Refusal for a value that cannot be, and for values that cannot be together."""
+        check(type(self), vars(self), owner=type(self).__name__)
+        D, H = self.n_embd, self.n_head
+        for name, fine, allowed in (
+            ("n_head", D % H == 0, f"a divisor of n_embd = {D}"),
             (
                 "n_embd",
-                D >= 1 and D % (2 * H) == 0,
+                D % (2 * H) == 0,
                 f"a multiple of 2 · n_head = {2 * H} (rotary positions turn pairs)",
             ),
             (
@@ -104,48 +105,48 @@ class GPTConfig:
                 self.branch_gains or self.residual == "plain",
                 'true, or false with residual = "plain"',
             ),
-            ("block_size", self.block_size >= 1, "1 or more"),
-            (
-                "vocab_size",
-                self.vocab_size is None or self.vocab_size >= 2,
-                "2 or more, or left out",
-            ),
-            ("dropout", 0 <= self.dropout < 1, "0 <= dropout < 1"),
-            (
-                "logit_softcap",
-                self.logit_softcap is None or self.logit_softcap > 0,
-                "more than 0, or left out",
-            ),
-            ("logit_scale", self.logit_scale > 0, "more than 0"),
-            ("attention_scale", self.attention_scale > 0, "more than 0"),
-        )
+        ):
+            require(
+                fine,
+                f"model.{name}",
+                got=getattr(self, name),
+                allowed=allowed,
+                fix=f"set it in the file, or --model.{name.replace('_', '-')}",
+            )
 
-    def require(self, *checks: tuple[str, bool, str]) -> None:
-        """Raise ValueError for the first (name, fine, allowed) that is not fine."""
-        for name, fine, allowed in checks:
-            if not fine:
-                raise Refusal(
-                    f"model.{name}",
-                    got=getattr(self, name),
-                    allowed=allowed,
-                    fix=f"set it in the file, or --model.{name.replace('_', '-')}",
-                )
+
+class MatrixNorms(Mapping[str, Callable[..., Norm]]):
+    """The registered norms of matrices, by name. What is registered later counts."""
+
+    def __getitem__(self, name: str) -> Callable[..., Norm]:
+        if name not in iter(self):
+            raise KeyError(name)
+        return NORMS[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, norm in NORMS.items() if norm().ndim == 2)
+
+    def __len__(self) -> int:
+        return len([*self])
+
+
+MATRIX_NORMS = MatrixNorms()
 
 
 @dataclass
 class RoleNorms:
-    """The norm of each role, by the names of optim.NORMS."""
+    """The norm of each role, by its name in optim.NORMS."""
 
-    embedding: str = "L1ToRMS"
+    embedding: Annotated[str, OneOf(MATRIX_NORMS)] = "L1ToRMS"
     """Of the embedding, and of the rows for n-grams and matches."""
 
-    attention: str = "RMSToRMS"
+    attention: Annotated[str, OneOf(MATRIX_NORMS)] = "RMSToRMS"
     """Of queries, keys, values and the output projection."""
 
-    mlp: str = "RMSToRMS"
+    mlp: Annotated[str, OneOf(MATRIX_NORMS)] = "RMSToRMS"
     """Of both matrices of an MLP."""
 
-    head: str = "RMSToLinf"
+    head: Annotated[str, OneOf(MATRIX_NORMS)] = "RMSToLinf"
     """Of the head."""
 
     per_head: bool = False
@@ -154,20 +155,9 @@ class RoleNorms:
     def roles(self) -> dict[str, str]:
         return {role: name for role, name in vars(self).items() if isinstance(name, str)}
 
-    def check(self) -> None:
-        """Raise ValueError for what cannot be built."""
-        for role, name in self.roles().items():
-            if name not in NORMS or NORMS[name]().ndim != 2:
-                allowed = ", ".join(n for n, norm in NORMS.items() if norm().ndim == 2)
-                raise Refusal(
-                    f"optim.norms.{role}",
-                    got=repr(name),
-                    allowed=allowed,
-                    fix=f"set it in the file, or --optim.norms.{role}",
-                )
-
     def build(self, polar: Polar, n_head: int) -> dict[str, Norm]:
         """The norm of each role, and of queries, keys and values ("qkv")."""
+        check(RoleNorms, vars(self), owner="RoleNorms")
         made = {role: NORMS[name]() for role, name in self.roles().items()}
         norms: dict[str, Norm] = {
             role: replace(norm, polar=polar) if isinstance(norm, Spectral) else norm
@@ -185,47 +175,40 @@ class RoleMasses:
     A layer's six matrices have equal mass, as in Modula. 0 is never updated.
     """
 
-    embedding: float = 1.0
+    embedding: Annotated[float, Range(0)] = 1.0
     """Of the embedding."""
 
-    ngram: float = 1.0
+    ngram: Annotated[float, Range(0)] = 1.0
     """Of the table of n-grams, where the model has one."""
 
-    match: float = 1.0
+    match: Annotated[float, Range(0)] = 1.0
     """Of the rows for matches, where the model has them."""
 
-    attention: float = 4.0
+    attention: Annotated[float, Range(0)] = 4.0
     """Of all attentions."""
 
-    mlp: float = 2.0
+    mlp: Annotated[float, Range(0)] = 2.0
     """Of all MLPs."""
 
-    head: float = 1.0
+    head: Annotated[float, Range(0)] = 1.0
     """Of the head."""
 
-    gain: float = 0.5
+    gain: Annotated[float, Range(0)] = 0.5
     """Of all gains of norms, where the model has them."""
 
-    bias: float = 0.5
+    bias: Annotated[float, Range(0)] = 0.5
     """Of all biases, where the model has them."""
 
     def check(self) -> None:
-        """Raise ValueError for what cannot be built."""
-        for role, mass in vars(self).items():
-            if mass < 0:
-                raise Refusal(
-                    f"optim.masses.{role}",
-                    got=f"{mass:g}",
-                    allowed="0 (never updated) or more",
-                    fix=f"set it in the file, or --optim.masses.{role}",
-                )
-        if not any(vars(self).values()):
-            raise Refusal(
-                "optim.masses",
-                got="0 for every role",
-                allowed="at least one above 0",
-                fix="leave one of them out",
-            )
+        """Raise Refusal for a mass that cannot be, and where all are 0."""
+        check(RoleMasses, vars(self), owner="RoleMasses")
+        require(
+            any(vars(self).values()),
+            "optim.masses",
+            got="0 for every role",
+            allowed="at least one above 0",
+            fix="leave one of them out",
+        )
 
 
 def rms_norm(x: Tensor) -> Tensor:

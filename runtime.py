@@ -60,7 +60,7 @@ class RunConfig:
     dir: str = "runs"
     """Where run folders live."""
 
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**63)] = 0
     """Of the initial weights, the order of the data and random masks."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from optim.settings import Range, check
 
 from .shards import META, DataError, Manifest, Split, read_manifest, read_shard, sha256_of
 from .tokenizer import Tokenizer, tokenizer_of
@@ -28,7 +31,7 @@ class DataConfig:
     verify: bool = True
     """Compare every shard with its sha256 before training."""
 
-    holdout: float = 0.0
+    holdout: Annotated[float, Range(0, 1)] = 0.0
     """Do not train on this last fraction of the training split; validation reads it instead of the
     validation split. For choosing settings."""
 
@@ -37,6 +40,7 @@ class Dataset:
     """A prepared dataset: its manifest, tokenizer and shards. With config.holdout the manifest's splits are what is trained on and what validates then."""
 
     def __init__(self, config: DataConfig) -> None:
+        check(DataConfig, vars(config), owner="DataConfig")
         self.folder = Path(config.dataset)
         self.manifest: Manifest = read_manifest(self.folder)
         self.tokenizer: Tokenizer = tokenizer_of(self.manifest)
@@ -69,13 +73,6 @@ class Dataset:
 
     def _hold_out(self, fraction: float) -> None:
         """The last tokens of the training split become the validation split. How many bytes they stand for is not in the manifest: unknown, of both."""
-        if not 0 < fraction < 1:
-            raise DataError(
-                "data.holdout",
-                got=repr(fraction),
-                allowed="0, or a fraction of the training split below 1",
-                fix="--data.holdout 0.05",
-            )
         whole, shards = self.manifest.splits["train"], self.manifest.splits["train"].shards
         left = kept = whole.tokens - round(fraction * whole.tokens)
         train: list[np.ndarray] = []

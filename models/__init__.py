@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 
 from model import GPT, GPTConfig
-from optim.errors import Refusal
+from optim.errors import require
 from optim.norms import Norm
 
 from .ngram import NgramConfig, NgramGPT
@@ -26,17 +26,17 @@ class ModelConfig(NgramConfig):
     """"gpt" is the GPT of model.py; "ngram" adds tables of n-grams and matches (models/ngram.py)."""
 
     def check(self) -> None:
-        """Raise ValueError for what cannot be built, and for settings of other models."""
+        """Raise Refusal for what cannot be built, and for settings of other models."""
         super().check()
         for f in settings_of_others(self.name):
             value = getattr(self, f.name)
-            if value != f.default:
-                raise Refusal(
-                    f"model.{f.name}",
-                    got=value,
-                    allowed=f"{f.default} with model.name = {self.name!r}",
-                    fix=f"--model.name {' or '.join(models_with(f.name))}",
-                )
+            require(
+                value == f.default,
+                f"model.{f.name}",
+                got=value,
+                allowed=f"{f.default} with model.name = {self.name!r}",
+                fix=f"--model.name {' or '.join(models_with(f.name))}",
+            )
 
 
 def settings_of_others(name: str) -> list[Field[Any]]:

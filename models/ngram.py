@@ -24,7 +24,7 @@ N rows of n-grams and M of matches that a position reads.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -32,38 +32,29 @@ from torch import Tensor, nn
 
 from model import GPT, MLP, OUTPUTS, Cache, GPTConfig, Past, RoleMasses
 from optim.modular import Module, atom, bond
+from optim.settings import Range
 
 
 @dataclass
 class NgramConfig(GPTConfig):
     """The GPT, and what it is given beside."""
 
-    ngram: int = 1
-    """N > 1 adds a row for each of the last 2, … N tokens."""
+    ngram: Annotated[int, Range(1)] = 1
+    """N > 1 adds a row for each of the last 2, … N tokens; 1 adds none."""
 
-    ngram_rows: int = 4096
+    ngram_rows: Annotated[int, Range(1)] = 4096
     """Rows of the table of n-grams."""
 
-    match: int = 0
+    match: Annotated[int, Range(0, 8, closed=True)] = 0
     """M > 0 adds rows for what followed the last time that the last 4, 8, … 4 · 2^(M − 1) tokens
-    stood in the window."""
+    stood in the window; 0 adds none."""
 
-    match_dropout: float = 0.0
+    match_dropout: Annotated[float, Range(0, 1, closed=True)] = 0.0
     """In training this share of the sequences finds no matches, so that the model learns to do
     without them, as `generate` does."""
 
     mlp_shift: bool = False
     """Half of the MLP's input comes from the position before."""
-
-    def check(self) -> None:
-        """Raise ValueError for what cannot be built."""
-        super().check()
-        self.require(
-            ("ngram", self.ngram >= 1, "1 (off) or more"),
-            ("match", 0 <= self.match <= 8, "0 (off) to 8"),
-            ("match_dropout", 0 <= self.match_dropout <= 1, "0 to 1"),
-            ("ngram_rows", self.ngram_rows >= 1, "1 or more"),
-        )
 
 
 # ---- which rows of the tables a position reads

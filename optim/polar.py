@@ -142,17 +142,19 @@ def exact(G: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Polar:
-    """How a polar factor is computed.
-
-    schedule: "exact" (SVD) or a name in SCHEDULES. form: "plain", "gram", or "auto": gram from
-    aspect ratio GRAM_ASPECT on, except in bfloat16. dtype: of the iteration; "auto" is bfloat16 on
-    an accelerator and float32 on a CPU (in train_gpt.py: that of run.precision). float64 input is
-    always iterated in float64.
-    """
+    """How a polar factor is computed."""
 
     schedule: str = "polar_express"
+    """"exact" (an SVD), or the steps of an iteration (SCHEDULES): "cubic", "quintic", "jordan",
+    "you" or "polar_express"."""
+
     form: Literal["auto", "plain", "gram"] = "auto"
+    """"gram" works on XXᵀ, which is smaller than a long X; "plain" on X. "auto": gram from the
+    aspect ratio GRAM_ASPECT on, except in bfloat16."""
+
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the iteration. "auto": bfloat16 on an accelerator and float32 on a CPU; in train_gpt.py,
+    as run.precision. float64 input is always iterated in float64."""
 
     def __post_init__(self) -> None:
         allowed = {

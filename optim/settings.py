@@ -42,7 +42,10 @@ class Range:
         if self.high == math.inf:
             return f"a finite number {'>' if self.above else '>='} {self.low:g}"
         over, under = "<" if self.above else "<=", "<=" if self.closed else "<"
-        return f"a number x with {self.low:g} {over} x {under} {self.high:g}"
+        mantissa, exponent = math.frexp(self.high)
+        power = mantissa == 0.5 and exponent > 20  # 2**63 rather than 9.22337e+18
+        high = f"2**{exponent - 1}" if power else f"{self.high:g}"
+        return f"a number x with {self.low:g} {over} x {under} {high}"
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class OneOf:
         return name in self.registry
 
     def __str__(self) -> str:
-        return ", ".join(self.registry)
+        return ", ".join(f'"{name}"' for name in self.registry)
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,12 @@ def allowed(hint: Any) -> str:
             text = text.replace(number, "an integer")
         return text
     if origin in (Union, UnionType):
-        return " or ".join(map(allowed, args))
+        kinds = [a for a in args if a is not NoneType]
+        words = [w for a in kinds for w in (("true", "false") if a is bool else (allowed(a),))]
+        text = " or ".join([*([", ".join(words[:-1])] if words[1:] else []), words[-1]])
+        if len(kinds) == len(args):
+            return text
+        return f"{text}; or left out" if "," in text or " or " in text else f"{text} or left out"
     if origin is Literal:
         return ", ".join(f'"{a}"' for a in args)
     words = {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}

@@ -72,38 +72,48 @@ def test_shipped_configurations_load(file: Path):
         ("optim = 3", "optim\n  got: 3\n  allowed: a section\n  fix: [optim]"),
         ("[optim]\nlr = inf", "optim.lr\n  got: inf\n  allowed: a finite number"),
         ("[optim.masses]\nmlp = nan", "optim.masses.mlp\n  got: nan\n  allowed: a finite number"),
-        ("[run]\nseed = -1", "run.seed\n  got: -1\n  allowed: 0 … 2**63 − 1"),
+        ("[run]\nseed = -1", "run.seed\n  got: -1\n  allowed: an integer x with 0 <= x < 2**63\n  fix: "),
+        ("[run]\nseed = 9223372036854775808", "run.seed\n  got: 9223372036854775808\n  allowed: an integer x with 0"),
+        ("[run]\nresume = 'yes'", "run.resume\n  got: 'yes'\n  allowed: true, false or \"auto\"\n  fix: "),
+        ("[data]\nholdout = 1.0", "data.holdout\n  got: 1.0\n  allowed: a number x with 0 <= x < 1\n  fix: "),
+        ("[model]\nmatch = 9", "model.match\n  got: 9\n  allowed: an integer x with 0 <= x <= 8\n  fix: "),
+        ("[model]\nvocab_size = 1", "model.vocab_size\n  got: 1\n  allowed: an integer >= 2 or left out\n  fix: "),
         ("[run]\nname = '..'", "run.name\n  got: '..'\n  allowed: the name of a run folder"),
-        ("[model]\nn_head = 0", "model.n_head\n  got: 0\n  allowed: a divisor of n_embd = 768"),
-        ("[model]\nn_embd = -24", "model.n_embd\n  got: -24"),
+        (
+            "[model]\nn_head = 0",
+            "model.n_head\n  got: 0\n  allowed: an integer >= 1\n  fix: set it in the file, or --model.n-head",
+        ),
+        ("[model]\nn_embd = -24", "model.n_embd\n  got: -24\n  allowed: an integer >= 1"),
         (
             "[train]\nbatch_size = 6\ngradient_accumulation_steps = 4",
             "train.gradient_accumulation_steps\n  got: 4\n  allowed: a divisor of train.batch_size = 6",
         ),
         (
             "[optim]\nname = 'adam'",
-            "optim.name\n  got: 'adam'\n  allowed: dualized, normalized_adam, normalized_sgd, adamw, muon_adamw, sgd\n  fix: ",
+            'optim.name\n  got: \'adam\'\n  allowed: "dualized", "normalized_adam", '
+            '"normalized_sgd", "adamw", "muon_adamw", "sgd"\n  fix: ',
         ),
         ("[optim]\nname = 'adamw'\nlr = 'auto'", "optim.lr\n  got: 'auto'\n  allowed: a number for adamw\n  fix: "),
         (
             "[optim]\nname = 'adamw'\nconstraint = 'sphere'",
-            "optim.constraint\n  got: 'sphere'\n  allowed: None with optim.name = 'adamw', which has no choice",
+            "optim.constraint\n  got: 'sphere'\n  allowed: left out with optim.name = 'adamw', which does not take it",
         ),
         (
             "[baseline]\nscaling = 'ntk'",
-            "baseline.scaling\n  got: 'ntk'\n  allowed: 'standard' with optim.name = 'dualized', which has no choice",
+            "baseline.scaling\n  got: 'ntk'\n  allowed: 'standard' with optim.name = 'dualized', which does not take it",
         ),
         ("[baseline]\nscaling = 'mup'", 'baseline.scaling\n  got: \'mup\'\n  allowed: "standard", "ntk", "modular"'),
         ("[model]\ninit = 'zero'", 'model.init\n  got: \'zero\'\n  allowed: "norm", "gpt2", "fan_in"'),
         ("[train]\nkeep_checkpoints = -1", "train.keep_checkpoints\n  got: -1\n  allowed: an integer >= 0"),
         ("[optim]\nbeta = 1.0", "optim.beta\n  got: 1.0\n  allowed: a number x with 0 <= x < 1"),
-        ("[schedule]\nshape = 'step'", "schedule.shape\n  got: 'step'\n  allowed: wsd, cosine"),
+        ("[schedule]\nshape = 'step'", 'schedule.shape\n  got: \'step\'\n  allowed: "wsd", "cosine"\n  fix: '),
         (
             "[optim.norms]\nhead = 'Nuclear'",
-            "optim.norms.head\n  got: 'Nuclear'\n  allowed: Spectral, MuonSpectral, MoonlightSpectral, RMSToRMS, L1ToRMS, RMSToLinf, L1ToLinf, MeanToLinf, Frobenius\n  fix: ",
+            'optim.norms.head\n  got: \'Nuclear\'\n  allowed: "Spectral", "MuonSpectral", "MoonlightSpectral", "RMSToRMS", '
+            '"L1ToRMS", "RMSToLinf", "L1ToLinf", "MeanToLinf", "Frobenius"\n  fix: ',
         ),
-        ("[optim.norms]\nhead = 'VectorRMS'", "optim.norms.head\n  got: 'VectorRMS'\n  allowed: Spectral"),
-        ("[optim.masses]\nmlp = -1.0", "optim.masses.mlp\n  got: -1\n  allowed: 0 (never updated) or more"),
+        ("[optim.norms]\nhead = 'VectorRMS'", "optim.norms.head\n  got: 'VectorRMS'\n  allowed: \"Spectral\""),
+        ("[optim.masses]\nmlp = -1.0", "optim.masses.mlp\n  got: -1.0\n  allowed: a finite number >= 0\n  fix: "),
         (
             "[optim.polar]\nschedule = 'newton'",
             "optim.polar.schedule\n  got: 'newton'\n  allowed: exact, cubic",
@@ -131,6 +141,9 @@ def test_the_command_line_is_as_strict():
         match="--optim.lr\n  got: 'fast'\n  allowed: a finite number >= 0 or \"auto\"\n  fix: --optim.lr VALUE",
     ):
         load(["--run.name", "x", "--optim.lr", "fast"])
+    for gone in ("--optim.floor", "--model.key-shift", "--model.no-key-shift"):
+        with pytest.raises(ConfigError, match=f"unknown option {gone}\n(.|\n)*fix: leave it out: there is no such"):
+            load(["--run.name", "x", gone, "0"])
     with pytest.raises(ConfigError, match="--optim.lr\n  got: ''"):
         load(["--run.name", "x", "--optim.lr"])
     with pytest.raises(SystemExit) as help_:

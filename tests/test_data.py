@@ -19,6 +19,7 @@ from data import prepare
 from data.loader import DataConfig, Dataset, TrainBatches, validation_batches
 from data.shards import DataError, Manifest, Split, read_manifest, read_shard, write_manifest, write_shard, write_split
 from data.tokenizer import Characters, get_tokenizer
+from optim.errors import Refusal
 
 from tests.helpers import ROOT, TEXT
 
@@ -476,9 +477,8 @@ def test_a_holdout_is_the_end_of_the_training_split_and_is_not_trained_on(here: 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, 2.0])
 def test_a_holdout_that_is_no_fraction_is_refused(pysource: Path, fraction: float):
-    with pytest.raises(
-        DataError, match=f"data.holdout\n  got: {fraction}\n  allowed: 0, or a fraction of the training split below 1"
-    ):
+    words = "a number x with 0 <= x < 1\n  fix: DataConfig\\(…, holdout=…\\)"
+    with pytest.raises(Refusal, match=f"DataConfig: holdout\n  got: {fraction}\n  allowed: {words}"):
         Dataset(DataConfig(str(pysource), verify=False, holdout=fraction))
 
 

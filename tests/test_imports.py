@@ -30,8 +30,8 @@ def test_optim_needs_torch_alone(path: Path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "data").glob("*.py")), ids=lambda p: p.name)
-def test_data_needs_numpy_torch_and_the_errors_alone(path: Path):
-    assert {n for n in imports(path) if n.split(".")[0] == "optim"} <= {"optim.errors"}
+def test_data_needs_numpy_torch_errors_and_ranges_alone(path: Path):
+    assert {n for n in imports(path) if n.split(".")[0] == "optim"} <= {"optim.errors", "optim.settings"}
     extra = {"prepare.py": {"datasets", "tqdm"}, "tokenizer.py": {"tiktoken"}}.get(path.name, set())
     assert third_party(path) <= {"numpy", "torch", "optim"} | extra
 

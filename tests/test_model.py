@@ -250,9 +250,12 @@ def test_roles_can_have_other_norms():
     [
         ({"n_head": 3}, r"model.n_head\n  got: 3\n  allowed: a divisor of n_embd = 16"),
         ({"n_head": 16}, r"model.n_embd\n  got: 16\n  allowed: a multiple of 2 · n_head = 32"),
-        ({"dropout": 1.0}, r"model.dropout\n  got: 1.0\n  allowed: 0 <= dropout < 1"),
-        ({"vocab_size": 1}, r"model.vocab_size\n  got: 1\n  allowed: 2 or more"),
-        ({"n_layer": 0}, r"model.n_layer\n  got: 0\n  allowed: 1 or more"),
+        ({"n_head": 0}, r"^GPTConfig: n_head\n  got: 0\n  allowed: an integer >= 1\n  fix: GPTConfig\(…, n_head=…\)$"),
+        ({"dropout": 1.0}, r"GPTConfig: dropout\n  got: 1.0\n  allowed: a number x with 0 <= x < 1\n  fix: "),
+        ({"vocab_size": 1}, r"GPTConfig: vocab_size\n  got: 1\n  allowed: an integer >= 2 or left out\n  fix: "),
+        ({"n_layer": 0}, r"GPTConfig: n_layer\n  got: 0\n  allowed: an integer >= 1\n  fix: "),
+        ({"logit_softcap": 0.0}, r"GPTConfig: logit_softcap\n  got: 0.0\n  allowed: a finite number > 0 or left out\n"),
+        ({"init": "zero"}, r'GPTConfig: init\n  got: \'zero\'\n  allowed: "norm", "gpt2", "fan_in", "track"\n  fix: '),
     ],
 )
 def test_impossible_shapes_are_refused(changes: dict, text: str):

@@ -7,18 +7,19 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 import config as configuration
 import pytest
 from config import Config, ConfigError, flat, from_dict, load, to_toml
-from model import RoleMasses
+from model import RoleMasses, RoleNorms
 from optim import Dualized, register_baseline
 from optim.baselines import BASELINES
 from optim.errors import Refusal
-from optim.polar import Polar
+from optim.norms import NORMS, RMSToRMS
+from optim.polar import SCHEDULES, Polar
 from optim.schedules import Schedule
-from optim.settings import Help, Range, StepSettings, by_role, help_texts
+from optim.settings import Help, OneOf, Range, StepSettings, allowed, by_role, help_texts, hints_of
 from training.help import page
 from training.migrate import DROPPED, RENAMED, migrate
 from training.resume import keep_choices
@@ -72,16 +73,75 @@ def test_a_setting_of_a_step_or_of_a_baseline_has_one_declaration():
     assert found - OTHERS == {(name, *owner) for name, owner in owner_of.items()}
 
 
-def test_every_setting_has_its_text():
-    def check(section: Any) -> None:
-        for f in fields(section):
-            value = getattr(section, f.name)
-            if is_dataclass(value):
-                check(value)
-            elif not isinstance(section, Polar):  # whose docstring has them, as polar.py stands in exported scripts
-                assert len(help_texts(type(section))[f.name]) > 8, (section, f.name)
+def declarations(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """(key, type with range and marks, help text) of every setting of a section and those below it."""
+    for key, hint in hints_of(cls).items():
+        if is_dataclass(hint):
+            yield from declarations(hint, f"{prefix}{key}.")  # type: ignore[arg-type]
+        else:
+            yield f"{prefix}{key}", hint, help_texts(cls).get(key, "")
 
-    check(Config())
+
+def parts(hint: Any) -> Iterator[Any]:
+    """What a type is made of, its marks among it."""
+    yield hint
+    for inner in (*getattr(hint, "__metadata__", ()), *get_args(hint)):
+        if not isinstance(inner, str):
+            yield from parts(inner)
+
+
+# What is not said of a text or a number by a registry or a range, and why.
+FREE = {
+    "run.name": "a name that is made where none is given",
+    "run.dir": "any folder",
+    "data.dataset": "any folder",
+    "train.sample_prompt": "any text",
+    "optim.polar.schedule": "polar.py stands in exported scripts without settings.py: its text has the names",
+}
+
+
+def test_every_setting_has_its_text_and_its_range():
+    texts = {key: text for key, _, text in declarations(Config)}
+    assert texts.keys() == flat(Config()).keys() and [key for key, text in texts.items() if len(text) <= 8] == []
+    free = set()
+    for key, hint, _ in declarations(Config):
+        made = [*parts(hint)]
+        kind = Range if int in made or float in made else OneOf if str in made else None
+        if kind is not None and not any(isinstance(m, kind) for m in made):
+            free.add(key)
+    assert free == FREE.keys()
+
+
+def test_the_text_of_a_polar_schedule_has_all_names():
+    text = help_texts(Polar)["schedule"]
+    assert all(f'"{name}"' in text for name in ("exact", *SCHEDULES))
+
+
+@pytest.mark.parametrize(
+    ("hint", "words"),
+    [
+        (Annotated[str, OneOf({"a": 1, "b": 2})] | None, '"a", "b"; or left out'),  # type: ignore[operator]
+        (Annotated[str, OneOf({"a": 1})] | None, '"a" or left out'),  # type: ignore[operator]
+        (Literal["a", "b"] | None, '"a", "b"; or left out'),
+        (bool, "true or false"),
+        (bool | None, "true or false; or left out"),
+        (bool | Literal["auto"], 'true, false or "auto"'),
+        (Annotated[int, Range(1)] | None, "an integer >= 1 or left out"),  # type: ignore[operator]
+        (Annotated[int, Range(0, 8, closed=True)], "an integer x with 0 <= x <= 8"),
+        (Annotated[float, Range(0, 2**63)], "a number x with 0 <= x < 2**63"),
+        (Annotated[float | Literal["auto"], Range(0)], 'a finite number >= 0 or "auto"'),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_allowed_is_said_in_words(hint: Any, words: str):
+    assert allowed(hint) == words
+
+
+def test_a_norm_that_is_registered_is_one_that_a_role_can_have(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(NORMS, "Mine", RMSToRMS)
+    assert '"Frobenius", "Mine"' in allowed(hints_of(RoleNorms)["mlp"])
+    raw = {"run": {"name": "x"}, "optim": {"norms": {"mlp": "Mine"}}}
+    from_dict(Config, raw).check()
 
 
 # ---- earlier versions
@@ -203,12 +263,12 @@ def test_roles_are_those_of_the_masses_and_have_what_declarations_say():
     ("text", "message"),
     [
         ("[optim.roles.bias]\nbeta = 1.0", "optim.roles.bias.beta\n  got: 1.0\n  allowed: a number x with 0 <= x < 1 or left out\n  fix: "),
-        ("[optim.roles.bias]\ndirection = 'sam'", "optim.roles.bias.direction\n  got: 'sam'\n  allowed: momentum, nesterov, "),
+        ("[optim.roles.bias]\ndirection = 'sam'", "optim.roles.bias.direction\n  got: 'sam'\n  allowed: \"momentum\", \"nesterov\", "),
         ("[optim.roles.bias]\nscale = 'dual'", "unknown key optim.roles.bias.scale\n  got: scale\n  allowed: direction, beta, "),
         ("[optim.roles.biases]\nbeta = 0.5", "unknown key optim.roles.biases\n  got: biases\n  allowed: embedding, ngram, match, "),
         (
             "[optim]\nname = 'adamw'\n[optim.roles.bias]\nbeta = 0.5",
-            "optim.roles.bias.beta\n  got: 0.5\n  allowed: None with optim.name = 'adamw', which has no choice",
+            "optim.roles.bias.beta\n  got: 0.5\n  allowed: left out with optim.name = 'adamw', which does not take it",
         ),
     ],
 )  # fmt: skip
@@ -255,7 +315,7 @@ def test_a_run_steps_a_role_by_its_own_settings_and_resumes_with_them(tmp_path: 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[optim]\nname = 'sgd'\ncautious = true", "optim.cautious\n  got: True\n  allowed: False with optim.name = 'sgd', which has no choice\n  fix: "),
+        ("[optim]\nname = 'sgd'\ncautious = true", "optim.cautious\n  got: True\n  allowed: False with optim.name = 'sgd', which does not take it\n  fix: "),
         ("[optim]\nname = 'adamw'\n[optim.auto]\ninitial = 0.3", "optim.auto.initial\n  got: 0.3\n  allowed: 0.1 with optim.name = 'adamw'"),
         ("[optim]\nname = 'sgd'\n[baseline]\nauxiliary_lr = 2.0", "baseline.auxiliary_lr\n  got: 2.0\n  allowed: 1.0 with optim.name = 'sgd'"),
         ("[optim]\nname = 'muon_adamw'\n[baseline]\nauxiliary_lr = 0.0", "baseline.auxiliary_lr\n  got: 0.0\n  allowed: a finite number > 0"),
@@ -266,6 +326,20 @@ def test_what_a_baseline_does_not_take_is_refused(tmp_path: Path, text: str, mes
     with pytest.raises(ConfigError) as error:
         load([str(tmp_path / "c.toml")])
     assert message in str(error.value)
+
+
+def test_what_one_baseline_takes_is_not_taken_by_others(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(BASELINES, "careful", replace(BASELINES["sgd"], name="careful", build=careful))
+    for section in ({"lr": 0.1, "beta": 0.5, "beta2": 0.5, "weight_decay": 0.1, "max_grad_norm": 1.0}, {"lr": 0.2}):
+        from_dict(Config, {"run": {"name": "x"}, "optim": {"name": "sgd", **section}}).check()
+    raw = {"run": {"name": "x"}, "optim": {"name": "careful", "cautious": True}}
+    from_dict(Config, raw).check()
+    raw["optim"]["name"] = "sgd"
+    with pytest.raises(ConfigError, match="optim.cautious\n  got: True\n  allowed: False with optim.name = 'sgd'"):
+        from_dict(Config, raw).check()
+
+
+def careful(model, norm, *, lr: float, beta: float, cautious: bool) -> Any: ...
 
 
 def test_a_baselines_parameters_are_its_declaration(monkeypatch: pytest.MonkeyPatch):
@@ -302,7 +376,8 @@ def test_help_shows_every_text_and_range(capsys: pytest.CaptureFixture[str]):
         load([str(ROOT / "configs/race/adamw.toml"), "--help"])
     assert ended.value.code == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for section in (StepSettings, Schedule, type(Config().train), type(Config().run), type(Config().baseline)):
+    assert "Train one model, as a configuration file says." in shown
+    for section in (StepSettings, Schedule, type(Config().train), type(Config().run), type(Config().baseline), Polar):
         for key, text in help_texts(section).items():
             assert " ".join(text.split()) in shown, key
     assert "--optim.roles.bias.beta {None}|FLOAT" in shown and "(default: 0.0036)" in shown

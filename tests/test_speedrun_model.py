@@ -248,15 +248,15 @@ def test_flops_are_what_torch_counts():
     [
         (
             {"ngram": 0},
-            r"model.ngram\n  got: 0\n  allowed: 1 \(off\) or more\n  fix: set it in the file, or --model.ngram",
+            r"^NgramConfig: ngram\n  got: 0\n  allowed: an integer >= 1\n  fix: NgramConfig\(…, ngram=…\)$",
         ),
         (
             {"match": 9},
-            r"model.match\n  got: 9\n  allowed: 0 \(off\) to 8\n  fix: set it in the file, or --model.match",
+            r"^NgramConfig: match\n  got: 9\n  allowed: an integer x with 0 <= x <= 8\n  fix: NgramConfig\(…, match=…\)$",
         ),
         (
             {"ngram_rows": 0},
-            r"model.ngram_rows\n  got: 0\n  allowed: 1 or more\n  fix: set it in the file, or --model.ngram-rows",
+            r"^NgramConfig: ngram_rows\n  got: 0\n  allowed: an integer >= 1\n  fix: NgramConfig\(…, ngram_rows=…\)$",
         ),
     ],
 )

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from optim.errors import Refusal
 from optim.settings import allowed, hints_of, wrong
 
-from .migrate import RENAMED, ConfigError
+from .migrate import DROPPED, RENAMED, ConfigError
 
 
 def set_it(key: str) -> str:
@@ -152,6 +152,8 @@ def _named(hints: dict[str, Any], rest: list[str]) -> Iterator[tuple[str, str, s
 
 
 def _nearest(key: str, hints: dict[str, Any]) -> str:
+    if not DROPPED.keys().isdisjoint({key, key.replace(".no_", ".")}):
+        return "leave it out: there is no such setting any more"
     if key in RENAMED:
         return f"it is --{RENAMED[key].replace('_', '-')} now"
     close = difflib.get_close_matches(key, hints, n=1)
