@@ -36,7 +36,7 @@ class Range:
 
     def __contains__(self, x: float) -> bool:
         over = x > self.low if self.above else x >= self.low
-        return over and (x <= self.high if self.closed else x < self.high) and math.isfinite(x)
+        return over and (x <= self.high if self.closed else x < self.high) and abs(x) < math.inf
 
     def __str__(self) -> str:
         if self.high == math.inf:
@@ -155,7 +155,9 @@ def fits(hint: Any, value: Any) -> bool:
         return any(type(value) is type(a) and value == a for a in args)
     numbers = {float: Real, int: Integral}  # NumPy's, too
     if hint in numbers:
-        return isinstance(value, numbers[hint]) and type(value) is not bool and math.isfinite(value)
+        return (
+            isinstance(value, numbers[hint]) and type(value) is not bool and abs(value) < math.inf
+        )
     return hint is Any or isinstance(value, hint)
 
 
