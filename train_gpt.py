@@ -682,11 +682,11 @@ if __name__ == "__main__":
     code = 0
     try:
         main(sys.argv[1:])
-    except Refusal as error:
-        code = 2
-        report(error)
     except (NonFiniteError, checkpoint.SaveError) as error:
         code = 1
+        report(error)
+    except Refusal as error:
+        code = 2
         report(error)
     except Stopped as stopped:
         code = stopped.code
