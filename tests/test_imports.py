@@ -70,3 +70,15 @@ def test_only_communication_checkpoints_and_runtime_touch_torch_distributed():
     ]:
         if path.name not in allowed:
             assert "torch.distributed" not in path.read_text(), path
+
+
+def test_nanodual_and_optim_are_one_module_object():
+    """What is registered under one name is known under the other."""
+    import nanodual
+    import optim
+    import optim.norms
+
+    assert nanodual is optim
+    assert sys.modules["nanodual.norms"] is optim.norms
+    assert 10 <= len(optim.__all__) <= 14, "about a dozen public names"
+    assert {"Dualized", "metrize", "register_norm", "register_direction", "register_baseline"} <= set(optim.__all__)
