@@ -40,7 +40,7 @@ class Stack:
     rows: these rows. weights: what steps, the rows or their float32 masters. buffers: the
     direction's, n of each name. origin: n weights W₀, of the escape velocity alone. radii: (n, 1…).
     ok: bools, one or (n, 1…): no number of this step is bad, and some rank has a gradient. clip: a
-    factor, or None.
+    factor, or None. blocks: Norm.live() of the gradients, once it has been asked.
     """
 
     group: dict[str, Any]
@@ -89,9 +89,9 @@ class Stack:
         It yields where it waits for other ranks; on one process it never does.
         """
         if self.params and self.place.steps_alone(by_rows=self.by_rows):
-            rows = self._rows_with_gradients()
-            if rows is not None:
-                self._step_rows(rows)
+            some = self._rows_with_gradients()
+            if some is not None:
+                self._step_rows(some)
             elif self.rows[0].numel():
                 self._step_here()
         elif self.params:
