@@ -74,10 +74,10 @@ class Dualized(torch.optim.Optimizer):
 
     A gradient that is not finite makes the whole step a no-op, on all ranks, found on the device;
     the next step() or check_finite() raises NonFiniteError with the parameter's name and rank (of
-    shards, the rank that has the rows). A
-    block whose gradient is exactly zero does not move, and its momentum stays. p.grad is never
-    written. With several processes step(), and state_dict() with local gradients, are collective:
-    every rank calls them. A gradient absent on some ranks counts as zero there.
+    shards, the rank that has the rows). A block whose gradient is exactly zero does not move, and
+    its momentum stays. p.grad is never written. With several processes step(), and state_dict()
+    with local gradients, are collective: every rank calls them. A gradient absent on some ranks
+    counts as zero there.
     """
 
     @takes(StepSettings)
@@ -142,8 +142,8 @@ class Dualized(torch.optim.Optimizer):
         group["params"] = pairs
         if self.escape:
             # One tensor for all groups, in the groups: checkpoint libraries keep nothing else.
-            first = self.param_groups[0] if self.param_groups else {}
-            group["step_size"] = first.get("step_size", self._new_step_size(pairs[0][1]))
+            old = self.param_groups
+            group["step_size"] = old[0]["step_size"] if old else self._new_step_size(pairs[0][1])
         check_shards(group, pairs, self._ranks, self._shards)
         super().add_param_group(group)
         entries: dict[OneProcess, list[tuple[Tensor, float, bool]]] = {}

@@ -8,6 +8,8 @@ Every message has the same four lines, so that a reader finds the remedy in the 
       fix: --optim.lr 0.1
 """
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -48,6 +50,12 @@ def require(
     """Raise `error` with these lines unless `fine` holds."""
     if not fine:
         raise error(what, got=got, allowed=allowed, fix=fix)
+
+
+def nearest(name: str, names: Iterable[str], *, otherwise: str, prefix: str = "") -> str:
+    """Return how to fix a name that is none of these: the nearest of them, or what else to do."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"nearest valid name: {prefix}{close[0]}" if close else otherwise
 
 
 class CoverageError(Refusal):

@@ -13,7 +13,7 @@ from torch import Tensor
 from .errors import NonFiniteError
 from .ranks import Ranks
 
-norms = torch._foreach_norm
+norms_of = torch._foreach_norm  # one call for all tensors of a list
 
 
 def are_finite(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -22,10 +22,10 @@ def are_finite(tensors: Sequence[Tensor]) -> list[Tensor]:
     if all(x.device.type == "cpu" for x in tensors):
         # The 2-norm is 8 times as fast there as the largest entry. That is asked only where squares
         # are not finite, as they may overflow.
-        finite = [torch.isfinite(x) for x in norms(tensors)]
+        finite = [torch.isfinite(x) for x in norms_of(tensors)]
         if torch.stack(finite).all():
             return finite
-    return [torch.isfinite(x) for x in norms(tensors, torch.inf)]
+    return [torch.isfinite(x) for x in norms_of(tensors, torch.inf)]
 
 
 class Watch:

@@ -6,7 +6,6 @@ and docs/settings.md. To add a setting: declare it in StepSettings, and use it.
 """
 
 import ast
-import difflib
 import inspect
 import math
 import textwrap
@@ -19,7 +18,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .directions import DIRECTIONS
-from .errors import Refusal, require
+from .errors import Refusal, nearest, require
 
 
 @dataclass(frozen=True)
@@ -201,13 +200,12 @@ def known(owner: str, given: Iterable[str], names: Iterable[str]) -> None:
     """Raise Refusal for the first that is none of these names. owner: who was given it."""
     names = list(names)
     for key in given:
-        near = difflib.get_close_matches(key, names, n=1)
         require(
             key in names,
             f"{owner}: {key}",
             got="no such setting",
             allowed=", ".join(names),
-            fix=f"nearest valid name: {near[0]}" if near else "leave it out",
+            fix=nearest(key, names, otherwise="leave it out"),
         )
 
 
@@ -233,9 +231,10 @@ def help_texts(cls: type) -> dict[str, str]:
 
 
 def takes(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a function of **settings the signature and the help of a class of settings.
+    """Give a function of **settings the signature of a class of settings.
 
-    inspect.signature() and help() then show every setting; its type is checked where it is used.
+    inspect.signature() and help() then show each one's type and default; their ranges are checked
+    where they are used.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -243,7 +242,9 @@ def takes(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         kept = [p for p in plain.parameters.values() if p.kind is not p.VAR_KEYWORD]
         made = [
             inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=v, annotation=hint)
-            for (k, v), hint in zip(defaults_of(cls).items(), hints_of(cls).values(), strict=True)
+            for (k, v), hint in zip(
+                defaults_of(cls).items(), get_type_hints(cls).values(), strict=True
+            )
             if k not in plain.parameters
         ]
         vars(function)["__signature__"] = plain.replace(parameters=[*kept, *made])

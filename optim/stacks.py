@@ -27,6 +27,7 @@ from .update import (
     settle_,
     stacked,
     step_,
+    total_norm,
 )
 
 LONG = 2**18  # entries of a table from which on only the rows with a gradient are read and written
@@ -246,17 +247,13 @@ def clip_factor(
     """Return the factor, at most 1, that brings the gradients' 2-norm to the limit.
 
     grads: (ranks that have the same, gradient), none empty; like: all weights, of whose dtypes and
-    device the sum is, the same on all ranks. They are scaled by the largest entry first, so that no
-    square overflows. Collective.
+    device the sum is, the same on all ranks. Collective.
     """
     dtype = reduce(torch.promote_types, (p.dtype for p in like), torch.float32)
     parts = [torch.zeros((), device=like[0].device, dtype=dtype)]
     for copies in sorted({c for c, _ in grads}):
         own = [g for c, g in grads if c == copies]
-        largest = torch.nn.utils.get_total_norm(own, torch.inf)
-        scale = torch.where(largest > 0, largest, 1)
-        length = torch.nn.utils.get_total_norm([g / scale.to(g) for g in own]).to(dtype)
-        parts.append(scale.to(dtype) * length / copies**0.5)
+        parts.append(total_norm(own, dtype) / copies**0.5)
     total = _length(ranks.gather(_length(torch.stack(parts))))
     return (limit / total).clamp(max=1)
 

@@ -107,17 +107,17 @@ def own_role(norm: ModularNorm, name: str, roles: Container[str]) -> str | None:
 
 
 def check_pairs(
-    norm: ModularNorm, group: Mapping[str, Any], known: list[tuple[dict[str, Any], str, Tensor]]
+    norm: ModularNorm, group: Mapping[str, Any], others: list[tuple[dict[str, Any], str, Tensor]]
 ) -> list[tuple[str, Tensor]]:
-    """Return a group's (name, parameter) pairs, each with a norm and a radius: known, or the
-    group's.
+    """Return a group's (name, parameter) pairs, each with a norm and a radius: its own
+    already, or the group's.
 
-    known: members of the groups so far. Raises CoverageError for a parameter that has no norm, two,
-    or one that does not fit.
+    others: members of the groups so far. Raises CoverageError for a parameter that has no norm,
+    two, or one that does not fit.
     """
     own, radius = group.get("norm"), group.get("radius")
     pairs = [(canonical(n), p) for n, p in named_pairs(group["params"])]
-    check_distinct([*(n for _, n, _ in known), *(n for n, _ in pairs)])
+    check_distinct([*(n for _, n, _ in others), *(n for n, _ in pairs)])
     for name, p in pairs:
         placed = norm.norms.get(name)
         if placed is not None and (own is not None or radius is not None):

@@ -74,9 +74,9 @@ def direction_(
     before = {} if direction.gated else {k: v.clone() for k, v in state.items()}
     settings = {k: group[k] for k in ("beta", "beta2")}
     D = direction(G.masked_fill_(~live, 0), state, live=live.to(G), refresh=refresh, **settings)
-    some = live.reshape(len(live), -1).any(1)
     for k, old in before.items():
-        kept = live if old.shape == D.shape else some.reshape(-1, *(1,) * (old.ndim - 1))
+        some = live.reshape(len(live), -1).any(1).reshape(-1, *(1,) * (old.ndim - 1))
+        kept = live if old.shape == D.shape else some
         state[k] = torch.where(kept, state[k], old)
     return D
 
@@ -147,6 +147,17 @@ def escape_terms(
     ways = zip(G, origin, weights, strict=True)
     travelled = torch.stack([(g * (w0 - w)).sum() for g, w0, w in ways]).sum()
     return torch.stack([travelled, (G * T * radii).sum()])
+
+
+def total_norm(grads: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the 2-norm of all gradients together, which clipping needs, 0-dim of this dtype.
+
+    They are scaled by the largest entry first, so that no square under- or overflows.
+    """
+    largest = torch.nn.utils.get_total_norm(grads, torch.inf)
+    scale = torch.where(largest > 0, largest, 1)
+    length = torch.nn.utils.get_total_norm([g / scale.to(g) for g in grads])
+    return scale.to(dtype) * length.to(dtype)
 
 
 def by_rows(norm: Norm, group: Group) -> bool:

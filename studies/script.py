@@ -33,7 +33,7 @@ from optim.baselines import set_beta
 from optim.directions import DIRECTIONS
 from optim.norms import Norm
 from optim.polar import Polar
-from optim.update import Group, step_
+from optim.update import Group, step_, total_norm
 from runtime import RunConfig
 
 from .pcg64 import Random, seed_words
@@ -222,9 +222,7 @@ class Dualized:
             stacks, clip = [s for s in self.stacks if s.group is group], None
             if group["max_grad_norm"] is not None:
                 grads = [p.grad for s in stacks for p in s.weights if p.grad is not None]
-                largest = torch.nn.utils.get_total_norm(grads, torch.inf)
-                scale = torch.where(largest > 0, largest, 1)  # no square overflows
-                length = scale * torch.nn.utils.get_total_norm([g / scale for g in grads])
+                length = total_norm(grads, grads[0].dtype)
                 clip = (group["max_grad_norm"] / length).clamp(max=1)
             for stack in stacks:
                 stack.step(clip, refresh=self.calls % group["refresh_every"] == 0)

@@ -106,19 +106,19 @@ class Specialise(ast.NodeTransformer):
         gone = [value for value in left if _is_gone(value)]
         return (gone or left)[0] if gone or len(left) == 1 else ast.BoolOp(node.op, left)
 
-    def visit_IfExp(self, node: ast.IfExp) -> Any:
+    def _branch(self, node: Any) -> Any:
+        """Return the branch that a test decides on, None where it does not."""
         node.test = self.visit(node.test)
         known = self._value(node.test)
-        if not known:
-            return self.generic_visit(node)
-        return self.visit(node.body if known[0] else node.orelse)
+        return (node.body if known[0] else node.orelse) if known else None
+
+    def visit_IfExp(self, node: ast.IfExp) -> Any:
+        branch = self._branch(node)
+        return self.generic_visit(node) if branch is None else self.visit(branch)
 
     def visit_If(self, node: ast.If) -> Any:
-        node.test = self.visit(node.test)
-        known = self._value(node.test)
-        if not known:
-            return self.generic_visit(node)
-        return self.statements(node.body if known[0] else node.orelse)
+        branch = self._branch(node)
+        return self.generic_visit(node) if branch is None else self.statements(branch)
 
     def statements(self, nodes: list[ast.stmt]) -> list[ast.stmt]:
         """Return what is left of statements."""

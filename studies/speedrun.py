@@ -34,6 +34,7 @@ import config as configuration
 from config import Config, ConfigError
 from data.loader import DataConfig, Dataset
 from data.shards import DataError
+from optim.receipt import aligned
 from runtime import RunError
 
 from . import runs, statistics, tuning
@@ -786,7 +787,7 @@ def text(found: Mapping[str, Any]) -> str:
         )
     out += [
         "",
-        *_columns(rows),
+        *aligned(rows),
         "(train s: to the target; optimizer s, wall s, memory: of the budget)",
     ]
     rows = [["pair", "loss difference", "p", "steps ratio", "train seconds ratio"]]
@@ -805,7 +806,7 @@ def text(found: Mapping[str, Any]) -> str:
             ],
         )
     if found["pairs"]:
-        out += ["", *_columns(rows)]
+        out += ["", *aligned(rows)]
     if note := found["versions"]["note"]:
         out += ["", f"note: {note}"]
     out += [
@@ -858,14 +859,6 @@ def _interval(i: Mapping[str, Any], key: str, form: str) -> str:
     if low is None and high is None:
         return f"{value:{form}}"
     return f"{value:{form}} [{'−∞' if low is None else f'{low:{form}}'}, {'∞' if high is None else f'{high:{form}}'}]"
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
 
 
 def power_text(

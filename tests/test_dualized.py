@@ -1,12 +1,14 @@
 """optim/dualized.py. Oracles: torch.optim.SGD, the modular norm of measured steps, and the optimizer's own contract."""
 
 import copy
+import inspect
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from optim import Dualized, EscapeVelocity, ModularNorm, NonFiniteError, Normalized, metrize, register_direction, stacks
@@ -15,6 +17,7 @@ from optim.errors import CoverageError
 from optim.modular import Module, atom
 from optim.norms import NORMS, Frobenius, L1ToLinf, L1ToRMS, Norm, RMSToLinf, RMSToRMS, VectorRMS
 from optim.polar import Polar
+from optim.settings import StepSettings, defaults_of
 from optim.views import Blocks, ConvRMSToRMS, Experts, Transposed
 from torch import nn
 
@@ -1078,3 +1081,86 @@ def test_a_long_table_steps_by_its_live_rows_bit_for_bit(monkeypatch: pytest.Mon
     assert torch.equal(W, V)
     assert state.keys() == whole.keys()
     assert all(torch.equal(state[k], whole[k]) for k in whole)
+
+
+# ---- settings
+
+
+def test_a_role_has_settings_of_its_own_and_the_others_keep_theirs():
+    """An oracle of two groups, built by hand."""
+    ours, theirs = Net(), Net()
+    own = {"head.weight": {"direction": "adam", "beta": 0.5}}
+    a = Dualized(ours, 0.1, roles=own, weight_decay=0.1)
+    norm = metrize(theirs)
+    heads = [(n, p) for n, p in theirs.named_parameters() if norm.roles[n] == "head.weight"]
+    others = [(n, p) for n, p in theirs.named_parameters() if norm.roles[n] != "head.weight"]
+    b = Dualized([{"params": others}, {"params": heads, **own["head.weight"]}], 0.1, norm=norm, weight_decay=0.1)
+    assert [g.get("role") for g in a.param_groups] == [None, "head.weight"] and heads
+    for step in range(3):
+        take_step(ours, a, step)
+        take_step(theirs, b, step)
+    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_a_roles_settings_win_over_its_groups():
+    model = Net()
+    groups = [{"params": list(model.named_parameters()), "direction": "lion", "beta": 0.7}]
+    optimizer = Dualized(groups, 0.1, norm=metrize(model), roles={"head.weight": {"direction": "adam"}})
+    assert [(g["direction"], g["beta"]) for g in optimizer.param_groups] == [("lion", 0.7), ("adam", 0.7)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (
+            {"directon": "adam"},
+            "Dualized: directon\n  got: no such setting\n  allowed: lr, (?s:.*)nearest valid name: direction",
+        ),
+        (
+            {"roles": {"heads": {"beta": 0.5}}},
+            "roles\\['heads'\\]\n  got: a role that no parameter has\n  allowed: embed.weight, ",
+        ),
+        (
+            {"roles": {"head.weight": {"lr": 0.5}}},
+            "roles\\['head.weight'\\]: lr\n  got: no such setting\n  allowed: direction, beta, beta2, weight_decay",
+        ),
+        (
+            {"roles": {"head.weight": {"beta": 2}}},
+            "\\['beta'\\]\n  got: 2\n  allowed: a number x with 0 <= x < 1\n  fix: ",
+        ),
+    ],
+)
+def test_settings_that_there_are_not_are_refused(settings: dict, text: str):
+    with pytest.raises(ValueError, match=text):
+        Dualized(Net(), 0.1, **settings)
+
+
+def test_numbers_of_numpy_are_settings():
+    model = Net()
+    optimizer = Dualized(
+        model, np.float32(0.25), beta=np.float64(0.5), refresh_every=np.int64(3), weight_decay=np.float32(0.5)
+    )
+    twin = Net()
+    other = Dualized(twin, 0.25, beta=0.5, refresh_every=3, weight_decay=0.5)
+    take_step(model, optimizer)
+    take_step(twin, other)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_group_that_is_refused_leaves_nothing_behind():
+    model = Net()
+    optimizer = Dualized(model, 0.1)
+    fresh = {"norm": VectorRMS(), "radius": 0.5}
+    inner = torch.ones(5, dtype=torch.float64, requires_grad=True) * 2  # no leaf, which torch refuses
+    with pytest.raises(ValueError, match="leaf"):
+        optimizer.add_param_group({"params": [("bias", inner)], **fresh})
+    assert "bias" not in optimizer.norm.norms
+    optimizer.add_param_group({"params": [("bias", nn.Parameter(torch.ones(5)))], **fresh})
+    assert optimizer.norm.radii["bias"] == 0.5
+
+
+def test_its_signature_has_every_setting_with_type_and_default():
+    parameters = inspect.signature(Dualized).parameters
+    for name, default in defaults_of(StepSettings).items():
+        assert parameters[name].default == default
+    assert parameters["beta"].annotation is float, "without marks, which are for the checks"

@@ -417,6 +417,7 @@ BLOCKS: list[tuple[Norm, Shape, tuple]] = [  # what has no gradient, and so does
     (Blocks(LINEAR, 2), (4, 6), (slice(2, 4),)),
     (Blocks(LINEAR, (1, 3)), (4, 6), (slice(1, 4),)),
     (Blocks(VectorRMS(), 2), (4,), (slice(2, 4),)),
+    (Blocks(Flattened(L1ToRMS(), 3), (1, 3)), (4, 5, 6), (2,)),  # blocks whose masks have other shapes
     (Transposed(Blocks(LINEAR, 3)), (4, 6), (slice(None), slice(2, 4))),
     (Flattened(LINEAR, 4), (4, 3, 2, 2), (...,)),
     (ConvRMSToRMS(LINEAR, 2), (4, 6, 3, 3), (slice(None), slice(None), 1, 2)),

@@ -3,6 +3,8 @@
 import math
 
 import pytest
+import torch
+from optim import Dualized, Refusal, metrize, schedule
 from optim.schedules import SCHEDULES, cosine, momentum_at, wsd
 
 
@@ -54,3 +56,22 @@ def test_multipliers_stay_in_the_unit_interval_and_the_first_step_moves(
     values = [SCHEDULES[name](s, total, warmup=warmup, cooldown=cooldown) for s in range(total)]
     assert all(0 <= v <= 1 for v in values)
     assert values[0] > 0
+
+
+def test_a_torch_scheduler_takes_the_lr_through_the_schedule():
+    model = torch.nn.Linear(3, 3)
+    optimizer = Dualized(model, 0.5, norm=metrize(model))
+    scheduler = schedule(optimizer, 10, warmup=4, cooldown=0.3)
+    seen = []
+    for _ in range(10):
+        seen.append(optimizer.param_groups[0]["lr"])
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        scheduler.step()
+    assert seen == pytest.approx([0.5 * wsd(step, 10, warmup=4, cooldown=0.3) for step in range(10)])
+    for settings, text in (
+        ({"warm": 1}, "schedule: warm\n  got: no such setting"),
+        ({"cooldown": 2.0}, "cooldown\n  got: 2.0"),
+    ):
+        with pytest.raises(Refusal, match=text):
+            schedule(optimizer, 10, **settings)

@@ -12,6 +12,8 @@ from optim.errors import NonFiniteError, PlacementError, Refusal
 from optim.finite import are_finite
 from optim.metrize import canonical
 from optim.ranks import Piece, Ranks, piece_of, ranks_of, sharded
+from optim.receipt import aligned
+from optim.state import members
 
 
 class Baseline:
@@ -52,8 +54,7 @@ class Baseline:
         self._bad: str | None = None
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        for group in self.param_groups:
-            yield from zip(group["param_names"], group["params"], strict=True)
+        return ((name, p) for _, name, p in members(self.param_groups))
 
     def receipt(self) -> str:
         """Return a table: parameter, shape, the settings of its group."""
@@ -65,18 +66,11 @@ class Baseline:
                 for k in keys
                 if k in group
             )
-            rows += [
-                (n, str(tuple(p.shape)), settings)
-                for n, p in zip(group["param_names"], group["params"], strict=True)
-            ]
-        widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
-        lines = [
-            f"{n:<{widths[0]}}  {shape:<{widths[1]}}  {settings}" for n, shape, settings in rows
-        ]
+            rows += [(n, str(tuple(p.shape)), settings) for _, n, p in members([group])]
         title = " + ".join(
             type(o).__name__ for o in getattr(self.optimizer, "optimizers", [self.optimizer])
         )
-        return "\n".join([title, *lines]) + "\n"
+        return "\n".join([title, *aligned(rows)]) + "\n"
 
     def last_backward(self) -> Any:
         return nullcontext()

@@ -4,7 +4,6 @@ Every key, type and range is checked against the declarations (optim/settings.py
 text and TOML into types. Nothing that is read is executed.
 """
 
-import difflib
 import json
 import re
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from optim.errors import Refusal
+from optim.errors import Refusal, nearest
 from optim.settings import allowed, hints_of, wrong
 
 from .migrate import DROPPED, RENAMED, ConfigError
@@ -41,8 +40,7 @@ def from_dict(cls: type, raw: dict[str, Any], path: str = "") -> Any:
     for key, value in raw.items():
         dotted = f"{path}{key}"
         if key not in hints:
-            close = difflib.get_close_matches(key, hints, n=1)
-            fix = f"nearest valid name: {path}{close[0]}" if close else "leave it out"
+            fix = nearest(key, hints, otherwise="leave it out", prefix=path)
             raise ConfigError(f"unknown key {dotted}", got=key, allowed=", ".join(hints), fix=fix)
         if is_dataclass(hints[key]):
             if not isinstance(value, dict):
@@ -156,8 +154,9 @@ def _nearest(key: str, hints: dict[str, Any]) -> str:
         return "leave it out: there is no such setting any more"
     if key in RENAMED:
         return f"it is --{RENAMED[key].replace('_', '-')} now"
-    close = difflib.get_close_matches(key, hints, n=1)
-    return f"nearest valid name: --{close[0].replace('_', '-')}" if close else "--help lists them"
+    # Compared as keys are written, and told as options are.
+    told = nearest(key, hints, otherwise="--help lists them", prefix="--")
+    return told.replace("_", "-")
 
 
 def _typed(flag: str, value: str | bool, hint: Any, declared: Any) -> Any:
