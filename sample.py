@@ -12,13 +12,13 @@ from typing import Annotated
 import torch
 import tyro
 
-import checkpoint
-import config as configuration
-from config import Config, ConfigError
 from data.tokenizer import get_tokenizer
 from models import build
 from optim.errors import Refusal
-from runtime import RunError, Runtime, listing
+from training import checkpoint
+from training import config as configuration
+from training.config import Config, ConfigError
+from training.runtime import RunError, Runtime, listing
 
 
 @dataclass

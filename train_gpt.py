@@ -23,9 +23,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
-import config as configuration
-from config import Config, ConfigError
 from data.loader import Dataset, TrainBatches, check_validation, validation_batches
 from data.shards import DataError
 from model import GPT
@@ -34,7 +31,12 @@ from optim import Dualized, NonFiniteError, metrize
 from optim.baselines import BASELINES, set_beta
 from optim.errors import Refusal, require
 from optim.polar import Polar
-from runtime import (
+from training import checkpoint
+from training import config as configuration
+from training.baseline import Baseline
+from training.config import Config, ConfigError
+from training.resume import keep_choices, remember
+from training.runtime import (
     Clock,
     RankError,
     RunError,
@@ -46,9 +48,7 @@ from runtime import (
     hardware,
     telling,
 )
-from telemetry import Geometry, Sharpness, plot_geometry
-from training.baseline import Baseline
-from training.resume import keep_choices, remember
+from training.telemetry import Geometry, Sharpness, plot_geometry
 
 
 class Stopped(Exception):

@@ -29,14 +29,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import config as configuration
-from config import Config
 from data.loader import Dataset
 from models import build
 from optim import metrize
 from optim.baselines import BASELINES
 from optim.errors import Refusal
-from runtime import RunConfig
+from training import config as configuration
+from training.config import Config
+from training.runtime import RunConfig
 
 ROOT = Path(__file__).parent.parent
 PRELOADED = [

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-import config as configuration
-from config import ConfigError
 from data.shards import DataError
-from runtime import RunError
+from training import config as configuration
+from training.config import ConfigError
+from training.runtime import RunError
 
 from . import runs
 from .transfer import AXES, Line, Size, base_size, lines, name_of, sized

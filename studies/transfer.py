@@ -29,14 +29,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import checkpoint
-import config as configuration
-from config import Config, ConfigError
 from data.loader import Dataset, validation_batches
 from data.shards import DataError
 from model import GPT
 from models import build
-from runtime import RunError
+from training import checkpoint
+from training import config as configuration
+from training.config import Config, ConfigError
+from training.runtime import RunError
 
 from . import runs
 from .verdict import Thresholds, Verdict, VerdictError, judge

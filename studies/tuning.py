@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import qmc
 
-import config as configuration
-from config import Config
+from training import config as configuration
+from training.config import Config
 
 from .runs import StudyError
 

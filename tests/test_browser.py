@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from studies import report
+from studies.report import page as report
 
 from tests.test_report import HOSTILE, results, sparse
 

@@ -16,10 +16,10 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import get_type_hints
 
-import checkpoint
 import pytest
 import torch
-from config import Config
+from training import checkpoint
+from training.config import Config
 
 from tests.forked_python import forked_python, program
 from tests.helpers import ROOT, descendants, run, run_ranks, small_dataset

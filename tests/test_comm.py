@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from config import load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model import GPT, GPTConfig
@@ -36,6 +35,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
+from training.config import load
 
 from tests.helpers import ROOT, SOAK, ranks, run_ranks
 

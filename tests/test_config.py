@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from config import Config, ConfigError, flat, flat_hints, from_dict, load, read_options, to_toml
+from training.config import Config, ConfigError, flat, flat_hints, from_dict, load, read_options, to_toml
 
 from tests.helpers import ROOT
 

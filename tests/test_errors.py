@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from checkpoint import CheckpointError
-from config import ConfigError
 from data.shards import DataError
 from optim.errors import BackwardError, CopyError, CoverageError, NonFiniteError, PlacementError, Refusal, require
-from runtime import RankError, RunError
+from training.checkpoint import CheckpointError
+from training.config import ConfigError
+from training.runtime import RankError, RunError
 
 from tests.helpers import ROOT
 

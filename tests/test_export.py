@@ -7,18 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import config as configuration
 import numpy as np
 import pytest
 import torch
-from config import Config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optim.directions import DIRECTIONS
 from optim.schedules import SCHEDULES
-from studies import bundle, export, pcg64, script, specialise
-from studies.export import FILES, LINE
-from studies.specialise import ERASED, BundleError, Code, ExportError, Specialise
+from studies.export import bundle, pcg64, script, specialise
+from studies.export import command as export
+from studies.export.command import FILES, LINE
+from studies.export.specialise import ERASED, BundleError, Code, ExportError, Specialise
+from training import config as configuration
+from training.config import Config
 
 from tests.helpers import ROOT, run, run_ranks, small_dataset
 
@@ -395,7 +396,7 @@ def test_every_setting_is_carried_neutral_or_refused_when_it_is_changed():
     read = set(
         re.findall(
             r"config\.((?:run|data|model|optim|schedule|baseline|train)\.\w+)\b(?!\()",
-            (ROOT / "studies/script.py").read_text(),
+            (ROOT / "studies/export/script.py").read_text(),
         )
     )
     assert read <= {k for k in configuration.flat(Config()) if export.CARRIED.fullmatch(k)}

@@ -102,7 +102,9 @@ def private_reads(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "path", [*FILES, ROOT / "telemetry.py", ROOT / "studies/scaling.py", ROOT / "checkpoint.py"], ids=lambda p: p.name
+    "path",
+    [*FILES, ROOT / "training/telemetry.py", ROOT / "studies/cost_model.py", ROOT / "training/checkpoint.py"],
+    ids=lambda p: p.name,
 )
 def test_no_private_name_of_another_module_is_read(path: Path):
     torchs = {"_parameters", "_orig_mod", "_zeropower_via_newtonschulz", "_ConvNd", "_NormBase", "_dynamo"}

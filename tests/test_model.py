@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from config import load
 from model import (
     ATTENTION_GAIN,
     GPT,
@@ -22,6 +21,7 @@ from model import (
 from optim import Dualized, metrize
 from optim.polar import Polar
 from torch.utils.flop_counter import FlopCounterMode
+from training.config import load
 
 from tests.helpers import ROOT, SOAK
 

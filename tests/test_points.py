@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import pytorch_optimizer
 import torch
-from config import OptimConfig, load
 from optim import Dualized, metrize
 from optim.modular import Module, atom
 from optim.norms import Norm
 from pytorch_optimizer.optimizer import scion as published_scion
 from pytorch_optimizer.optimizer.utils.matrix import zero_power_via_newton_schulz_5
 from torch import Tensor, nn
+from training.config import OptimConfig, load
 
 from tests.helpers import ROOT, run, small_dataset
 

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import checkpoint
 import pytest
 import torch
-from checkpoint import SaveError, Saver, best_of, newest_whole
 from model import GPT, GPTConfig
 from optim import Dualized, metrize
 from optim.ranks import Piece
 from torch import Tensor
+from training import checkpoint
+from training.checkpoint import SaveError, Saver, best_of, newest_whole
 
 from tests.forked_python import forked_python, program
 from tests.helpers import ROOT, SOAK, descendants, ranks, run, run_ranks, small_dataset, start_ranks

@@ -9,15 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import config as configuration
 import numpy as np
 import pytest
-from config import Config
 from data.shards import read_manifest
-from runtime import hardware
-from studies import records, runs
-from studies.export import LINE, Run
-from studies.records import TRACKS, RecordError, Track, compare, main
+from studies import runs
+from studies.export.command import LINE, Run
+from studies.record_book import command as records
+from studies.record_book.command import TRACKS, RecordError, Track, compare, main
+from training import config as configuration
+from training.config import Config
+from training.runtime import hardware
 
 from tests.helpers import ROOT, SOAK, run, small_dataset
 

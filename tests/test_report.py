@@ -12,8 +12,10 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
-from studies import report
-from studies.report import ReportError, answer, charts, differences, main, write
+from studies.report import page as report
+from studies.report.page import ReportError, answer, charts, differences, main, write
+
+from tests.helpers import ROOT
 
 HORIZONS = {"adamw": (240, 320, 400), "muon": (160, 265, 400), "dualized": (160, 205, 400)}
 SPEED = {"adamw": 1.0, "muon": 1.5, "dualized": 1.95}  # how many of adamw's steps one of theirs is worth
@@ -563,7 +565,7 @@ def test_results_of_another_schema_are_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "file", sorted(Path(report.__file__).parent.parent.glob("records/*/*/results.json")), ids=lambda f: f.parent.name
+    "file", sorted(ROOT.glob("records/*/*/results.json")), ids=lambda f: f.parent.name
 )
 def test_a_study_in_the_record_book_has_a_page(file: Path):
     found = json.loads(file.read_text(encoding="utf-8"))

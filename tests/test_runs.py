@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import config as configuration
 import pytest
-from config import Config
 from data.loader import Dataset
 from model import GPT
 from studies import runs
 from studies.runs import Job, StudyError, cost, done, duration, execute, job, metrics, summary
+from training import config as configuration
+from training.config import Config
 
 from tests.helpers import _context, server_key, share_server, small_dataset
 

@@ -5,9 +5,9 @@ import time
 from pathlib import Path
 
 import pytest
-import runtime
 import torch
-from runtime import Clock, RunConfig, RunError, RunFolder, Runtime, Stopwatch, telling
+from training import runtime
+from training.runtime import Clock, RunConfig, RunError, RunFolder, Runtime, Stopwatch, telling
 
 CPU = RunConfig(device="cpu", precision="fp32")
 

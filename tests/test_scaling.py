@@ -23,17 +23,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from config import OptimConfig
 from model import GPT
 from models import ModelConfig
 from optim import Dualized
 from optim.polar import Polar
-from studies import scaling
-from studies.scaling import ADAMW, MUON, MUON_PLAIN, OURS, ZERO, Case, around, step_of, weights_of
+from studies import cost_model as scaling
+from studies.cost_model import ADAMW, MUON, MUON_PLAIN, OURS, ZERO, Case, around, step_of, weights_of
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.flop_counter import FlopCounterMode
+from training.config import OptimConfig
 
 from tests.forked_python import forked_python
 from tests.helpers import ROOT, ranks
@@ -331,7 +331,7 @@ def test_replicas_send_what_a_ring_all_reduce_sends_on_average(w: int):
 def documented() -> list[tuple[str, str]]:
     """[(arguments, what stands below them)] of the commands in docs/scaling.md."""
     parts = re.split(
-        r"^    python -m studies\.scaling (.*--markdown)$", (ROOT / "docs/scaling.md").read_text(), flags=re.M
+        r"^    python -m studies\.cost_model (.*--markdown)$", (ROOT / "docs/scaling.md").read_text(), flags=re.M
     )
     return [(arguments, below.split("\n#")[0]) for arguments, below in zip(parts[1::2], parts[2::2], strict=True)]
 

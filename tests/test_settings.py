@@ -9,9 +9,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import config as configuration
 import pytest
-from config import Config, ConfigError, flat, from_dict, load, to_toml
 from model import RoleMasses, RoleNorms
 from optim import Dualized, register_baseline
 from optim.baselines import BASELINES
@@ -20,6 +18,8 @@ from optim.norms import NORMS, RMSToRMS
 from optim.polar import SCHEDULES, Polar
 from optim.schedules import Schedule
 from optim.settings import Help, OneOf, Range, StepSettings, allowed, by_role, help_texts, hints_of
+from training import config as configuration
+from training.config import Config, ConfigError, flat, from_dict, load, to_toml
 from training.help import page
 from training.migrate import DROPPED, RENAMED, migrate
 from training.resume import keep_choices

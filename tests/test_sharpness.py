@@ -5,8 +5,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import checkpoint
-import config as configuration
 import numpy as np
 import pytest
 import torch
@@ -29,8 +27,10 @@ from studies.sharpness import (
     spread_at_losses,
     spread_at_steps,
 )
-from telemetry import Sharpness, stable
+from training import checkpoint
+from training import config as configuration
 from training.baseline import Baseline
+from training.telemetry import Sharpness, stable
 
 from tests.helpers import QUICK, run, small_dataset
 

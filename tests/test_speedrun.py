@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import config as configuration
 import numpy as np
 import pytest
-from config import Config
 from data.loader import Dataset
-from studies import runs, speedrun, statistics
+from studies import runs, statistics
 from studies.runs import StudyError
-from studies.speedrun import Entry, main, search, text
+from studies.speedrun import command as speedrun
+from studies.speedrun.command import Entry, main, search, text
 from studies.statistics import Noise, Rule, mean_interval, paired, threshold
+from training import config as configuration
+from training.config import Config
 
 from tests.helpers import SOAK, run, small_dataset, start
 
@@ -265,7 +266,7 @@ def command(root: Path) -> Path:
     """python -m studies.speedrun, without the report, which has tests of its own."""
     path = root / "command.py"
     path.write_text(
-        "import runpy, studies.report\nstudies.report.write = lambda results, folder: []\n"
+        "import runpy, studies.report.page\nstudies.report.page.write = lambda results, folder: []\n"
         "runpy.run_module('studies.speedrun', run_name='__main__', alter_sys=True)\n"
     )
     return path
@@ -433,7 +434,7 @@ def test_the_same_call_again_runs_nothing_and_other_values_under_its_name_are_re
         "report.html",
         "report.png",
     }
-    monkeypatch.setattr("studies.report.write", lambda results, folder: [folder / "report.html"])
+    monkeypatch.setattr("studies.report.page.write", lambda results, folder: [folder / "report.html"])
     capsys.readouterr()
     assert call(root, NAMES, *STUDY, str(root / "tuned"), "--schedule.cooldown", "0.5") == 0
     out = capsys.readouterr().out
@@ -506,7 +507,7 @@ def test_one_seed_has_no_intervals_and_says_so(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     """The shortest race. Its σ is unknown: a mean at or under the target passes, unconfirmed."""
-    monkeypatch.setattr("studies.report.write", lambda results, folder: [folder / "report.html"])
+    monkeypatch.setattr("studies.report.page.write", lambda results, folder: [folder / "report.html"])
     race = (
         "--name",
         "race",
@@ -541,7 +542,7 @@ def test_one_seed_has_no_intervals_and_says_so(
 def test_a_run_that_diverges_has_no_loss_and_never_passes(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("studies.report.write", lambda results, folder: [])
+    monkeypatch.setattr("studies.report.page.write", lambda results, folder: [])
     (root / "wild.toml").write_text(
         (root / "sgd.toml").read_text().replace("lr = 1.0", "lr = 1e30").replace("steps = 12", "steps = 6")
     )
@@ -574,7 +575,7 @@ def test_a_run_that_diverges_has_no_loss_and_never_passes(
 
 
 def test_a_budget_of_seconds_is_steps_by_a_probe_that_runs_once(root: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("studies.report.write", lambda results, folder: [])
+    monkeypatch.setattr("studies.report.page.write", lambda results, folder: [])
     monkeypatch.setattr(speedrun, "PROBE", 6)
     clock = ("ours", "adamw"), "--name", "clock", "--seeds", "1", "--budget", "seconds=0.05"
     assert call(root, *clock) == 0
@@ -592,7 +593,7 @@ def test_a_budget_of_seconds_is_steps_by_a_probe_that_runs_once(root: Path, monk
 
 def test_runs_of_two_ranks_are_judged_as_others(root: Path, monkeypatch: pytest.MonkeyPatch):
     """Real processes, gloo. The global batch does not depend on ranks: losses are those of one process but for the order of sums."""
-    monkeypatch.setattr("studies.report.write", lambda results, folder: [])
+    monkeypatch.setattr("studies.report.page.write", lambda results, folder: [])
     for name, ranks in (("two", "2"), ("one", "1")):
         more = (
             "--seeds",

@@ -8,12 +8,12 @@ from typing import Literal
 
 import pytest
 import torch
-from config import Config, ConfigError, from_dict, load
 from model import GPT, Block, RoleMasses
 from models import MODELS, ModelConfig, build
 from models.ngram import NgramCache, NgramConfig, NgramGPT, match_rows, ngram_rows, shift
 from optim import Dualized, metrize
 from torch.utils.flop_counter import FlopCounterMode
+from training.config import Config, ConfigError, from_dict, load
 
 from tests.helpers import ROOT
 

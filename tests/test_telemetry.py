@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import telemetry
 import torch
 from model import GPT, GPTConfig, RoleNorms
 from optim import Dualized, ModularNorm, Normalized, metrize
 from optim.norms import Frobenius, L1ToLinf, L1ToRMS, MaxEntry, Norm, RMSToLinf, RMSToRMS, Spectral, VectorRMS
 from optim.polar import SCHEDULES, Polar
 from optim.views import Blocks, ConvRMSToRMS, Experts, Flattened, Transposed
-from telemetry import Geometry, attention_logits, grid, plot_geometry
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from training import telemetry
 from training.baseline import Baseline
+from training.telemetry import Geometry, attention_logits, grid, plot_geometry
 
 from tests.helpers import ranks
 

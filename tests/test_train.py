@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint import signed
-from config import Config, from_dict
 from data.shards import read_manifest, read_shard, write_manifest, write_shard
 from model import GPT
 from models import build
 from models.ngram import NgramGPT
 from safetensors.torch import load_file, save_file
+from training.checkpoint import signed
+from training.config import Config, from_dict
 
 from tests.helpers import ROOT, SOAK, TEXT, run, small_dataset, start
 
@@ -717,7 +717,7 @@ def test_sample_needs_no_dataset(whole: Path, tmp_path: Path):
 
 
 def test_a_world_without_a_rank_is_refused(monkeypatch: pytest.MonkeyPatch):
-    from runtime import RunConfig, RunError, Runtime
+    from training.runtime import RunConfig, RunError, Runtime
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(

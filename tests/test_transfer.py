@@ -4,18 +4,18 @@ import json
 import math
 from pathlib import Path
 
-import checkpoint
-import config as configuration
 import numpy as np
 import pytest
 import torch
-from config import Config
 from data.loader import Dataset
 from model import GPT, rotary
 from studies import runs, transfer
 from studies.runs import StudyError
 from studies.transfer import AXES, Line, base_size, lines, main, name_of, sized
 from studies.verdict import Interval, Thresholds, Verdict, judge
+from training import checkpoint
+from training import config as configuration
+from training.config import Config
 
 from tests.helpers import QUICK, run, small_dataset
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from config import ConfigError
 from studies import tuning
 from studies.runs import StudyError
 from studies.tuning import parse, schedule, trials
+from training.config import ConfigError
 
 ENTRIES = ("adamw", "ours")
 

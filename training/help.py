@@ -83,6 +83,6 @@ def _tables(config: Any, prefix: str) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    from config import Config
+    from training.config import Config
 
     sys.stdout.write(page(Config()))

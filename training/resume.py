@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import config as configuration
-from config import Config, ConfigError
 from optim.polar import Polar
 from optim.settings import BUFFERS, StepSettings, marked
+
+from . import config as configuration
+from .config import Config, ConfigError
 
 
 def remember(config: Config) -> None:

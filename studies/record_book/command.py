@@ -1,9 +1,9 @@
 """The record book of the speedrun tracks: records/TRACK/DATE_SLUG/, the tables of README.md and records/README.md, and the check of a record.
 
-    python -m studies.records add runs/STUDY --track pysource-cpu --slug dualized --title "…" --by NAME [--trials ENTRY=N …] [--note "…"]
-    python -m studies.records add runs/a runs/b runs/c --track shakespeare-cpu --slug bigram        (one configuration, one seed a run)
-    python -m studies.records tables [--check-only]
-    python -m studies.records check records/TRACK/DATE_SLUG [--entry NAME] [--seeds N]
+    python -m studies.record_book add runs/STUDY --track pysource-cpu --slug dualized --title "…" --by NAME [--trials ENTRY=N …] [--note "…"]
+    python -m studies.record_book add runs/a runs/b runs/c --track shakespeare-cpu --slug bigram        (one configuration, one seed a run)
+    python -m studies.record_book tables [--check-only]
+    python -m studies.record_book check records/TRACK/DATE_SLUG [--entry NAME] [--seeds N]
 
 A record has for each of its entries the configuration, and a log: the full code, as a script that runs alone (studies/export.py), then the lines of every run that is judged.
 record.json says what was claimed and by which rule; a study's results.json and report.png come along. `check` trains the entries again and compares losses: exactly where processor, torch and
@@ -30,15 +30,16 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
-import config as configuration
-from config import Config, ConfigError
 from data.shards import DataError, read_manifest
 from optim.errors import Refusal
-from runtime import RunError, git_state
+from training import config as configuration
+from training.config import Config, ConfigError
+from training.runtime import RunError, git_state
 
-from . import export, runs, statistics
-from .export import ExportError, Run
-from .runs import ROOT
+from .. import runs, statistics
+from ..export import command as export
+from ..export.command import ExportError, Run
+from ..runs import ROOT
 
 BOOK = ROOT / "records"
 LIMIT = 1_000_000  # bytes of a record: text that a reader opens, and a repository keeps
@@ -49,10 +50,8 @@ CODE = (
     "optim",
     "data",
     "train_gpt.py",
-    "config.py",
-    "runtime.py",
-    "studies/script.py",
-    "studies/pcg64.py",
+    "training",
+    "studies/export",
 )  # what numbers come from
 # nats: the same processor, vector instructions, threads, versions and seeds give the same numbers, up to a few roundings of a float32 near 2. Where one of them
 # differs a run of 180 steps ends 0.001 to 0.007 apart (LOG.md, 2026-11-27).
@@ -521,7 +520,7 @@ def add(
             "added": command,
             "check": None
             if rules.corpus is None
-            else f"python -m studies.records check records/{track}/{day}_{slug}",
+            else f"python -m studies.record_book check records/{track}/{day}_{slug}",
         },
         "entries": entries,
     }
@@ -635,7 +634,7 @@ def _row(e: dict[str, Any], folder: Path, record: dict[str, Any]) -> str:
 
 TEXT = """# Record book
 
-Made by `python -m studies.records tables`; `python -m studies.records --help` says how a record is added and checked.
+Made by `python -m studies.record_book tables`; `python -m studies.record_book --help` says how a record is added and checked.
 A ✓ is a mean end loss that passes the rule (target − mean) · √n ≥ threshold (docs/speedrun.md). Intervals are of 95 %. trials: of the entry's tuning, all of a study's, and what its author counted beside them.
 A track's target is a fixed number: of pysource-cpu and shakespeare-cpu a mean end loss that was measured once, whose noise no record is judged by again.
 
@@ -793,7 +792,7 @@ def compare(
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m studies.records",
+        prog="python -m studies.record_book",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -836,7 +835,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.do == "add":
             command = shlex.join(
-                ["python", "-m", "studies.records", *(sys.argv[1:] if argv is None else argv)]
+                ["python", "-m", "studies.record_book", *(sys.argv[1:] if argv is None else argv)]
             )
             options = {
                 k: getattr(args, k) for k in ("title", "by", "allow_dirty", "trials", "note")
@@ -865,7 +864,3 @@ def main(argv: list[str] | None = None) -> int:
     except (RecordError, ExportError, ConfigError, DataError, RunError, runs.StudyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

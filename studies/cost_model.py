@@ -1,6 +1,6 @@
 """One training step, counted: compute, memory and communication of 124M … 1T weights on 1 … 16,384 GPUs, for Dualized, AdamW and Muon.
 
-    python -m studies.scaling [--model 124M … | --config configs/x.toml] [--gpus 8 64 …] [--parallel ddp fsdp hsdp] [--tokens-per-step N] [--markdown]
+    python -m studies.cost_model [--model 124M … | --config configs/x.toml] [--gpus 8 64 …] [--parallel ddp fsdp hsdp] [--tokens-per-step N] [--markdown]
 
 Nothing here is measured: FLOPs and bytes are those of the code, on weights without numbers (torch's meta device) that optim/placement.py places as on
 w GPUs; times are rooflines from data sheets. Assumptions, formulas and what is checked: docs/scaling.md.
@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import OptimConfig, load
 from model import GPT
 from models import ModelConfig, build
 from optim import Dualized
@@ -28,7 +27,8 @@ from optim.placement import OneProcess, Shards
 from optim.polar import Polar
 from optim.ranks import Ranks, bucketed
 from optim.replicas import IN_FLIGHT, Replicas
-from runtime import PEAK_FLOPS
+from training.config import OptimConfig, load
+from training.runtime import PEAK_FLOPS
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,7 +1,7 @@
 """What an exported run is made of beside the code of optim/ and of its model: data, what gathers
 weights into stacks, the loop. Nothing imports this to run it.
 
-studies/export.py reads this file: `config.section.key` becomes the run's value, a branch that the
+studies/export/command.py reads this file: `config.section.key` becomes the run's value, a branch that the
 value decides is taken or left out, what is filled in is filled in. The definitions that are left
 come out as one script, together with those that they need of model.py, models/ and optim/. So
 whatever is written here must be written for every run.
@@ -26,7 +26,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import Config
 from model import GPT
 from models import build
 from optim.baselines import set_beta
@@ -34,7 +33,8 @@ from optim.directions import DIRECTIONS
 from optim.norms import Norm
 from optim.polar import Polar
 from optim.update import Group, step_, total_norm
-from runtime import RunConfig
+from training.config import Config
+from training.runtime import RunConfig
 
 from .pcg64 import Random, seed_words
 

@@ -26,11 +26,12 @@ from optim.errors import Refusal, require
 from optim.polar import Polar
 from optim.schedules import Schedule
 from optim.settings import Help, OneOf, Range, StepSettings, by_role, help_texts, hints_of
-from runtime import RunConfig
-from training import sections
-from training.help import described
-from training.migrate import ConfigError, migrate
-from training.sections import check_ranges, flat, flat_hints, put, set_it, to_toml
+
+from . import sections
+from .help import described
+from .migrate import ConfigError, migrate
+from .runtime import RunConfig
+from .sections import check_ranges, flat, flat_hints, put, set_it, to_toml
 
 __all__ = ["Config", "ConfigError", "OptimConfig", "TrainConfig", "flat", "flat_hints", "from_dict"]
 __all__ += ["load", "of_file", "put", "read_options", "to_toml"]
@@ -328,7 +329,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        shipped = Path(__file__).parent / "configs"
+        shipped = Path(__file__).parent.parent / "configs"
         there = ", ".join(sorted(str(p.relative_to(shipped)) for p in shipped.rglob("*.toml")))
         raise ConfigError(
             "configuration file",

@@ -9,7 +9,7 @@ It logs its own code first, then the lines that the track's scripts log. It runs
 torchrun where the number of processes divides its micro-batches. Its one argument, as the track's,
 is a number of trials, whose seeds count up from the run's. The step is optim/update.py itself, and
 whatever else it needs of optim/ stands there as it stands here. model.py, models/ and
-studies/script.py are specialised to the run (studies/bundle.py). A setting that the script cannot
+studies/export/script.py are specialised to the run (studies/export/bundle.py). A setting that the script cannot
 carry is refused.
 
 own: the run's own batches and evaluations, of corpora/NAME/ in the current folder, whose files must
@@ -32,8 +32,6 @@ from typing import Any
 
 import torch
 
-import config as configuration
-from config import Config
 from data.shards import read_manifest
 from model import GPT
 from models import MODELS, build
@@ -43,10 +41,12 @@ from optim.errors import Refusal, require
 from optim.norms import Norm
 from optim.schedules import SCHEDULES
 from optim.settings import StepSettings
-from runtime import git_state
+from training import config as configuration
+from training.config import Config
+from training.runtime import git_state
 
+from ..runs import ROOT, metrics, summary
 from .bundle import bundle
-from .runs import ROOT, metrics, summary
 from .specialise import ERASED, Code, ExportError
 
 FILES = {
@@ -60,8 +60,8 @@ FILES = {
     "optim/baselines.py": "Schedules of torch's optimizers",
     "model.py": "Architecture",
     "models/{}.py": "Architecture: what this model adds",
-    "studies/pcg64.py": "Random numbers",
-    "studies/script.py": "Data, optimizer, training",
+    "studies/export/pcg64.py": "Random numbers",
+    "studies/export/script.py": "Data, optimizer, training",
 }
 TRACK_SLOTS = 8  # micro-batches of 64 sequences: the track's scripts run on 1, 2, 4 or 8 GPUs
 TRACK_DATA = "data/fineweb10B"
@@ -161,7 +161,7 @@ def _refusal(key: str, value: object, allowed: str) -> ExportError:
         f"{key} of an exported run",
         got=repr(value),
         allowed=allowed,
-        fix="another run, or studies/script.py, which has to do what it asks for",
+        fix="another run, or studies/export/script.py, which has to do what it asks for",
     )
 
 
@@ -261,7 +261,7 @@ def _known(config: Config, slots: int, track: bool) -> dict[str, dict[str, Any]]
         "TRACK": track,
     }
     of_models = dict.fromkeys(("model.py", f"models/{config.model.name}.py"), of_model)
-    return {**of_models, "studies/script.py": of_script}
+    return {**of_models, "studies/export/script.py": of_script}
 
 
 # ---- what is filled in
@@ -312,7 +312,7 @@ def _weights(norm: ModularNorm, config: Config) -> str:
         "the model's structure",
         got="blocks that differ",
         allowed="L blocks with the same weights, one after the other",
-        fix="studies/export.py, _weights",
+        fix="studies/export/command.py, _weights",
         error=ExportError,
     )
     one = {n: f"Weight({written(n, repr(norm.radii[n]))})" for n in (*before, *after)}
@@ -426,7 +426,3 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -20,7 +20,6 @@ import math
 import os
 import re
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,17 +29,15 @@ from typing import Any
 import numpy as np
 import torch
 
-import config as configuration
-from config import Config, ConfigError
 from data.loader import DataConfig, Dataset
-from data.shards import DataError
 from optim.receipt import aligned
-from runtime import RunError
+from training import config as configuration
+from training.config import Config
 
-from . import runs, statistics, tuning
-from .records import TRACKS
-from .statistics import Horizon, Noise, Rule
-from .verdict import LEVEL, Interval
+from .. import runs, statistics, tuning
+from ..record_book.command import TRACKS
+from ..statistics import Horizon, Noise, Rule
+from ..verdict import LEVEL, Interval
 
 SCHEMA = (
     2  # 1: lines of training without their seconds, an interval of the steps that set the target
@@ -1170,7 +1167,7 @@ def main(argv: list[str]) -> int:
     runs.write_json(folder / "results.json", results(study, rule, about=about))
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     print(text(found))
-    from . import report  # matplotlib, after the runs
+    from ..report import page as report  # matplotlib, after the runs
 
     for path in report.write(found, folder):
         print(f"written: {path}")
@@ -1236,11 +1233,3 @@ def _tell_cost(study: Study, trials: Sequence[runs.Job], dataset: Dataset, rate:
         f"{study.folder}: about {len(jobs)} runs ({len(trials)} to tune), {sum(c[0] for c in costs):.2g} FLOPs,"
         f" {runs.duration([c[1] for c in costs], len(study.places))} on this machine, {len(study.places)} at a time{more}; what is done already is not run again"
     )
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (ConfigError, DataError, RunError, runs.StudyError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -14,7 +14,6 @@ import io
 import json
 import math
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -741,11 +740,3 @@ def main(argv: list[str]) -> int:
     for path in write(json.loads(file.read_text(encoding="utf-8")), file.parent):
         print(path)
     return 0
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except ReportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

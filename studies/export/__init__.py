@@ -1,0 +1,1 @@
+"""The exporter: a run as one script that needs torch alone."""

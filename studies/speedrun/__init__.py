@@ -1,0 +1,1 @@
+"""A speedrun: optimizers compared by steps to a target loss."""
