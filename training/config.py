@@ -28,8 +28,9 @@ from optim.schedules import Schedule
 from optim.settings import Help, OneOf, Range, StepSettings, by_role, help_texts, hints_of
 
 from . import sections
+from .errors import ConfigError
 from .help import described
-from .migrate import ConfigError, migrate
+from .migrate import migrate
 from .runtime import RunConfig
 from .sections import check_ranges, flat, flat_hints, put, set_it, to_toml
 
@@ -383,3 +384,34 @@ def load(argv: list[str]) -> Config:
 def read_options(options: list[str]) -> dict[str, Any]:
     """Return {"section.key": typed value} of ["--section.key", "value", …]."""
     return sections.read_options(Config, options)
+
+
+def check_placement(config: Config, *, ranks: int, parallel: str) -> None:
+    """Raise ConfigError for what these ranks cannot do. The configuration's device is chosen."""
+    c, parts = config.train, config.train.gradient_accumulation_steps
+    require(
+        c.batch_size % (parts * ranks) == 0,
+        "train.batch_size",
+        got=c.batch_size,
+        allowed=f"a multiple of {parts * ranks}, {ranks} ranks times"
+        f" train.gradient_accumulation_steps = {parts}",
+        fix="--train.batch-size, --train.gradient-accumulation-steps, or other ranks",
+        error=ConfigError,
+    )
+    dtype, device = config.optim.param_dtype, config.run.device
+    require(
+        not c.sharpness_every or (ranks == 1 and dtype != "bfloat16" and device != "mps"),
+        "train.sharpness_every",
+        got=f"{c.sharpness_every} with {ranks} ranks on {device}, optim.param_dtype = {dtype!r}",
+        allowed="one process on cpu or cuda, float32 or float64 weights",
+        fix="0, or one process with --optim.param-dtype float32",
+        error=ConfigError,
+    )
+    require(
+        not config.run.compile or parallel == "ddp",
+        "run.compile",
+        got=f"true with run.parallel = {parallel!r}",
+        allowed="with ddp",
+        fix="leave one of them out",
+        error=ConfigError,
+    )

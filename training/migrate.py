@@ -11,12 +11,8 @@ from copy import deepcopy
 from typing import Any
 
 from models import settings_of_others
-from optim.errors import Refusal
 
-
-class ConfigError(Refusal):
-    """A configuration that cannot be used: the key, what was got, what is allowed."""
-
+from .errors import ConfigError
 
 RENAMED = {
     "optim.schedule": "schedule.shape",

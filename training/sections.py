@@ -15,7 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 from optim.errors import Refusal, nearest
 from optim.settings import allowed, hints_of, wrong
 
-from .migrate import DROPPED, RENAMED, ConfigError
+from .errors import ConfigError
+from .migrate import DROPPED, RENAMED
 
 
 def set_it(key: str) -> str:
