@@ -28,16 +28,16 @@ class RunConfig:
     """Where a run is computed, by how many processes, and where its folder is."""
 
     name: str | None = None
-    """Of the run folder; by default the configuration's name and the time."""
+    """Name of the run folder; by default the configuration's name and the time."""
 
     dir: str = "runs"
-    """Where run folders live."""
+    """The folder that holds the run folders."""
 
     seed: Annotated[int, Range(0, 2**63)] = 0
-    """Of the initial weights, the order of the data and random masks."""
+    """Seed of the initial weights, of the order of the data and of random masks."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto takes cuda, then mps, then cpu."""
+    """The torch device. auto takes cuda, else mps, else cpu."""
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 is autocast. auto takes it on GPUs that have it. Elsewhere it takes it where the model's own
@@ -47,14 +47,15 @@ class RunConfig:
     """Compile the model with torch.compile, before any clock starts."""
 
     threads: Annotated[int, Range(1)] | None = None
-    """Of the CPU; by default torch's choice."""
+    """Threads of the CPU; by default torch's choice."""
 
     resume: bool | Literal["auto"] = False
-    """Resume the named run from its newest whole checkpoint. "auto" starts it where there is none."""
+    """Resume the named run from its newest whole checkpoint. "auto" resumes if the run exists, else
+    starts it."""
 
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
-    """With several processes: ddp has the weights on every one, fsdp shards them over all, hsdp over
-    groups of shard_size neighbours, with a copy in each group."""
+    """How several processes hold the weights. ddp: all of them in every process. fsdp: sharded over all
+    processes. hsdp: sharded over groups of shard_size neighbours, with a copy in each group."""
 
     shard_size: Annotated[int, Range(1)] | None = None
     """Processes of one group of hsdp; by default those of one machine."""
