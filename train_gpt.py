@@ -26,8 +26,9 @@ from tqdm import tqdm
 from data.loader import Dataset, TrainBatches, check_validation, validation_batches
 from data.shards import DataError
 from model import GPT
-from models import build
-from optim import Dualized, NonFiniteError, metrize
+from models import build_model_and_norm
+from models.generation import generate
+from optim import Dualized, NonFiniteError
 from optim.baselines import BASELINES, set_beta
 from optim.errors import Refusal, require
 from optim.polar import Polar
@@ -190,14 +191,7 @@ def train(config: Config, runtime: Runtime) -> None:
             )
         o.polar = Polar(o.polar.schedule, o.polar.form, "bfloat16" if low else "float32")
         runtime.choices.append(f"optim.polar.dtype = {o.polar.dtype} ({why})")
-    model = build(
-        config.model,
-        o.norms.build(o.polar, config.model.n_head),
-        torch.Generator().manual_seed(config.run.seed),
-    )
-    norm = metrize(model, model.structure(o.masses))
-    if o.composition == "max":
-        norm = norm.unweighted()
+    model, norm = build_model_and_norm(config, torch.Generator().manual_seed(config.run.seed))
     model.to(runtime.device, getattr(torch, o.param_dtype))
     runtime.shard(model, model.blocks)
     settings, roles = o.step_settings(), o.roles.given()
@@ -508,7 +502,8 @@ def train(config: Config, runtime: Runtime) -> None:
         model.eval()
         generator = torch.Generator(runtime.device).manual_seed(config.run.seed)
         idx_BT = torch.tensor([prompt], device=runtime.device)
-        out_BT = model.generate(
+        out_BT = generate(
+            model,
             idx_BT,
             c.sample_tokens,
             temperature=0.8,

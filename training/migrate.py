@@ -72,9 +72,10 @@ def migrate(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         target[key] = section.pop(name)
         told.append(f"{old} is {new}")
     model = made.get("model")
-    if isinstance(model, dict) and _is_ngram(model):
-        made["model"] = {"name": "ngram", **model}
-        told.append('model.name is "ngram", by the other settings of the model')
+    name = _model_name(model) if isinstance(model, dict) else None
+    if name is not None:
+        made["model"] = {**model, "name": name}
+        told.append(f'model.name is "{name}", by the other settings of the model')
     return made, told
 
 
@@ -91,7 +92,16 @@ def _section(
     return found, name
 
 
-def _is_ngram(model: Mapping[str, Any]) -> bool:
-    """Return whether it has settings of n-grams and no name, as before model.name."""
-    others = settings_of_others("gpt")
-    return "name" not in model and any(model.get(f.name, f.default) != f.default for f in others)
+def _model_name(model: Mapping[str, Any]) -> str | None:
+    """Return the name of the model that settings of an earlier version are of, None where they say.
+
+    Before model.name there was one model, with n-grams or without. Until "track3" had a name, its
+    settings were those of "gpt".
+    """
+    others = {
+        f.name for f in settings_of_others("gpt") if model.get(f.name, f.default) != f.default
+    }
+    of_track3 = others - {f.name for f in settings_of_others("track3")}
+    if "name" not in model and others != of_track3:
+        return "ngram"
+    return "track3" if of_track3 and model.get("name", "gpt") == "gpt" else None
