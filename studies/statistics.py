@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from .verdict import LEVEL, Interval, student
+from .intervals import LEVEL, Interval, student
 
 Array = NDArray[np.float64]
 RULE_LEVEL = 0.01  # one-sided: of an entry that only just does not reach the target, one study in 100 says it does

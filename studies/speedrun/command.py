@@ -35,9 +35,9 @@ from training import config as configuration
 from training.config import Config
 
 from .. import runs, statistics, tuning
+from ..intervals import LEVEL, Interval
 from ..record_book.command import TRACKS
 from ..statistics import Horizon, Noise, Rule
-from ..verdict import LEVEL, Interval
 
 SCHEMA = (
     2  # 1: lines of training without their seconds, an interval of the steps that set the target
