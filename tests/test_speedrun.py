@@ -14,7 +14,7 @@ from studies import runs, statistics
 from studies.runs import StudyError
 from studies.speedrun import command as speedrun
 from studies.speedrun.command import Entry, main, search, text
-from studies.statistics import Noise, Rule, mean_interval, paired, threshold
+from studies.statistics import Noise, Rule, mean_interval, paired, threshold_at
 from training import config as configuration
 from training.config import Config
 
@@ -115,7 +115,7 @@ def test_of_simulated_studies_few_claim_a_horizon_that_does_not_reach_the_target
         noise = statistics.pooled([ours, theirs]) if pooled else Noise(SIGMA)
         assert noise
         by = SEEDS if from_entry else None
-        rule = Rule(theirs.mean() if from_entry else law(truth), threshold(noise, SEEDS, target_n=by), by)
+        rule = Rule(theirs.mean() if from_entry else law(truth), threshold_at(noise, SEEDS, target_n=by), by)
         means = found(rule, lambda h, ours=ours, loss=loss: (ours if h == BUDGET else loss(h)).mean())
         claims.append(min(h for h, y in means.items() if rule.passes(y, SEEDS)))
         needed.append((12 / (rule.needed(SEEDS) - 1)) ** 2)

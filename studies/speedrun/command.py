@@ -370,7 +370,7 @@ class Study:
         threshold = self.threshold
         if threshold is None:
             threshold = (
-                statistics.threshold(noise, n, level=self.level, target_n=by) if noise else 0.0
+                statistics.threshold_at(noise, n, level=self.level, target_n=by) if noise else 0.0
             )
         return Rule(target, threshold, by)
 
