@@ -441,7 +441,7 @@ def tune(
                 fix="another --tune, and another --name",
             )
         entry.tuned = best["values"]
-        for r in tuning.of(ranges, entry.name):
+        for r in tuning.ranges_of(entry.name, ranges):
             if r.at_edge(best["values"][r.key], (t["values"][r.key] for t in entry.trials)):
                 entry.notes.append(
                     f"best {r.key} = {_said(best['values'][r.key])} is at the edge of what was tried: a better one may lie outside"
@@ -1077,7 +1077,7 @@ def main(argv: list[str]) -> int:
     check(options, names)
     kind, value = budget_of(options.budget, entries)
     ranges = [tuning.parse(t, names) for t in options.tune]
-    planned = tuning.schedule(ranges, names, options.trials)
+    planned = tuning.trials_by_entry(ranges, names, options.trials)
     base = entries[0].config
     folder = Path(base.run.dir) / (options.name or f"speedrun-{'-'.join(names)}")
     gpus = _gpus() if options.gpus else ()
