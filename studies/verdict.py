@@ -373,7 +373,7 @@ def _words(verdict: Verdict, estimates: _Estimates, thresholds: Thresholds) -> d
     wide_drift = [estimates.drift(s, comparisons) for s in larger]
     wide_worse = [estimates.worse(s, comparisons) for s in larger]
     t = thresholds
-    words = {
+    words: dict[str, Word] = {
         "drift": _word(verdict.drift, wide_drift, -t.drift, t.drift),
         "cost": _word(verdict.cost[-1:], verdict.cost[-1:], -np.inf, t.cost),
         "worse": _word(verdict.worse, wide_worse, -np.inf, t.worse),
