@@ -105,7 +105,7 @@ def private_reads(path: Path) -> set[str]:
     "path",
     [
         *FILES,
-        ROOT / "training/telemetry.py",
+        ROOT / "training/geometry.py",
         ROOT / "studies/cost_model.py",
         ROOT / "training/checkpoint.py",
         ROOT / "training/tensor_files.py",

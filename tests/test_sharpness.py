@@ -1,4 +1,4 @@
-"""studies/sharpness.py and telemetry.Sharpness: the numbers of a study on curves that are known, a run's records against dense Hessians, thresholds by simulation."""
+"""studies/sharpness.py and training/sharpness.py: the numbers of a study on curves that are known, a run's records against dense Hessians, thresholds by simulation."""
 
 import json
 import math
@@ -30,7 +30,7 @@ from studies.sharpness import (
 from training import checkpoint
 from training import config as configuration
 from training.baseline import Baseline
-from training.telemetry import Sharpness, stable
+from training.sharpness import Sharpness, stable
 
 from tests.helpers import QUICK, run, small_dataset
 
