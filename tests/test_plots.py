@@ -15,6 +15,7 @@ from torch import optim as torch_optim
 from training.geometry import Geometry
 from training.plots import colouring, grid, kind, plot_geometry, plot_losses, running_means
 
+from tests.pictures import check_nothing_is_cut_off, words
 from tests.test_geometry import backward, gpt
 
 BAND = Polar().band
@@ -85,21 +86,6 @@ def test_without_measurements_there_is_no_picture(tmp_path: Path):
 # ---- what a reader sees
 
 
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are saved, in order."""
-    saved: list[Figure] = []
-    save = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *args, **kw: saved.append(figure) or save(figure, *args, **kw)
-    )
-    return saved
-
-
-def words(figure: Figure) -> str:
-    return "\n".join(t.get_text() for t in figure.findobj(lambda a: hasattr(a, "get_text")))  # type: ignore[attr-defined]
-
-
 def test_steps_inside_the_band_have_the_colour_of_normal_and_others_have_not():
     low, high = BAND
     norm, palette = colouring("band", [[low, 1.0, high, 0.5, 2.0, math.nan]], BAND)
@@ -123,9 +109,9 @@ def test_nothing_of_a_picture_is_cut_off(tmp_path: Path, figures: list[Figure]):
     model = gpt(n_layer=6)
     plot_geometry(run(model, lambda norm: Dualized(model, 0.1, norm=norm)), tmp_path / "geometry.png", band=BAND)
     plot_losses(folder(tmp_path), {"gzip -9": 2.0, "xz -9e": 1.5}, bytes_per_token=1.0)  # type: ignore[arg-type]
+    assert len(figures) == 2
     for figure in figures:
-        box, whole = figure.get_tightbbox(), figure.bbox_inches
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= whole.x1 and box.y1 <= whole.y1
+        check_nothing_is_cut_off(figure)
 
 
 def folder(path: Path, logged: int = 30) -> SimpleNamespace:

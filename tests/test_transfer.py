@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from data.loader import Dataset
+from matplotlib.figure import Figure
 from model import GPT, rotary
 from studies import runs, transfer
 from studies.runs import StudyError
@@ -19,6 +20,7 @@ from training import config as configuration
 from training.config import Config
 
 from tests.helpers import QUICK, run, small_dataset
+from tests.pictures import check_nothing_is_cut_off
 
 BASE = (16, 2, 16, 8, 12)  # of helpers.SMALL
 NONE: dict[str, list[int]] = {axis: [] for axis in AXES}
@@ -389,15 +391,14 @@ def test_a_text_tells_every_number_and_word():
     )
 
 
-def test_the_pictures_legend_explains_its_markers_and_shows_what_diverged(tmp_path: Path):
+def test_the_pictures_legend_explains_its_markers_and_shows_what_diverged(tmp_path: Path, figures: list[Figure]):
     """A run that diverged and a loss far above the others are marked at the edge, not left out."""
-    from matplotlib.figure import Figure
-
     line, lrs = Line("width", ((16, *BASE[1:]), (32, *BASE[1:]))), [1.0, 2.0, 4.0, 8.0]
     losses = np.array([[[3.0], [2.5], [2.6], [9.0]], [[2.9], [2.4], [2.5], [math.inf]]])
     judged = transfer.JudgedLine(line, losses, judge(losses, [16, 32], lrs))
-    axes = Figure().subplots()
-    transfer.plot_line(axes, judged, lrs)
+    transfer.plot([judged], lrs, "dualized, text", tmp_path / "transfer.png")
+    check_nothing_is_cut_off(figures[0])
+    (axes,) = figures[0].axes
     legend = axes.get_legend()
     assert legend is not None
     assert [t.get_text() for t in legend.get_texts()] == [
