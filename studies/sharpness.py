@@ -96,7 +96,7 @@ class Study:
                 )
         return curves, left_out
 
-    def margins(self, line: Line, method: str) -> Margins:
+    def margins_of(self, line: Line, method: str) -> Margins:
         """Return how near each run of a method comes to its threshold of stability."""
         return [
             [margins(self.path(method, z, seed)) for z in line.sizes] for seed in range(self.seeds)
@@ -188,7 +188,7 @@ def plot(study: Study, line: Line, curves: dict[str, Curves], path: Path) -> Non
     for (at_steps, at_losses, near), (method, by_seed) in zip(
         panels.T, curves.items(), strict=True
     ):
-        shares = study.margins(line, method)
+        shares = study.margins_of(line, method)
         for s, (size, colour) in enumerate(zip(line.values(), colours, strict=True)):
             for seed, by_size in enumerate(by_seed):
                 style = {
@@ -218,8 +218,8 @@ def plot(study: Study, line: Line, curves: dict[str, Curves], path: Path) -> Non
         axes.set_ylabel(label)
     figure.suptitle(f"Curvature during training on {study.base.data.dataset}\n{line}", fontsize=11)
     figure.supxlabel(
-        "Bold: the first seed; thin: further seeds. Loss and curvature are those of one fixed batch;"
-        " loss falls to the right.",
+        "Bold: the first seed; thin: further seeds."
+        " Loss and curvature are those of one fixed batch; loss falls to the right.",
         fontsize=8,
     )
     figure.savefig(path, dpi=120)

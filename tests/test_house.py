@@ -106,7 +106,9 @@ def private_reads(path: Path) -> set[str]:
     [
         *FILES,
         ROOT / "training/geometry.py",
-        ROOT / "studies/cost_model.py",
+        ROOT / "training/sharpness.py",
+        ROOT / "training/plots.py",
+        *(ROOT / "studies/cost_model").glob("*.py"),
         ROOT / "training/checkpoint.py",
         ROOT / "training/tensor_files.py",
     ],

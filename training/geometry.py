@@ -46,7 +46,8 @@ def whole(p: Tensor) -> Tensor:
 
 def spectral(norm: Norm) -> bool:
     """Return whether a step of this norm is made of polar factors."""
-    return spectral(norm.inner) if hasattr(norm, "inner") else isinstance(norm, Spectral)  # type: ignore[attr-defined]
+    inner = getattr(norm, "inner", None)
+    return isinstance(norm, Spectral) if inner is None else spectral(inner)
 
 
 def lying_blocks(norm: Norm, W: Tensor) -> list[tuple[Tensor, float]]:
