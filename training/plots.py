@@ -30,7 +30,7 @@ def plot_losses(
     compressors: bits per byte that each of them needs for the text of the validation split.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -58,9 +58,11 @@ def plot_losses(
         yscale="log",
     )
     axes.xaxis.set_major_formatter(EngFormatter())
-    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        set_formatter("{x:.3g}")
-    axes.grid(alpha=0.3, which="both")
+    # The losses of a run span about a decade: even ticks tell more than powers of ten.
+    axes.yaxis.set_major_locator(MaxNLocator(9, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:.3g}")
+    axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(folder.path / "loss.png", dpi=120)
 
