@@ -29,9 +29,9 @@ from training import config as configuration
 from training.config import Config
 
 from . import runs
+from .intervals import Interval
 from .sizes import AXES, Line, Size, base_size, lines_through, run_name, settings_at
 from .trajectories import QUANTITIES, Curves, consistency, margins, ratios, read_curve
-from .intervals import Interval
 
 # As a picture's axis names them. Where the loss is in nats, they are nats per unit of the step's
 # size in the method's coordinates, or per unit squared.

@@ -38,8 +38,8 @@ from training.config import Config
 
 from . import runs
 from .coordinates import print_coordinates
-from .sizes import AXES, Line, Size, base_size, lines_through, run_name, settings_at
 from .intervals import Interval
+from .sizes import AXES, Line, Size, base_size, lines_through, run_name, settings_at
 from .verdict import Thresholds, Verdict, VerdictError, judge
 
 if TYPE_CHECKING:

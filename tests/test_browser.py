@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.image import imread
-from studies.report import page as report
+from studies.report.page import html
+from studies.report.palette import DARK, LIGHT
 
 from tests.test_report import HOSTILE, results, sparse
 
@@ -71,7 +72,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {}
     for name, found in {"race": results(), "hostile": hostile, **sparse()}.items():
         made[name] = tmp_path_factory.mktemp("a study") / "report.html"
-        made[name].write_text(report.html(found), encoding="utf-8")
+        made[name].write_text(html(found), encoding="utf-8")
     return made
 
 
@@ -88,6 +89,8 @@ class Opened:
         self.page.on("dialog", lambda d: (self.complaints.append(f"dialog {d.message}"), d.dismiss()))
         self.page.on("request", lambda r: self.requests.append(r.url))
         self.page.goto(path.as_uri())
+        if options.get("java_script_enabled", True):  # the charts are drawn once they have a size
+            self.page.wait_for_function("drawn.length > 0 && drawn.every(chart => chart.svg.hasChildNodes())")
 
     def __enter__(self) -> "Opened":
         return self
@@ -243,7 +246,7 @@ def test_a_screenshot_shows_every_entry_in_its_colour(
         pixels = np.rint(
             imread(io.BytesIO(opened.page.locator("#curves svg.chart").screenshot()))[..., :3] * 255
         ).astype(int)
-        for colour in (report.LIGHT if scheme == "light" else report.DARK)[:3]:
+        for colour in (LIGHT if scheme == "light" else DARK)[:3]:
             wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
             assert (abs(pixels - wanted).max(-1) <= 8).sum() > 50, (
                 colour

@@ -1,4 +1,4 @@
-"""studies/records.py: what enters the book, its tables, and the check of a record."""
+"""studies/record_book: what enters the book, its tables, and the check of a record."""
 
 import json
 import re
@@ -14,8 +14,17 @@ import pytest
 from data.shards import read_manifest
 from studies import runs
 from studies.export.command import LINE, Run
-from studies.record_book import command as records
-from studies.record_book.command import TRACKS, RecordError, Track, compare, main
+from studies.record_book import add as adding
+from studies.record_book import book as shelf
+from studies.record_book import check as checking
+from studies.record_book import command, provenance
+from studies.record_book import tables as listing
+from studies.record_book.book import RecordError
+from studies.record_book.check import DOUBT, compare
+from studies.record_book.claims import RULE, claims_of_study
+from studies.record_book.command import main
+from studies.record_book.tables import tables, write_tables
+from studies.record_book.tracks import TRACKS, Track
 from training import config as configuration
 from training.config import Config
 from training.provenance import hardware
@@ -82,7 +91,7 @@ def write_results(root: Path, folders: dict[str, list[Path]]) -> None:
         )
     content = {
         "target": 2.8,
-        "rule": {"threshold": 0.004, **records.RULE},
+        "rule": {"threshold": 0.004, **RULE},
         "command": f"python -m studies.speedrun {root}/dualized.toml adamw.toml",
         "hardware": hardware("cpu, 1 threads"),
         "versions": {"torch": "here"},
@@ -95,7 +104,7 @@ def write_results(root: Path, folders: dict[str, list[Path]]) -> None:
 def book(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty book, and the track "small" of the small dataset."""
     monkeypatch.chdir(root)
-    monkeypatch.setattr(records, "BOOK", tmp_path / "records")
+    monkeypatch.setattr(shelf, "BOOK", tmp_path / "records")
     small = Track("Products", 2.8, "steps", read_manifest(root / "corpora/small").sha256, threads=2)
     timed = replace(small, figure="seconds")
     tracks = {
@@ -104,7 +113,8 @@ def book(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "easy": replace(timed, target=99.0),
         "fineweb-124m": TRACKS["fineweb-124m"],
     }
-    monkeypatch.setattr(records, "TRACKS", tracks)
+    for module in (adding, listing, command):
+        monkeypatch.setattr(module, "TRACKS", tracks)
     return tmp_path / "records"
 
 
@@ -164,7 +174,7 @@ def test_a_record_has_the_claim_the_code_and_every_judged_run(book: Path, root: 
     for seed, loss in enumerate(record["entries"][1]["losses"]):
         assert f"adamw.s4.seed{seed}, seed {seed}, by train_gpt.py" in log
         assert f"step:4/4 val_loss:{loss:.5f}" in log
-    assert sum(p.stat().st_size for p in folder.iterdir()) < records.LIMIT
+    assert sum(p.stat().st_size for p in folder.iterdir()) < adding.LIMIT
     assert "training" not in (folder / "results.json").read_text()
 
 
@@ -180,7 +190,7 @@ def test_runs_of_one_configuration_are_judged_by_their_own_deviation(book: Path,
     paths = [f"runs/study/dualized.s4.seed{s}" for s in range(SEEDS)]
     assert add(*paths, track="timed") == 0
     (entry,) = read(book / "timed/2026-01-02_first")["entries"]
-    assert entry["trials"] is None and "| not counted |" in records.tables(relative_to=book)
+    assert entry["trials"] is None and "| not counted |" in tables(relative_to=book)
     losses = np.array(entry["losses"])
     statistic = (2.8 - losses.mean()) * np.sqrt(2)
     # Student's quantile of 1 degree of freedom at one in a hundred, from a table.
@@ -217,7 +227,7 @@ def test_trials_beside_a_study_s_are_counted_with_them_and_a_note_stands_under_t
     assert add("runs/study", more=("--trials", "dualized=118", "--note", "110 screens\non the judged split")) == 0
     record = read(book / "small/2026-01-02_first")
     assert [e["trials"] for e in record["entries"]] == [118, 8] and record["note"] == "110 screens on the judged split"
-    text = records.tables(relative_to=book)
+    text = tables(relative_to=book)
     assert "dualized.txt) | 118 |" in text
     assert "|\n\n[A title](small/2026-01-02_first/): 110 screens on the judged split\n" in text
 
@@ -275,7 +285,7 @@ def test_a_study_of_another_rule_is_refused(rule: dict[str, Any], root: Path):
     with pytest.raises(
         RecordError, match=r"(?s)rule of .*\n  got: .*\n  allowed: {'test_level': 0.01, 'sigma_from': 'runs'}\n  fix: "
     ):
-        records.claims_of_study(root / "runs/study", results, Track("Products", 2.8, "steps", None))
+        claims_of_study(root / "runs/study", results, Track("Products", 2.8, "steps", None))
 
 
 @pytest.mark.parametrize(
@@ -287,20 +297,20 @@ def test_an_interval_in_the_book_holds_the_steps_that_were_run(
     """That of results.json is of the interpolated horizon, below the point of the grid."""
     results = json.loads((root / "runs/study/results.json").read_text())
     results["entries"][0]["to_target"] |= {"low": low, "high": high}
-    claim = records.claims_of_study(root / "runs/study", results, Track("Products", 2.8, "steps", None))[0]
+    claim = claims_of_study(root / "runs/study", results, Track("Products", 2.8, "steps", None))[0]
     assert (claim.figure, claim.low, claim.high) == (4, *wanted)
 
 
 def test_a_study_whose_target_is_an_entrys_mean_is_judged_by_its_own_rule(root: Path):
     """Where that mean is the track's target to four digits: its threshold has the target's noise, and the entry that sets it neither passes nor fails."""
     results = json.loads((root / "runs/study/results.json").read_text())
-    results |= {"target": 2.80004, "target_from": "adamw", "rule": {"threshold": 0.004 * 2**0.5, **records.RULE}}
+    results |= {"target": 2.80004, "target_from": "adamw", "rule": {"threshold": 0.004 * 2**0.5, **RULE}}
     results["entries"][1]["horizons"][0]["passes"] = None
     track = Track("Products", 2.8, "steps", None)
-    dualized, adamw = records.claims_of_study(root / "runs/study", results, track)
+    dualized, adamw = claims_of_study(root / "runs/study", results, track)
     assert (dualized.threshold, dualized.passes, adamw.passes) == (0.004 * 2**0.5, True, None)
     with pytest.raises(RecordError, match=r"got: 2.8001\n  allowed: 2.8\n"):
-        records.claims_of_study(root / "runs/study", results | {"target": 2.8001}, track)
+        claims_of_study(root / "runs/study", results | {"target": 2.8001}, track)
 
 
 def test_runs_that_differ_are_not_one_entry(book: Path, root: Path, capsys: pytest.CaptureFixture[str]):
@@ -321,7 +331,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     who = ("-c", "user.name=A", "-c", "user.email=a@example.org")
     for args in (("init", "-q"), ("add", "."), (*who, "commit", "-q", "-m", "first")):
         subprocess.run(["git", *args], cwd=root, check=True)
-    monkeypatch.setattr(records, "ROOT", root)
+    monkeypatch.setattr(provenance, "ROOT", root)
     return root
 
 
@@ -338,9 +348,9 @@ def test_a_record_is_of_one_commit_and_the_present_code(tree: Path, tmp_path: Pa
             (tmp_path / f"run{i}/summary.json").write_text(json.dumps({"commit": commit, "dirty": dirty}))
         found = made[: len(states)]
         try:
-            assert records.check_clean(found, allow=False) == (states[0][0], False)
+            assert provenance.check_clean(found, allow=False) == (states[0][0], False)
         except RecordError as error:
-            assert records.check_clean(found, allow=True) == (min((c for c, _ in states), key=str), True)
+            assert provenance.check_clean(found, allow=True) == (min((c for c, _ in states), key=str), True)
             return str(error)
         return ""
 
@@ -384,7 +394,7 @@ def test_runs_of_another_track_are_refused(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setitem(records.TRACKS, "small", replace(records.TRACKS["small"], **change))
+    monkeypatch.setitem(adding.TRACKS, "small", replace(adding.TRACKS["small"], **change))
     assert add("runs/study") == 2
     assert got in refusal(capsys)
     assert not book.exists()
@@ -396,7 +406,7 @@ def test_a_record_is_made_once_and_small(
     assert add("runs/study") == 0
     assert add("runs/study") == 2
     assert "got: a record of that name" in refusal(capsys)
-    monkeypatch.setattr(records, "LIMIT", 1000)
+    monkeypatch.setattr(adding, "LIMIT", 1000)
     assert add("runs/study", slug="large") == 2
     assert "allowed: 1,000" in refusal(capsys)
 
@@ -414,7 +424,7 @@ def test_the_optimization_track_takes_a_configuration_and_its_script(book: Path,
 
 def test_tables_have_an_entry_a_row_the_best_first(book: Path, root: Path):
     assert add("runs/study") == 0
-    text = records.tables(relative_to=book)
+    text = tables(relative_to=book)
     assert "| steps to the target | end loss | training s, wall s | entry |" in text
     rows = [line for line in text.splitlines() if "2026-01-02" in line]
     where = "small/2026-01-02_first"
@@ -425,42 +435,64 @@ def test_tables_have_an_entry_a_row_the_best_first(book: Path, root: Path):
     assert "**timed** (Products; target 2.8)\n\nNo record yet." in text
 
 
-def test_tables_are_written_between_the_marks_and_once(
-    book: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setattr(records, "ROOT", tmp_path)
-    (tmp_path / "README.md").write_text("before\n")
+@pytest.fixture
+def readme(book: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """README.md beside the book."""
+    monkeypatch.setattr(listing, "ROOT", tmp_path)
     book.mkdir()
-    assert main(["tables"]) == 2
-    assert "got: no place for the tables" in refusal(capsys)
-    (tmp_path / "README.md").write_text(f"before\n{records.BEGIN}\nold\n{records.END}\nafter\n")
+    return tmp_path / "README.md"
+
+
+def test_tables_are_written_between_the_marks_and_once(readme: Path):
+    readme.write_text(f"before\n{listing.BEGIN}\nold\n{listing.END}\nafter\n")
     assert main(["tables", "--check-only"]) == 1
     assert main(["tables"]) == 0
     assert main(["tables", "--check-only"]) == 0
-    text = (tmp_path / "README.md").read_text()
+    text = readme.read_text()
     assert (
-        text.startswith(f"before\n{records.BEGIN}\n**small**")
-        and text.endswith(f"{records.END}\nafter\n")
+        text.startswith(f"before\n{listing.BEGIN}\n**small**")
+        and text.endswith(f"{listing.END}\nafter\n")
         and "old" not in text
     )
+    readme.write_text(text.replace("No record yet.", "Many records."))
+    assert write_tables(check_only=True) == ["README.md"], "a stale file with marks is told"
+
+
+def test_a_readme_without_marks_is_left_alone_and_the_book_has_the_tables(readme: Path, book: Path):
+    readme.write_text("before\n")
+    assert write_tables(check_only=True) == ["records/README.md"]
+    assert write_tables(check_only=False) == ["records/README.md"]
+    assert write_tables(check_only=True) == [] and readme.read_text() == "before\n"
+    assert "**small** (Products; target 2.8)\n\nNo record yet." in (book / "README.md").read_text()
+    (book / "README.md").write_text("old")
+    assert main(["tables", "--check-only"]) == 1
+
+
+@pytest.mark.parametrize("marks", ["{0}", "{1}", "{1}{0}", "{0}{0}{1}", "{0}{1}{1}"])
+def test_marks_that_enclose_no_place_or_two_are_refused(marks: str, readme: Path, capsys: pytest.CaptureFixture[str]):
+    readme.write_text(f"before\n{marks.format(listing.BEGIN, listing.END)}\n")
+    assert main(["tables"]) == 2
+    assert "README.md\n  got: no place for the tables\n  allowed: " in refusal(capsys)
 
 
 def test_the_committed_tables_are_those_of_the_book():
-    assert records.write_tables(check_only=True) == []
+    assert write_tables(check_only=True) == []
 
 
 def test_every_record_of_the_book_is_whole():
-    for folder, record in records.records():
+    for folder, record in shelf.records():
         assert record["track"] == folder.parent.name and folder.name.startswith(record["date"])
         for e in record["entries"]:
             assert (folder / e["config"]).is_file() and (folder / e["log"]).is_file()
-        assert sum(p.stat().st_size for p in folder.iterdir()) <= records.LIMIT
+        check = f"python -m studies.record_book check {folder.relative_to(ROOT).as_posix()}"
+        assert record["commands"]["check"] == (None if record["corpus_sha256"] is None else check)
+        assert sum(p.stat().st_size for p in folder.iterdir()) <= adding.LIMIT
 
 
 def test_the_fixed_architecture_of_pysource_is_the_optimization_track_s():
     """But for its size, and for attention's scale, which is 0.12 of a head's width."""
     keys, big = (
-        TRACKS["pysource-cpu"].keys(),
+        TRACKS["pysource-cpu"].required_values(),
         configuration.flat(configuration.load([str(ROOT / "configs/track3_124m.toml")])),
     )
     sizes = {"model.n_layer", "model.n_head", "model.n_embd", "model.block_size", "model.attention_scale"}
@@ -482,7 +514,7 @@ def test_a_record_is_reproduced_exactly_here(
     assert add("runs/study") == 0
     folder = book / "small/2026-01-02_first"
     argv = ["check", str(folder), "--entry", "dualized", "--seeds", "1"]
-    monkeypatch.setattr(records, "git_state", lambda: ("abcdefgh9", False))
+    monkeypatch.setattr(checking, "git_state", lambda: ("abcdefgh9", False))
     out = root / "runs/check-2026-01-02_first-abcdefgh"
     assert main(argv) == 0
     said = capsys.readouterr().out
@@ -498,7 +530,7 @@ def test_a_record_is_reproduced_exactly_here(
     assert main(argv) == 1
     assert "FAIL" in capsys.readouterr().out
     for now in (("another", False), ("abcdefgh9", True), (None, None)):
-        monkeypatch.setattr(records, "git_state", lambda now=now: now)
+        monkeypatch.setattr(checking, "git_state", lambda now=now: now)
         assert main([*argv, "--out", str(out)]) == 2
         assert "dualized.seed0\n  got: a run that is there already, of code that is not known to be this\n" in refusal(
             capsys
@@ -541,7 +573,7 @@ def test_between_machines_means_are_compared_at_the_nominal_level():
     for losses in rng.normal(size=(n, 8)):
         fine, _ = compare(told(losses[:4]), found(losses[4:]), same=False)
         fails += not fine
-    assert abs(fails / n - records.DOUBT) < 4 * (records.DOUBT * (1 - records.DOUBT) / n) ** 0.5
+    assert abs(fails / n - DOUBT) < 4 * (DOUBT * (1 - DOUBT) / n) ** 0.5
     losses = rng.normal(size=8)
     assert not compare(told(losses[:4]), found(losses[4:] + 5), same=False)[0]
     assert compare(told(losses[:4]), found(losses[:4]), same=True)[0]

@@ -1,4 +1,4 @@
-"""studies/report.py: a study's page and picture, from made-up results. How a browser shows the page: test_browser.py."""
+"""studies/report: a study's page and picture, from made-up results. How a browser shows the page: test_browser.py."""
 
 import copy
 import json
@@ -12,8 +12,11 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
-from studies.report import page as report
-from studies.report.page import ReportError, answer, charts, differences, main, write
+from studies.report import write
+from studies.report.charts import SETTLED, charts
+from studies.report.command import main
+from studies.report.page import ReportError, html
+from studies.report.words import answer, differences
 
 from tests.helpers import ROOT
 
@@ -136,7 +139,7 @@ def study() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def page(study: dict[str, Any]) -> str:
-    return report.html(study)
+    return html(study)
 
 
 class Text(HTMLParser):
@@ -280,7 +283,7 @@ def test_text_of_a_study_stays_text(study: dict[str, Any]):
     name = bad["entries"][2]["name"] = HOSTILE
     for p in bad["pairs"]:
         p["b"] = name if p["b"] == "dualized" else p["b"]
-    page = Text(report.html(bad))
+    page = Text(html(bad))
     assert [tag for tag, _ in page.tags].count("script") == 2 and "img" not in [tag for tag, _ in page.tags]
     assert not any(key.startswith("on") for _, attributes in page.tags for key in attributes)
     assert all(not (a.get("href") or "").startswith("javascript:") for _, a in page.tags)
@@ -290,7 +293,7 @@ def test_text_of_a_study_stays_text(study: dict[str, Any]):
 def test_the_data_of_the_charts_cannot_end_their_element(study: dict[str, Any]):
     bad = copy.deepcopy(study)
     bad["entries"][0]["name"] = bad["pairs"][0]["a"] = bad["pairs"][1]["a"] = "</script><b>"
-    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', report.html(bad), re.DOTALL)
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html(bad), re.DOTALL)
     assert json.loads(data)["entries"][0]["name"] == "</script><b>"
 
 
@@ -348,16 +351,14 @@ def test_a_ring_is_where_the_loss_falls_to_what_the_rule_needs(study: dict[str, 
 
 def test_runs_of_several_versions_threads_that_torch_chose_and_ranks_are_told(study: dict[str, Any]):
     several = study["versions"] | {"note": "the judged runs are of 2 versions: commit a; commit b"}
-    text = Text(report.html(study | {"versions": several, "threads": None, "ranks": 4})).text
+    text = Text(html(study | {"versions": several, "threads": None, "ranks": 4})).text
     assert text.count("the judged runs are of 2 versions: commit a; commit b") == 1
     assert "2 runs at a time, 4 ranks each, torch's choice of threads each." in text
 
 
 def test_the_first_view_holds_the_later_curves_and_the_target(study: dict[str, Any]):
     low, high = charts(study)[0]["view"]
-    late = [
-        p[3] for e in study["entries"] for r in e["runs"] for p in r["curve"] if p[0] >= report.SETTLED * r["steps"]
-    ]
+    late = [p[3] for e in study["entries"] for r in e["runs"] for p in r["curve"] if p[0] >= SETTLED * r["steps"]]
     assert low < min(*late, study["target"]) and high > max(late)
     assert high < max(p[3] for e in study["entries"] for r in e["runs"] for p in r["curve"])
 
@@ -548,11 +549,10 @@ def test_the_command_draws_again_from_results_json(tmp_path: Path, capsys: pytes
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / "report.html"), str(tmp_path / "report.png")]
 
 
-def test_the_command_wants_a_study(tmp_path: Path):
-    with pytest.raises(
-        ReportError, match=r"got: .*\n  allowed: the folder of a study, with its results.json\n  fix: runs/NAME"
-    ):
-        main([str(tmp_path)])
+def test_the_command_wants_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    allowed = "  allowed: the folder of a study, with its results.json\n  fix: runs/NAME\n"
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: python -m studies.report\n  got: {tmp_path}\n{allowed}"
 
 
 def test_results_of_another_schema_are_refused(tmp_path: Path):
@@ -567,4 +567,4 @@ def test_results_of_another_schema_are_refused(tmp_path: Path):
 @pytest.mark.parametrize("file", sorted(ROOT.glob("records/*/*/results.json")), ids=lambda f: f.parent.name)
 def test_a_study_in_the_record_book_has_a_page(file: Path):
     found = json.loads(file.read_text(encoding="utf-8"))
-    assert found["name"] in Text(report.html(found)).text
+    assert found["name"] in Text(html(found)).text

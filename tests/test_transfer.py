@@ -11,10 +11,10 @@ from data.loader import Dataset
 from matplotlib.figure import Figure
 from model import GPT, rotary
 from studies import runs, transfer
+from studies.intervals import Interval
 from studies.runs import StudyError
 from studies.sizes import AXES, Line, base_size, lines_through, run_name, settings_at
 from studies.transfer import main
-from studies.intervals import Interval
 from studies.verdict import Thresholds, Verdict, judge
 from training import checkpoint
 from training import config as configuration

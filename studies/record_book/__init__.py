@@ -1,1 +1,1 @@
-"""The record book, records/."""
+"""The record book of the speedrun tracks, records/: adding, checking and listing records."""

@@ -1,11 +1,5 @@
 import sys
 
-from optim.errors import Refusal
+from .command import main
 
-from .page import main
-
-try:
-    sys.exit(main(sys.argv[1:]))
-except Refusal as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+sys.exit(main())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import speedrun, statistics
-from ..record_book.command import TRACKS
+from ..record_book.tracks import TRACKS
 from ..runs import StudyError
 from .search import FRACTIONS, TRIES
 from .trials import FIRST_SEED
