@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 
 from model import GPT, GPTConfig
+from optim import ModularNorm, metrize
 from optim.errors import require
 from optim.norms import Norm
 
@@ -61,3 +62,13 @@ def build(
     """
     model, _ = MODELS[config.name]
     return model(config, norms, generator)
+
+
+def build_model_and_norm(
+    config: Any, generator: torch.Generator | None = None
+) -> tuple[GPT, ModularNorm]:
+    """Return the model of a configuration, and the modular norm of its weights."""
+    o = config.optim
+    model = build(config.model, o.norms.build(o.polar, config.model.n_head), generator)
+    norm = metrize(model, model.structure(o.masses))
+    return model, norm.unweighted() if o.composition == "max" else norm

@@ -18,7 +18,7 @@ from studies.record_book import command as records
 from studies.record_book.command import TRACKS, RecordError, Track, compare, main
 from training import config as configuration
 from training.config import Config
-from training.runtime import hardware
+from training.provenance import hardware
 
 from tests.helpers import ROOT, SOAK, run, small_dataset
 

@@ -564,9 +564,7 @@ def test_results_of_another_schema_are_refused(tmp_path: Path):
         write(results() | {"schema": 1}, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "file", sorted(ROOT.glob("records/*/*/results.json")), ids=lambda f: f.parent.name
-)
+@pytest.mark.parametrize("file", sorted(ROOT.glob("records/*/*/results.json")), ids=lambda f: f.parent.name)
 def test_a_study_in_the_record_book_has_a_page(file: Path):
     found = json.loads(file.read_text(encoding="utf-8"))
     assert found["name"] in Text(report.html(found)).text

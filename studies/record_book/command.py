@@ -34,7 +34,8 @@ from data.shards import DataError, read_manifest
 from optim.errors import Refusal
 from training import config as configuration
 from training.config import Config, ConfigError
-from training.runtime import RunError, git_state
+from training.errors import RunError
+from training.provenance import git_state
 
 from .. import runs, statistics
 from ..export import command as export
