@@ -59,9 +59,10 @@ def test_every_link_leads_to_a_file_and_a_heading(path: Path):
 
 @pytest.mark.parametrize("path", [p for p in DOCUMENTS if name(p) not in PRINTED], ids=name)
 def test_prose_has_at_most_100_columns(path: Path):
-    """Rows of tables, pictures and printed formulas stay on one line; addresses of links do not count."""
+    """Tables, pictures and what a program printed stay on one line; addresses of links do not count."""
     lines = re.sub(r"\]\([^)\s]+\)", "]", prose(path.read_text(encoding="utf-8"))).splitlines()
-    assert [line for line in lines if len(line) > WIDTH and not line.startswith(("|", "![", "    "))] == []
+    printed = re.compile(r"\||!\[|    |- [\d.]+[MBT]: ")  # the last are of docs/scaling.md
+    assert [line for line in lines if len(line) > WIDTH and not printed.match(line)] == []
 
 
 def test_readme_is_read_in_one_sitting():
