@@ -14,6 +14,7 @@ import tyro
 
 from data.tokenizer import get_tokenizer
 from models import build_model_and_norm
+from models.generation import generate
 from optim.errors import Refusal
 from training import checkpoint
 from training import config as configuration
@@ -83,7 +84,8 @@ def main(options: Options) -> None:
     generator = torch.Generator(runtime.device).manual_seed(options.seed)
     idx_BT = torch.tensor([idx_T] * options.samples, device=runtime.device)
     with runtime.autocast():
-        out_BT = model.generate(
+        out_BT = generate(
+            model,
             idx_BT,
             options.tokens,
             temperature=options.temperature,

@@ -28,8 +28,8 @@ from training.config import ConfigError
 from training.runtime import RunError
 
 from . import runs
+from .intervals import Interval, student
 from .transfer import AXES, Line, Size, base_size, lines, name_of, sized
-from .verdict import Interval, student
 
 # What curves can be of, and the flag that says it has converged; the rest needs none: the modular sharpness is a lower bound in any case.
 QUANTITIES = {

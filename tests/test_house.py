@@ -22,6 +22,7 @@ ORDER = (
         "stacks",
         "smoothness",
         "modular",
+        "roles",
         "drawing",
         "module_types",
         "metrize",

@@ -10,9 +10,10 @@ import torch
 from data.loader import Dataset
 from model import GPT, rotary
 from studies import runs, transfer
+from studies.intervals import Interval
 from studies.runs import StudyError
 from studies.transfer import AXES, Line, base_size, lines, main, name_of, sized
-from studies.verdict import Interval, Thresholds, Verdict, judge
+from studies.verdict import Thresholds, Verdict, judge
 from training import checkpoint
 from training import config as configuration
 from training.config import Config

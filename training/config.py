@@ -18,12 +18,12 @@ from typing import Annotated, Any, Literal, cast
 import tyro
 
 from data.loader import DataConfig
-from model import RoleMasses, RoleNorms
 from models import ModelConfig
 from optim import Dualized, EscapeVelocity
 from optim.baselines import BASELINES
 from optim.errors import Refusal, require
 from optim.polar import Polar
+from optim.roles import RoleMasses, RoleNorms
 from optim.schedules import Schedule
 from optim.settings import Help, OneOf, Range, StepSettings, by_role, help_texts, hints_of
 

@@ -67,9 +67,9 @@ def migrate(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         target[key] = section.pop(name)
         notes.append(f"{old} is {new}")
     model = migrated.get("model")
-    if isinstance(model, dict) and _is_ngram(model):
-        migrated["model"] = {"name": "ngram", **model}
-        notes.append('model.name is "ngram", by the other settings of the model')
+    if isinstance(model, dict) and (name := _model_name(model)):
+        migrated["model"] = {**model, "name": name}
+        notes.append(f'model.name is "{name}", by the other settings of the model')
     return migrated, notes
 
 
@@ -86,7 +86,16 @@ def _section(
     return table, name
 
 
-def _is_ngram(model: Mapping[str, Any]) -> bool:
-    """Return whether it has settings of n-grams and no name, as before model.name."""
-    others = settings_of_others("gpt")
-    return "name" not in model and any(model.get(f.name, f.default) != f.default for f in others)
+def _model_name(model: Mapping[str, Any]) -> str | None:
+    """Return the name of the model that settings of an earlier version are of, None where they say.
+
+    Before model.name there was one model, with n-grams or without. Until "track3" had a name, its
+    settings were those of "gpt".
+    """
+    others = {
+        f.name for f in settings_of_others("gpt") if model.get(f.name, f.default) != f.default
+    }
+    of_track3 = others - {f.name for f in settings_of_others("track3")}
+    if "name" not in model and others != of_track3:
+        return "ngram"
+    return "track3" if of_track3 and model.get("name", "gpt") == "gpt" else None

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from data.loader import Dataset, TrainBatches
 from model import GPT
+from models.generation import generate
 from optim import Dualized, ModularNorm, NonFiniteError
 from optim.baselines import BASELINES
 
@@ -317,7 +318,8 @@ class Run:
     def _sample(self) -> str:
         model, runtime, tokenizer = self.model.eval(), self.runtime, self.data.dataset.tokenizer
         generator = torch.Generator(runtime.device).manual_seed(self.config.run.seed)
-        out_BT = model.generate(
+        out_BT = generate(
+            model,
             torch.tensor([self.data.prompt], device=runtime.device),
             self.config.train.sample_tokens,
             temperature=0.8,

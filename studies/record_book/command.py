@@ -282,7 +282,7 @@ def claim_of_runs(folders: Sequence[Path], track: Track) -> Claim:
     read = [export.read(f) for f in folders]
     losses, seconds = ([summary_of(r)[key] for r in read] for key in ("val_loss", "train_seconds"))
     noise = statistics.pooled([np.array(losses)])
-    threshold = statistics.threshold(noise, len(losses)) if noise else None
+    threshold = statistics.threshold_at(noise, len(losses)) if noise else None
     rule = statistics.Rule(track.target, math.inf if threshold is None else threshold)
     mean = float(np.mean(losses))
     passes = None if threshold is None else rule.passes(mean, len(losses))
