@@ -90,7 +90,7 @@ def draw_steps(axes: "Axes", entries: Sequence[Mapping], *, target: float) -> No
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write docs/readme.png."""
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(arguments)
+    argparse.ArgumentParser(prog="python -m studies.readme_picture").parse_args(arguments)
     from matplotlib.figure import Figure
 
     page = SWEEPS.read_text(encoding="utf-8")
