@@ -21,7 +21,7 @@ SWEEPS = ROOT / "docs/tutorial-transfer.md"
 RESULTS = ROOT / "records/pysource-cpu/2026-11-23_nesterov-soap/results.json"
 PICTURE = ROOT / "docs/readme.png"
 LABELS = {"dualized": "dualized\n(ours)", "muon": "Muon + AdamW", "adamw": "AdamW"}
-OCTAVES = 2**4.3  # the last rate of a panel over the first: alike in both, so that slopes compare
+SPAN = 2**4.3  # right edge of a panel's rates over its left one: alike, so that slopes compare
 COLORS = {"dualized": "#0f766e", "muon": "#b45309", "adamw": "#64748b"}
 
 
@@ -55,7 +55,7 @@ def draw_sweep(
     axes.plot([], [], "o", color="black", markersize=9, fillstyle="none", label="lowest loss")
     axes.set_xscale("log")
     middle = (rates[0] * rates[-1]) ** 0.5
-    axes.set_xlim(middle / OCTAVES**0.5, middle * OCTAVES**0.5)
+    axes.set_xlim(middle / SPAN**0.5, middle * SPAN**0.5)
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set(title=title, xlabel="learning rate", ylabel="validation loss (nats per character)")

@@ -15,8 +15,7 @@ DOCUMENTS = [
     *(ROOT / "docs").glob("*.md"),
     *(ROOT / folder / name for folder, name in (("benchmarks", "RESULTS.md"), ("examples", "README.md"))),
 ]
-# These two are printed by programs.
-PRINTED = {"docs/settings.md", "records/README.md"}
+PRINTED = {"docs/settings.md"}  # by python -m training.help
 
 
 def prose(text: str) -> str:
@@ -34,17 +33,17 @@ def anchors(path: Path) -> set[str]:
     seen: dict[str, int] = {}
     fragments = set()
     for heading in re.findall(r"^#+ (.*)$", prose(path.read_text(encoding="utf-8")), re.MULTILINE):
-        name = anchor(heading)
-        fragments.add(f"{name}-{seen[name]}" if name in seen else name)
-        seen[name] = seen.get(name, 0) + 1
+        fragment = anchor(heading)
+        fragments.add(f"{fragment}-{seen[fragment]}" if fragment in seen else fragment)
+        seen[fragment] = seen.get(fragment, 0) + 1
     return fragments
 
 
-def name(path: Path) -> str:
+def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
 def test_every_link_leads_to_a_file_and_a_heading(path: Path):
     dead = []
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(path.read_text(encoding="utf-8"))):
@@ -57,7 +56,7 @@ def test_every_link_leads_to_a_file_and_a_heading(path: Path):
     assert dead == []
 
 
-@pytest.mark.parametrize("path", [p for p in DOCUMENTS if name(p) not in PRINTED], ids=name)
+@pytest.mark.parametrize("path", [p for p in DOCUMENTS if relative(p) not in PRINTED], ids=relative)
 def test_prose_has_at_most_100_columns(path: Path):
     """Tables, pictures and what a program printed stay on one line; addresses of links do not count."""
     lines = re.sub(r"\]\([^)\s]+\)", "]", prose(path.read_text(encoding="utf-8"))).splitlines()
