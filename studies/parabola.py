@@ -66,7 +66,10 @@ def interpolate(x: Array, y: Array, at: Array) -> Array:
 
 
 def _windows(x: Array) -> NDArray[np.bool_]:
-    """Return (K, K): if point k belongs to the parabola at point c. Two neighbours always do."""
+    """Return which points k each parabola at a point c is fitted to: (K, K), [c, k].
+
+    The two neighbours of c always belong to it.
+    """
     c, k = np.indices((len(x), len(x)))
     far = np.abs(x[c] - x[k]).round(1)  # rates are written with few digits
     near = far <= np.minimum(WINDOW, np.sort(far)[:, :POINTS][:, -1:])

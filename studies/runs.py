@@ -161,7 +161,7 @@ def sweep(jobs: Sequence[Job], folder: Path, *, workers: Sequence[Place], dry_ru
     """Print the cost of the jobs that are not done, and run them.
 
     The first seed of all jobs comes first, and small jobs before large ones. A dry run ends with
-    the cost. Returns if the jobs were run.
+    the cost. Returns whether the jobs were run.
     """
     dataset, speed = Dataset(jobs[0].config.data), measure_speed(jobs[0].config)
     estimates = [(j, *cost(j.config, dataset, speed)) for j in jobs]
@@ -233,12 +233,15 @@ class _Training:
     ranks: list[BaseProcess]
 
     def has_ended(self) -> bool:
-        """Return if all its ranks have. Where one failed, the others' watchdogs end them."""
+        """Return whether all its ranks have. Where one failed, the others' watchdogs end them."""
         return all(p.exitcode is not None for p in self.ranks)
 
 
 def _run_all(waiting: list[tuple[Job, float]], folder: Path, workers: Sequence[Place]) -> None:
-    """Run the waiting jobs, each with its weight in the progress bar. After a failure none is begun."""
+    """Run the waiting jobs, and begin none after a failure.
+
+    Each has its weight in the progress bar beside it. Raises StudyError for the first failure.
+    """
     under_way: list[_Training] = []
     failures: list[str] = []
     free = list(workers)
@@ -297,7 +300,7 @@ def _failures(training: _Training, folder: Path) -> list[str]:
 
 
 def done(wanted: Job, folder: Path) -> bool:
-    """Return if a job has a result, with this very configuration.
+    """Return whether a job has a result, with this very configuration.
 
     Raises StudyError if the run of its name has another configuration.
     """
@@ -321,7 +324,7 @@ def done(wanted: Job, folder: Path) -> bool:
 
 
 def finished(path: Path) -> bool:
-    """Return if a run folder has a result, of whatever configuration."""
+    """Return whether a run folder has a result, of whatever configuration."""
     return any((path / name).is_file() for name in ("summary.json", "failed.json"))
 
 

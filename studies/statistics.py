@@ -26,7 +26,7 @@ Array = NDArray[np.float64]
 # One-sided: of entries that only just do not reach the target, one in 100 is said to reach it.
 RULE_LEVEL = 0.01
 DRAWS = 4000
-# Chance of an effect to be found, for which a study is planned (J. Cohen, Statistical Power
+# Chance of finding an effect, for which a study is planned (J. Cohen, Statistical Power
 # Analysis, 1988).
 POWER = 0.8
 # A crossing is fitted to the horizons within this factor of it, and to no fewer than so many.
@@ -95,7 +95,7 @@ class Rule:
         return (self.target - mean) * math.sqrt(n)
 
     def passes(self, mean: float, n: int) -> bool:
-        """Return if n runs with this mean have reached the target."""
+        """Return whether n runs with this mean have reached the target."""
         return self.statistic(mean, n) >= self.threshold
 
     def needed(self, n: int) -> float:

@@ -71,7 +71,7 @@ class Range:
         return [self.at(i / max(1, self.count - 1)) for i in range(self.count)]
 
     def at_edge(self, value: Any, tried: Iterable[Any]) -> bool:
-        """Return if a value is the lowest or the highest that was tried.
+        """Return whether a value is the lowest or the highest that was tried.
 
         If it is the best one, a better one may lie outside. Of choices only numbers have an edge.
         """
@@ -130,8 +130,8 @@ def _malformed(text: str) -> StudyError:
     return StudyError(
         "--tune",
         got=repr(text),
-        allowed="[ENTRY:]section.key=log(a,b,n), lin(a,b,n) with n of 2 or more and finite a below b"
-        " (log: above 0), or {a,b,…}",
+        allowed="[ENTRY:]section.key=log(a,b,n), lin(a,b,n) with n of 2 or more and finite a"
+        " below b (log: above 0), or {a,b,…}",
         fix='--tune "optim.lr=log(0.01,1,8)"',
     )
 
@@ -149,8 +149,8 @@ def _require_tunable(text: str, entry: str | None, key: str, entries: Sequence[s
         raise StudyError(
             f"--tune {text}",
             got=key,
-            allowed="optim.…, schedule.…, baseline.… and model.… but block_size: data, batch and budget"
-            " are the same for all trials",
+            allowed="optim.…, schedule.…, baseline.… and model.… but block_size: data, batch and"
+            " budget are the same for all trials",
             fix="another key",
         )
 

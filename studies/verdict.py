@@ -85,7 +85,7 @@ class Verdict:
     loss: list[float]
     """The lowest loss of each size, interpolated."""
     bracketed: list[bool]
-    """If the learning rates of each size show its minimum."""
+    """Whether the learning rates of each size show its minimum."""
     drift: list[Interval]
     """Octaves from the shared learning rate to the best one, at each size but the first."""
     cost: list[Interval]

@@ -45,7 +45,7 @@ def test_a_run_that_crashed_before_its_first_checkpoint_gives_its_name_back(tmp_
     assert (tmp_path / "a.crashed/log.txt").read_text() == "step 1\n", "nothing is lost"
 
 
-@pytest.mark.parametrize("kept", ["checkpoints/step_00000003", "summary.json"])
+@pytest.mark.parametrize("kept", ["checkpoints/step_00000003", "summary.json", "failed.json"])
 def test_a_run_that_has_saved_something_keeps_its_name(tmp_path: Path, kept: str):
     begun(tmp_path / "a").close()
     (tmp_path / "a" / kept).mkdir()

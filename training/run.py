@@ -283,7 +283,7 @@ class Run:
         if self.runtime.main and c.pictures:
             bytes_per_token = (split.bytes or 0) / split.tokens
             plot_losses(self.folder, compressors, bytes_per_token=bytes_per_token)
-            plot_geometry(self.folder.metrics(), path / "geometry.png")
+            plot_geometry(self.folder.metrics(), path / "geometry.png", band=self.config.optim.polar.band)
         if c.sample_tokens and self.looks:
             say(f"sample:\n{self._sample()}\n")
         others = ", ".join(f"{name} {bits:.4f}" for name, bits in compressors.items())

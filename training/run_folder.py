@@ -141,11 +141,12 @@ class RunFolder:
 def has_crashed(path: Path) -> bool:
     """Return whether a run folder is of a run that is dead and has saved no checkpoint.
 
-    A run that ended well has a summary. One that lives holds the lock of its log.txt; where locks
+    A run that has a result keeps its name. One that lives holds the lock of its log.txt; where locks
     cannot be asked for, every run counts as alive.
     """
     log = path / "log.txt"
-    saved = (path / "summary.json").exists() or any((path / "checkpoints").glob("step_*"))
+    results = ("summary.json", "failed.json", "checkpoints/step_*")  # failed.json: a study's
+    saved = any(any(path.glob(pattern)) for pattern in results)
     if saved or fcntl is None or not log.is_file() or not (path / "config.toml").is_file():
         return False
     with log.open() as f:

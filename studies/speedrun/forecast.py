@@ -1,4 +1,4 @@
-"""What a whole study costs, told before its first run."""
+"""What a whole study costs, estimated before its first run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def print_cost(study: Study, trials: Sequence[runs.Job], dataset: Dataset, speed
 
 
 def _is_searched(study: Study, entry: Entry) -> bool:
-    """Return if the study searches for a horizon of this entry."""
+    """Return whether the study searches for a horizon of this entry."""
     return study.target is not None or study.target_entry not in (None, entry.name)
 
 

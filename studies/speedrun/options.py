@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import statistics
+from .. import speedrun, statistics
 from ..record_book.command import TRACKS
 from ..runs import StudyError
-from . import __doc__ as description
 from .search import FRACTIONS, TRIES
 from .trials import FIRST_SEED
 
@@ -21,7 +20,7 @@ def read_options(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return the study's options, and the rest, which is for the configurations."""
     parser = argparse.ArgumentParser(
         prog="python -m studies.speedrun",
-        description=description,
+        description=speedrun.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -197,8 +196,7 @@ def check(options: argparse.Namespace, names: Sequence[str]) -> None:
         value = getattr(options, flag.removeprefix("--").replace("-", "_"))
         _require(value is None or is_allowed(value), flag, value, allowed)
     setter = options.target_entry
-    of_entries = f"{', '.join(names)}, the entries"
-    _require(setter in (None, *names), "--target-entry", setter, of_entries)
+    _require(setter in (None, *names), "--target-entry", setter, f"{', '.join(names)}, the entries")
     _require(
         setter is None or options.target is None,
         "--target-entry",

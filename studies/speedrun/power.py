@@ -26,7 +26,7 @@ def known_noise(study: Study) -> Noise:
         ]
         for e in study.entries
     ]
-    noise = statistics.pooled([np.array(of_entry) for of_entry in losses])
+    noise = statistics.pooled([np.array(y) for y in losses])
     if noise is None:
         raise runs.StudyError(
             "--power",

@@ -50,11 +50,11 @@ class Judgement:
         return len(self.study.seeds)
 
     def sets_target(self, entry: Entry) -> bool:
-        """Return if the target is this entry's mean, so that nothing of it is measured."""
+        """Return whether the target is this entry's mean, so that nothing of it is measured."""
         return entry.name == self.study.target_entry
 
     def is_test(self, entry: Entry) -> bool:
-        """Return if the steps of this entry to the target are more than a mean below it."""
+        """Return whether the steps of this entry to the target are more than a mean below it."""
         threshold_known = self.noise is not None or self.study.threshold is not None
         return threshold_known or self.sets_target(entry)
 
@@ -203,7 +203,7 @@ def _at_budget(judgement: Judgement, entry: Entry, records: Sequence[Json]) -> J
         "n": judgement.n,
         "loss": _bounded("mean", statistics.mean_interval(losses)),
         **{k: _bounded("mean", statistics.mean_interval(v)) for k, v in seconds.items()},
-        "peak_memory_bytes": max((bytes_ for bytes_ in peaks if bytes_), default=None),
+        "peak_memory_bytes": max(filter(None, peaks), default=None),
         "steps": entry.steps,
         "tokens": entry.steps * tokens_per_step(entry.config),
     }
@@ -263,8 +263,10 @@ def _pair(judgement: Judgement, b: Json, a: Json) -> Json:
 
     The comparison is b − a of losses at the budget, and b/a of steps and seconds to the target.
     """
-    of_a, of_b = (judgement.study.losses[e["name"], e["at_budget"]["steps"]] for e in (a, b))
-    difference, p = statistics.paired(of_a, of_b)
+    losses_a, losses_b = (
+        judgement.study.losses[e["name"], e["at_budget"]["steps"]] for e in (a, b)
+    )
+    difference, p = statistics.paired(losses_a, losses_b)
     return {
         "a": a["name"],
         "b": b["name"],

@@ -49,8 +49,8 @@ class Study:
         if jobs:
             all_jobs = list(itertools.chain(*jobs.values()))
             runs.sweep(all_jobs, self.folder, workers=self.places, dry_run=False)
-        for cell, of_cell in jobs.items():
-            self.losses[cell] = [runs.final_loss(self.folder / j.name) for j in of_cell]
+        for cell in jobs:
+            self.losses[cell] = [runs.final_loss(self.folder / j.name) for j in jobs[cell]]
 
     def mean(self, name: str, steps: int) -> float:
         """Return an entry's mean loss at a horizon; infinite if a run diverged."""
@@ -135,10 +135,7 @@ class Study:
         horizons = _next_round(searches, dict.fromkeys(searches))
         while horizons:
             self.run(horizons)
-            means = {
-                name: {h: self.mean(name, h) for h in of_entry}
-                for name, of_entry in horizons.items()
-            }
+            means = {name: {h: self.mean(name, h) for h in horizons[name]} for name in horizons}
             horizons = _next_round(searches, means)
         return rule
 

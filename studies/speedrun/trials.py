@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -104,7 +105,7 @@ def _trial(
 
 def jobs_of(trials: Mapping[str, Sequence[Trial]]) -> list[runs.Job]:
     """Return the runs of all trials of all entries."""
-    return [j for of_entry in trials.values() for trial in of_entry for j in trial.jobs]
+    return [j for trial in itertools.chain(*trials.values()) for j in trial.jobs]
 
 
 def tune(
