@@ -15,11 +15,11 @@ from optim.baselines import BASELINES
 from training.config import Config
 
 # Seconds a layer and step takes beside its FLOPs, on one CPU thread: `python -m studies.transfer`
-# at width 64 (LOG.md).
+# at width 64 (docs/log.md).
 OVERHEAD = 5e-3
 STARTUP = 1.0  # seconds a run
 # Hessian-vector products of one record of curvature, each about four times a gradient's FLOPs:
-# `python -m studies.sharpness` (LOG.md).
+# `python -m studies.sharpness` (docs/log.md).
 PRODUCTS = 60
 
 

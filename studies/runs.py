@@ -42,7 +42,7 @@ FILLED_IN = {
     "optim.polar.dtype": "auto",
 }
 # Keys that do not change the numbers which a study reads. run.threads does change them: sums in
-# another order make another run (LOG.md).
+# another order make another run (docs/log.md).
 NEUTRAL = (
     "run.name",
     "run.dir",

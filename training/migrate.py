@@ -26,7 +26,7 @@ RENAMED = {
     "optim.auxiliary_lr": "baseline.auxiliary_lr",
     "optim.scaling": "baseline.scaling",
 }
-# Keys of what was taken out (LOG.md), with the value that did nothing: other values cannot be run.
+# Keys of what was taken out (docs/log.md), with the value that did nothing. No other can be run.
 DROPPED: dict[str, Any] = {
     "optim.floor": 0.0,  # the least ‖update‖ / ‖weight‖
     "model.key_shift": False,  # keys of attention from the position before
