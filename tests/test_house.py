@@ -28,8 +28,9 @@ COLUMNS, COLUMNS_OF_TESTS, SCREEN, FILE = 100, 120, 60, 450
 # The first words of functions' docstrings. Another verb, in the imperative, is added here.
 VERBS = set(
     """
-    Add Adopt Append Average Begin Bring Build Clear Compare Do Give Keep Leave Let Load Make Measure Note Prepare
-    Print Raise Return Run Set Split Step Take Train Validate Write Yield
+    Add Adopt Append Average Begin Bring Build Clear Compare Decide Do Dualize Give Iterate Join Keep Leave Let Load
+    Make Measure Note Prepare Print Raise Refuse Return Run Set Split Step Surround Take Time Train Validate Write
+    Yield Zero
     """.split()  # noqa: SIM905
 )
 # No docstring and no comment begins with these: what follows is seldom a sentence. A verb or a noun begins it.
@@ -48,9 +49,9 @@ def too_long(path: Path, columns: int) -> list[int]:
     return [i for i, line in enumerate(lines(path), 1) if len(line) > columns]
 
 
-def long_functions(path: Path) -> dict[str, int]:
-    heights = {f.name: (f.end_lineno or f.lineno) - f.lineno + 1 for f in functions(path)}
-    return {name: height for name, height in heights.items() if height > SCREEN}
+def long_functions(path: Path) -> list[tuple[str, int]]:
+    heights = [(f.name, (f.end_lineno or f.lineno) - f.lineno + 1) for f in functions(path)]
+    return [(name, height) for name, height in heights if height > SCREEN]
 
 
 def shadows(path: Path) -> set[tuple[str, int]]:
@@ -60,8 +61,8 @@ def shadows(path: Path) -> set[tuple[str, int]]:
 
 
 def docstrings_without_verb(path: Path) -> list[str]:
-    texts = {f.name: ast.get_docstring(f) for f in functions(path)}
-    return [f"{name}: {text.splitlines()[0]}" for name, text in texts.items() if text and first_word(text) not in VERBS]
+    texts = [(f.name, ast.get_docstring(f)) for f in functions(path)]
+    return [f"{name}: {text.splitlines()[0]}" for name, text in texts if text and first_word(text) not in VERBS]
 
 
 def bad_first_words(path: Path) -> list[tuple[int, str]]:
@@ -80,7 +81,7 @@ def vague_names(path: Path) -> list[tuple[str, int]]:
 def test_a_file_fits_in_a_head_and_its_functions_on_a_screen(path: Path):
     assert len(lines(path)) <= FILE
     assert too_long(path, COLUMNS) == []
-    assert long_functions(path) == {}
+    assert long_functions(path) == []
 
 
 @by_file_of_tests
@@ -167,7 +168,7 @@ def test_the_checks_see_what_they_are_to_see(bad: Path):
 def test_the_checks_measure_lines_functions_and_whole_comments(tmp_path: Path):
     path = tmp_path / "long.py"
     path.write_text("def f():\n" + 60 * "    pass\n" + f"x = {97 * '1'}\n# It is asked\n# Whether it is long.\n")
-    assert long_functions(path) == {"f": 61}
+    assert long_functions(path) == [("f", 61)]
     assert too_long(path, COLUMNS) == [62]
     assert bad_first_words(path) == [], "a comment's second line may begin as it likes"
 
