@@ -67,7 +67,7 @@ class Recipe:
     """The default of --tokenizer."""
 
     tokenizers: tuple[str, ...]
-    """What --tokenizer may be."""
+    """The names that --tokenizer takes."""
 
     options: tuple[Option, ...]
     """All other options."""

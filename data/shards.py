@@ -36,7 +36,7 @@ class Shard:
     tokens: int
 
     sha256: str
-    """Of the whole file, its header included."""
+    """The hash of the whole file, its header included."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Split:
     """In all shards."""
 
     bytes: int | None
-    """Of the text that the tokens stand for; null where it is not known."""
+    """The size of the text that the tokens stand for; null where it is not known."""
 
     shards: list[Shard]
 
