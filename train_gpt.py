@@ -67,18 +67,13 @@ def train(config: Config, runtime: Runtime) -> None:
     forward = compile_model(config, runtime, model, progress)
     run = Run(config, runtime, start, data, model, norm, optimizer, progress)
 
-    c, schedule, parts = config.train, config.schedule, config.train.gradient_accumulation_steps
-    roles, groups = config.optim.roles.given(), optimizer.param_groups
-    betas = [roles.get(g.get("role"), {}).get("beta", config.optim.beta) for g in groups]
+    c, parts = config.train, config.train.gradient_accumulation_steps
     if c.eval_every and start.step == 0 and progress.val_step < 0:
         run.evaluate(0)
     with runtime.catching_signals(), run:
         for step in range(start.step, c.steps):
             done = step + 1
-            lr = optimizer.defaults["lr"] * schedule.lr_at(step, c.steps)
-            for group, beta in zip(groups, betas, strict=True):
-                group["lr"] = lr
-                set_beta(group, schedule.beta_at(step, c.steps, beta=beta))
+            lr = set_lr_and_beta(config, optimizer, step)
 
             # The gradient of the batch, which is the same for any number of ranks and parts.
             losses: list[Tensor] = []
@@ -119,6 +114,17 @@ def train(config: Config, runtime: Runtime) -> None:
             if ended_by and not last:
                 run.stop(done, ended_by)
     run.finish()
+
+
+def set_lr_and_beta(config: Config, optimizer: Dualized | Baseline, step: int) -> float:
+    """Set the learning rate and the momentum of every group for a step, and return the former."""
+    steps, roles = config.train.steps, config.optim.roles.given()
+    lr = optimizer.defaults["lr"] * config.schedule.lr_at(step, steps)
+    for group in optimizer.param_groups:
+        beta = roles.get(group.get("role"), {}).get("beta", config.optim.beta)
+        group["lr"] = lr
+        set_beta(group, config.schedule.beta_at(step, steps, beta=beta))
+    return lr
 
 
 def due(every: int, done: int, *, first: bool = False) -> bool:

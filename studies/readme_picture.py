@@ -26,7 +26,7 @@ COLORS = {"dualized": "#0f766e", "muon": "#b45309", "adamw": "#64748b"}
 
 
 def read_sweep(page: str, name: str) -> tuple[list[float], dict[int, list[float]]]:
-    """Return the learning rates of the sweep NAME that PAGE prints, and the losses of each width."""
+    """Return the learning rates of a sweep that a page prints, and the losses of each width."""
     output = re.search(rf"--name {name}\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     assert output is not None, f"{SWEEPS} prints no sweep with --name {name}"
     header, *lines = output[1].split("\n\n")[0].splitlines()

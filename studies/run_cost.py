@@ -1,4 +1,4 @@
-"""What a training costs on this machine, before it runs: FLOPs and seconds."""
+"""The cost of a training on this machine, before it runs: FLOPs and seconds."""
 
 from __future__ import annotations
 

@@ -259,7 +259,7 @@ def crossing(x: Array, y: Array, level: Array | float, near: float) -> Array:
     c = c - level
     inside = b**2 - 4 * a * c
     with np.errstate(divide="ignore", invalid="ignore"):
-        # Of the two roots, the one at which the parabola falls.
+        # The root at which the parabola falls.
         d = 2 * c / (np.sqrt(np.maximum(inside, 0)) - b)
     nowhere = np.where(c > 0, np.inf, -np.inf)
     d = np.where((inside < 0) | np.isnan(d), nowhere, d)

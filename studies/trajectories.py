@@ -18,7 +18,7 @@ import numpy as np
 from . import runs
 from .intervals import Interval, student
 
-# What a trajectory can be of, and the flag that says it has converged. The others need none: the
+# Quantities that have a trajectory, each with the flag that says it has converged. The others need none: the
 # modular sharpness is a lower bound in any case.
 QUANTITIES = {
     "lambda_max": "converged",

@@ -65,9 +65,9 @@ class Noise:
     """The deviations of one run's loss, and their degrees of freedom."""
 
     residual: float
-    """Within a size."""
+    """Deviation within a size."""
     seed: float
-    """Of all learning rates of a size together, beside what all sizes share."""
+    """Deviation of all learning rates of a size together, beside what all sizes share."""
     df: int
     seed_df: int
 
@@ -85,7 +85,7 @@ class Verdict:
     loss: list[float]
     """The lowest loss of each size, interpolated."""
     bracketed: list[bool]
-    """Whether the learning rates of each size show its minimum."""
+    """True for each size whose minimum lies inside its learning rates."""
     drift: list[Interval]
     """Octaves from the shared learning rate to the best one, at each size but the first."""
     cost: list[Interval]
@@ -186,14 +186,14 @@ class _Estimates:
 
     noise: Noise | None
     best: Minimum
-    """Of each size: (S,)."""
+    """The minimum of each size, (S,)."""
     drawn: Minimum
     """Draws of it: (draws, S)."""
     at_shared: Array
     drawn_at_shared: Array
     """Loss of each size at the shared learning rate: (S,) and (draws, S)."""
     increases: list[tuple[float, Array]]
-    """Of each size but the first: how much worse it is than the one before, and draws of that."""
+    """For each size but the first: how much worse it is than the one before, and draws of that."""
 
     def interval(self, value: float, low: Array, high: Array, comparisons: int = 1) -> Interval:
         """Return a value with bounds from draws of its lower and its upper bound.

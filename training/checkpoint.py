@@ -36,7 +36,7 @@ from .baseline import Baseline
 from .tensor_files import read_pieces, saved_shapes, write_pieces, written_by
 
 SCHEMA = 2  # of state.json
-# What state.json has at least.
+# The keys that state.json has at least.
 KEYS = {
     "schema",
     "step",

@@ -91,8 +91,8 @@ BaselineSettings = settings_class(
     ),
 )
 
-# What a file may set for every optimizer, so that the entries of a comparison can share it: most
-# take it, and the loop itself clips to max_grad_norm.
+# A file may set these for every optimizer, so that the entries of a comparison can share it: most
+# take them, and the loop itself clips to max_grad_norm.
 SHARED = ("lr", "beta", "beta2", "weight_decay", "max_grad_norm")
 
 OPTIMIZERS = cast(Mapping[str, Any], ChainMap(cast(dict, BASELINES), {"dualized": Dualized}))
@@ -222,8 +222,8 @@ class TrainConfig:
     """Newest checkpoints kept, beside that of lowest validation loss; 0 saves none at all."""
 
     max_nonfinite: Annotated[int, Range(1)] = 3
-    """End the run after so many steps in a row whose loss or gradient was not finite. Such a step is
-    left out."""
+    """End the run after so many steps in a row whose loss or gradient was not finite. Such a step
+    is left out."""
 
     pictures: bool = True
     """Draw loss.png and geometry.png at the end."""

@@ -300,7 +300,7 @@ class Geometry:
         weights, radii, moved = numbers["weight_norm"], self.norm.radii, numbers.pop("moved")
         numbers["relative_step"] = {n: moved[n] / x if x else nan for n, x in weights.items()}
         for name, x in numbers.get("step", {}).items():
-            # What is left of a weight that only decayed is rounding, some 1e-7 of it.
+            # The rest of a weight that only decayed is rounding, some 1e-7 of it.
             dtype = torch.promote_types(self.weights[name].dtype, torch.float32)
             rounding = 4 * torch.finfo(dtype).eps * weights[name]
             size = requests[name].size if name in requests else 0.0

@@ -168,14 +168,15 @@ class Ranks:
 
     def on_main(self, f: Callable[[], T]) -> T:
         """Return on all ranks what f() is on rank 0."""
-        return self.gather(self.together(lambda: f() if self.main else None))[0]  # type: ignore[return-value]
+        value = self.together(lambda: f() if self.main else None)
+        return self.gather(value)[0]  # type: ignore[return-value]
 
     def total(self, *values: float) -> list[float]:
         """Return the sum of each value over ranks, added in their order."""
         return [sum(column) for column in zip(*self.gather(values), strict=True)]
 
     def shard(self, model: nn.Module, units: Iterable[nn.Module]) -> None:
-        """Shard the weights of a model as run.parallel says: the units one by one, then the rest."""
+        """Shard a model's weights as run.parallel says: the units one by one, then the rest."""
         if self.parallel == "ddp":
             return
         shape, names = (

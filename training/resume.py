@@ -17,7 +17,7 @@ from .runtime import Runtime
 
 @dataclass
 class Progress:
-    """What a checkpoint keeps beside tensors.
+    """The part of a checkpoint that is no tensor.
 
     val_step, val_loss, val_bpb: of the last evaluation. target: the first evaluation at or under
     train.target_loss.
@@ -51,11 +51,11 @@ class Start:
 
     @property
     def step(self) -> int:
-        """The number of steps that were taken before."""
+        """Return the number of steps that were taken before."""
         return self.saved["step"] if self.saved else 0
 
     def tell(self, progress: Progress) -> None:
-        """Say how the run starts, and drop metrics that a resumed run makes again."""
+        """Print how the run starts, and drop metrics that a resumed run makes again."""
         folder, say = self.folder, self.folder.say
         if folder.crashed is not None:
             say(f"a run of this name crashed before its first checkpoint: now {folder.crashed}")
@@ -103,7 +103,8 @@ def open_run(config: Config, runtime: Runtime) -> Start:
             allowed=f"{start.step} or more, the steps taken",
             fix="--train.steps",
         )
-    config.run.device, config.run.precision = runtime.device.type, runtime.precision  # type: ignore[assignment]
+    config.run.device = runtime.device.type  # type: ignore[assignment]
+    config.run.precision = runtime.precision
     check_placement(config, ranks=runtime.size, parallel=runtime.parallel)
     return start
 
@@ -120,9 +121,9 @@ def remember(config: Config) -> None:
             setattr(config.run, key, getattr(before, key))
 
 
-# What a resumed run has as it was, beside its model and what decides its optimizer's buffers.
+# A resumed run has these as they were, beside its model and what decides its optimizer's buffers.
 KEPT = ("optim.name", "optim.param_dtype", "run.seed", "train.batch_size", "data.holdout")
-# What else may differ and is told: other keys change nothing that is computed.
+# These may differ and are told: other keys change nothing that is computed.
 TOLD = ("optim.", "schedule.", "baseline.", "data.", "run.device", "run.precision", "run.threads")
 TOLD += ("train.steps", "train.gradient_accumulation_steps")
 

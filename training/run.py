@@ -1,4 +1,4 @@
-"""A run beside its steps: what is written at its start, done once in a while, and done at its end."""
+"""A run beside its steps: its start, what is done once in a while, and its end."""
 
 import math
 import os
@@ -135,7 +135,7 @@ class Run:
 
     @property
     def looks(self) -> bool:
-        """Whether this rank measures geometry: rank 0, or all where weights are sharded."""
+        """Return whether this rank measures geometry: rank 0, or all where weights are sharded."""
         return self.runtime.main or self.runtime.parallel != "ddp"
 
     def keep_weights(self) -> None:
@@ -239,7 +239,7 @@ class Run:
             self.folder.say(f"error: {error}")
 
     def check_finite(self, step: int) -> None:
-        """Tell of a step that was left out, as its loss or gradient was not finite.
+        """Report a step that was left out, as its loss or gradient was not finite.
 
         The optimizer knows it one step late. Raises NonFiniteError after train.max_nonfinite of
         them in a row.

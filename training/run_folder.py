@@ -141,8 +141,8 @@ class RunFolder:
 def has_crashed(path: Path) -> bool:
     """Return whether a run folder is of a run that is dead and has saved no checkpoint.
 
-    A run that has a result keeps its name. One that lives holds the lock of its log.txt; where locks
-    cannot be asked for, every run counts as alive.
+    A run that has a result keeps its name. One that lives holds the lock of its log.txt. Where
+    locks cannot be asked for, every run counts as alive.
     """
     log = path / "log.txt"
     results = ("summary.json", "failed.json", "checkpoints/step_*")  # failed.json: a study's

@@ -1,4 +1,4 @@
-"""What a run is computed on: its ranks, the torch device, the precision, the generators."""
+"""The machinery of a run: its ranks, the torch device, the precision, the generators."""
 
 import math
 import sys
@@ -40,8 +40,8 @@ class RunConfig:
     """The torch device. auto takes cuda, else mps, else cpu."""
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 is autocast. auto takes it on GPUs that have it. Elsewhere it takes it where the model's own
-    products are faster in it."""
+    """bf16 is autocast. auto takes it on GPUs that have it. Elsewhere it takes it where the model's
+    own products are faster in it."""
 
     compile: bool = False
     """Compile the model with torch.compile, before any clock starts."""
@@ -54,8 +54,8 @@ class RunConfig:
     starts it."""
 
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
-    """How several processes hold the weights. ddp: all of them in every process. fsdp: sharded over all
-    processes. hsdp: sharded over groups of shard_size neighbours, with a copy in each group."""
+    """How several processes hold the weights. ddp: all of them in every process. fsdp: sharded over
+    all processes. hsdp: sharded over groups of shard_size neighbours, a copy in each group."""
 
     shard_size: Annotated[int, Range(1)] | None = None
     """Processes of one group of hsdp; by default those of one machine."""
@@ -64,7 +64,7 @@ class RunConfig:
     """Seconds without progress until the run ends and names the process it waits for."""
 
 
-# Dense bf16 peaks in FLOP/s, by the device's full name, from NVIDIA's data sheets (without sparsity).
+# Dense bf16 peaks in FLOP/s, by the device's full name, from NVIDIA's data sheets.
 PEAK_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,

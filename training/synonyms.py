@@ -1,4 +1,4 @@
-"""Words of other programs for a setting of ours, by which a wrong name is answered with the right one.
+"""Words of other programs for our settings: a wrong name is answered with the right one.
 
 nanoGPT, modded-nanogpt, Hugging Face's TrainingArguments and torch's optimizers use them. A word
 here is never accepted: it is a hint in a refusal.

@@ -60,7 +60,8 @@ class Watchdog(threading.Thread):
             for rank in range(self.size):
                 with suppress(RuntimeError):
                     if self.store.check([str(rank)]):
-                        progress[rank] = tuple(json.loads(self.store.get(str(rank))))  # type: ignore[assignment]
+                        latest = json.loads(self.store.get(str(rank)))
+                        progress[rank] = tuple(latest)  # type: ignore[assignment]
 
         reader = threading.Thread(target=read, daemon=True)
         reader.start()

@@ -1,4 +1,4 @@
-"""What each weight costs under each optimizer: FLOPs and bytes of state.
+"""The cost of each weight under each optimizer: FLOPs and bytes of state.
 
 They are counted from the code, on weights without numbers (torch's meta device). O: rows of a
 weight.

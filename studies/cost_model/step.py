@@ -1,4 +1,4 @@
-"""What a step asks of each GPU: the optimizer's FLOPs, bytes and messages, and the model's.
+"""The demands of a step on each GPU: the optimizer's FLOPs, bytes and messages, and the model's.
 
 Weights are placed by optim/placement.py as on w GPUs.
 
@@ -26,7 +26,7 @@ from .optimizers import MUON_OWNED, MUON_PLAIN, OURS, ZERO, Weight
 
 @dataclass
 class Step:
-    """What an optimizer asks of each GPU in one step, beside the model: (w,) FLOPs and bytes.
+    """The demands of an optimizer on each GPU in one step, beside the model: (w,) FLOPs and bytes.
 
     whole: of the FLOPs, those for weights that cannot be split. stepped: of the weights in memory,
     those that this GPU steps. buffers: of communication, at most at a time. exchanges: (sent,

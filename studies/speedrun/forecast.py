@@ -1,4 +1,4 @@
-"""What a whole study costs, estimated before its first run."""
+"""The cost of a whole study, estimated before its first run."""
 
 from __future__ import annotations
 

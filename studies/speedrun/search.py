@@ -10,7 +10,7 @@ from typing import Any
 from .. import statistics
 from ..statistics import Rule
 
-# Of the budget: few enough to pay for, close enough for a parabola (tests/test_statistics.py).
+# Fractions of the budget: few enough to pay for, close enough for a parabola (tests/test_statistics.py).
 FRACTIONS = (0.4, 0.6, 0.8)
 GRID = 80  # points of the budget that a horizon is rounded up to: 5 steps of 400
 SHORTER = 0.6  # while the shortest horizon passes, the next is this much of it
@@ -25,7 +25,7 @@ class SearchSettings:
     """The options of a search."""
 
     fractions: Sequence[float] = FRACTIONS
-    """Of the budget, run where the budget passes."""
+    """Fractions of the budget, run where the budget passes."""
     grid: int | None = None
     """Steps that a horizon is a multiple of; the budget divided by GRID if None."""
     longest: float = 1.0

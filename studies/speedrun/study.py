@@ -19,7 +19,7 @@ from .search import Horizons, SearchSettings, search_horizons
 
 @dataclass
 class Study:
-    """What is fixed before the first run, and the losses of the runs so far."""
+    """A study: all that is fixed before the first run, and the losses of the runs so far."""
 
     folder: Path
     entries: list[Entry]
