@@ -153,9 +153,11 @@ def end_losses(results: Json) -> Json:
         marks += _interpolated_mark(i, entry, results)
         losses += [mean for _, mean in means] + [x for bar in bars if bar for x in bar]
         losses += [run["loss"] for run in entry["runs"]]
+    bounded = any(bar for line in lines for bar in line["bars"])
+    interval = f" with their {as_level(results)} interval" if bounded else ""
     about = (
-        "Each mark is the end of a run with its full schedule. Large marks are means with their "
-        f"{as_level(results)} interval, small marks are seeds.",
+        "Each mark is the end of a run with its full schedule.",
+        f"Large marks are means{interval}, small marks are seeds.",
         "A ring is where the loss, interpolated in log steps, falls to what the rule needs: "
         "target − threshold/√n."
         if marks

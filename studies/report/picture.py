@@ -15,7 +15,7 @@ from .palette import LIGHT, MARKERS, dash, marker
 from .words import Json, as_target
 
 # Inches of a panel; characters of the caption's 8 points in an inch.
-PANEL, CHARACTERS = (5.2, 3.6), 18
+PANEL, CHARACTERS = (5.2, 3.6), 17
 # Characters of an entry's name that a legend has room for.
 NAME = 40
 
