@@ -112,8 +112,8 @@ def _lines_of_run(i: int, entry: Json, run: Json) -> list[Json]:
 def _band(i: int, entry: Json, level: float) -> list[Json]:
     """Return mean and t interval of the seeds' validation losses, where all have an evaluation.
 
-    None for two seeds, whose interval of 12.7 standard errors hides the curves, and none if a run
-    diverged.
+    There is no band of two seeds, whose interval of 12.7 standard errors hides the curves, nor if
+    a run diverged.
     """
     from scipy import stats
 
