@@ -13,12 +13,15 @@ import torch
 import tyro
 
 from data.tokenizer import get_tokenizer
-from models import build
+from models import build_model_and_norm
+from models.generation import generate
 from optim.errors import Refusal
 from training import checkpoint
 from training import config as configuration
-from training.config import Config, ConfigError
-from training.runtime import RunError, Runtime, listing
+from training.config import Config
+from training.errors import ConfigError, RunError
+from training.run_folder import listing
+from training.runtime import Runtime
 
 
 @dataclass
@@ -75,13 +78,14 @@ def main(options: Options) -> None:
     runtime = Runtime(config.run)
     tokenizer = get_tokenizer(**state["tokenizer"])
     idx_T = tokenizer.encode_prompt(options.prompt, option="--prompt")
-    model = build(config.model, config.optim.norms.build(config.optim.polar, config.model.n_head))
+    model, _ = build_model_and_norm(config)
     checkpoint.load_model(newest, model)
     model.to(runtime.device).eval()
     generator = torch.Generator(runtime.device).manual_seed(options.seed)
     idx_BT = torch.tensor([idx_T] * options.samples, device=runtime.device)
     with runtime.autocast():
-        out_BT = model.generate(
+        out_BT = generate(
+            model,
             idx_BT,
             options.tokens,
             temperature=options.temperature,

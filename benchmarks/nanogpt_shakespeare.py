@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from studies.statistics import Rule, pooled, threshold
+from studies.statistics import Rule, pooled, threshold_at
 
 ROOT = Path(__file__).parent.parent
 README_COMMAND = (
@@ -97,7 +97,7 @@ def judged(theirs: list[float], mine: list[float]) -> str:
     noise = pooled([np.array(mine)])
     if noise is None:
         return said + "one pair tells no σ, and so no rule"
-    rule = Rule(target, threshold(noise, n))
+    rule = Rule(target, threshold_at(noise, n))
     return said + (
         f"(target − mean)·√n = {rule.statistic(mean, n):.4f}, {'passes' if rule.passes(mean, n) else 'misses'} the rule's {rule.threshold:.4f}"
     )

@@ -30,13 +30,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import GPT, MLP, OUTPUTS, Cache, GPTConfig, Past, RoleMasses
+from model import GPT, MLP, Block
 from optim.modular import Module, atom, bond
 from optim.settings import Range
 
+from .generation import Past
+from .track3 import Track3Config, Track3GPT
+
 
 @dataclass
-class NgramConfig(GPTConfig):
+class NgramConfig(Track3Config):
     """The GPT, and what it is given beside."""
 
     ngram: Annotated[int, Range(1)] = 1
@@ -118,33 +121,7 @@ def match_rows(
 # ---- a layer that looks one position back
 
 
-class ShiftedPast(Past):
-    """A layer's past, and what its MLP has from the last position, (B, 1, D/2)."""
-
-    last: Tensor | None = None
-
-
-class NgramCache(Cache):
-    """A cache that knows the text, at most the last block_size − 1 tokens of it.
-
-    matching: False looks up no matches.
-    """
-
-    def __init__(self, config: GPTConfig, *, matching: bool) -> None:
-        super().__init__(config)
-        self.layers = [ShiftedPast(config.block_size) for _ in range(config.n_layer)]
-        self.keep, self.matching = config.block_size - 1, matching
-        self.text_BS: Tensor | None = None
-
-    def extend(self, idx_BT: Tensor) -> Tensor | None:
-        """Return the text in front of idx, and extend it by idx."""
-        before_BS = self.text_BS
-        seen_BS = idx_BT if before_BS is None else torch.cat((before_BS, idx_BT), dim=1)
-        self.text_BS = seen_BS[:, max(0, seen_BS.shape[1] - self.keep) :]
-        return before_BS
-
-
-def shift(x_BTD: Tensor, past: ShiftedPast | None) -> Tensor:
+def shift(x_BTD: Tensor, past: Past | None) -> Tensor:
     """Return x with the second half of its channels from the position before, 0 at the first."""
     own, old = x_BTD.chunk(2, dim=-1)
     last = past.last if past is not None and past.last is not None else torch.zeros_like(old[:, :1])
@@ -156,23 +133,18 @@ def shift(x_BTD: Tensor, past: ShiftedPast | None) -> Tensor:
 class ShiftedMLP(MLP):
     """An MLP that has half of its input from the position before."""
 
-    def forward(self, x_BTD: Tensor, past: ShiftedPast | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, past: Any = None) -> Tensor:
         return super().forward(shift(x_BTD, past))
-
-    @staticmethod
-    def structure(*args: Any) -> Module:
-        # Half of two positions: as large as one where they are alike in size, at most √2 times.
-        return MLP.structure(*args) @ bond("shift", typical=True)
 
 
 # ---- the model
 
 
-class NgramGPT(GPT):
+class NgramGPT(Track3GPT):
     """A GPT with tables of n-grams and matches, and layers that look one position back."""
 
     config: NgramConfig
-    zeros = (*OUTPUTS, "ngram_embedding.weight", "match_embedding.weight")
+    zeros = (*GPT.zeros, "ngram_embedding.weight", "match_embedding.weight")
 
     def make_embedding(self, vocabulary: int) -> None:
         super().make_embedding(vocabulary)
@@ -182,57 +154,44 @@ class NgramGPT(GPT):
         if c.match:
             self.match_embedding = nn.Embedding(c.match * (vocabulary + 1), c.n_embd)
 
-    def embed(self, idx_BT: Tensor, cache: NgramCache | None = None) -> Tensor:
+    def make_block(self) -> Block:
+        block = super().make_block()
+        if self.config.mlp_shift:
+            block.mlp = ShiftedMLP(self.config)
+        return block
+
+    def rows(self, x_BT: Tensor, cache: Any = None) -> Tensor:
         """Return the sum of the rows of each position's token, n-grams and matches, (B, T, D)."""
         c = self.config
-        x_BTD = super().embed(idx_BT)
-        before_BS = cache.extend(idx_BT) if cache else None
+        x_BTD = super().rows(x_BT, cache)
+        before_BS = cache.text_BS if cache else None
         if c.ngram > 1:
-            rows_BTN = ngram_rows(idx_BT, order=c.ngram, rows=c.ngram_rows, before=before_BS)
+            rows_BTN = ngram_rows(x_BT, order=c.ngram, rows=c.ngram_rows, before=before_BS)
             x_BTD = x_BTD + self.ngram_embedding(rows_BTN).sum(dim=-2)
         if c.match:
-            V, device = self.embedding.num_embeddings, idx_BT.device
+            V, device = self.embedding.num_embeddings, x_BT.device
             never_M = torch.arange(c.match, device=device) * (V + 1)
             if cache is None or cache.matching:
-                rows_BTM = match_rows(idx_BT, matches=c.match, vocabulary=V, before=before_BS)
+                rows_BTM = match_rows(x_BT, matches=c.match, vocabulary=V, before=before_BS)
             else:
-                rows_BTM = never_M.expand(*idx_BT.shape, c.match)
+                rows_BTM = never_M.expand(*x_BT.shape, c.match)
             if self.training and c.match_dropout:
-                dropped_B = torch.rand(len(idx_BT), device=device) < c.match_dropout
+                dropped_B = torch.rand(len(x_BT), device=device) < c.match_dropout
                 rows_BTM = torch.where(dropped_B[:, None, None], never_M, rows_BTM)
             x_BTD = x_BTD + self.match_embedding(rows_BTM).sum(dim=-2)
         return x_BTD
 
-    def embedding_structure(self, masses: RoleMasses) -> Module:
+    def embedding_structure(self) -> Module:
         """Return the sum of the tables; one that a token reads k times has sensitivity k."""
-        c, norm, structure = (
-            self.config,
-            self.norms["embedding"],
-            super().embedding_structure(masses),
-        )
+        c, norm, structure = self.config, self.norms["embedding"], super().embedding_structure()
         if c.ngram > 1:
-            ngrams = atom("ngram_embedding.weight", norm, mass=masses.ngram, role="ngram")
-            structure += (c.ngram - 1) * ngrams
+            structure += (c.ngram - 1) * atom("ngram_embedding.weight", norm, role="ngram")
         if c.match:
-            matches = atom("match_embedding.weight", norm, mass=masses.match, role="match")
-            structure += c.match * matches
+            structure += c.match * atom("match_embedding.weight", norm, role="match")
         return structure
 
-    def mlp_class(self) -> type[MLP]:
-        return ShiftedMLP if self.config.mlp_shift else MLP
-
-    def generate(
-        self,
-        idx_BT: Tensor,
-        tokens: int,
-        *,
-        matching: bool = False,
-        **options: Any,
-    ) -> Tensor:
-        """Continue idx (B, T ≥ 1) by `tokens` tokens, with the options of GPT.generate.
-
-        matching: whether matches are looked up. They are not by default: a text that is matched
-        with itself soon repeats itself for ever.
-        """
-        cache = NgramCache(self.config, matching=matching)
-        return super().generate(idx_BT, tokens, cache=cache, **options)
+    def mlp_structure(self) -> Module:
+        if not self.config.mlp_shift:
+            return super().mlp_structure()
+        # Half of two positions: as large as one where they are alike in size, at most √2 times.
+        return super().mlp_structure() @ bond("shift", typical=True)

@@ -68,9 +68,9 @@ class Dualized(torch.optim.Optimizer):
     settings: by keyword, those of StepSettings (settings.py), which explains each of them.
 
     All but norm, grads and "auto" may differ by parameter group. A constraint holds for a block
-    from its first step on, the row of a token from its first gradient. A head of norm 1 on inputs
-    of RMS 1 gives logits of at most 1, unless the model scales them, as model.py does: else give
-    the head a group without constraint.
+    from its first step on, the row of a token from its first gradient. With a constraint, multiply
+    your logits (ours: × 10), or leave the head unconstrained, in a group of its own: a head of norm
+    1 on inputs of RMS 1 gives logits of at most 1.
 
     A gradient that is not finite makes the whole step a no-op, on all ranks, found on the device;
     the next step() or check_finite() raises NonFiniteError with the parameter's name and rank (of

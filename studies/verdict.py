@@ -1,96 +1,109 @@
-"""Has the best learning rate moved? Statistics of losses over (sizes S, learning rates K, seeds N), log₂ lr in octaves.
+"""Does the best learning rate move with size? Statistics of losses over sizes, rates and seeds.
 
-The model: loss[s, k, n] = mean[s, k] + order[n] + seed effect[s, n] + residual[s, k, n]. A seed's data order is shared by all runs, its initial weights by those of one size, so
-that the place of a minimum and a difference of losses within one size carry the residual alone; differences between sizes, of the seeds that both have, carry the seed effect too.
-The deviations are pooled over the three lowest learning rates of each size; intervals are parametric bootstraps that draw the deviations too (scaled inverse χ²).
-What the learning rates do not show has no bound: a lowest loss beside a run that diverged is placed between its neighbours only, and one at an end has
-nothing beyond it; so in the means as in each draw. PASS and FAIL follow from the intervals alone: PASS where those of all sizes are inside (each has to be, which needs no
-correction), FAIL where that of one is outside, widened for their number (Bonferroni).
+Losses are (sizes S, learning rates K, seeds N); learning rates are taken as log₂, in octaves.
+
+The model: loss[s, k, n] = mean[s, k] + order[n] + seed effect[s, n] + residual[s, k, n]. All runs
+of a seed share its data order, and those of one size its initial weights. So the place of a
+minimum, and a difference of losses within one size, carry the residual alone. A difference between
+two sizes is taken over the seeds that both have, and carries the seed effect too.
+
+The deviations are pooled over the three lowest learning rates of each size. Intervals are
+parametric bootstraps, which draw the deviations too (scaled inverse χ²).
+
+What the learning rates do not show has no bound. A lowest loss beside a run that diverged lies
+between its neighbours, and one at an end has nothing beyond it; so in the means as in each draw.
+
+The words follow from the intervals alone. PASS: the intervals of all sizes are inside the
+threshold; each has to be, which needs no correction. FAIL: the interval of one size is outside,
+widened for the number of sizes (Bonferroni).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from optim.errors import Refusal
 
-Array = NDArray[np.float64]
+from .intervals import LEVEL, Interval
+from .parabola import Array, Minimum, interpolate, minimum
+
 Word = Literal["PASS", "FAIL", "TOO NOISY TO SAY"]
 DRAWS = 4000
-LEVEL = 0.95
-FAR = 1.0  # nats above the lowest loss of its size and seed: as good as diverged, no parabola of octaves goes there
-# A parabola is fitted to the five nearest learning rates, none further than so many octaves: with rates an octave apart to three, half an octave apart to five.
-POINTS, WINDOW = 5, 1.5
-NEAR = 3  # learning rates of a size that tell its noise, the lowest ones: where it grows with the rate, it is that near the minimum
+# Nats above the lowest loss of the same size and seed. A run this far above it counts as diverged:
+# no parabola over a few octaves goes there.
+FAR = 1.0
+# The lowest learning rates of a size, from which its noise is estimated. Where noise grows with
+# the rate, that is the noise near the minimum.
+NEAR = 3
 
 
 class VerdictError(Refusal):
-    """Losses that no verdict can be of: what was got, what is allowed, how to fix it."""
+    """Losses that allow no verdict: what was got, what is allowed, how to fix it."""
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """drift: octaves. cost: of the loss, relative. worse: likewise, of a larger model than the one before at the shared lr; with 0 equal sizes could not pass."""
+    """How far from a perfect transfer still passes."""
 
     drift: float = 0.5
+    """Octaves between the best learning rates of two sizes."""
     cost: float = 0.005
+    """Loss lost at the shared learning rate, relative."""
     worse: float = 0.005
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate between its bounds."""
-
-    low: float
-    value: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+    """Loss above that of the size before, at the shared learning rate, relative. With 0, equal
+    sizes could not pass."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Deviations of one run's loss: residual (within a size) and seed (of all its learning rates together, beside what all sizes share), and their degrees of freedom."""
+    """The deviations of one run's loss, and their degrees of freedom."""
 
     residual: float
+    """Within a size."""
     seed: float
+    """Of all learning rates of a size together, beside what all sizes share."""
     df: int
     seed_df: int
 
 
 @dataclass
 class Verdict:
-    """Of one axis. best: the best lr of each size. drift: octaves from the smallest size's best lr, at each other size. cost: loss lost by the smallest size's
-    best lr at each size, relative. worse: loss of each size but the first above that of the one before, both at the smallest's best lr, relative.
-    """
+    """The verdict over one axis of sizes. "Shared" is the smallest size's best learning rate."""
 
     sizes: list[int]
     lrs: list[float]
     seeds: int
     noise: Noise | None
     best: list[Interval]
+    """The best learning rate of each size."""
     loss: list[float]
+    """The lowest loss of each size, interpolated."""
     bracketed: list[bool]
+    """Whether the learning rates of each size show its minimum."""
     drift: list[Interval]
+    """Octaves from the shared learning rate to the best one, at each size but the first."""
     cost: list[Interval]
+    """Loss lost at the shared learning rate, relative, at each size but the first."""
     worse: list[Interval]
+    """Loss of each size but the first above that of the size before, both at the shared learning
+    rate, relative."""
     words: dict[str, Word] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
     def word(self) -> Word:
-        """FAIL if anything failed, PASS if all passed."""
-        found = set(self.words.values())
-        return "FAIL" if "FAIL" in found else "PASS" if found == {"PASS"} else "TOO NOISY TO SAY"
+        """Return FAIL if anything failed, PASS if all passed."""
+        words = set(self.words.values())
+        return "FAIL" if "FAIL" in words else "PASS" if words == {"PASS"} else "TOO NOISY TO SAY"
 
     def json(self) -> dict[str, Any]:
+        """Return the verdict as results.json holds it."""
         return {**asdict(self), "word": self.word}
 
 
@@ -102,11 +115,36 @@ def judge(
     *,
     seed: int = 0,
 ) -> Verdict:
-    """losses: (S, K, N), inf where a run diverged, NaN where there is none: a size has the seeds of which it has all runs. sizes, lrs: ascending.
+    """Return the verdict over losses (S, K, N); sizes and learning rates ascend.
 
-    Raises VerdictError for fewer than 2 sizes or 3 learning rates, and for a size without a whole seed or a finite loss.
+    A loss is inf where a run diverged, and NaN where there is none: a size has the seeds of which
+    it has all runs. Raises VerdictError for fewer than 2 sizes or 3 learning rates, and for a size
+    without a whole seed or a finite loss.
     """
-    S, K, N = losses.shape
+    _require_a_sweep(losses, sizes, lrs)
+    whole = [_whole_seeds(cells, size) for cells, size in zip(losses, sizes, strict=True)]
+    estimates = _estimate(whole, np.log2(np.asarray(lrs, dtype=np.float64)), seed)
+    best, larger = estimates.best, range(1, len(sizes))
+    verdict = Verdict(
+        sizes=list(sizes),
+        lrs=list(lrs),
+        seeds=losses.shape[2],
+        noise=estimates.noise,
+        best=[estimates.best_rate(s) for s in range(len(sizes))],
+        loss=[float(v) for v in best.value],
+        bracketed=[bool(b) for b in best.least == best.most],
+        drift=[estimates.drift(s) for s in larger],
+        cost=[estimates.cost(s) for s in larger],
+        worse=[estimates.worse(s) for s in larger],
+    )
+    verdict.words = _words(verdict, estimates, thresholds)
+    verdict.notes = _notes(verdict, losses, [cells.mean(1) for cells, _ in whole])
+    return verdict
+
+
+def _require_a_sweep(losses: Array, sizes: list[int], lrs: list[float]) -> None:
+    """Raise VerdictError unless there are sizes and learning rates enough, both ascending."""
+    S, K, _ = losses.shape
     if S < 2 or K < 3 or list(lrs) != sorted(set(lrs)) or list(sizes) != sorted(set(sizes)):
         raise VerdictError(
             "a transfer verdict",
@@ -114,228 +152,13 @@ def judge(
             allowed="2 or more sizes and 3 or more learning rates, ascending",
             fix="--widths or --depths, and --lrs",
         )
-    x = np.log2(np.asarray(lrs, dtype=np.float64))
-    y, far = zip(*(_whole(losses[s], sizes[s]) for s in range(S)), strict=True)  # (K, N) each
-    mean, diverged = (
-        np.stack([cells.mean(1) for cells in y]),
-        np.stack([cells.any(1) for cells in far]),
-    )
-    noise = pooled_noise(y, diverged)
-    rng = np.random.default_rng(seed)
-    draws = _draws(mean, np.array([cells.shape[1] for cells in y]), noise, rng)
-    best, bottom, least, most = minimum(x, mean, diverged)
-    drawn_best, drawn_bottom, drawn_least, drawn_most = minimum(x, draws, diverged)  # (draws, S)
-    bracketed, known = least == most, drawn_least == drawn_most
-    at_shared = interpolate(x, mean, np.full(S, best[0]))
-    drawn_at_shared = interpolate(x, draws, np.broadcast_to(drawn_best[:, :1], drawn_best.shape))
-    steps = [
-        _step(x, y[s - 1], y[s], best[0], drawn_best[:, 0], noise, rng) for s in range(1, S)
-    ]  # worse, by seeds that both have
-
-    def interval(value: float, low: Array, high: Array, comparisons: int = 1) -> Interval:
-        if noise is None:
-            return Interval(-np.inf, value, np.inf)
-        tail = (1 - LEVEL) / 2 / comparisons
-        bounds = (
-            np.quantile(low, tail, method="lower"),
-            np.quantile(high, 1 - tail, method="higher"),
-        )
-        return Interval(min(float(bounds[0]), value), value, max(float(bounds[1]), value))
-
-    def drift(s: int, comparisons: int) -> Interval:
-        return interval(
-            best[s] - best[0],
-            drawn_least[:, s] - drawn_most[:, 0],
-            drawn_most[:, s] - drawn_least[:, 0],
-            comparisons,
-        )
-
-    def worse(s: int, comparisons: int) -> Interval:
-        value, drawn = steps[s - 1]
-        return interval(value, drawn, drawn, comparisons)
-
-    def cost(s: int) -> Interval:
-        """Of an absolute value: of the cost with the sign of the best lr's side, so that an interval of lrs on both sides of the shared one has 0 in it."""
-        value = max(0.0, at_shared[s] / bottom[s] - 1) * np.sign(best[s] - best[0])
-        drawn = np.maximum(0, drawn_at_shared[:, s] / drawn_bottom[:, s] - 1) * np.sign(
-            drawn_best[:, s] - drawn_best[:, 0]
-        )
-        both = known[:, s] & known[:, 0]
-        low = np.where(
-            both | (known[:, 0] & (drawn > 0)), drawn, -np.inf
-        )  # a lowest loss at an end bounds the cost from below
-        high = np.where(both | (known[:, 0] & (drawn < 0)), drawn, np.inf)
-        i = interval(float(value), low, high)
-        return Interval(max(0.0, i.low, -i.high), abs(i.value), max(-i.low, i.high))
-
-    verdict = Verdict(
-        sizes=list(sizes),
-        lrs=list(lrs),
-        seeds=N,
-        noise=noise,
-        best=[_power(interval(best[s], drawn_least[:, s], drawn_most[:, s])) for s in range(S)],
-        loss=[float(v) for v in bottom],
-        bracketed=[bool(b) for b in bracketed],
-        drift=[drift(s, 1) for s in range(1, S)],
-        cost=[cost(s) for s in range(1, S)],
-        worse=[worse(s, 1) for s in range(1, S)],
-    )
-    t = thresholds
-    verdict.words = {
-        "drift": _word(verdict.drift, [drift(s, S - 1) for s in range(1, S)], -t.drift, t.drift),
-        "cost": _word(verdict.cost[-1:], verdict.cost[-1:], -np.inf, t.cost),
-        "worse": _word(verdict.worse, [worse(s, S - 1) for s in range(1, S)], -np.inf, t.worse),
-    }
-    if not bracketed[0] and verdict.words["worse"] == "PASS":
-        verdict.words["worse"] = "TOO NOISY TO SAY"  # at a rate that is nobody's best
-    for s in range(S):
-        if not bracketed[s]:
-            low = int(mean[s].argmin())
-            where = (
-                "at the end of the learning rates"
-                if low in (0, K - 1)
-                else f"beside a run that diverged or was {FAR:g} nat worse"
-            )
-            verdict.notes.append(f"size {sizes[s]}: the lowest loss is {where}, {lrs[low]:g}")
-    if noise is None:
-        verdict.notes.append(
-            f"noise is unknown: it takes 2 seeds, and {NEAR} learning rates without a divergence"
-        )
-    if np.any(np.isinf(losses)):
-        verdict.notes.append(
-            f"{int(np.isinf(losses).sum())} of {int((~np.isnan(losses)).sum())} runs diverged"
-        )
-    return verdict
 
 
-def minimum(x: Array, y: Array, diverged: NDArray[np.bool_]) -> tuple[Array, Array, Array, Array]:
-    """(place, value, least, most): the vertex of the parabola at the lowest point, which is then also the least and the most that its place may be. At an end (but where
-    five points have their vertex before it), and where one of the parabola's points diverged: the point itself, and its neighbours' places, ∓∞ beyond an end. x: (K,), y: (…, S, K), diverged: (S, K) → (…, S).
+def _whole_seeds(losses: Array, size: int) -> tuple[Array, NDArray[np.bool_]]:
+    """Return the losses (K, N) of the seeds that have all runs, and which of them diverged.
+
+    A loss is cut at FAR above the lowest of its seed. Those that are cut count as diverged.
     """
-    K = len(x)
-    low = y.argmin(-1)
-    c = np.clip(low, 1, K - 2)
-    beside = np.broadcast_to(diverged, y.shape[-2:]) @ _windows(x).T
-    a, b, y0 = _parabola(x, y, c)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        free = np.where(a > 0, -b / (2 * a), 0.0)
-    vertex = np.clip(free, x[c - 1] - x[c], x[c + 1] - x[c])
-    # Of points enough to fit, not only to pass through, one that is low at an end by chance does not outweigh the others.
-    fitted = (a > 0) & (vertex == free) & (_windows(x).sum(1)[c] >= POINTS)
-    known = ((low == c) | fitted) & ~np.take_along_axis(
-        np.broadcast_to(beside, y.shape), low[..., None], -1
-    )[..., 0]
-    place = np.where(known, x[c] + vertex, x[low])
-    value = np.where(known, y0 + b * vertex + a * vertex**2, y.min(-1))
-    edges = np.concatenate([[-np.inf], x, [np.inf]])
-    return place, value, np.where(known, place, edges[low]), np.where(known, place, edges[low + 2])
-
-
-def interpolate(x: Array, y: Array, at: Array) -> Array:
-    """y at `at` (…), by the parabola at the point nearest to it."""
-    nearest = np.abs(at[..., None] - x).argmin(-1)
-    c = np.clip(nearest, 1, len(x) - 2)
-    a, b, y0 = _parabola(x, y, c)
-    d = at - x[c]
-    return y0 + b * d + a * d**2
-
-
-def _windows(x: Array) -> NDArray[np.bool_]:
-    """(K, K): whether point k belongs to the parabola at point c; its two neighbours always do."""
-    c, k = np.indices((len(x), len(x)))
-    far = np.abs(x[c] - x[k]).round(1)  # rates are written with few digits
-    near = far <= np.minimum(WINDOW, np.sort(far)[:, :POINTS][:, -1:])
-    return near | (abs(c - k) <= 1)
-
-
-def _parabola(x: Array, y: Array, c: NDArray[np.int64]) -> tuple[Array, Array, Array]:
-    """(a, b, y0) of the least-squares parabola y0 + b (x − x[c]) + a (x − x[c])² at point c: an octave apart, the one through it and its two neighbours."""
-    fits = np.zeros((len(x), 3, len(x)))
-    for at, window in enumerate(_windows(x)):
-        if window.sum() >= 3:
-            fits[at][:, window] = np.linalg.pinv(np.vander(x[window] - x[at], 3))
-    found = (fits[c] @ y[..., None])[..., 0]  # (…, 3)
-    return found[..., 0], found[..., 1], found[..., 2]
-
-
-def pooled_noise(y: Sequence[Array], diverged: NDArray[np.bool_]) -> Noise | None:
-    """From the three lowest learning rates of each size, (K, N) each, at which no run diverged; None without such a size of 2 seeds."""
-    squares, df, between, seed_df = 0.0, 0, 0.0, 0
-    last: Array | None = None
-    for cells, bad in zip(y, diverged, strict=True):
-        cells = cells[~bad]
-        if len(cells) < NEAR or cells.shape[1] < 2:
-            continue
-        cells = cells[np.argsort(cells.mean(1))[:NEAR]]
-        by_seed = cells.mean(0) - cells.mean()
-        residual = cells - cells.mean(1, keepdims=True) - by_seed
-        squares, df = squares + float((residual**2).sum()), df + (NEAR - 1) * (len(by_seed) - 1)
-        if last is not None:
-            both = min(len(last), len(by_seed))
-            apart = by_seed[:both] - last[:both]
-            between, seed_df = (
-                between + float(((apart - apart.mean()) ** 2).sum()) / 2,
-                seed_df + both - 1,
-            )
-        last = by_seed
-    if not df or not seed_df:
-        return None
-    # Half the variance of a difference of two sizes' means over the cells is seed² + residual² / NEAR.
-    return Noise(
-        (squares / df) ** 0.5, max(0.0, between / seed_df - squares / df / NEAR) ** 0.5, df, seed_df
-    )
-
-
-def _drawn_variances(noise: Noise, rng: np.random.Generator) -> tuple[Array, Array]:
-    """(residual², seed²), (draws,) each."""
-    residual = noise.residual**2 * noise.df / rng.chisquare(noise.df, DRAWS)
-    between = (
-        (noise.seed**2 + noise.residual**2 / NEAR)
-        * noise.seed_df
-        / rng.chisquare(noise.seed_df, DRAWS)
-    )
-    return residual, np.maximum(0, between - residual / NEAR)
-
-
-def _draws(
-    mean: Array, counts: NDArray[np.int64], noise: Noise | None, rng: np.random.Generator
-) -> Array:
-    """(draws, S, K) of what differs within a size. counts: seeds of each size."""
-    if noise is None:
-        return mean[None]
-    residual, _ = _drawn_variances(noise, rng)
-    drawn = np.sqrt(residual)[:, None, None] * rng.standard_normal((DRAWS, *mean.shape))
-    return mean + drawn / np.sqrt(counts)[:, None]
-
-
-def _step(
-    x: Array,
-    before: Array,
-    after: Array,
-    shared: float,
-    drawn_shared: Array,
-    noise: Noise | None,
-    rng: np.random.Generator,
-) -> tuple[float, Array]:
-    """How much worse `after` (K, N) is than `before` at the shared rate, relative, by the seeds that both have: (value, draws)."""
-    both = min(before.shape[1], after.shape[1])
-    means = np.stack([before[:, :both].mean(1), after[:, :both].mean(1)])
-
-    def ratio(y: Array, at: Array) -> Array:
-        losses = interpolate(x, y, np.broadcast_to(at[..., None], y.shape[:-1]))
-        return losses[..., 1] / losses[..., 0] - 1
-
-    value = float(ratio(means, np.asarray(shared)))
-    if noise is None:
-        return value, np.array([value])
-    residual, seed = _drawn_variances(noise, rng)
-    drawn = np.sqrt(residual)[:, None, None] * rng.standard_normal((DRAWS, *means.shape))
-    drawn += np.sqrt(seed)[:, None, None] * rng.standard_normal((DRAWS, 2, 1))
-    return value, ratio(means + drawn / both**0.5, drawn_shared)
-
-
-def _whole(losses: Array, size: int) -> tuple[Array, NDArray[np.bool_]]:
-    """(K, N) → (K, whole seeds), at most FAR above the seed's lowest, which is what a run that diverged counts as, and whether they are that far."""
     y = losses[:, ~np.isnan(losses).any(0)]
     finite = y[np.isfinite(y)]
     if not finite.size:
@@ -354,24 +177,239 @@ def _whole(losses: Array, size: int) -> tuple[Array, NDArray[np.bool_]]:
     return np.minimum(y, limit), y >= limit
 
 
-def _word(found: list[Interval], wide: list[Interval], low: float, high: float) -> Word:
-    """PASS: all intervals inside. FAIL: a wide one outside altogether."""
+# ---- estimates
+
+
+@dataclass(frozen=True)
+class _Estimates:
+    """The best learning rates and the losses at the shared one, with draws by the losses' noise."""
+
+    noise: Noise | None
+    best: Minimum
+    """Of each size: (S,)."""
+    drawn: Minimum
+    """Draws of it: (draws, S)."""
+    at_shared: Array
+    drawn_at_shared: Array
+    """Loss of each size at the shared learning rate: (S,) and (draws, S)."""
+    increases: list[tuple[float, Array]]
+    """Of each size but the first: how much worse it is than the one before, and draws of that."""
+
+    def interval(self, value: float, low: Array, high: Array, comparisons: int = 1) -> Interval:
+        """Return a value with bounds from draws of its lower and its upper bound.
+
+        comparisons: how many intervals have to hold together. Without noise there are no bounds.
+        """
+        if self.noise is None:
+            return Interval(-np.inf, value, np.inf)
+        tail = (1 - LEVEL) / 2 / comparisons
+        bounds = (
+            np.quantile(low, tail, method="lower"),
+            np.quantile(high, 1 - tail, method="higher"),
+        )
+        return Interval(min(float(bounds[0]), value), value, max(float(bounds[1]), value))
+
+    def best_rate(self, s: int) -> Interval:
+        """Return the best learning rate of size s."""
+        octaves = self.interval(self.best.place[s], self.drawn.least[:, s], self.drawn.most[:, s])
+        return Interval(2**octaves.low, 2**octaves.value, 2**octaves.high)
+
+    def drift(self, s: int, comparisons: int = 1) -> Interval:
+        """Return the octaves from the shared learning rate to the best one of size s."""
+        return self.interval(
+            self.best.place[s] - self.best.place[0],
+            self.drawn.least[:, s] - self.drawn.most[:, 0],
+            self.drawn.most[:, s] - self.drawn.least[:, 0],
+            comparisons,
+        )
+
+    def worse(self, s: int, comparisons: int = 1) -> Interval:
+        """Return how much worse size s is than the one before, at the shared learning rate."""
+        value, draws = self.increases[s - 1]
+        return self.interval(value, draws, draws, comparisons)
+
+    def cost(self, s: int) -> Interval:
+        """Return the loss that size s loses at the shared learning rate.
+
+        Bounds are taken of the cost with a sign: that of the side on which the best learning rate
+        lies. An interval of rates on both sides of the shared one then holds a cost of 0.
+        """
+        best, drawn = self.best, self.drawn
+        value = max(0.0, self.at_shared[s] / best.value[s] - 1) * np.sign(
+            best.place[s] - best.place[0]
+        )
+        draws = np.maximum(0, self.drawn_at_shared[:, s] / drawn.value[:, s] - 1) * np.sign(
+            drawn.place[:, s] - drawn.place[:, 0]
+        )
+        known = drawn.least == drawn.most
+        both = known[:, s] & known[:, 0]
+        # A lowest loss at an end bounds the cost from below.
+        low = np.where(both | (known[:, 0] & (draws > 0)), draws, -np.inf)
+        high = np.where(both | (known[:, 0] & (draws < 0)), draws, np.inf)
+        signed = self.interval(float(value), low, high)
+        return Interval(
+            max(0.0, signed.low, -signed.high),
+            abs(signed.value),
+            max(-signed.low, signed.high),
+        )
+
+
+def _estimate(whole: Sequence[tuple[Array, NDArray[np.bool_]]], x: Array, seed: int) -> _Estimates:
+    """Estimate all that a verdict is made of, from the whole seeds of each size.
+
+    whole: losses (K, N) of each size, and which of them diverged. x: (K,) log₂ learning rates.
+    """
+    y = [cells for cells, _ in whole]
+    mean = np.stack([cells.mean(1) for cells in y])
+    diverged = np.stack([far.any(1) for _, far in whole])
+    noise = pooled_noise(y, diverged)
+    rng = np.random.default_rng(seed)
+    draws = _draws(mean, np.array([cells.shape[1] for cells in y]), noise, rng)
+    best, drawn = minimum(x, mean, diverged), minimum(x, draws, diverged)
+    shared, drawn_shared = best.place[0], drawn.place[:, 0]
+    return _Estimates(
+        noise,
+        best,
+        drawn,
+        interpolate(x, mean, np.full(len(y), shared)),
+        interpolate(x, draws, np.broadcast_to(drawn_shared[:, None], drawn.place.shape)),
+        [
+            _increase(x, before, after, shared, drawn_shared, noise, rng)
+            for before, after in pairwise(y)
+        ],
+    )
+
+
+def pooled_noise(y: Sequence[Array], diverged: NDArray[np.bool_]) -> Noise | None:
+    """Estimate the noise from the three lowest learning rates of each size without a divergence.
+
+    y: losses (K, N) of each size. diverged: (S, K). None without such a size of 2 seeds.
+    """
+    squares, df, between, seed_df = 0.0, 0, 0.0, 0
+    last: Array | None = None  # effect of each seed at the size before
+    for cells, bad in zip(y, diverged, strict=True):
+        cells = cells[~bad]
+        if len(cells) < NEAR or cells.shape[1] < 2:
+            continue
+        cells = cells[np.argsort(cells.mean(1))[:NEAR]]
+        by_seed = cells.mean(0) - cells.mean()
+        residual = cells - cells.mean(1, keepdims=True) - by_seed
+        squares += float((residual**2).sum())
+        df += (NEAR - 1) * (len(by_seed) - 1)
+        if last is not None:
+            common = min(len(last), len(by_seed))
+            apart = by_seed[:common] - last[:common]
+            between += float(((apart - apart.mean()) ** 2).sum()) / 2
+            seed_df += common - 1
+        last = by_seed
+    if not df or not seed_df:
+        return None
+    # Half the variance of a difference of two sizes' means is seed² + residual² / NEAR.
+    seed_variance = max(0.0, between / seed_df - squares / df / NEAR)
+    return Noise((squares / df) ** 0.5, seed_variance**0.5, df, seed_df)
+
+
+def _drawn_variances(noise: Noise, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Draw (residual², seed²), (draws,) each."""
+    residual = noise.residual**2 * noise.df / rng.chisquare(noise.df, DRAWS)
+    between = (
+        (noise.seed**2 + noise.residual**2 / NEAR)
+        * noise.seed_df
+        / rng.chisquare(noise.seed_df, DRAWS)
+    )
+    return residual, np.maximum(0, between - residual / NEAR)
+
+
+def _draws(
+    mean: Array, counts: NDArray[np.int64], noise: Noise | None, rng: np.random.Generator
+) -> Array:
+    """Draw the mean losses with what differs within a size: (draws, S, K).
+
+    counts: seeds of each size.
+    """
+    if noise is None:
+        return mean[None]
+    residual, _ = _drawn_variances(noise, rng)
+    drawn = np.sqrt(residual)[:, None, None] * rng.standard_normal((DRAWS, *mean.shape))
+    return mean + drawn / np.sqrt(counts)[:, None]
+
+
+def _increase(
+    x: Array,
+    before: Array,
+    after: Array,
+    shared: float,
+    drawn_shared: Array,
+    noise: Noise | None,
+    rng: np.random.Generator,
+) -> tuple[float, Array]:
+    """Return how much worse `after` (K, N) is than `before`, relative: (value, draws).
+
+    Both are taken at the shared learning rate, over the seeds that both have.
+    """
+    common = min(before.shape[1], after.shape[1])
+    means = np.stack([before[:, :common].mean(1), after[:, :common].mean(1)])
+
+    def ratio(y: Array, at: Array) -> Array:
+        losses = interpolate(x, y, np.broadcast_to(at[..., None], y.shape[:-1]))
+        return losses[..., 1] / losses[..., 0] - 1
+
+    value = float(ratio(means, np.asarray(shared)))
+    if noise is None:
+        return value, np.array([value])
+    residual, seed = _drawn_variances(noise, rng)
+    drawn = np.sqrt(residual)[:, None, None] * rng.standard_normal((DRAWS, *means.shape))
+    drawn += np.sqrt(seed)[:, None, None] * rng.standard_normal((DRAWS, 2, 1))
+    return value, ratio(means + drawn / common**0.5, drawn_shared)
+
+
+# ---- words
+
+
+def _words(verdict: Verdict, estimates: _Estimates, thresholds: Thresholds) -> dict[str, Word]:
+    """Return the word of each part of a verdict."""
+    larger = range(1, len(verdict.sizes))
+    comparisons = len(larger)
+    wide_drift = [estimates.drift(s, comparisons) for s in larger]
+    wide_worse = [estimates.worse(s, comparisons) for s in larger]
+    t = thresholds
+    words: dict[str, Word] = {
+        "drift": _word(verdict.drift, wide_drift, -t.drift, t.drift),
+        "cost": _word(verdict.cost[-1:], verdict.cost[-1:], -np.inf, t.cost),
+        "worse": _word(verdict.worse, wide_worse, -np.inf, t.worse),
+    }
+    if not verdict.bracketed[0] and words["worse"] == "PASS":
+        words["worse"] = "TOO NOISY TO SAY"  # the shared rate is then nobody's best
+    return words
+
+
+def _word(intervals: list[Interval], wide: list[Interval], low: float, high: float) -> Word:
+    """Return PASS if all intervals are inside low and high, FAIL if a wide one is outside."""
     if any(i.low > high or i.high < low for i in wide):
         return "FAIL"
-    return "PASS" if all(low <= i.low and i.high <= high for i in found) else "TOO NOISY TO SAY"
+    return "PASS" if all(low <= i.low and i.high <= high for i in intervals) else "TOO NOISY TO SAY"
 
 
-def _power(i: Interval) -> Interval:
-    return Interval(2**i.low, 2**i.value, 2**i.high)
+def _notes(verdict: Verdict, losses: Array, means: Sequence[Array]) -> list[str]:
+    """Return what a reader of the verdict has to know beside its numbers.
 
-
-def student(values: Sequence[float]) -> Interval:
-    """The mean of independent values with its interval by Student's t; unbounded for one value."""
-    x = np.asarray(values, dtype=np.float64)
-    mean = float(x.mean())
-    half = (
-        float(stats.t.ppf((1 + LEVEL) / 2, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5)
-        if len(x) > 1
-        else np.inf
-    )
-    return Interval(mean - half, mean, mean + half)
+    means: (K,) losses of each size, over its whole seeds.
+    """
+    notes, lrs = [], verdict.lrs
+    for size, mean, shows_minimum in zip(verdict.sizes, means, verdict.bracketed, strict=True):
+        if not shows_minimum:
+            low = int(mean.argmin())
+            where = (
+                "at the end of the learning rates"
+                if low in (0, len(lrs) - 1)
+                else f"beside a run that diverged or was {FAR:g} nat worse"
+            )
+            notes.append(f"size {size}: the lowest loss is {where}, {lrs[low]:g}")
+    if verdict.noise is None:
+        notes.append(
+            f"noise is unknown: it takes 2 seeds, and {NEAR} learning rates without a divergence"
+        )
+    if np.any(np.isinf(losses)):
+        runs = int((~np.isnan(losses)).sum())
+        notes.append(f"{int(np.isinf(losses).sum())} of {runs} runs diverged")
+    return notes

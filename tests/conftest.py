@@ -4,6 +4,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,19 @@ UNKNOWN = 10.0  # seconds of a file that is new
 REASONS = ("needs the texts of NANODUAL_DATA", "needs a GPU", "needs a browser")
 _unexplained: list[str] = []
 _seconds: defaultdict[str, float] = defaultdict(float)
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The matplotlib figures that a test saves, in order."""
+    from matplotlib.figure import Figure
+
+    saved: list[Any] = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **kw: saved.append(figure) or save(figure, *args, **kw)
+    )
+    return saved
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

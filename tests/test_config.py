@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from training.config import Config, ConfigError, flat, flat_hints, from_dict, load, read_options, to_toml
+from training.synonyms import SYNONYMS
 
 from tests.helpers import ROOT
 
@@ -180,3 +181,37 @@ def test_switches_stand_alone_or_take_a_value_and_values_may_look_like_options()
 
 def test_integers_do_for_numbers():
     assert from_dict(Config, {"optim": {"lr": 1}}) == replace(Config(), optim=replace(Config().optim, lr=1.0))
+
+
+@pytest.mark.parametrize(
+    ("option", "fix"),
+    [
+        ("--lr", "it is --optim.lr"),
+        ("--optim.learning-rate", "it is --optim.lr"),
+        ("--learning_rate", "it is --optim.lr"),
+        ("--steps", "it is --train.steps"),
+        ("--optim.steps", "it is --train.steps"),
+        ("--n-layer", "it is --model.n-layer"),
+        ("--beta", "it is --optim.beta"),
+        ("--optim.lrr", "nearest valid name: --optim.lr"),
+    ],
+)
+def test_a_wrong_option_is_answered_by_what_it_means(option: str, fix: str):
+    with pytest.raises(ConfigError, match=rf"unknown option {option}\n(.|\n)*fix: {fix}$"):
+        load([option, "1"])
+
+
+def test_a_wrong_key_of_a_file_is_answered_by_what_it_means(tmp_path: Path):
+    file = tmp_path / "a.toml"
+    for text, fix in (
+        ("[optim]\nlearning_rate = 1.0", "it is optim.lr"),
+        ("[train]\nmax_iters = 10", "it is train.steps"),
+        ("lr = 0.1", "it is optim.lr"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=rf"fix: {fix}$"):
+            load([str(file)])
+
+
+def test_every_synonym_means_a_setting():
+    assert set(SYNONYMS.values()) <= flat_hints(Config).keys()

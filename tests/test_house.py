@@ -22,6 +22,7 @@ ORDER = (
         "stacks",
         "smoothness",
         "modular",
+        "roles",
         "drawing",
         "module_types",
         "metrize",
@@ -103,7 +104,15 @@ def private_reads(path: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     "path",
-    [*FILES, ROOT / "training/telemetry.py", ROOT / "studies/cost_model.py", ROOT / "training/checkpoint.py"],
+    [
+        *FILES,
+        ROOT / "training/geometry.py",
+        ROOT / "training/sharpness.py",
+        ROOT / "training/plots.py",
+        *(ROOT / "studies/cost_model").glob("*.py"),
+        ROOT / "training/checkpoint.py",
+        ROOT / "training/tensor_files.py",
+    ],
     ids=lambda p: p.name,
 )
 def test_no_private_name_of_another_module_is_read(path: Path):

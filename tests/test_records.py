@@ -27,7 +27,7 @@ from studies.record_book.tables import tables, write_tables
 from studies.record_book.tracks import TRACKS, Track
 from training import config as configuration
 from training.config import Config
-from training.runtime import hardware
+from training.provenance import hardware
 
 from tests.helpers import ROOT, SOAK, run, small_dataset
 

@@ -1,5 +1,6 @@
 """studies/runs.py: trainings in real processes, none of them twice."""
 
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 from data.loader import Dataset
 from model import GPT
-from studies import runs
-from studies.runs import Job, StudyError, cost, done, duration, execute, job, metrics, summary
+from studies import processes, run_cost, runs
+from studies.run_cost import cost, duration
+from studies.runs import Job, StudyError, done, execute, job, metrics, summary
 from training import config as configuration
 from training.config import Config
 
@@ -215,6 +217,23 @@ def test_a_study_killed_in_the_middle_goes_on_and_leaves_no_process_behind(base:
     assert not multiprocessing.active_children()
 
 
+def test_what_runs_share_is_there():
+    """The server that forks them ignores a module that it cannot import: each run would import it by itself."""
+    assert [name for name in processes.PRELOADED if importlib.util.find_spec(name) is None] == []
+
+
+def test_a_half_made_run_folder_is_begun_anew(base: Config, tmp_path: Path):
+    """As a run leaves it that was killed without a checkpoint, or whose folder was made and no more."""
+    jobs = jobs_of(base, tmp_path, "ab")
+    for name, file in (("a", "metrics.jsonl"), ("b", ".summary.json.tmp")):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / name / file).write_text('{"step": 1, "lo')
+    assert not any(done(j, tmp_path) for j in jobs)
+    assert study(jobs, tmp_path) == [] and written(tmp_path).keys() == {"a", "b"}
+    assert [r["step"] for r in metrics(tmp_path / "a") if "loss" in r] == [1, 2, 3]
+    assert not (tmp_path / "b/.summary.json.tmp").exists()
+
+
 def test_a_job_has_its_changes_and_is_checked(base: Config, tmp_path: Path):
     made = job(
         base, "x", tmp_path, **{"model.n_embd": 32, "optim.polar.schedule": "exact", "optim.max_grad_norm": None}
@@ -245,7 +264,7 @@ def test_the_cost_counts_what_is_trained_and_evaluated(base: Config):
     dataset = Dataset(base.data)
     flops, seconds = cost(plain, dataset, 1e9)
     assert flops == pytest.approx(per_token * (10 * 8 * 16 + 512 / 3))
-    assert seconds == pytest.approx(runs.STARTUP + flops / 1e9 + 10 * 2 * runs.OVERHEAD)
+    assert seconds == pytest.approx(run_cost.STARTUP + flops / 1e9 + 10 * 2 * run_cost.OVERHEAD)
     assert cost(replace(plain, optim=base.optim), dataset, 1e9)[0] > flops
     often = replace(plain, train=replace(plain.train, eval_every=5))
     assert cost(often, dataset, 1e9)[0] - flops == pytest.approx(2 * per_token / 3 * 512), (
@@ -256,8 +275,8 @@ def test_the_cost_counts_what_is_trained_and_evaluated(base: Config):
         per_token / 3 * (dataset.manifest.splits["val"].tokens - 512)
     )
     curved = replace(plain, train=replace(plain.train, sharpness_every=5, sharpness_sequences=2))
-    assert cost(curved, dataset, 1e9)[0] - flops == pytest.approx(3 * runs.PRODUCTS * 4 * per_token * 2 * 16)
-    assert runs.speed(base.run) > 1e8
+    assert cost(curved, dataset, 1e9)[0] - flops == pytest.approx(3 * run_cost.PRODUCTS * 4 * per_token * 2 * 16)
+    assert run_cost.measure_speed(base) > 1e8
 
 
 def test_a_duration_is_that_of_the_longest_run_or_of_all_by_workers():

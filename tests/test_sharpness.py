@@ -1,4 +1,4 @@
-"""studies/sharpness.py and telemetry.Sharpness: the numbers of a study on curves that are known, a run's records against dense Hessians, thresholds by simulation."""
+"""studies/sharpness.py and training/sharpness.py: the numbers of a study on curves that are known, a run's records against dense Hessians, thresholds by simulation."""
 
 import json
 import math
@@ -9,30 +9,31 @@ import numpy as np
 import pytest
 import torch
 from data.loader import Dataset, TrainBatches
+from matplotlib.figure import Figure
 from model import GPT, GPTConfig
 from optim import Dualized, metrize
 from optim.baselines import BASELINES, coordinates
 from studies import runs
 from studies.runs import StudyError
-from studies.sharpness import (
+from studies.sharpness import main, read_methods
+from studies.trajectories import (
     Curve,
     common_losses,
     consistency,
-    curve,
     drift,
-    main,
     margins,
     ratios,
-    read_methods,
+    read_curve,
     spread_at_losses,
     spread_at_steps,
 )
 from training import checkpoint
 from training import config as configuration
 from training.baseline import Baseline
-from training.telemetry import Sharpness, stable
+from training.sharpness import Sharpness, stable
 
 from tests.helpers import QUICK, run, small_dataset
+from tests.pictures import check_nothing_is_cut_off, words
 
 STEPS = np.arange(1, 101, 10.0)
 
@@ -183,7 +184,7 @@ def call(root: Path, *argv: str) -> int:
     return main([*where, *options, "--train.sharpness-every", "2", "--train.sharpness-sequences", "4", *argv])
 
 
-def test_the_command_measures_draws_and_compares(root: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command_measures_draws_and_compares(root: Path, capsys: pytest.CaptureFixture[str], figures: list[Figure]):
     argv = (
         "--widths",
         "8",
@@ -204,15 +205,18 @@ def test_the_command_measures_draws_and_compares(root: Path, capsys: pytest.Capt
     folder, said = root / "runs/s", capsys.readouterr().out
     assert {p.name for p in folder.glob("*.png")} == {"sharpness-width.png", "sharpness-depth.png"}
     assert all((folder / p).stat().st_size > 10_000 for p in ("sharpness-width.png", "sharpness-depth.png"))
+    for figure in figures:
+        check_nothing_is_cut_off(figure)
+        assert all(label in words(figure) for label in ("λ_max", "nats", "training step", "unstable above", "thin:"))
     results = json.loads((folder / "results.json").read_text())
     assert [line["axis"] for line in results["lines"]] == ["width", "depth"]
     path = folder / "dualized.w16.d2.t16.b8.n5.lr1.s0"
-    found = curve(path, "lambda_max")
+    found = read_curve(path, "lambda_max")
     assert found is not None and list(found.steps) == [1, 2, 4]
     records = {r["step"]: r["sharpness"] for r in runs.metrics(path) if "sharpness" in r}
     assert list(found.values) == [records[s]["lambda_max"] for s in (1, 2, 4)]
     both = [
-        [curve(folder / f"{m}.w{w}.d2.t16.b8.n5.lr{lr}.s{s}", "lambda_max") for w in (8, 16)]
+        [read_curve(folder / f"{m}.w{w}.d2.t16.b8.n5.lr{lr}.s{s}", "lambda_max") for w in (8, 16)]
         for m, lr in (("dualized", 1), ("ntk", 1))
         for s in (0, 1)
     ]
@@ -267,9 +271,9 @@ def test_curvature_that_did_not_converge_is_left_out(tmp_path: Path):
         for i in range(3)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    found = curve(tmp_path, "lambda_max")
+    found = read_curve(tmp_path, "lambda_max")
     assert found is not None and list(found.steps) == [0, 2] and list(found.values) == [1, 3]
-    assert curve(tmp_path, "preconditioned") is None, "a method without it"
+    assert read_curve(tmp_path, "preconditioned") is None, "a method without it"
     assert margins(tmp_path) == [(0, 0.5), (1, 1.0), (2, 1.5)]
 
 

@@ -1,4 +1,4 @@
-"""studies/speedrun.py: the search for a horizon on losses whose truth is known, and the command from end to end on a small dataset."""
+"""studies/speedrun/: the search for a horizon on losses whose truth is known, and the command from end to end on a small dataset."""
 
 import json
 import math
@@ -12,9 +12,13 @@ import pytest
 from data.loader import Dataset
 from studies import runs, statistics
 from studies.runs import StudyError
-from studies.speedrun import command as speedrun
-from studies.speedrun.command import Entry, main, search, text
-from studies.statistics import Noise, Rule, mean_interval, paired, threshold
+from studies.speedrun import budget, search
+from studies.speedrun.budget import set_budget
+from studies.speedrun.command import main
+from studies.speedrun.entries import Entry, load
+from studies.speedrun.search import SearchSettings, search_horizons
+from studies.speedrun.tables import steps_to_target, text
+from studies.statistics import Noise, Rule, mean_interval, paired, threshold_at
 from training import config as configuration
 from training.config import Config
 
@@ -37,7 +41,7 @@ def law(steps: float) -> float:
 def found(rule: Rule, loss: Any, **options: Any) -> dict[int, float]:
     """Every horizon that a search runs, with its mean, in order."""
     means = {BUDGET: loss(BUDGET)}
-    steps = search(BUDGET, means[BUDGET], SEEDS, rule, **options)
+    steps = search_horizons(BUDGET, means[BUDGET], SEEDS, rule, SearchSettings(**options))
     answer = None
     while True:
         try:
@@ -55,7 +59,7 @@ def test_a_horizon_is_found_to_a_point_of_the_grid_without_noise(truth: int):
     rule = Rule(law(truth) + 0.002, 0.004)
     means = found(rule, law)
     passed = min(h for h, y in means.items() if rule.passes(y, SEEDS))
-    assert list(means)[:4] == [400, 160, 240, 320] and len(means) <= 4 + speedrun.TRIES
+    assert list(means)[:4] == [400, 160, 240, 320] and len(means) <= 4 + search.TRIES
     assert passed % 5 == 0 and truth <= passed < truth + 10
 
 
@@ -83,7 +87,7 @@ def test_a_horizon_that_fails_by_chance_is_tried_higher_up():
     rule = Rule(law(281), 0.0)
     means = found(rule, lambda h: law(281) + 5e-4 if 281 < h < 320 else law(h))
     tried = list(means)[4:]
-    assert len(tried) == speedrun.TRIES and tried[0] == 285
+    assert len(tried) == search.TRIES and tried[0] == 285
     assert tried[1] >= tried[0] + 5 and tried[2] >= tried[1] + 10
     assert min(h for h, y in means.items() if rule.passes(y, SEEDS)) == 320
 
@@ -93,7 +97,7 @@ def test_runs_that_diverge_are_above_the_target():
     means = found(rule, lambda h: math.inf if h < 200 else law(h))
     assert min(h for h, y in means.items() if rule.passes(y, SEEDS)) in (285, 290)
     assert list(found(rule, lambda h: math.inf)) == [400]
-    assert len(found(rule, lambda h: math.inf if h < 400 else law(h))) <= 4 + speedrun.TRIES
+    assert len(found(rule, lambda h: math.inf if h < 400 else law(h))) <= 4 + search.TRIES
 
 
 @pytest.mark.parametrize("share", [0.0, 0.7])
@@ -115,11 +119,11 @@ def test_of_simulated_studies_few_claim_a_horizon_that_does_not_reach_the_target
         noise = statistics.pooled([ours, theirs]) if pooled else Noise(SIGMA)
         assert noise
         by = SEEDS if from_entry else None
-        rule = Rule(theirs.mean() if from_entry else law(truth), threshold(noise, SEEDS, target_n=by), by)
+        rule = Rule(theirs.mean() if from_entry else law(truth), threshold_at(noise, SEEDS, target_n=by), by)
         means = found(rule, lambda h, ours=ours, loss=loss: (ours if h == BUDGET else loss(h)).mean())
         claims.append(min(h for h, y in means.items() if rule.passes(y, SEEDS)))
         needed.append((12 / (rule.needed(SEEDS) - 1)) ** 2)
-    level = speedrun.TRIES * statistics.RULE_LEVEL
+    level = search.TRIES * statistics.RULE_LEVEL
     false = np.mean(np.array(claims) < truth)
     assert false <= level + 4 * math.sqrt(level * (1 - level) / studies)
     assert -3 <= np.mean(claims) - np.mean(needed) <= 8, "a point of the grid is 5 steps"
@@ -228,30 +232,28 @@ def test_entries_that_differ_in_more_than_the_optimizer_are_refused_or_noted(roo
     ):
         (root / f"{name}.toml").write_text(text.replace(old, new))
         with pytest.raises(StudyError) as error:
-            speedrun.load([str(root / "ours.toml"), str(root / f"{name}.toml")], [], allow_different=False)
+            load([str(root / "ours.toml"), str(root / f"{name}.toml")], [], allow_different=False)
         assert what in str(error.value) and "--allow-different" in str(error.value)
-        assert len(speedrun.load([str(root / "ours.toml"), str(root / f"{name}.toml")], [], allow_different=True)) == 2
+        assert len(load([str(root / "ours.toml"), str(root / f"{name}.toml")], [], allow_different=True)) == 2
     (root / "deep.toml").write_text(
         text.replace("n_layer = 2", "n_layer = 3").replace("lr = 3.0", "lr = 2.0").replace("[run]", "[run]\nseed = 5")
     )
-    ours, deep = speedrun.load(
-        [str(root / "ours.toml"), str(root / "deep.toml")], ["--train.steps", "9"], allow_different=False
-    )
+    ours, deep = load([str(root / "ours.toml"), str(root / "deep.toml")], ["--train.steps", "9"], allow_different=False)
     assert (ours.notes, deep.notes) == ([], ["beside its optimizer, differs from ours: model.n_layer 3 (2)"])
     with pytest.raises(StudyError, match="entries\n  got: ours, ours\n  allowed: one of each name"):
-        speedrun.load([str(root / "ours.toml")] * 2, [], allow_different=False)
+        load([str(root / "ours.toml")] * 2, [], allow_different=False)
 
 
 def test_a_budget_is_steps_of_each_entry():
     entry = lambda **t: Entry("x", "x.toml", configuration.from_dict(Config, {"train": t, "model": {"block_size": 16}}))  # noqa: E731
     short, long = entry(batch_size=8, steps=5), entry(batch_size=16, steps=5)
-    assert speedrun.budget_of("tokens=1.28e3", [short, long]) == ("tokens", 1280) and (short.steps, long.steps) == (
+    assert set_budget("tokens=1.28e3", [short, long]) == ("tokens", 1280) and (short.steps, long.steps) == (
         10,
         5,
     )
-    assert speedrun.budget_of(None, [short, long]) == ("steps", 5) and (short.steps, long.steps) == (5, 5)
+    assert set_budget(None, [short, long]) == ("steps", 5) and (short.steps, long.steps) == (5, 5)
     with pytest.raises(StudyError, match="--budget\n  got: none, and train.steps 5 of x, 7 of x"):
-        speedrun.budget_of(None, [short, entry(steps=7)])
+        set_budget(None, [short, entry(steps=7)])
 
 
 def test_the_command_ends_with_code_2_where_it_refuses(root: Path):
@@ -576,7 +578,7 @@ def test_a_run_that_diverges_has_no_loss_and_never_passes(
 
 def test_a_budget_of_seconds_is_steps_by_a_probe_that_runs_once(root: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("studies.report.page.write", lambda results, folder: [])
-    monkeypatch.setattr(speedrun, "PROBE", 6)
+    monkeypatch.setattr(budget, "PROBE", 6)
     clock = ("ours", "adamw"), "--name", "clock", "--seeds", "1", "--budget", "seconds=0.05"
     assert call(root, *clock) == 0
     first = json.loads((root / "runs/clock/results.json").read_text())
@@ -666,9 +668,9 @@ def test_a_study_killed_at_random_moments_ends_with_the_same_results(root: Path)
 
 def test_a_point_of_the_grid_outside_the_interval_of_the_interpolated_horizon_is_told_as_that():
     to = {"steps": 292, "interpolated": 287.4, "low": 285.0, "high": 290.1, "confirmed": True}
-    assert speedrun._steps(to, sets=False) == "292 (interpolated 287.4 [285.0, 290.1])"
-    assert speedrun._steps(to | {"interpolated": None, "confirmed": False}, sets=False) == "292 unconfirmed"
-    assert speedrun._steps(to | {"interpolated": None}, sets=True) == "292 sets the target", (
+    assert steps_to_target(to, sets_target=False) == "292 (interpolated 287.4 [285.0, 290.1])"
+    assert steps_to_target(to | {"interpolated": None, "confirmed": False}, sets_target=False) == "292 unconfirmed"
+    assert steps_to_target(to | {"interpolated": None}, sets_target=True) == "292 sets the target", (
         "by definition, nothing is interpolated"
     )
 

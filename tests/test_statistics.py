@@ -19,7 +19,7 @@ from studies.statistics import (
     paired,
     pooled,
     share_of_seeds,
-    threshold,
+    threshold_at,
 )
 
 from tests.helpers import SOAK
@@ -45,7 +45,7 @@ def losses(*shape: int, mean: float = TARGET, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("effect", [0.0, 0.002, 0.005])
 def test_the_rule_of_a_known_sigma_passes_at_its_level_and_with_the_computed_power(n: int, effect: float):
     noise = Noise(SIGMA)
-    rule = Rule(TARGET, threshold(noise, n))
+    rule = Rule(TARGET, threshold_at(noise, n))
     found = np.mean([rule.passes(m, n) for m in losses(STUDIES, n, mean=TARGET - effect).mean(1)])
     expected = statistics.power_of_rule(effect, n, noise)
     assert abs(found - expected) < of(expected)
@@ -60,7 +60,7 @@ def test_the_rule_of_an_estimated_sigma_does_too(entries: int, effect: float):
     for study in losses(STUDIES, entries, n) - effect:
         noise = pooled(study)
         assert noise and noise.df == entries * (n - 1)
-        passed += Rule(TARGET, threshold(noise, n)).passes(study[0].mean(), n)
+        passed += Rule(TARGET, threshold_at(noise, n)).passes(study[0].mean(), n)
     expected = statistics.power_of_rule(effect, n, Noise(SIGMA, entries * (n - 1)))
     assert abs(passed / STUDIES - expected) < of(expected)
     assert effect or expected == pytest.approx(0.01)
@@ -73,8 +73,8 @@ def test_a_target_that_is_an_entrys_mean_does_not_raise_false_positives():
     for a, b in zip(theirs, ours, strict=True):
         noise = pooled([a, b])
         assert noise
-        passed += Rule(a.mean(), threshold(noise, n, target_n=m), m).passes(b.mean(), n)
-        naive += Rule(a.mean(), threshold(noise, n)).passes(b.mean(), n)
+        passed += Rule(a.mean(), threshold_at(noise, n, target_n=m), m).passes(b.mean(), n)
+        naive += Rule(a.mean(), threshold_at(noise, n)).passes(b.mean(), n)
     assert abs(passed / STUDIES - 0.01) < of(0.01)
     assert naive / STUDIES > 0.01 + of(0.01)
 
@@ -84,7 +84,7 @@ def test_the_rule_is_the_tracks():
     rule = Rule(3.28, 0.004)
     assert rule.needed(8) == pytest.approx(3.28 - 0.0014142, abs=1e-7)
     assert rule.passes(3.2785, 8) and not rule.passes(3.2787, 8) and not rule.passes(math.inf, 8)
-    assert threshold(Noise(0.0017), 8) == pytest.approx(0.0017 * 2.3263, rel=1e-4), "z of one in a hundred"
+    assert threshold_at(Noise(0.0017), 8) == pytest.approx(0.0017 * 2.3263, rel=1e-4), "z of one in a hundred"
 
 
 def test_sigma_is_pooled_within_groups_and_leaves_divergence_out():
@@ -168,7 +168,7 @@ def test_the_power_against_an_entrys_mean_is_that_of_an_effect_smaller_by_the_ro
     """As seeds_for has it; σ given, the target the mean of as many runs."""
     n, effect, noise = 4, 0.006, Noise(SIGMA)
     theirs, ours = losses(STUDIES, n).mean(1), losses(STUDIES, n, mean=TARGET - effect, seed=1).mean(1)
-    limit = threshold(noise, n, target_n=n)
+    limit = threshold_at(noise, n, target_n=n)
     rate = np.mean([Rule(a, limit, n).passes(b, n) for a, b in zip(theirs, ours, strict=True)])
     expected = statistics.power_of_rule(effect / math.sqrt(2), n, noise)
     assert abs(rate - expected) < of(expected)

@@ -672,6 +672,25 @@ def test_a_signal_saves_and_ends_with_its_code(root: Path, whole: Path, number: 
     assert f"at step {step}" in out
 
 
+def test_a_run_that_is_killed_before_its_first_checkpoint_gives_its_name_back(root: Path):
+    args = ("small.toml", "--run.name", "killed-early", "--train.checkpoint-every", "0")
+    folder = root / "runs/killed-early"
+    process = start(root, *args, "--train.steps", "100000")
+    while not (folder / "metrics.jsonl").is_file():
+        time.sleep(0.01)
+    code, _, err = run(root, *args)
+    assert code == 2 and "error: run folder runs/killed-early exists" in err, "it lives"
+    process.kill()
+    process.join()
+    logged = records(folder)
+    code, out, err = run(root, *args, "--train.steps", "2")
+    assert code == 0, err
+    crashed = root / "runs/killed-early.crashed"
+    assert f"crashed before its first checkpoint: now runs/{crashed.name}" in out
+    assert records(crashed)[: len(logged)] == logged, "nothing is lost"
+    assert (folder / "summary.json").is_file()
+
+
 def test_sample_continues_the_prompt(root: Path, whole: Path):
     code, out, err = run(
         root, str(whole), "--prompt", "3 times 4", "--tokens", "20", "--samples", "2", script="sample.py"

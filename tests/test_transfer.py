@@ -8,16 +8,20 @@ import numpy as np
 import pytest
 import torch
 from data.loader import Dataset
+from matplotlib.figure import Figure
 from model import GPT, rotary
 from studies import runs, transfer
+from studies.intervals import Interval
 from studies.runs import StudyError
-from studies.transfer import AXES, Line, base_size, lines, main, name_of, sized
-from studies.verdict import Interval, Thresholds, Verdict, judge
+from studies.sizes import AXES, Line, base_size, lines_through, run_name, settings_at
+from studies.transfer import main
+from studies.verdict import Thresholds, Verdict, judge
 from training import checkpoint
 from training import config as configuration
 from training.config import Config
 
 from tests.helpers import QUICK, run, small_dataset
+from tests.pictures import check_nothing_is_cut_off
 
 BASE = (16, 2, 16, 8, 12)  # of helpers.SMALL
 NONE: dict[str, list[int]] = {axis: [] for axis in AXES}
@@ -61,7 +65,7 @@ def swept(root: Path) -> Path:
 
 
 def test_one_axis_is_one_line_of_ascending_sizes():
-    (line,) = lines(BASE, NONE | {"width": [64, 16, 32, 16]}, grid=False)
+    (line,) = lines_through(BASE, NONE | {"width": [64, 16, 32, 16]}, grid=False)
     assert (line.axis, line.sizes) == ("width", tuple((w, 2, 16, 8, 12) for w in (16, 32, 64)))
     assert str(line) == "width 16 … 64 (depth 2, context 16, batch 8, horizon 12)"
     assert line.values() == [16, 32, 64]
@@ -69,47 +73,47 @@ def test_one_axis_is_one_line_of_ascending_sizes():
 
 @pytest.mark.parametrize(("axis", "place"), [("width", 0), ("depth", 1), ("context", 2), ("batch", 3), ("horizon", 4)])
 def test_each_axis_varies_what_it_names(axis: str, place: int):
-    (line,) = lines(BASE, NONE | {axis: [2, 4]}, grid=False)
+    (line,) = lines_through(BASE, NONE | {axis: [2, 4]}, grid=False)
     assert [size[place] for size in line.sizes] == [2, 4]
     assert all(size[:place] + size[place + 1 :] == BASE[:place] + BASE[place + 1 :] for size in line.sizes)
 
 
 def test_two_axes_are_two_lines_through_the_configuration():
-    assert lines(BASE, NONE | {"width": [16, 32], "depth": [2, 4]}, grid=False) == [
+    assert lines_through(BASE, NONE | {"width": [16, 32], "depth": [2, 4]}, grid=False) == [
         Line("width", ((16, 2, 16, 8, 12), (32, 2, 16, 8, 12))),
         Line("depth", ((16, 2, 16, 8, 12), (16, 4, 16, 8, 12))),
     ]
 
 
 def test_a_grid_is_each_line_of_the_product():
-    found = lines(BASE, NONE | {"width": [16, 32], "depth": [2, 4, 8]}, grid=True)
+    found = lines_through(BASE, NONE | {"width": [16, 32], "depth": [2, 4, 8]}, grid=True)
     assert [(line.axis, len(line.sizes)) for line in found] == [("width", 2)] * 3 + [("depth", 3)] * 2
     assert {size[:2] for line in found for size in line.sizes} == {(w, d) for w in (16, 32) for d in (2, 4, 8)}
     assert [line.sizes[0][1] for line in found[:3]] == [2, 4, 8], "width at each depth"
 
 
 def test_an_axis_of_one_value_sets_it_for_all():
-    assert lines(BASE, NONE | {"width": [16, 32], "depth": [4]}, grid=False) == [
+    assert lines_through(BASE, NONE | {"width": [16, 32], "depth": [4]}, grid=False) == [
         Line("width", ((16, 4, 16, 8, 12), (32, 4, 16, 8, 12)))
     ]
-    assert lines(BASE, NONE | {"depth": [4]}, grid=False) == []
+    assert lines_through(BASE, NONE | {"depth": [4]}, grid=False) == []
 
 
 def test_a_size_keeps_the_width_of_a_head_and_the_tokens_of_a_step(base: Config):
     assert base_size(base) == BASE
-    wide, long = sized(base, (48, 2, 16, 8, 12)), sized(base, (16, 2, 32, 8, 12))
+    wide, long = settings_at(base, (48, 2, 16, 8, 12)), settings_at(base, (16, 2, 32, 8, 12))
     assert (wide["model.n_embd"], wide["model.n_head"]) == (48, 6), "8 wide, as 16 / 2"
     assert (long["model.block_size"], long["train.batch_size"]) == (32, 4)
-    large = sized(base, (16, 3, 16, 24, 7))
+    large = settings_at(base, (16, 3, 16, 24, 7))
     assert (large["train.batch_size"], large["model.n_layer"], large["train.steps"]) == (24, 3, 7), (
         "a larger batch has more tokens"
     )
-    assert runs.job(base, "x", Path("runs"), **sized(base, BASE)).config.model == base.model
+    assert runs.job(base, "x", Path("runs"), **settings_at(base, BASE)).config.model == base.model
 
 
 def test_names_tell_sizes_learning_rate_and_seed():
-    assert name_of(BASE, 0.001, 3) == "w16.d2.t16.b8.n12.lr0.001.s3"
-    assert name_of(BASE, 2e6, 0).endswith(".lr2e06.s0"), "a run's name has no plus sign"
+    assert run_name(BASE, 0.001, 3) == "w16.d2.t16.b8.n12.lr0.001.s3"
+    assert run_name(BASE, 2e6, 0).endswith(".lr2e06.s0"), "a run's name has no plus sign"
 
 
 # ---- refusals
@@ -377,7 +381,7 @@ def test_a_text_tells_every_number_and_word():
     )
     verdict.words = {"drift": "PASS", "cost": "PASS", "worse": "TOO NOISY TO SAY"}
     verdict.notes = ["a note"]
-    found = transfer.text(line, verdict, Thresholds())
+    found = transfer.verdict_text(line, verdict, Thresholds())
     assert found.splitlines()[0].endswith(": TOO NOISY TO SAY")
     row = found.splitlines()[3]
     assert "2 [1, 4]" in row and "2.2500" in row and "0 [-0.5, 0.5]" in row
@@ -386,3 +390,28 @@ def test_a_text_tells_every_number_and_word():
         "larger is not worse at that lr (by more than 0.50%): TOO NOISY TO SAY" in found
         and "  note: a note\n  note: rates an octave apart" in found
     )
+
+
+def test_the_pictures_legend_explains_its_markers_and_shows_what_diverged(tmp_path: Path, figures: list[Figure]):
+    """A run that diverged and a loss far above the others are marked at the edge, not left out."""
+    line, lrs = Line("width", ((16, *BASE[1:]), (32, *BASE[1:]))), [1.0, 2.0, 4.0, 8.0]
+    losses = np.array([[[3.0], [2.5], [2.6], [9.0]], [[2.9], [2.4], [2.5], [math.inf]]])
+    judged = transfer.JudgedLine(line, losses, judge(losses, [16, 32], lrs))
+    transfer.plot([judged], lrs, "dualized, text", tmp_path / "transfer.png")
+    check_nothing_is_cut_off(figures[0])
+    (axes,) = figures[0].axes
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [t.get_text() for t in legend.get_texts()] == [
+        "width 16",
+        "width 32",
+        "one seed; a curve is their mean",
+        "best rate, by the fitted parabola",
+        "a loss above this axis",
+        "a run diverged",
+    ]
+    marked = {x.get_marker(): list(np.atleast_1d(x.get_xdata())) for x in axes.lines if x.get_marker() in "x^"}  # type: ignore[arg-type]
+    assert marked == {"^": [8.0], "x": [8.0]}
+    low, high = axes.get_ylim()
+    assert all(low < y < high for y in judged.verdict.loss)
+    assert "nats per token" in axes.get_ylabel() and "learning rate" in axes.get_xlabel()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from studies import tuning
 from studies.runs import StudyError
-from studies.tuning import parse, schedule, trials
+from studies.tuning import parse, trials, trials_by_entry
 from training.config import ConfigError
 
 ENTRIES = ("adamw", "ours")
@@ -30,21 +30,26 @@ def test_an_entrys_own_range_replaces_the_one_for_all():
     ranges = [
         parse(t, ENTRIES) for t in ("adamw:optim.lr=log(1e-4,1e-1,4)", "optim.lr=log(1,8,4)", "optim.beta={0.9,0.95}")
     ]
-    assert [(r.key, r.values[0]) for r in tuning.of(ranges, "adamw")] == [("optim.lr", 1e-4), ("optim.beta", 0.9)]
-    assert [(r.key, r.values[0]) for r in tuning.of(ranges, "ours")] == [("optim.lr", 1.0), ("optim.beta", 0.9)]
+    assert [(r.key, r.values[0]) for r in tuning.ranges_of("adamw", ranges)] == [
+        ("optim.lr", 1e-4),
+        ("optim.beta", 0.9),
+    ]
+    assert [(r.key, r.values[0]) for r in tuning.ranges_of("ours", ranges)] == [("optim.lr", 1.0), ("optim.beta", 0.9)]
 
 
 def test_several_keys_are_tried_at_places_of_a_sobol_sequence():
     """16 of it: each quarter of each key's range has 4, which is what such points are for; the same places for every entry, and in every call."""
     texts = ("adamw:optim.lr=log(1,16,9)", "ours:optim.lr=log(10,160,9)", "optim.beta2=lin(0,0.8,9)")
-    made = schedule([parse(t, ENTRIES) for t in texts], ENTRIES, 16)
-    assert made == schedule([parse(t, ENTRIES) for t in texts], ENTRIES, 16)
+    made = trials_by_entry([parse(t, ENTRIES) for t in texts], ENTRIES, 16)
+    assert made == trials_by_entry([parse(t, ENTRIES) for t in texts], ENTRIES, 16)
     ours, theirs = made["ours"], made["adamw"]
     assert len(ours) == len(theirs) == 16
     assert [t["optim.lr"] for t in ours] == pytest.approx([10 * t["optim.lr"] for t in theirs], rel=1e-3)
     for places in (np.log2([t["optim.lr"] / 10 for t in ours]) / 4, np.array([t["optim.beta2"] for t in ours]) / 0.8):
         assert np.histogram(places, bins=4, range=(0, 1))[0].tolist() == [4, 4, 4, 4]
-    assert len(schedule([parse(t, ENTRIES) for t in texts], ENTRIES, 10)["ours"]) == 10, "not a power of two either"
+    assert len(trials_by_entry([parse(t, ENTRIES) for t in texts], ENTRIES, 10)["ours"]) == 10, (
+        "not a power of two either"
+    )
 
 
 def test_trials_of_choices_differ_or_are_refused():
@@ -62,7 +67,7 @@ def test_trials_of_choices_differ_or_are_refused():
 
 
 def test_every_entry_gets_as_many_trials():
-    of = lambda *texts, count=None: schedule([parse(t, ENTRIES) for t in texts], ENTRIES, count)  # noqa: E731
+    of = lambda *texts, count=None: trials_by_entry([parse(t, ENTRIES) for t in texts], ENTRIES, count)  # noqa: E731
     assert [len(t) for t in of("optim.lr=log(1,2,3)").values()] == [3, 3]
     assert [len(t) for t in of("ours:optim.lr=log(1,2,3)").values()] == [0, 3], (
         "one that is not tuned is told of elsewhere"

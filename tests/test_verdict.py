@@ -12,7 +12,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from studies import verdict
-from studies.verdict import Interval, Thresholds, Verdict, VerdictError, interpolate, judge, minimum, pooled_noise
+from studies.intervals import Interval
+from studies.parabola import interpolate, minimum
+from studies.verdict import Thresholds, Verdict, VerdictError, judge, pooled_noise
 
 from tests.helpers import SOAK
 

@@ -88,17 +88,17 @@ class Baseline:
         self.check_finite()
         if self._ranks.size > 1:
             weights = [p for _, p in self._weights()]
-            there = torch.tensor(
+            has_grad = torch.tensor(
                 [p.grad is not None for p in weights], dtype=torch.float32, device=weights[0].device
             )
-            for p, somewhere in zip(weights, self._ranks.maximum(there).tolist(), strict=True):
+            for p, somewhere in zip(weights, self._ranks.maximum(has_grad).tolist(), strict=True):
                 if somewhere:
                     p.grad = self._ranks.average(torch.zeros_like(p) if p.grad is None else p.grad)
-        found = {n: p.grad for n, p in self._weights() if p.grad is not None}
+        gated = {n: p.grad for n, p in self._weights() if p.grad is not None}
         if loss is not None:
-            found = {"the loss": self._ranks.average(loss.detach().clone()), **found}
-        fine = torch.stack(are_finite(list(found.values()))).tolist()
-        self._bad = next((n for n, x in zip(found, fine, strict=True) if not x), None)
+            gated = {"the loss": self._ranks.average(loss.detach().clone()), **gated}
+        finite = torch.stack(are_finite(list(gated.values()))).tolist()
+        self._bad = next((n for n, x in zip(gated, finite, strict=True) if not x), None)
         if self._bad is not None:
             return
         if self.max_grad_norm is not None:

@@ -1,15 +1,20 @@
-"""Checkpoints: torch.distributed.checkpoint with safetensors for tensors, JSON for the rest, nothing pickled. One exists whole or not at all.
+"""Checkpoints of a run: saved whole or not at all, found again, checked and loaded.
 
-checkpoints/step_00000100/: model/*.safetensors and optimizer/*.safetensors ("<parameter>.<buffer>"), one file for each rank that wrote; state.json,
-with the size and sha256 of each and a digest of itself; config.toml, receipt.txt. Tensors are keyed by parameter name and hold rows of the whole, so that
-any number of ranks, with any run.parallel, reads what any other wrote. Ranks on several machines need a folder that all of them see.
+checkpoints/step_00000100/ holds
+    model/*.safetensors       weights by parameter name, one file for each rank that wrote
+    optimizer/*.safetensors   "<parameter>.<buffer>", likewise
+    state.json                the rest, with size and sha256 of each file, and a digest of itself
+    config.toml, receipt.txt
+
+Nothing is pickled. Tensors hold rows of the whole, so that any number of ranks, with any
+run.parallel, reads what any other wrote. Ranks on several machines need a folder that all of them
+see.
 """
 
 import hashlib
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -21,105 +26,40 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.hf_storage import (
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.state_dict_loader import load as load_state
-from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from optim import Dualized
 from optim.errors import Refusal
 from optim.metrize import canonical
 from optim.ranks import Piece, piece_of, sharded
-from training.baseline import Baseline
+
+from .baseline import Baseline
+from .tensor_files import read_pieces, saved_shapes, write_pieces, written_by
 
 SCHEMA = 2  # of state.json
-
-# That one process saves alone, or that a rank reads its own rows, is meant.
-warnings.filterwarnings(
-    "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
-)
+# What state.json has at least.
+KEYS = {
+    "schema",
+    "step",
+    "config",
+    "progress",
+    "shards",
+    "tokenizer",
+    "param_groups",
+    "files",
+    "digest",
+}
 
 
 class CheckpointError(Refusal):
-    """A checkpoint that cannot be used: what was got, what is allowed, how to fix it."""
+    """A checkpoint that cannot be used."""
 
 
 class SaveError(Refusal, RuntimeError):
     """A checkpoint that could not be written. Those before it are as they were."""
 
 
-# ---- pieces, as torch.distributed.checkpoint plans them; its own planners know whole tensors and DTensors only
-
-
-class _SavePlanner(DefaultSavePlanner):
-    def __init__(self, pieces: dict[str, Piece]) -> None:
-        super().__init__(flatten_state_dict=False)
-        self.pieces = pieces
-
-    def create_local_plan(self) -> SavePlan:
-        items = []
-        for name, piece in self.pieces.items():
-            for chunk in _chunks(piece):
-                data = TensorWriteData(
-                    chunk,
-                    TensorProperties.create_from_tensor(piece.tensor),
-                    torch.Size(piece.shape),
-                )
-                items.append(
-                    WriteItem(
-                        MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data
-                    )
-                )
-        self.plan = SavePlan(items)
-        return self.plan
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.pieces[index.fqn].tensor
-
-
-class _LoadPlanner(DefaultLoadPlanner):
-    def __init__(self, pieces: dict[str, Piece]) -> None:
-        super().__init__(flatten_state_dict=False)
-        self.pieces = pieces
-
-    def create_local_plan(self) -> LoadPlan:
-        assert self.metadata is not None
-        saved: dict[str, Any] = self.metadata.state_dict_metadata
-        return LoadPlan(
-            [
-                item
-                for name, x in self.pieces.items()
-                for item in create_read_items_for_chunk_list(name, saved[name], _chunks(x))
-            ]
-        )
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.pieces[index.fqn].tensor
-
-
-def _chunks(piece: Piece) -> list[ChunkStorageMetadata]:
-    offsets = torch.Size((piece.row, *(0,) * (len(piece.shape) - 1)) if piece.shape else ())
-    return [ChunkStorageMetadata(offsets, piece.tensor.shape)] if piece.tensor.numel() else []
-
-
 def model_pieces(model: nn.Module) -> dict[str, Piece]:
-    """This rank's part of every weight, by canonical name, in the model's memory."""
+    """Return this rank's rows of every weight, by canonical name, in the model's memory."""
     return {canonical(n): piece_of(p.detach()) for n, p in model.named_parameters()}
 
 
@@ -127,9 +67,9 @@ def model_pieces(model: nn.Module) -> dict[str, Piece]:
 
 
 class Saver:
-    """Writes checkpoints of a run, one at a time, in a thread of its own; every rank has one and calls the same methods.
+    """Writes the checkpoints of a run, one at a time, in a thread of its own.
 
-    keep: the newest so many stay, and the one of lowest validation loss. group: of this saver alone, None for one process.
+    Every rank has one and calls the same methods.
     """
 
     def __init__(
@@ -140,7 +80,12 @@ class Saver:
         group: Any = None,
         waiting: Callable[[], None] = lambda: None,
     ) -> None:
-        """waiting: called every second while wait() does."""
+        """Start the thread.
+
+        keep: as many of the newest checkpoints stay, and the one of lowest validation loss.
+        group: of this saver alone; None for one process.
+        waiting: called every second while wait() waits.
+        """
         self.folder, self.keep, self.group, self.waiting = folder, keep, group, waiting
         self.rank, self.size = (
             (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
@@ -158,9 +103,12 @@ class Saver:
         state: dict[str, Any],
         texts: dict[str, str],
     ) -> None:
-        """Copy what is to be written, and begin to write checkpoints/step_<step>. state: JSON. texts: further files by name.
+        """Copy what is to be written, and begin to write checkpoints/step_<step>.
 
-        Waits for the one before; its SaveError is raised, and nothing begun.
+        Waits for the checkpoint before this one. If that one fails, its SaveError is raised and
+        nothing is begun.
+
+        state: for state.json. texts: further files, by name.
         """
         self.wait()
         groups = [
@@ -168,34 +116,18 @@ class Saver:
             for g in optimizer.settings()
         ]
         content = {"schema": SCHEMA, "step": step, "param_groups": groups, **state}
-        # A weight that all ranks have is written by one of them.
-        elsewhere = {
-            canonical(n)
-            for i, (n, p) in enumerate(model.named_parameters())
-            if not sharded(p) and i % self.size != self.rank
-        }
-        held = (
-            {} if self.rank and isinstance(optimizer, Baseline) else optimizer.held()
-        )  # all ranks have a baseline's state
-        parts = {
-            "model": {k: x for k, x in model_pieces(model).items() if k not in elsewhere},
-            "optimizer": held,
-        }
+        parts = {"model": self._weights(model), "optimizer": self._buffers(optimizer)}
         copies = {
-            kind: {
-                k: Piece(
-                    x.tensor.to("cpu", copy=True, memory_format=torch.contiguous_format),
-                    x.row,
-                    x.shape,
-                )
-                for k, x in found.items()
-            }
-            for kind, found in parts.items()
+            part: {name: _copy(piece) for name, piece in pieces.items()}
+            for part, pieces in parts.items()
         }
         self.writing = self.thread.submit(self._write, step, copies, content, texts)
 
     def wait(self) -> None:
-        """Until the checkpoint under way is there. Raises SaveError, on every rank, if it could not be written."""
+        """Wait for the checkpoint under way.
+
+        Raises SaveError, on every rank, if it could not be written.
+        """
         writing, self.writing = self.writing, None
         while writing is not None:
             self.waiting()
@@ -204,6 +136,19 @@ class Saver:
             except TimeoutError:
                 continue
 
+    def _weights(self, model: nn.Module) -> dict[str, Piece]:
+        """Return what this rank writes of the model: one rank writes a weight that all have."""
+        elsewhere = {
+            canonical(n)
+            for i, (n, p) in enumerate(model.named_parameters())
+            if not sharded(p) and i % self.size != self.rank
+        }
+        return {k: x for k, x in model_pieces(model).items() if k not in elsewhere}
+
+    def _buffers(self, optimizer: Dualized | Baseline) -> dict[str, Piece]:
+        """Return what this rank writes of the optimizer: all ranks have a baseline's state."""
+        return {} if self.rank and isinstance(optimizer, Baseline) else optimizer.held()
+
     def _write(
         self,
         step: int,
@@ -211,35 +156,21 @@ class Saver:
         content: dict[str, Any],
         texts: dict[str, str],
     ) -> None:
+        """Write a checkpoint under a hidden name, in the thread of every rank, and rename it."""
         final = self.folder / f"step_{step:08d}"
         partial = self.folder / f".{final.name}.partial"
         try:
-            self._together(lambda: self.rank or _clear(partial))
-            for kind, pieces in parts.items():
-                save_state(
-                    {},
-                    storage_writer=HuggingFaceStorageWriter(
-                        str(partial / kind), save_distributed=True
-                    ),
-                    planner=_SavePlanner(pieces),
-                    process_group=self.group,
-                    no_dist=self.group is None,
-                )
-            mine = [
-                p
-                for p in sorted(partial.glob("*/*"))
-                if p.name.startswith(f"shard-{self.rank + 1:05d}-")
-            ]
-            files = self._together(
-                lambda: {str(p.relative_to(partial)): _signature(p) for p in mine}
+            self._on_main(lambda: _clear(partial))
+            for part, pieces in parts.items():
+                write_pieces(partial / part, pieces, group=self.group)
+            signatures = self._together(
+                lambda: {
+                    str(p.relative_to(partial)): _signature(p)
+                    for p in written_by(partial, self.rank)
+                }
             )
-            signatures = {k: v for found in files for k, v in found.items()}
-            self._together(
-                lambda: (
-                    self.rank
-                    or self._settle(partial, final, {**content, "files": signatures}, texts)
-                )
-            )
+            files = {name: s for of_rank in signatures for name, s in of_rank.items()}
+            self._on_main(lambda: self._settle(partial, final, {**content, "files": files}, texts))
         except (OSError, CheckpointException, RuntimeError, SafetensorError) as error:
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -258,12 +189,13 @@ class Saver:
     def _settle(
         self, partial: Path, final: Path, content: dict[str, Any], texts: dict[str, str]
     ) -> None:
-        """The last steps, on rank 0: a whole folder takes its name."""
+        """Give a whole folder its name, and remove checkpoints that are not kept; on rank 0."""
         for name, signature in content["files"].items():
             path = partial / name
             if not path.is_file() or path.stat().st_size != signature["bytes"]:
                 raise OSError(
-                    f"{path} was written by another rank and is not here: all ranks must see one folder"
+                    f"{path} was written by another rank and is not here:"
+                    " all ranks must see one folder"
                 )
         for name, text in {**texts, "state.json": json.dumps(signed(content), indent=1)}.items():
             (partial / name).write_text(text, encoding="utf-8")
@@ -273,56 +205,59 @@ class Saver:
         _remove(final)
         partial.rename(final)
         _fsync(self.folder)
-        best, kept = (
-            best_of(self.folder),
-            [p for p in steps(self.folder) if p <= final][-self.keep :],
-        )
-        with suppress(
-            OSError
-        ):  # the new one is there; what could not be removed is tried again with the next
+        newest = [p for p in steps(self.folder) if p <= final][-self.keep :]
+        kept = (best_of(self.folder), *newest)
+        # The new one is there: what cannot be removed is tried again with the next. Later ones go
+        # too: they were damaged, or this run would have started from them.
+        with suppress(OSError):
             for old in steps(self.folder):
-                if old not in (
-                    best,
-                    *kept,
-                ):  # older ones, and later ones that were damaged, or this run would not be here
+                if old not in kept:
                     _remove(old)
 
-    def _together(self, f: Callable[[], Any]) -> list[Any]:
-        """f() of every rank, after which all go on; an OSError of one is one of all."""
+    def _on_main(self, work: Callable[[], None]) -> None:
+        """Do the work on rank 0 while the others wait; an OSError there is raised on all."""
+        self._together(lambda: None if self.rank else work())
+
+    def _together(self, work: Callable[[], Any]) -> list[Any]:
+        """Return work() of every rank, on every rank; an OSError of one is raised on all."""
+        value, error = None, None
         try:
-            value, error = f(), None
-        except OSError as found:
-            value, error = None, found
-        if self.group is None:
-            found = [(value, None if error is None else str(error))]
-        else:
-            found = [None] * self.size
-            dist.all_gather_object(
-                found, (value, None if error is None else str(error)), group=self.group
-            )
-        for rank, (_, text) in enumerate(found):  # type: ignore[misc]
+            value = work()
+        except OSError as failure:
+            error = failure
+        own = (value, None if error is None else str(error))
+        results: list[Any] = [own] * self.size
+        if self.group is not None:
+            dist.all_gather_object(results, own, group=self.group)
+        for rank, (_, text) in enumerate(results):
             if text is not None:
                 raise error or OSError(f"rank {rank}: {text}")
-        return [value for value, _ in found]  # type: ignore[misc]
+        return [value for value, _ in results]
 
 
 def signed(content: dict[str, Any]) -> dict[str, Any]:
-    """state.json with a digest of all that is in it."""
+    """Return the content of state.json with a digest of all that is in it."""
     content = {k: v for k, v in content.items() if k != "digest"}
     return content | {
         "digest": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     }
 
 
+def _copy(piece: Piece) -> Piece:
+    """Return the piece in memory of its own on the host."""
+    tensor = piece.tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return Piece(tensor, piece.row, piece.shape)
+
+
 def _clear(partial: Path) -> None:
-    """Begin anew, without what a killed process has left half-written or half-deleted."""
+    """Make an empty folder, and remove what a killed process left half-written or half-deleted."""
     for leftover in (*partial.parent.glob(".step_*.partial"), *partial.parent.glob(".step_*.old")):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
 
 
 def _remove(checkpoint: Path) -> None:
-    """Under a hidden name first, so that no half-deleted checkpoint is ever taken for one."""
+    """Remove a checkpoint, hidden first, so that a half-deleted one is never taken for a whole."""
     if checkpoint.exists():
         hidden = checkpoint.with_name(f".{checkpoint.name}.old")
         shutil.rmtree(hidden, ignore_errors=True)
@@ -331,10 +266,10 @@ def _remove(checkpoint: Path) -> None:
 
 
 def _signature(path: Path) -> dict[str, Any]:
-    with path.open("rb") as f:
+    with path.open("rb") as file:
         return {
             "bytes": path.stat().st_size,
-            "sha256": hashlib.file_digest(f, "sha256").hexdigest(),
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
         }
 
 
@@ -352,12 +287,12 @@ def _fsync(path: Path) -> None:
 
 
 def steps(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
+    """Return the checkpoints in a folder, oldest first."""
     return sorted(p for p in folder.glob("step_*") if p.is_dir())
 
 
 def best_of(folder: Path) -> Path | None:
-    """The checkpoint of lowest validation loss, of those that were evaluated at their own step."""
+    """Return the checkpoint of lowest validation loss, of those evaluated at their own step."""
     losses = []
     for checkpoint in steps(folder):
         try:
@@ -370,7 +305,10 @@ def best_of(folder: Path) -> Path | None:
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint without damage, if there is one, and what is wrong with each newer one. Raises CheckpointError where all are damaged."""
+    """Return the newest undamaged checkpoint, if any, and what is wrong with each newer one.
+
+    Raises CheckpointError where all are damaged.
+    """
     damage: list[str] = []
     for checkpoint in reversed(steps(folder)):
         try:
@@ -386,25 +324,21 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 def check_files(checkpoint: Path) -> None:
     """Raise CheckpointError unless every file is there with its size and sha256."""
-    for name, signature in read_state(checkpoint)["files"].items():
+    for name, written in read_state(checkpoint)["files"].items():
         path = checkpoint / name
-        found = _signature(path) if path.is_file() else "no such file"
-        if found != signature:
-            got = (
-                found
-                if isinstance(found, str)
-                else ", ".join(f"{k} {v}" for k, v in found.items() if v != signature[k])
-            )
+        present = _signature(path) if path.is_file() else {}
+        if present != written:
+            changed = ", ".join(f"{k} {v}" for k, v in present.items() if v != written[k])
             raise CheckpointError(
                 f"{path}: damaged checkpoint",
-                got=got,
-                allowed=f"the file as it was written ({signature['bytes']} bytes)",
+                got=changed or "no such file",
+                allowed=f"the file as it was written ({written['bytes']} bytes)",
                 fix="delete this checkpoint; the one before is used",
             )
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint."""
+    """Return state.json of a checkpoint. Raises CheckpointError unless it is whole."""
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         if not isinstance(state, dict):
@@ -416,38 +350,34 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
                 allowed=SCHEMA,
                 fix="use the version that saved it",
             )
-        missing = {
-            "schema",
-            "step",
-            "config",
-            "progress",
-            "shards",
-            "tokenizer",
-            "param_groups",
-            "files",
-            "digest",
-        } - state.keys()
-        if missing:
+        if missing := KEYS - state.keys():
             raise ValueError(f"no {', '.join(sorted(missing))}")
         if signed(state) != state or checkpoint.name != f"step_{state['step']:08d}":
             raise ValueError("a state that is not the one that was written there")
     except CheckpointError:
         raise
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{checkpoint}: damaged checkpoint",
-            got=error,
-            allowed="a whole state.json",
-            fix="delete this checkpoint, and the one before is used",
-        ) from error
+        raise _damaged(checkpoint, error, "a whole state.json") from error
     return state
+
+
+def _damaged(path: Path, error: Exception, allowed: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: damaged checkpoint",
+        got=error,
+        allowed=allowed,
+        fix="delete this checkpoint, and the one before is used",
+    )
 
 
 # ---- loading
 
 
 def load_model(checkpoint: Path, model: nn.Module) -> None:
-    """Weights into a model of the same names and shapes, sharded or not. Every rank reads its own rows."""
+    """Load the weights into a model of the same names and shapes; every rank reads its own rows.
+
+    Raises CheckpointError for another architecture.
+    """
     pieces = model_pieces(model)
     saved = _shapes(checkpoint / "model")
     own = {k: x.shape for k, x in pieces.items()}
@@ -457,13 +387,17 @@ def load_model(checkpoint: Path, model: nn.Module) -> None:
             f"{checkpoint}: another architecture",
             got=f"{name} {saved.get(name, 'missing')} in the checkpoint",
             allowed=f"{own.get(name, 'no such parameter')}, as the configuration has it",
-            fix="resume with the configuration that the run was started with: its folder's config.toml",
+            fix="resume with the configuration that the run was started with:"
+            " its folder's config.toml",
         )
-    _load(checkpoint / "model", pieces)
+    read_pieces(checkpoint / "model", pieces)
 
 
 def load_optimizer(checkpoint: Path, state: dict[str, Any], optimizer: Dualized | Baseline) -> None:
-    """Settings and buffers by parameter name. Every rank reads its own pieces. state: read_state(checkpoint)."""
+    """Load settings and buffers by parameter name; every rank reads its own rows.
+
+    state: of read_state(checkpoint). Raises CheckpointError for another optimizer.
+    """
     saved = _shapes(checkpoint / "optimizer")
     optimizer.load_state_dict({"state": {}, "param_groups": state["param_groups"]})
     names = {k.rsplit(".", 1)[0] for k in saved}
@@ -477,31 +411,15 @@ def load_optimizer(checkpoint: Path, state: dict[str, Any], optimizer: Dualized 
             allowed=pieces[wrong[0]].shape,
             fix="resume with the configuration that the run was started with",
         )
-    _load(checkpoint / "optimizer", pieces)
+    read_pieces(checkpoint / "optimizer", pieces)
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    if not any(folder.glob("*.safetensors")):
-        return {}
+    """Return the shape of each whole tensor in a folder of a checkpoint.
+
+    Raises CheckpointError for damaged files.
+    """
     try:
-        saved: dict[str, Any] = (
-            HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-        )
-        return {k: tuple(x.size) for k, x in saved.items()}
+        return saved_shapes(folder)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder}: damaged checkpoint",
-            got=error,
-            allowed="whole safetensors files",
-            fix="delete this checkpoint, and the one before is used",
-        ) from error
-
-
-def _load(folder: Path, pieces: dict[str, Piece]) -> None:
-    if pieces:
-        load_state(
-            {},
-            storage_reader=HuggingFaceStorageReader(str(folder)),
-            planner=_LoadPlanner(pieces),
-            no_dist=True,
-        )
+        raise _damaged(folder, error, "whole safetensors files") from error

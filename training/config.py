@@ -18,18 +18,19 @@ from typing import Annotated, Any, Literal, cast
 import tyro
 
 from data.loader import DataConfig
-from model import RoleMasses, RoleNorms
 from models import ModelConfig
 from optim import Dualized, EscapeVelocity
 from optim.baselines import BASELINES
 from optim.errors import Refusal, require
 from optim.polar import Polar
+from optim.roles import RoleMasses, RoleNorms
 from optim.schedules import Schedule
 from optim.settings import Help, OneOf, Range, StepSettings, by_role, help_texts, hints_of
 
 from . import sections
+from .errors import ConfigError
 from .help import described
-from .migrate import ConfigError, migrate
+from .migrate import migrate
 from .runtime import RunConfig
 from .sections import check_ranges, flat, flat_hints, put, set_it, to_toml
 
@@ -37,7 +38,7 @@ __all__ = ["Config", "ConfigError", "OptimConfig", "TrainConfig", "flat", "flat_
 __all__ += ["load", "of_file", "put", "read_options", "to_toml"]
 
 
-def made(name: str, doc: str, declared: Iterable[tuple[str, Any, Any, str]]) -> type:
+def settings_class(name: str, doc: str, declared: Iterable[tuple[str, Any, Any, str]]) -> type:
     """Return a class of settings, made of (setting, type, default, help text)."""
     rows = [
         (key, Annotated[hint, Help(text)], field(default=default))
@@ -47,9 +48,9 @@ def made(name: str, doc: str, declared: Iterable[tuple[str, Any, Any, str]]) -> 
     return make_dataclass(name, rows, kw_only=True, namespace=namespace)
 
 
-RoleSettings = made(
+RoleSettings = settings_class(
     "RoleSettings",
-    "What the weights of one role have of their own; what is left out they have as [optim] says.",
+    "Settings for the weights of one role alone. What is left out is as [optim] says.",
     (
         (key, hints_of(StepSettings)[key] | None, None, help_texts(StepSettings)[key])
         for key in by_role()
@@ -58,12 +59,13 @@ RoleSettings = made(
 
 
 class _Roles:
+    """The methods of Roles, whose fields are made from the roles below."""
+
     def given(self) -> dict[str, dict[str, Any]]:
         """Return {role: {setting: value}} of what is set."""
-        of_roles = {role: vars(settings) for role, settings in vars(self).items()}
         given = {
-            role: {k: v for k, v in of_role.items() if v is not None}
-            for role, of_role in of_roles.items()
+            role: {key: value for key, value in vars(settings).items() if value is not None}
+            for role, settings in vars(self).items()
         }
         return {role: settings for role, settings in given.items() if settings}
 
@@ -73,14 +75,14 @@ Roles = make_dataclass(
     [(f.name, RoleSettings, field(default_factory=RoleSettings)) for f in fields(RoleMasses)],
     bases=(_Roles,),
     namespace={
-        "__doc__": "Settings of their own for the weights of a role, [optim.roles.<role>].",
+        "__doc__": "Settings for the weights of one role, [optim.roles.<role>].",
         "__module__": __name__,
     },
 )
 
-BaselineSettings = made(
+BaselineSettings = settings_class(
     "BaselineSettings",
-    "The own settings of the optimizers we are compared with; each says whose it is.",
+    "Settings of the baselines, the optimizers we are compared with. Each says whose it is.",
     (
         (key, hint, default, hint.__metadata__[-1].text)
         for key, (hint, default) in {
@@ -110,10 +112,10 @@ class OptimConfig(StepSettings, Chosen):
     """The optimizer. Settings of a step are those of Dualized; lr is at the top of the schedule."""
 
     composition: Literal["modular", "max"] = "modular"
-    """How the norms of weights are one norm: the network's modular norm, or the plain maximum."""
+    """How the norms of weights make one norm: the network's modular norm, or the plain maximum."""
 
     param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Of the weights in memory; float64 is for checks."""
+    """Type of the weights in memory; float64 is for checks."""
 
     auto: EscapeVelocity = field(default_factory=EscapeVelocity)
     polar: Polar = field(default_factory=Polar)
@@ -146,10 +148,10 @@ class OptimConfig(StepSettings, Chosen):
         """
         taken = (*SHARED, *BASELINES[self.name].hints)
         untaken = [f.name for f in fields(StepSettings) if f.name not in taken]
-        default, here = flat(OptimConfig()), flat(self)
-        for key, value in here.items():
+        defaults = flat(OptimConfig())
+        for key, value in flat(self).items():
             if key in untaken or key.startswith(("auto.", "roles.")):
-                require_default(f"optim.{key}", value, default[key], self.name)
+                require_default(f"optim.{key}", value, defaults[key], self.name)
         require(
             not isinstance(self.lr, str),
             "optim.lr",
@@ -175,10 +177,10 @@ def require_default(key: str, value: Any, default: Any, name: str) -> None:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """How long a run is, what it sees at once, and what it measures, keeps and tells."""
+    """The length of a run, its batches, and what it measures, saves and draws."""
 
     steps: Annotated[int, Range(1)] = 1000
-    """Steps of the optimizer."""
+    """Steps of the optimizer in the whole run."""
 
     batch_size: Annotated[int, Range(1)] = 16
     """Sequences of block_size tokens in one step, over all micro-batches and processes."""
@@ -193,10 +195,10 @@ class TrainConfig:
     """Evaluate on the first so many targets of the validation split, by default on all of it."""
 
     eval_batch_size: Annotated[int, Range(1)] = 32
-    """Sequences at once in an evaluation."""
+    """Sequences of one forward pass in an evaluation."""
 
     target_loss: Annotated[float, Range(0)] | None = None
-    """Note the first evaluation at or under this loss, in nats per token."""
+    """Note in summary.json the first evaluation at or under this loss, in nats per token."""
 
     log_every: Annotated[int, Range(0)] = 10
     """Steps between two lines of metrics.jsonl; 0 logs the last step only."""
@@ -220,16 +222,17 @@ class TrainConfig:
     """Newest checkpoints kept, beside that of lowest validation loss; 0 saves none at all."""
 
     max_nonfinite: Annotated[int, Range(1)] = 3
-    """Steps in a row, left out as their loss or gradient is not finite, that end the run."""
+    """End the run after so many steps in a row whose loss or gradient was not finite. Such a step is
+    left out."""
 
     pictures: bool = True
     """Draw loss.png and geometry.png at the end."""
 
     sample_tokens: Annotated[int, Range(0)] = 256
-    """Tokens of the sample at the end; 0 is no sample."""
+    """Tokens of the sample at the end; 0 prints none."""
 
     sample_prompt: str = "\n"
-    """What the sample goes on from."""
+    """The text that the sample continues."""
 
     def check(self) -> None:
         """Raise ConfigError for values that cannot be together."""
@@ -330,12 +333,12 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         shipped = Path(__file__).parent.parent / "configs"
-        there = ", ".join(sorted(str(p.relative_to(shipped)) for p in shipped.rglob("*.toml")))
+        files = ", ".join(sorted(str(p.relative_to(shipped)) for p in shipped.rglob("*.toml")))
         raise ConfigError(
             "configuration file",
             got=f"{path} ({error.strerror})",
             allowed="a TOML file",
-            fix=f"one of those in {shipped.name}/: {there}",
+            fix=f"one of those in {shipped.name}/: {files}",
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(path, got=error, allowed="TOML", fix="see https://toml.io") from error
@@ -383,3 +386,34 @@ def load(argv: list[str]) -> Config:
 def read_options(options: list[str]) -> dict[str, Any]:
     """Return {"section.key": typed value} of ["--section.key", "value", …]."""
     return sections.read_options(Config, options)
+
+
+def check_placement(config: Config, *, ranks: int, parallel: str) -> None:
+    """Raise ConfigError for what these ranks cannot do. The configuration's device is chosen."""
+    c, parts = config.train, config.train.gradient_accumulation_steps
+    require(
+        c.batch_size % (parts * ranks) == 0,
+        "train.batch_size",
+        got=c.batch_size,
+        allowed=f"a multiple of {parts * ranks}, {ranks} ranks times"
+        f" train.gradient_accumulation_steps = {parts}",
+        fix="--train.batch-size, --train.gradient-accumulation-steps, or other ranks",
+        error=ConfigError,
+    )
+    dtype, device = config.optim.param_dtype, config.run.device
+    require(
+        not c.sharpness_every or (ranks == 1 and dtype != "bfloat16" and device != "mps"),
+        "train.sharpness_every",
+        got=f"{c.sharpness_every} with {ranks} ranks on {device}, optim.param_dtype = {dtype!r}",
+        allowed="one process on cpu or cuda, float32 or float64 weights",
+        fix="0, or one process with --optim.param-dtype float32",
+        error=ConfigError,
+    )
+    require(
+        not config.run.compile or parallel == "ddp",
+        "run.compile",
+        got=f"true with run.parallel = {parallel!r}",
+        allowed="with ddp",
+        fix="leave one of them out",
+        error=ConfigError,
+    )

@@ -1,9 +1,8 @@
-"""Configurations of earlier versions, read with the keys of now: the one place that knows old keys.
+"""Configurations of earlier versions, read with today's keys: the one place that knows old keys.
 
-Files are always read: a run folder's config.toml, a checkpoint, a record, a result, and a file
-that somebody wrote, of which train_gpt.py and the studies then say what was read as what. An
-option of the command line is refused, with the key of now: nothing that is typed today has to be
-old.
+Files are always read: a run folder's config.toml, a checkpoint, a record, a result, a file that
+somebody wrote. train_gpt.py and the studies say which old key was read as which new one. On the
+command line an old key is refused, and the message names the new one.
 """
 
 from collections.abc import Mapping
@@ -11,12 +10,8 @@ from copy import deepcopy
 from typing import Any
 
 from models import settings_of_others
-from optim.errors import Refusal
 
-
-class ConfigError(Refusal):
-    """A configuration that cannot be used: the key, what was got, what is allowed."""
-
+from .errors import ConfigError
 
 RENAMED = {
     "optim.schedule": "schedule.shape",
@@ -31,7 +26,7 @@ RENAMED = {
     "optim.auxiliary_lr": "baseline.auxiliary_lr",
     "optim.scaling": "baseline.scaling",
 }
-# Keys of what was taken out (LOG.md), with the value that did nothing: other values cannot be run.
+# Keys of what was taken out (docs/log.md), with the value that did nothing. No other can be run.
 DROPPED: dict[str, Any] = {
     "optim.floor": 0.0,  # the least ‖update‖ / ‖weight‖
     "model.key_shift": False,  # keys of attention from the position before
@@ -39,14 +34,14 @@ DROPPED: dict[str, Any] = {
 
 
 def migrate(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return a configuration with the keys of now, and a line for each key that was another one.
+    """Return a configuration with today's keys, and a line for each key that was renamed.
 
     raw: nested dicts, which stay as they are. What is no section stays too, for the reader to
     refuse.
     """
-    made, told = deepcopy(raw), []
+    migrated, notes = deepcopy(raw), []
     for old, nothing in DROPPED.items():
-        section, name = _section(made, old)
+        section, name = _section(migrated, old)
         if section is None or name not in section:
             continue
         if (value := section.pop(name)) != nothing:
@@ -56,10 +51,10 @@ def migrate(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
                 allowed=f"{nothing!r}, which did nothing: there is no such setting any more",
                 fix="the commit that made it, which a run's summary.json names",
             )
-        told.append(f"{old} = {nothing!r}, which did nothing, is left out")
+        notes.append(f"{old} = {nothing!r}, which did nothing, is left out")
     for old, new in RENAMED.items():
-        section, name = _section(made, old)
-        target, key = _section(made, new, make=section is not None and name in section)
+        section, name = _section(migrated, old)
+        target, key = _section(migrated, new, make=section is not None and name in section)
         if section is None or target is None or name not in section:
             continue
         if key in target:
@@ -70,12 +65,12 @@ def migrate(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
                 fix=f"leave {old} out",
             )
         target[key] = section.pop(name)
-        told.append(f"{old} is {new}")
-    model = made.get("model")
-    if isinstance(model, dict) and _is_ngram(model):
-        made["model"] = {"name": "ngram", **model}
-        told.append('model.name is "ngram", by the other settings of the model')
-    return made, told
+        notes.append(f"{old} is {new}")
+    model = migrated.get("model")
+    if isinstance(model, dict) and (name := _model_name(model)):
+        migrated["model"] = {**model, "name": name}
+        notes.append(f'model.name is "{name}", by the other settings of the model')
+    return migrated, notes
 
 
 def _section(
@@ -83,15 +78,24 @@ def _section(
 ) -> tuple[dict[str, Any] | None, str]:
     """Return the dict that a dotted key stands in, None where there is none, and its last name."""
     *sections, name = key.split(".")
-    found: Any = raw
+    table: Any = raw
     for section in sections:
-        found = found.setdefault(section, {}) if make else found.get(section)
-        if not isinstance(found, dict):
+        table = table.setdefault(section, {}) if make else table.get(section)
+        if not isinstance(table, dict):
             return None, name
-    return found, name
+    return table, name
 
 
-def _is_ngram(model: Mapping[str, Any]) -> bool:
-    """Return whether it has settings of n-grams and no name, as before model.name."""
-    others = settings_of_others("gpt")
-    return "name" not in model and any(model.get(f.name, f.default) != f.default for f in others)
+def _model_name(model: Mapping[str, Any]) -> str | None:
+    """Return the name of the model that settings of an earlier version are of, None where they say.
+
+    Before model.name there was one model, with n-grams or without. Until "track3" had a name, its
+    settings were those of "gpt".
+    """
+    others = {
+        f.name for f in settings_of_others("gpt") if model.get(f.name, f.default) != f.default
+    }
+    of_track3 = others - {f.name for f in settings_of_others("track3")}
+    if "name" not in model and others != of_track3:
+        return "ngram"
+    return "track3" if of_track3 and model.get("name", "gpt") == "gpt" else None

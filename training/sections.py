@@ -15,7 +15,9 @@ from pydantic import TypeAdapter, ValidationError
 from optim.errors import Refusal, nearest
 from optim.settings import allowed, hints_of, wrong
 
-from .migrate import DROPPED, RENAMED, ConfigError
+from .errors import ConfigError
+from .migrate import DROPPED, RENAMED
+from .synonyms import SYNONYMS, key_meant
 
 
 def set_it(key: str) -> str:
@@ -41,6 +43,8 @@ def from_dict(cls: type, raw: dict[str, Any], path: str = "") -> Any:
         dotted = f"{path}{key}"
         if key not in hints:
             fix = nearest(key, hints, otherwise="leave it out", prefix=path)
+            if key in SYNONYMS and SYNONYMS[key] != dotted:
+                fix = f"it is {SYNONYMS[key]}"
             raise ConfigError(f"unknown key {dotted}", got=key, allowed=", ".join(hints), fix=fix)
         if is_dataclass(hints[key]):
             if not isinstance(value, dict):
@@ -154,9 +158,11 @@ def _nearest(key: str, hints: dict[str, Any]) -> str:
         return "leave it out: there is no such setting any more"
     if key in RENAMED:
         return f"it is --{RENAMED[key].replace('_', '-')} now"
+    if meant := key_meant(key, hints):
+        return f"it is --{meant.replace('_', '-')}"
     # Compared as keys are written, and told as options are.
-    told = nearest(key, hints, otherwise="--help lists them", prefix="--")
-    return told.replace("_", "-")
+    fix = nearest(key, hints, otherwise="--help lists them", prefix="--")
+    return fix.replace("_", "-")
 
 
 def _typed(flag: str, value: str | bool, hint: Any, declared: Any) -> Any:

@@ -43,7 +43,7 @@ from optim.schedules import SCHEDULES
 from optim.settings import StepSettings
 from training import config as configuration
 from training.config import Config
-from training.runtime import git_state
+from training.provenance import git_state
 
 from ..runs import ROOT, metrics, summary
 from .bundle import bundle

@@ -15,7 +15,7 @@ from data.shards import read_manifest
 from optim.errors import require
 from training import config as configuration
 from training.config import Config
-from training.runtime import git_state
+from training.provenance import git_state
 
 from .. import runs
 from . import book

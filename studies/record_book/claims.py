@@ -180,7 +180,7 @@ def claim_of_runs(folders: Sequence[Path], track: Track) -> Claim:
     summaries = [summary_of(r) for r in judged]
     losses = [s["val_loss"] for s in summaries]
     noise = statistics.pooled([np.array(losses)])
-    threshold = statistics.threshold(noise, len(losses)) if noise else None
+    threshold = statistics.threshold_at(noise, len(losses)) if noise else None
     rule = statistics.Rule(track.target, math.inf if threshold is None else threshold)
     mean = float(np.mean(losses))
     passes = None if threshold is None else rule.passes(mean, len(losses))

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from data.shards import DataError
 from training.config import ConfigError
-from training.runtime import RunError
+from training.errors import RunError
 
 from ..export.command import ExportError
 from ..runs import StudyError

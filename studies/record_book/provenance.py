@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Sequence
 
-from training.runtime import git_state
+from training.provenance import git_state
 
 from ..export.command import Run
 from ..runs import ROOT

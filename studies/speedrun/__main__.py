@@ -1,3 +1,5 @@
+"""Run `python -m studies.speedrun`."""
+
 import sys
 
 from optim.errors import Refusal

@@ -1,11 +1,9 @@
-"""telemetry.py. Oracles: torch.linalg.svdvals and norm(), dual_norm() in float64, weight by weight; attention's scores with complex rotations.
+"""training/geometry.py. Oracles: torch.linalg.svdvals and norm(), dual_norm() in float64, weight by weight; attention's scores with complex rotations.
 
 A step of a known size is one whose gradient is a full-rank Gaussian and whose polar factor is exact.
 """
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +16,8 @@ from optim.views import Blocks, ConvRMSToRMS, Experts, Flattened, Transposed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from training import telemetry
 from training.baseline import Baseline
-from training.telemetry import Geometry, attention_logits, grid, plot_geometry
+from training.geometry import STACK, Geometry, attention_logits, dual_norm
 
 from tests.helpers import ranks
 
@@ -119,7 +116,7 @@ def test_every_number_of_a_transformer_is_the_oracles(
     kind: str, per_head: bool, products: bool, monkeypatch: pytest.MonkeyPatch
 ):
     if products:
-        monkeypatch.setattr(telemetry, "by_eigenvalues", lambda norm, W: False)
+        monkeypatch.setattr("training.geometry.by_eigenvalues", lambda norm, W: False)
     model = gpt(per_head=per_head)
     norm = metrize(model)
     adam = torch.optim.AdamW(model.named_parameters(), lr=0.01, weight_decay=0.1 if kind == "AdamW" else 0.0)
@@ -179,7 +176,7 @@ OTHERS = {
 @pytest.mark.parametrize("case", [*NORMS, *OTHERS])
 def test_in_every_norm_a_step_is_as_long_as_requested(case: str, products: bool, monkeypatch: pytest.MonkeyPatch):
     if products:
-        monkeypatch.setattr(telemetry, "by_eigenvalues", lambda norm, W: False)
+        monkeypatch.setattr("training.geometry.by_eigenvalues", lambda norm, W: False)
     norm, shape = (NORMS | OTHERS)[case]
     model, modular = weights(norm, shape, shape)
     sizes = {n: norm.norm(p.detach().unsqueeze(0))[0].item() for n, p in model.named_parameters()}
@@ -204,9 +201,9 @@ def test_on_an_accelerator_the_dual_norm_is_1_in_100_too_small_at_worst(
     S = torch.logspace(0, -6, m, dtype=torch.float64)
     G, norm = ((U * S) @ V.mT).float()[None], RMSToRMS(Polar(schedule))
     expected = (shape[0] / shape[1]) ** 0.5 * S.sum().item()
-    assert telemetry.dual_norm(norm, G).item() == pytest.approx(expected, rel=1e-6)
-    monkeypatch.setattr(telemetry, "by_eigenvalues", lambda norm, W: False)
-    assert 0.99 < telemetry.dual_norm(norm, G).item() / expected < 1 + 1e-5
+    assert dual_norm(norm, G).item() == pytest.approx(expected, rel=1e-6)
+    monkeypatch.setattr("training.geometry.by_eigenvalues", lambda norm, W: False)
+    assert 0.99 < dual_norm(norm, G).item() / expected < 1 + 1e-5
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
@@ -222,8 +219,8 @@ def test_tiny_and_huge_gradients_have_dual_norms(scale: float):
 
 def test_large_stacks_are_measured_in_parts(monkeypatch: pytest.MonkeyPatch):
     found = []
-    for entries in (telemetry.STACK, 48, 1):
-        monkeypatch.setattr(telemetry, "STACK", entries)
+    for entries in (STACK, 48, 1):
+        monkeypatch.setattr("training.geometry.STACK", entries)
         model, norm = weights(RMSToRMS(EXACT), *[(6, 4)] * 5)
         assert len(Geometry(model, torch.optim.SGD(model.parameters()), norm).stacks) == {48: 3, 1: 5}.get(entries, 1)
         found.append(measured(model, Dualized(model.named_parameters(), 0.1, norm=norm), norm))
@@ -440,70 +437,3 @@ def test_sharded_weights_have_the_geometry_of_whole_ones_and_train_on_alike():
             assert list(mine) == list(expected)
             for quantity, table in expected.items():
                 assert mine[quantity] == pytest.approx(table, rel=1e-5), quantity
-
-
-# ---- the picture
-
-
-def run(model: GPT, make: Callable[[ModularNorm], torch.optim.Optimizer], steps: int = 3) -> list[dict[str, Any]]:
-    """The records of a run that measures every second step, the first included."""
-    norm, records = metrize(model), []
-    optimizer = make(norm)
-    geometry = Geometry(model, optimizer, norm)
-    for step in range(1, 2 * steps):
-        idx = backward(model, step)
-        geometry.before()
-        optimizer.step()
-        optimizer.zero_grad()
-        records.append({"step": step, "loss": 1.0} | ({"geometry": geometry.after(idx)} if step % 2 else {}))
-    return records
-
-
-def test_the_rows_of_the_picture_are_kinds_and_then_layers():
-    model = gpt(n_layer=12, zero_init=True)
-    records = [*run(model, lambda norm: Dualized(model, 0.1, norm=norm)), {"step": 6, "val_loss": 1.0}]
-    names, steps, values = grid(records, "step")
-    assert steps == [1, 3, 5]
-    assert len(names) == len(values) == 2 + 12 * 6
-    assert names[0] == "embedding.weight"
-    assert names[1:13] == [f"blocks.{i}.attention.q.weight" for i in range(12)]
-    assert names[-1] == "head.weight"
-    assert values[names.index("head.weight")] == pytest.approx([1, 1, 1], abs=1e-3)
-    assert len(grid(records, "orthogonality")[0]) == 12 * 6
-    assert grid(records, "max_attention_logit")[0] == [f"blocks.{i}.attention" for i in range(12)]
-    assert [
-        telemetry.kind(n) for n in (names[1], "net.0.weight", "net.0.norm.bias", "head.weight", "blocks.3.attention")
-    ] == [
-        "attention.q",
-        "net.*",
-        "norm.bias",
-        "head",
-        "attention",
-    ]
-
-
-@pytest.mark.parametrize(("kind", "rows"), [("Dualized", [14, 14, 14, 14, 12, 2]), ("AdamW", [14, 14, 14, 2])])
-@pytest.mark.parametrize("steps", [1, 3])
-def test_the_picture_has_a_panel_for_each_quantity(
-    kind: str, rows: list[int], steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    from matplotlib.axes import Axes
-
-    shown, imshow = [], Axes.imshow
-    monkeypatch.setattr(
-        Axes, "imshow", lambda axes, values, **kw: shown.append(len(values)) or imshow(axes, values, **kw)
-    )
-    model = gpt()
-    made = {
-        "Dualized": lambda norm: Dualized(model, 0.1, norm=norm),
-        "AdamW": lambda norm: torch.optim.AdamW(model.named_parameters()),
-    }[kind]
-    plot_geometry(run(model, made, steps), tmp_path / "geometry.png")
-    assert (tmp_path / "geometry.png").read_bytes()[:4] == b"\x89PNG"
-    assert (tmp_path / "geometry.png").stat().st_size > 10_000
-    assert shown == rows
-
-
-def test_without_measurements_there_is_no_picture(tmp_path: Path):
-    plot_geometry([{"step": 1, "loss": 2.0}], tmp_path / "geometry.png")
-    assert not list(tmp_path.iterdir())

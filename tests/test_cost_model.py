@@ -1,6 +1,6 @@
-"""studies/scaling.py against real steps: FLOPs, bytes and buffers in real processes, and the loopback interface's own counters.
+"""studies/cost_model/ against real steps: FLOPs, bytes and buffers in real processes, and the loopback interface's own counters.
 
-    unshare -rn sh -c "ip link set lo up && python -m tests.test_scaling"      what test_the_loopback_interface_… runs, nearly
+    unshare -rn sh -c "ip link set lo up && python -m tests.test_cost_model"      what test_the_loopback_interface_… runs, nearly
 
 w: ranks. r: a rank.
 """
@@ -27,8 +27,11 @@ from model import GPT
 from models import ModelConfig
 from optim import Dualized
 from optim.polar import Polar
-from studies import cost_model as scaling
-from studies.cost_model import ADAMW, MUON, MUON_PLAIN, OURS, ZERO, Case, around, step_of, weights_of
+from studies.cost_model.cases import Case, family
+from studies.cost_model.command import main as count
+from studies.cost_model.optimizers import ADAMW, MUON, MUON_PLAIN, OURS, ZERO, weights_of
+from studies.cost_model.step import around, step_of
+from studies.cost_model.tables import TABLES
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -249,7 +252,7 @@ def test_the_loopback_interface_carries_the_predicted_bytes(tmp_path: Path):
         (tmp_path / str(i)).mkdir()
         with forked_python(tmp_path / str(i)) as python:
             done = subprocess.run(
-                [*command, python, "-m", "tests.test_scaling"], cwd=ROOT, capture_output=True, text=True, timeout=100
+                [*command, python, "-m", "tests.test_cost_model"], cwd=ROOT, capture_output=True, text=True, timeout=100
             )
         assert done.returncode == 0, done.stderr
         close = True
@@ -305,12 +308,12 @@ def test_muon_and_adamw_cost_what_torchs_own_do():
 @pytest.mark.parametrize(("name", "billions"), [("6.7B", 6.7), ("13B", 13.0), ("175B", 175.0), ("1T", 1008.0)])
 def test_the_family_has_the_published_sizes(name: str, billions: float):
     """Within 4 %: our head is not tied to the embedding, and 13B is 5120 wide."""
-    assert scaling.cases()[name].gpt(MUON).num_params() == pytest.approx(1e9 * billions, rel=0.04)
+    assert family()[name].gpt(MUON).num_params() == pytest.approx(1e9 * billions, rel=0.04)
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp", "hsdp"])
 def test_the_largest_matrix_bounds_the_busiest_gpu_and_most_gpus_have_none(mode: str):
-    _, weights = weights_of(scaling.cases()["124M"], OURS)
+    _, weights = weights_of(family()["124M"], OURS)
     matrices = [x.whole for x in weights if x.whole]
     for w in (64, 512):
         step = step_of(OURS, weights, mode, w, {"ddp": 1, "fsdp": w, "hsdp": 8}[mode])
@@ -346,7 +349,7 @@ def test_the_tables_in_the_documentation_are_the_commands_own(which: int, capsys
     first = argv.index("--gpus") + 1
     last = next(i for i in range(first, len(argv)) if argv[i].startswith("--"))
     argv[first:last] = few = [w for w in argv[first:last] if int(w) <= 1024]
-    scaling.main(argv)
+    count(argv)
     printed = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("&ast;")]
     gpus = {f"{int(w):,}" for w in few}
     kept = [
@@ -364,7 +367,7 @@ def is_kept(line: str, gpus: set[str]) -> bool:
 
 
 def test_the_command_prints_its_tables(capsys: pytest.CaptureFixture[str]):
-    scaling.main(
+    count(
         [
             "--config",
             str(ROOT / "configs/gpt2_124m.toml"),
@@ -382,7 +385,7 @@ def test_the_command_prints_its_tables(capsys: pytest.CaptureFixture[str]):
     printed = capsys.readouterr().out
     assert "gpt2_124m: 162,201,600 weights" in printed and "estimates, not measured" in printed
     assert len(re.findall(r"^gpt2_124m  1,024\*  fsdp ", printed, re.M)) == 2 * len(
-        scaling.TABLES
+        TABLES
     )  # sharded AdamW is AdamW there
 
 
@@ -400,7 +403,7 @@ def test_the_command_prints_its_tables(capsys: pytest.CaptureFixture[str]):
 )
 def test_what_cannot_be_counted_is_refused(argv: list[str], message: str):
     with pytest.raises(SystemExit, match=re.escape(message)):
-        scaling.main(argv)
+        count(argv)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,99 @@
+"""What each weight costs under each optimizer: FLOPs and bytes of state.
+
+They are counted from the code, on weights without numbers (torch's meta device). O: rows of a
+weight.
+"""
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from model import GPT
+from optim import Dualized
+from optim.placement import OneProcess
+from optim.polar import Polar
+from optim.ranks import Ranks
+from training.config import OptimConfig
+
+from .cases import Case
+
+OURS, ADAMW, ZERO, MUON_PLAIN, MUON_OWNED = (
+    "Dualized",
+    "AdamW",
+    "AdamW, sharded",
+    "Muon",
+    "Muon, owned",
+)
+OPTIMIZERS = (OURS, ADAMW, ZERO, MUON_PLAIN, MUON_OWNED)
+# FLOPs an entry beside dualize. Nesterov's momentum: two lerps of 3, radius 1, update 2. AdamW
+# (Loshchilov, Hutter, arXiv 1711.05101, alg. 2): averages 3 and 4, √, ÷ and + for the divisor 3,
+# quotient 1, update 2, decay 1.
+MOMENTUM_FLOPS, ADAMW_FLOPS = 9, 14
+# torch.optim.Muon's iteration: 5 steps, plain, bfloat16; 2-D weights but embedding and head, which
+# AdamW steps (as its documentation recommends).
+MUON = Polar("jordan", "plain", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The cost of one weight.
+
+    key: of its stack. whole: FLOPs that need all of it. split: FLOPs by rows or entries. state:
+    bytes.
+    """
+
+    p: Tensor
+    key: tuple[object, ...]
+    by_rows: bool
+    whole: int
+    split: int
+    state: int
+
+
+class Recorder(OneProcess):
+    """One process, and what Dualized wants placed: (p, FLOPs, by rows)."""
+
+    def __init__(self) -> None:
+        super().__init__(Ranks())
+        self.entries: list[tuple[Tensor, float, bool]] = []
+
+    def assign(self, entries: list[tuple[Tensor, float, bool]]) -> None:
+        self.entries += entries
+
+
+class Planned(Dualized):
+    """Dualized of weights without numbers. It takes no step."""
+
+    def __init__(self, model: GPT, optim: OptimConfig) -> None:
+        self.recorder = Recorder()
+        same = ("direction", "scale", "momentum_dtype", "master_weights")
+        super().__init__(model, lr=1.0, **{k: getattr(optim, k) for k in same})
+
+    def placement_of(self, p: Tensor) -> OneProcess:
+        return self.recorder
+
+
+def weights_of(case: Case, optimizer: str, polar: Polar | None = None) -> tuple[GPT, list[Weight]]:
+    """Return the model, and its weights in the order in which Dualized has them.
+
+    polar: by default that of the case, or Muon's.
+    """
+    muon = optimizer in (MUON_PLAIN, MUON_OWNED)
+    if muon:
+        case = replace(case, optim=OptimConfig(param_dtype=case.optim.param_dtype, polar=MUON))
+    model = case.gpt(polar or case.polar)
+    planned = Planned(model, case.optim)
+    planned.make_state(lambda name: True)
+    weights = []
+    names = planned.param_groups[0]["param_names"]
+    for name, (p, flops, by_rows) in zip(names, planned.recorder.entries, strict=True):
+        state = sum(b.nbytes for b in planned.state[p].values())
+        whole, split = (0, int(flops)) if by_rows else (int(flops), 0)
+        split += MOMENTUM_FLOPS * p.numel()
+        if optimizer in (ADAMW, ZERO) or (muon and by_rows):
+            whole, split, state = 0, ADAMW_FLOPS * p.numel(), 2 * p.nbytes
+        elif muon:
+            state = p.nbytes
+        key = (planned.norm.norms[name], p.shape, p.dtype)
+        weights.append(Weight(p, key, by_rows, whole, split, state))
+    return model, weights
