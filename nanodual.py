@@ -1,7 +1,8 @@
 """The package optim under the name that it has outside this repository.
 
-In a checkout both names are one module object, and so are their submodules: what is registered under
-one name is known under the other. convert is left out, because python -m nanodual.convert runs it.
+In a checkout both names are one module object, and so are their submodules: what is registered
+under one name is known under the other. convert is left out, because python -m nanodual.convert
+runs it.
 """
 
 import sys
@@ -10,7 +11,7 @@ from pkgutil import iter_modules
 
 import optim
 
-for _found in iter_modules(optim.__path__):
-    if _found.name != "convert":
-        sys.modules[f"nanodual.{_found.name}"] = import_module(f"optim.{_found.name}")
+for _module in iter_modules(optim.__path__):
+    if _module.name != "convert":
+        sys.modules[f"nanodual.{_module.name}"] = import_module(f"optim.{_module.name}")
 sys.modules["nanodual"] = optim

@@ -28,14 +28,17 @@ ITERATIONS = {
 
 
 def up(x: float) -> str:
+    """Return a figure rounded up."""
     return f"{math.ceil(1e4 * x - 1e-9) / 1e4:.4f}"
 
 
 def down(x: float) -> str:
+    """Return a figure rounded down."""
     return f"{math.floor(1e4 * x + 1e-9) / 1e4:.4f}"
 
 
 def scalar(schedule: Schedule, x: Tensor) -> Tensor:
+    """Return what a schedule makes of singular values x, in units of ‖G‖_F."""
     x = x / schedule.safety
     for a, b, c in schedule.coefficients:
         x = a * x + b * x**3 + c * x**5
@@ -43,6 +46,7 @@ def scalar(schedule: Schedule, x: Tensor) -> Tensor:
 
 
 def below_the_floor() -> None:
+    """Print each schedule's polynomial at and below its floor."""
     print("| schedule | slope at 0 | at the floor | floor/10 | floor/100 | floor/1000", end="")
     print(" | largest below the floor | upper edge | rises up to |\n" + "|---" * 9 + "|")
     for schedule in SCHEDULES.values():
@@ -58,7 +62,7 @@ def below_the_floor() -> None:
 
 
 def log_uniform(m: int, lowest: float) -> Tensor:
-    """m singular values from 1 down to lowest · ‖·‖_F."""
+    """Return m singular values from 1 down to lowest · ‖·‖_F."""
     S = torch.ones(m, dtype=torch.float64)
     for _ in range(60):  # a fixed point: the last is lowest · ‖S‖, which depends on it weakly
         S = torch.logspace(0, math.log10(lowest * S.norm().item()), m, dtype=torch.float64)
@@ -66,11 +70,12 @@ def log_uniform(m: int, lowest: float) -> Tensor:
 
 
 def haar(rows: int, columns: int, g: torch.Generator) -> Tensor:
+    """Return a random matrix with orthonormal columns."""
     return torch.linalg.qr(torch.randn(rows, columns, generator=g, dtype=torch.float64))[0]
 
 
 def matrices(m: int, n: int, floor: float, seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(spectrum, singular values, a matrix (m, n) that has them), m <= n."""
+    """Yield (spectrum, its singular values, a matrix (m, n) that has them), m <= n."""
     g = torch.Generator().manual_seed(seed)
     U, V = haar(m, m, g), haar(n, m, g)
     half = torch.cat([log_uniform(m // 2, floor), torch.zeros(m - m // 2, dtype=torch.float64)])
@@ -82,8 +87,8 @@ def matrices(m: int, n: int, floor: float, seed: int) -> Iterator[tuple[str, Ten
 
 
 def measure(shapes: list[tuple[int, int]], seeds: int) -> dict[tuple[str, str, str], list[float]]:
-    """Of (schedule, iteration, quantity): its values over shapes, spectra and seeds."""
-    found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    """Return the values of each (schedule, iteration, quantity) over shapes, spectra and seeds."""
+    values: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     floor = SCHEDULES["jordan"].floor
     assert all(schedule.floor == floor for schedule in SCHEDULES.values())
     runs = [(s, seed) for s in shapes for seed in range(1 if max(s) >= LARGE else seeds)]
@@ -97,16 +102,17 @@ def measure(shapes: list[tuple[int, int]], seeds: int) -> dict[tuple[str, str, s
                     X = Polar(schedule, form, dtype)(G)  # type: ignore[arg-type]
                     out = torch.linalg.svdvals(X.double()).tolist()
                     key = (schedule, iteration)
-                    found[*key, "largest"].append(out[0])
-                    found[*key, "smallest"].append(out[above - 1])
+                    values[*key, "largest"].append(out[0])
+                    values[*key, "smallest"].append(out[above - 1])
                     if spectrum == "tail":
-                        found[*key, "tail"].append(out[-1])
+                        values[*key, "tail"].append(out[-1])
                     if spectrum == "half":
-                        found[*key, f"null {m}"].append(out[above])
-    return found
+                        values[*key, f"null {m}"].append(out[above])
+    return values
 
 
 def main() -> None:
+    """Print both tables."""
     doc = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=doc)
     parser.add_argument("--shapes", nargs="+", default=["64x64", "256x64", "768x768", "768x3072"])
@@ -116,7 +122,7 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads\n")
     below_the_floor()
     shapes = [(int(r), int(c)) for r, c in (s.split("x") for s in args.shapes)]
-    found = measure(shapes, args.seeds)
+    values = measure(shapes, args.seeds)
     sides = sorted({min(shape) for shape in shapes})
     print("\n| schedule | iteration | smallest from above the floor | largest of all", end="")
     print(" | from floor/100", end="")
@@ -124,10 +130,10 @@ def main() -> None:
     print("|---" * (5 + len(sides)) + "|")
     for schedule in SCHEDULES:
         for iteration in ITERATIONS:
-            of = {q: v for (s, i, q), v in found.items() if (s, i) == (schedule, iteration)}
-            cells = [down(min(of["smallest"])), up(max(of["largest"]))]
-            cells += [f"{down(min(of['tail']))} – {up(max(of['tail']))}"]
-            cells += [up(max(of[f"null {m}"])) for m in sides]
+            edges = {q: v for (s, i, q), v in values.items() if (s, i) == (schedule, iteration)}
+            cells = [down(min(edges["smallest"])), up(max(edges["largest"]))]
+            cells += [f"{down(min(edges['tail']))} – {up(max(edges['tail']))}"]
+            cells += [up(max(edges[f"null {m}"])) for m in sides]
             print(f"| `{schedule}` | {iteration} | " + " | ".join(cells) + " |")
 
 

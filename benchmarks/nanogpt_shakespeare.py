@@ -1,12 +1,17 @@
 """nanoGPT's CPU README command against a configuration of ours, alternately.
 
     git clone https://github.com/karpathy/nanoGPT
-    python -m benchmarks.nanogpt_shakespeare --nanogpt nanoGPT --text input.txt --config configs/shakespeare_speedrun.toml --pairs 5 --first-seed 10
+    python -m benchmarks.nanogpt_shakespeare --nanogpt nanoGPT --text input.txt \\
+        --config configs/shakespeare_speedrun.toml --pairs 5 --first-seed 10
 
---text is prepared for both. Each pair: nanoGPT's command to its end; its final weights scored on the whole validation split; our configuration with this pair's seed, `--steps` steps of it if
-given: a horizon whose end loss is to pass nanoGPT's. Training clocks: nanoGPT's own per-iteration times (iterations that
-evaluate replaced by the median), ours from summary.json. Prints each pair, the median of the ratios, how many pairs pass, and whether the mean of our losses
-passes the rule (target − mean) · √n ≥ threshold at the mean of nanoGPT's (one seed, and so one loss), σ from our runs.
+--text is prepared for both. A pair is one run of each. nanoGPT's command runs to its end, and its
+final weights are scored on the whole validation split. Then our configuration runs with this pair's
+seed, for --steps steps if given: a horizon whose end loss is to pass nanoGPT's.
+
+Training clocks: nanoGPT's own per-iteration times (those of iterations that evaluate replaced by
+the median), ours from summary.json. It prints each pair, the median of the ratios, how many pairs
+pass, and whether the mean of our losses passes the rule (target − mean) · √n ≥ threshold at the
+mean of nanoGPT's (one seed, and so one loss), with σ from our runs.
 """
 
 import argparse
@@ -25,8 +30,9 @@ from studies.statistics import Rule, pooled, threshold_at
 
 ROOT = Path(__file__).parent.parent
 README_COMMAND = (
-    "train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
-    "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+    "train.py config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 "
+    "--log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 "
+    "--max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
 )
 SCORE = """
 import sys; sys.path.insert(0, {nanogpt!r})
@@ -46,8 +52,9 @@ print("score", saved["iter_num"], total / count)
 """
 
 
-def nanogpt(checkout: Path) -> dict[str, float]:
-    """One run of the README's command; --always_save_checkpoint only makes the last weights, not the best ones, those that are scored."""
+def theirs(checkout: Path) -> dict[str, float]:
+    """Run the README's command in a checkout; return its training seconds and its final loss."""
+    # --always_save_checkpoint only has the last weights scored instead of the best.
     command = [sys.executable, *README_COMMAND.split(), "--always_save_checkpoint=True"]
     out = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True).stdout
     times = [float(t) for t in re.findall(r"iter \d+: loss [\d.]+, time ([\d.]+)ms", out)]
@@ -63,17 +70,10 @@ def nanogpt(checkout: Path) -> dict[str, float]:
 
 
 def ours(config: Path, folder: Path, seed: int, steps: int | None) -> dict[str, float]:
+    """Run our configuration; return its training and wall seconds and its final loss."""
     name = f"seed{seed}"
-    options = [
-        "--run.dir",
-        str(folder),
-        "--run.name",
-        name,
-        "--run.seed",
-        str(seed),
-        "--train.sample-tokens",
-        "0",
-    ]
+    options = ["--run.dir", str(folder), "--run.name", name, "--run.seed", str(seed)]
+    options += ["--train.sample-tokens", "0"]
     if steps:
         options += ["--train.steps", str(steps)]
     subprocess.run(
@@ -90,20 +90,35 @@ def ours(config: Path, folder: Path, seed: int, steps: int | None) -> dict[str, 
     }
 
 
-def judged(theirs: list[float], mine: list[float]) -> str:
-    """How many pairs pass, and the rule of the mean of our losses at the mean of theirs."""
-    n, target, mean = len(mine), statistics.mean(theirs), statistics.mean(mine)
-    said = f"{sum(b <= a for a, b in zip(theirs, mine, strict=True))} of {n} pairs pass; mean loss, nanoGPT {target:.4f}, ours {mean:.4f}: "
-    noise = pooled([np.array(mine)])
+def verdict(peer: list[float], own: list[float]) -> str:
+    """Return how many pairs pass, and whether the mean of our losses passes the rule."""
+    n, target, mean = len(own), statistics.mean(peer), statistics.mean(own)
+    passing = sum(b <= a for a, b in zip(peer, own, strict=True))
+    text = f"{passing} of {n} pairs pass; mean loss, nanoGPT {target:.4f}, ours {mean:.4f}: "
+    noise = pooled([np.array(own)])
     if noise is None:
-        return said + "one pair tells no σ, and so no rule"
+        return text + "one pair tells no σ, and so no rule"
     rule = Rule(target, threshold_at(noise, n))
-    return said + (
-        f"(target − mean)·√n = {rule.statistic(mean, n):.4f}, {'passes' if rule.passes(mean, n) else 'misses'} the rule's {rule.threshold:.4f}"
+    return text + (
+        f"(target − mean)·√n = {rule.statistic(mean, n):.4f}, "
+        f"{'passes' if rule.passes(mean, n) else 'misses'} the rule's {rule.threshold:.4f}"
     )
 
 
+def prepared_checkout(nanogpt: Path, text: Path, scratch: Path) -> Path:
+    """Return a copy of nanoGPT's checkout with the text prepared, and prepare it for us too."""
+    prepare = [sys.executable, "-m", "data.prepare", "shakespeare", "--file", str(text.resolve())]
+    subprocess.run(prepare, cwd=ROOT, check=True)
+    checkout = scratch / "nanoGPT"
+    shutil.copytree(nanogpt, checkout, ignore=shutil.ignore_patterns(".git"))
+    shutil.copy(text, checkout / "data/shakespeare_char/input.txt")
+    prepare = [sys.executable, "data/shakespeare_char/prepare.py"]
+    subprocess.run(prepare, cwd=checkout, check=True, capture_output=True)
+    return checkout
+
+
 def main() -> None:
+    """Run the pairs, and print them and the verdict."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -116,42 +131,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of ours; the configuration's if left out")
     parser.add_argument("--first-seed", type=int, default=0)
     args = parser.parse_args()
-    prepare = [
-        sys.executable,
-        "-m",
-        "data.prepare",
-        "shakespeare",
-        "--file",
-        str(args.text.resolve()),
-    ]
-    subprocess.run(prepare, cwd=ROOT, check=True)
     pairs = []
     with tempfile.TemporaryDirectory() as scratch:
-        checkout = Path(scratch) / "nanoGPT"
-        shutil.copytree(args.nanogpt, checkout, ignore=shutil.ignore_patterns(".git"))
-        shutil.copy(args.text, checkout / "data/shakespeare_char/input.txt")
-        subprocess.run(
-            [sys.executable, "data/shakespeare_char/prepare.py"],
-            cwd=checkout,
-            check=True,
-            capture_output=True,
-        )
+        checkout = prepared_checkout(args.nanogpt, args.text, Path(scratch))
         for pair in range(args.pairs):
-            theirs, mine = (
-                nanogpt(checkout),
-                ours(args.config.resolve(), Path(scratch), args.first_seed + pair, args.steps),
-            )
-            pairs.append((theirs, mine))
+            a = theirs(checkout)
+            b = ours(args.config.resolve(), Path(scratch), args.first_seed + pair, args.steps)
+            pairs.append((a, b))
             print(
-                f"pair {pair}: nanoGPT {theirs['loss']:.4f} in {theirs['seconds']:.1f} s | ours {mine['loss']:.4f} in {mine['seconds']:.2f} s"
-                f" ({'passes' if mine['loss'] <= theirs['loss'] else 'misses'}; wall {mine['wall']:.1f} s)",
+                f"pair {pair}: nanoGPT {a['loss']:.4f} in {a['seconds']:.1f} s | "
+                f"ours {b['loss']:.4f} in {b['seconds']:.2f} s "
+                f"({'passes' if b['loss'] <= a['loss'] else 'misses'}; wall {b['wall']:.1f} s)",
                 flush=True,
             )
-    ratios = [theirs["seconds"] / mine["seconds"] for theirs, mine in pairs]
+    ratios = [a["seconds"] / b["seconds"] for a, b in pairs]
     print(
-        f"training time, nanoGPT / ours: median {statistics.median(ratios):.2f} of n = {len(ratios)} ({min(ratios):.2f} … {max(ratios):.2f})"
+        f"training time, nanoGPT / ours: median {statistics.median(ratios):.2f} "
+        f"of n = {len(ratios)} ({min(ratios):.2f} … {max(ratios):.2f})"
     )
-    print(judged([theirs["loss"] for theirs, _ in pairs], [mine["loss"] for _, mine in pairs]))
+    print(verdict([a["loss"] for a, _ in pairs], [b["loss"] for _, b in pairs]))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""One step of Dualized on replicas: wall and CPU seconds at 1, 2 and 4 ranks of one thread each, alternately, and the bytes that each rank sends.
+"""One step of Dualized on replicas: its seconds, and the bytes that each rank sends.
 
     python -m benchmarks.ranks --width 2048 --layers 1 --repeats 5
 
-The model is a GPT with a small vocabulary, so that matrices dominate as they do in large models. Gradients are random and stay as they are.
+Wall and CPU seconds at 1, 2 and 4 ranks of one thread each, alternately. The model is a GPT with a
+small vocabulary, so that matrices dominate as they do in large models. Gradients are random and
+stay as they are.
 """
 
 import argparse
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +23,11 @@ from optim import Dualized, metrize
 
 
 def measure(rank: int, world: int, folder: str, width: int, layers: int, steps: int) -> None:
-    """In a rank: (wall seconds, CPU seconds) of each step but the first, and bytes sent to others, to <folder>/<rank>."""
+    """Take steps in one rank, and save what they cost in <folder>/<rank>.
+
+    That is (wall seconds, CPU seconds) of each step but the first, the bytes that the last step
+    sent, and those of a ring all-reduce.
+    """
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
@@ -55,23 +62,35 @@ def measure(rank: int, world: int, folder: str, width: int, layers: int, steps: 
     dist.destroy_process_group()
 
 
-def run(world: int, width: int, layers: int, steps: int) -> tuple[float, list[float], float]:
-    """(median wall seconds of a step, that of the slowest rank; median CPU seconds of each rank; bytes sent over the all-reduce bound, mean of ranks)."""
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a step at some number of ranks, medians over steps."""
+
+    wall: float
+    """Seconds of the slowest rank."""
+
+    cpu: list[float]
+    """CPU seconds of each rank."""
+
+    bytes_over_bound: float
+    """Bytes sent over those of a ring all-reduce, over all ranks."""
+
+
+def run(world: int, width: int, layers: int, steps: int) -> Cost:
+    """Return the cost of a step at this number of ranks."""
     with tempfile.TemporaryDirectory() as folder:
         start_processes(
             measure, (world, folder, width, layers, steps), nprocs=world, start_method="fork"
         )
-        found = [torch.load(Path(folder) / str(r)) for r in range(world)]
-    wall = statistics.median(max(s[i][0] for s, *_ in found) for i in range(steps))
-    sent, bound = sum(x for _, x, _ in found), sum(x for *_, x in found)
-    return (
-        wall,
-        [statistics.median(cpu for _, cpu in s) for s, *_ in found],
-        sent / bound if bound else 0.0,
-    )
+        ranks = [torch.load(Path(folder) / str(r)) for r in range(world)]
+    wall = statistics.median(max(seconds[i][0] for seconds, *_ in ranks) for i in range(steps))
+    sent, bound = sum(x for _, x, _ in ranks), sum(x for *_, x in ranks)
+    cpu = [statistics.median(cpu for _, cpu in seconds) for seconds, *_ in ranks]
+    return Cost(wall, cpu, sent / bound if bound else 0.0)
 
 
 def main() -> None:
+    """Run 1, 2 and 4 ranks alternately, and print the ratios of their costs."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.ranks",
         description=__doc__,
@@ -90,18 +109,20 @@ def main() -> None:
     ratios: dict[str, list[float]] = {wall: [], mean: [], most: []}
     for repeat in range(args.repeats):
         one, two, four = (run(world, args.width, args.layers, args.steps) for world in (1, 2, 4))
-        ratios[wall].append(two[0] / one[0])
-        ratios[mean].append(sum(four[1]) / one[1][0])
-        ratios[most].append(4 * max(four[1]) / one[1][0])
+        ratios[wall].append(two.wall / one.wall)
+        ratios[mean].append(sum(four.cpu) / one.cpu[0])
+        ratios[most].append(4 * max(four.cpu) / one.cpu[0])
+        cpu = " ".join(f"{x:.3f}" for x in four.cpu)
         print(
-            f"{repeat}: wall {one[0]:.3f} s, {two[0]:.3f} s at 2 ranks; CPU {one[1][0]:.3f} s, {' '.join(f'{x:.3f}' for x in four[1])} s at 4;"
-            f" bytes over the all-reduce bound {two[2]:.4f}, {four[2]:.4f}",
+            f"{repeat}: wall {one.wall:.3f} s, {two.wall:.3f} s at 2 ranks; "
+            f"CPU {one.cpu[0]:.3f} s, {cpu} s at 4; "
+            f"bytes over the all-reduce bound {two.bytes_over_bound:.4f}, "
+            f"{four.bytes_over_bound:.4f}",
             flush=True,
         )
     for name, values in ratios.items():
-        print(
-            f"{name}: median {statistics.median(values):.3f} ({min(values):.3f} … {max(values):.3f}), n = {len(values)}"
-        )
+        spread = f"({min(values):.3f} … {max(values):.3f})"
+        print(f"{name}: median {statistics.median(values):.3f} {spread}, n = {len(values)}")
 
 
 if __name__ == "__main__":

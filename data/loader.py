@@ -1,6 +1,7 @@
-"""Batches of windows from memory-mapped shards. The global batch of step s depends on (seed, s) alone.
+"""Batches of windows from memory-mapped shards. Seed and step alone decide a global batch.
 
-T: block_size. A window is T + 1 tokens of one shard: T inputs and their T next tokens. B: sequences of the global batch.
+T: block_size. A window is T + 1 tokens of one shard: T inputs, and for each the next token as its
+target. B: sequences of the global batch.
 """
 
 from bisect import bisect_right
@@ -37,7 +38,10 @@ class DataConfig:
 
 
 class Dataset:
-    """A prepared dataset: its manifest, tokenizer and shards. With config.holdout the manifest's splits are what is trained on and what validates then."""
+    """A prepared dataset: its manifest, tokenizer and shards.
+
+    With config.holdout the manifest's splits are those that result from it.
+    """
 
     def __init__(self, config: DataConfig) -> None:
         check(DataConfig, vars(config), owner="DataConfig")
@@ -72,7 +76,10 @@ class Dataset:
             self._hold_out(config.holdout)
 
     def _hold_out(self, fraction: float) -> None:
-        """The last tokens of the training split become the validation split. How many bytes they stand for is not in the manifest: unknown, of both."""
+        """Validate on the last tokens of the training split, and train on the others.
+
+        The manifest does not tell how many bytes of text each part stands for: both are unknown.
+        """
         whole, shards = self.manifest.splits["train"], self.manifest.splits["train"].shards
         left = kept = whole.tokens - round(fraction * whole.tokens)
         train: list[np.ndarray] = []
@@ -88,6 +95,7 @@ class Dataset:
         }
 
     def split(self, name: str) -> list[np.ndarray]:
+        """Return a split's shards. Raises DataError for a split that the dataset does not have."""
         if name not in self.shards:
             raise DataError(
                 str(self.folder),
@@ -99,13 +107,16 @@ class Dataset:
 
 
 class TrainBatches:
-    """The training stream: every epoch visits every window once, at an offset and in an order of its own, both drawn from (seed, epoch)."""
+    """The training stream: an epoch visits every window once.
+
+    Each epoch has its own offset and order, both drawn from (seed, epoch).
+    """
 
     def __init__(
         self, shards: list[np.ndarray], *, block_size: int, batch_size: int, seed: int
     ) -> None:
         self.shards, self.T, self.B, self.seed = shards, block_size, batch_size, seed
-        # T tokens are kept for the epoch's offset, so that every epoch has the same number of windows.
+        # T tokens are kept for the offset, so that every epoch has the same number of windows.
         self.windows = [max(0, (len(s) - 1) // block_size - 1) for s in shards]
         self.ends = list(accumulate(self.windows))
         if not self.ends or not self.ends[-1]:
@@ -119,11 +130,15 @@ class TrainBatches:
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
     def _draw_epoch(self, epoch: int) -> tuple[int, np.ndarray]:
+        """Return an epoch's offset and the order of its windows."""
         rng = np.random.default_rng((self.seed, epoch))
         return int(rng.integers(self.T)), rng.permutation(self.ends[-1]).astype(np.int64)
 
     def batch(self, step: int, *, part: int = 0, parts: int = 1) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (B/parts, T) int64: the part-th of `parts` equal slices of the global batch of this step."""
+        """Return inputs and targets (B/parts, T) int64 of this step.
+
+        They are the part-th of `parts` equal slices of its global batch.
+        """
         size = self.B // parts
         first = step * self.B + part * size
         rows = np.stack([self._window(i) for i in range(first, first + size)])
@@ -131,6 +146,7 @@ class TrainBatches:
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def _window(self, index: int) -> np.ndarray:
+        """Return the index-th window (T + 1,) of the stream."""
         epoch, place = divmod(index, self.ends[-1])
         offset, order = self._epoch(epoch)
         window = int(order[place])
@@ -142,23 +158,24 @@ class TrainBatches:
 def validation_batches(
     shards: list[np.ndarray], *, block_size: int, batch_size: int, tokens: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every token of a split but the first is a target once: windows side by side, the last one padded with target −1, which does not count.
+    """Yield inputs and targets (at most batch_size, T) int64 of a whole split.
 
-    tokens: stop after the windows that hold this many targets. Inputs and targets (at most batch_size, T) int64.
+    Every token but the first is a target once. Windows lie side by side, and the last one is padded
+    with target −1, which does not count. tokens: stop after so many targets.
     """
     check_validation(shards)
     stream = shards[0] if len(shards) == 1 else np.concatenate(shards)
-    targets = len(stream) - 1 if tokens is None else min(tokens, len(stream) - 1)
-    stream = stream[: targets + 1]
-    for start in range(0, targets, block_size * batch_size):
+    count = len(stream) - 1 if tokens is None else min(tokens, len(stream) - 1)
+    stream = stream[: count + 1]
+    for start in range(0, count, block_size * batch_size):
         chunk = np.asarray(stream[start : start + block_size * batch_size + 1]).astype(np.int64)
         rows = -(-(len(chunk) - 1) // block_size)
         inputs = np.zeros(rows * block_size, dtype=np.int64)
-        wanted = np.full(rows * block_size, -1, dtype=np.int64)
-        inputs[: len(chunk) - 1], wanted[: len(chunk) - 1] = chunk[:-1], chunk[1:]
+        targets = np.full(rows * block_size, -1, dtype=np.int64)
+        inputs[: len(chunk) - 1], targets[: len(chunk) - 1] = chunk[:-1], chunk[1:]
         yield (
             torch.from_numpy(inputs).view(rows, block_size),
-            torch.from_numpy(wanted).view(rows, block_size),
+            torch.from_numpy(targets).view(rows, block_size),
         )
 
 

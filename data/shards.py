@@ -1,17 +1,15 @@
 """Token shards in the llm.c / modded-nanogpt layout, and the manifest of a dataset.
 
-A shard is 256 little-endian int32 (magic 20240520, version 1, token count, zeros), then that many little-endian uint16 tokens.
-A dataset is a folder: train_000000.bin …, val_000000.bin …, and meta.json, written last: a folder without it is not a dataset.
+A shard is 256 little-endian int32 (magic 20240520, version 1, token count, zeros), then that many
+little-endian uint16 tokens. A dataset is a folder: train_000000.bin …, val_000000.bin …, and
+meta.json, which is written last: a folder without it is not a dataset.
 Layout: karpathy/llm.c, dev/data/data_common.py.
 """
 
 import hashlib
 import json
 import os
-import re
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,32 +25,43 @@ SCHEMA = 1  # of meta.json
 
 
 class DataError(Refusal):
-    """A dataset, shard or text that cannot be used: what was got, what is allowed, how to fix it."""
+    """A dataset, a shard or a text that cannot be used."""
 
 
 @dataclass
 class Shard:
-    """One file of a dataset. sha256 is of the whole file."""
+    """One file of a dataset."""
 
     file: str
     tokens: int
+
     sha256: str
+    """The hash of the whole file, its header included."""
 
 
 @dataclass
 class Split:
-    """tokens: in all shards. bytes: of the text they stand for, null where unknown. gzip9_bytes, bzip2_bytes, xz_bytes: that text under gzip -9, bzip2 -9 and
-    xz -9e, where it was measured."""
+    """The part of a dataset that trains, or the part that validates."""
 
     tokens: int
+    """In all shards."""
+
     bytes: int | None
+    """The size of the text that the tokens stand for; null where it is not known."""
+
     shards: list[Shard]
+
     gzip9_bytes: int | None = None
+    """That text under gzip -9, where it was measured; the next two likewise."""
+
     bzip2_bytes: int | None = None
+    """Under bzip2 -9."""
+
     xz_bytes: int | None = None
+    """Under xz -9e."""
 
     def compressors(self) -> dict[str, float]:
-        """Bits per byte of the compressors that were measured, the weakest first."""
+        """Return bits per byte of the compressors that were measured, the weakest first."""
         sizes = {"gzip -9": self.gzip9_bytes, "bzip2 -9": self.bzip2_bytes, "xz -9e": self.xz_bytes}
         return {
             name: 8 * size / self.bytes
@@ -63,24 +72,33 @@ class Split:
 
 @dataclass
 class Manifest:
-    """tokenizer: bytes, chars or gpt2. vocab_size: every token is below it. characters: of the chars tokenizer, in order. source: where the text came from."""
+    """A dataset's meta.json."""
 
     tokenizer: str
+    """Its name (data/tokenizer.py)."""
+
     vocab_size: int
+    """Every token is below it."""
+
     splits: dict[str, Split]
+
     source: dict[str, Any]
+    """Where the text came from."""
+
     characters: str | None = None
+    """The vocabulary of a tokenizer that takes it from the text."""
+
     schema: int = field(default=SCHEMA)
 
     @property
     def sha256(self) -> str:
-        """Of the corpus: over the sha256 of the shards, of train and then of val."""
+        """Return the corpus's hash: over the sha256 of the shards, of train and then of val."""
         digests = [s.sha256 for name in ("train", "val") for s in self.splits[name].shards]
         return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> Shard:
-    """Tokens (n,), each below 65,536, as one shard."""
+    """Write tokens (n,), each below 65,536, as one shard. Raises DataError for larger ones."""
     if len(tokens) and not (int(tokens.min()) >= 0 and int(tokens.max()) < 2**16):
         raise DataError(
             str(path),
@@ -96,7 +114,7 @@ def write_shard(path: Path, tokens: np.ndarray) -> Shard:
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """The tokens of a shard, memory-mapped (n,) uint16. Raises DataError on a wrong header or length."""
+    """Return a shard's tokens (n,) uint16, memory-mapped. Raises DataError for a damaged file."""
     if not path.is_file():
         raise DataError(
             f"{path}: no such shard",
@@ -130,7 +148,7 @@ def read_shard(path: Path) -> np.ndarray:
 def write_split(
     folder: Path, name: str, chunks: Iterable[np.ndarray], *, shard_tokens: int = SHARD_TOKENS
 ) -> list[Shard]:
-    """A stream of token arrays as shards of at most shard_tokens."""
+    """Write a stream of token arrays as shards of at most shard_tokens."""
     shards: list[Shard] = []
     pending: list[np.ndarray] = []
     count = 0
@@ -151,7 +169,7 @@ def write_split(
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """meta.json, atomically."""
+    """Write meta.json, whole or not at all."""
     temporary = folder / f".{META}.tmp"
     with temporary.open("w", encoding="utf-8") as f:
         f.write(json.dumps(asdict(manifest), indent=1, ensure_ascii=False) + "\n")
@@ -161,7 +179,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises DataError where there is no dataset, or one of another schema."""
+    """Return a dataset's manifest. Raises DataError for no dataset, and for another schema."""
     path = folder / META
     if not path.is_file():
         shards = sorted(folder.glob("*.bin")) if folder.is_dir() else []
@@ -201,60 +219,6 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def sha256_of(path: Path) -> str:
+    """Return a file's sha256."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def is_whole(folder: Path, manifest: Manifest) -> bool:
-    """Whether every shard is there and has its hash."""
-    return all(
-        (folder / s.file).is_file() and sha256_of(folder / s.file) == s.sha256
-        for split in manifest.splits.values()
-        for s in split.shards
-    )
-
-
-def settle(folder: Path) -> None:
-    """Clear what a killed `building` left: the old dataset comes back if the new one did not take its place."""
-    partial, old = _beside(folder)
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _beside(folder: Path) -> tuple[Path, Path]:
-    return folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
-
-
-@contextmanager
-def building(folder: Path) -> Iterator[Path]:
-    """A sibling folder that becomes `folder`, a dataset made here or nothing before, when the block ends well. One process at a time."""
-    folder = folder.resolve()
-    settle(folder)
-    foreign = (
-        [
-            p.name
-            for p in folder.iterdir()
-            if p.name != META and not re.fullmatch(r"(train|val)_\d{6}\.bin", p.name)
-        ]
-        if folder.is_dir()
-        else []
-    )
-    if (folder.exists() and not (folder / META).is_file()) or foreign:
-        got = f"other files in it, {foreign[0]} for one" if foreign else f"no {META} in it"
-        raise DataError(
-            f"{folder} is there and is not a dataset",
-            got=got,
-            allowed="a new folder, or a dataset's",
-            fix="another --out",
-        )
-    partial, old = _beside(folder)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-    finally:
-        settle(folder)

@@ -1,30 +1,54 @@
-"""Tokenizers: bytes, characters, GPT-2. vocab_size is the tokenizer's own; padding it (50304) is the model's option."""
+"""Tokenizers: bytes, characters, GPT-2.
 
+To add one, write a class and add it to TOKENIZERS. vocab_size is the tokenizer's own; padding it
+(50304) is the model's option.
+"""
+
+from collections.abc import Iterable
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 
 from .shards import DataError, Manifest
 
-NAMES = ("bytes", "chars", "gpt2")
-
 
 class Tokenizer:
-    """encode: text → tokens (n,) uint16. decode: tokens → text. separator: the token between documents."""
+    """From text to tokens and back."""
 
     name: str
     vocab_size: int
+
     separator: int
+    """The token between documents."""
+
+    separator_first = False
+    """The separator stands before the first document, too."""
+
+    fixed = True
+    """The vocabulary is the same for every text."""
+
     characters: str | None = None
+    """A vocabulary that is taken from the text: a dataset and a checkpoint keep it."""
+
+    def __init__(self, characters: str | None = None) -> None:
+        self.characters = characters
+
+    @classmethod
+    def of_texts(cls, texts: Iterable[str]) -> Self:
+        """Return the tokenizer with the vocabulary of these texts."""
+        return cls()
 
     def encode(self, text: str) -> np.ndarray:
+        """Return a text's tokens (n,) uint16."""
         raise NotImplementedError
 
     def decode(self, tokens: list[int]) -> str:
+        """Return the text that tokens stand for."""
         raise NotImplementedError
 
     def encode_prompt(self, text: str, *, option: str) -> list[int]:
-        """A prompt's tokens, at least one. Raises DataError that names the option it came from."""
+        """Return a prompt's tokens, at least one. Raises DataError that names its option."""
         try:
             tokens = self.encode(text).tolist()
         except DataError as error:
@@ -41,7 +65,7 @@ class Tokenizer:
         return tokens
 
     def byte_lengths(self) -> np.ndarray:
-        """(vocab_size,): the bytes of text that each token stands for."""
+        """Return the bytes of text that each token stands for (vocab_size,)."""
         raise NotImplementedError
 
 
@@ -61,21 +85,28 @@ class Bytes(Tokenizer):
 
 
 class Characters(Tokenizer):
-    """One token a character, numbered in code point order. Documents are separated by a newline, where the text has one."""
+    """One token a character of the text, numbered in code point order.
 
-    name = "chars"
+    Documents are separated by a newline, where the text has one.
+    """
 
-    def __init__(self, characters: str) -> None:
+    name, fixed = "chars", False
+
+    def __init__(self, characters: str | None = None) -> None:
         if not characters or "".join(sorted(set(characters))) != characters:
             raise DataError(
                 "characters",
-                got=repr(characters),
+                got=repr(characters or ""),
                 allowed="distinct, in code point order, at least one",
                 fix='"".join(sorted(set(text)))',
             )
         self.characters, self.vocab_size = characters, len(characters)
         self.separator = max(0, characters.find("\n"))
         self._codes = np.array([ord(c) for c in characters], dtype="<u4")
+
+    @classmethod
+    def of_texts(cls, texts: Iterable[str]) -> Self:
+        return cls("".join(sorted(set().union("\n", *map(set, texts)))))
 
     def encode(self, text: str) -> np.ndarray:
         codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
@@ -98,9 +129,13 @@ class Characters(Tokenizer):
 
 
 class GPT2(Tokenizer):
-    """GPT-2's byte pairs, by tiktoken, which fetches its two vocabulary files once (TIKTOKEN_CACHE_DIR keeps them). Documents are separated by <|endoftext|>."""
+    """GPT-2's byte pairs, by tiktoken, which fetches its two vocabulary files once.
 
-    name, vocab_size, separator = "gpt2", 50257, 50256
+    TIKTOKEN_CACHE_DIR keeps them. <|endoftext|> stands before every document, as in llm.c and
+    modded-nanogpt.
+    """
+
+    name, vocab_size, separator, separator_first = "gpt2", 50257, 50256, True
 
     @cached_property
     def _encoding(self):  # noqa: ANN202 - tiktoken.Encoding, imported only where it is used
@@ -123,7 +158,7 @@ class GPT2(Tokenizer):
         return self._encoding.decode(tokens)
 
     def byte_lengths(self) -> np.ndarray:
-        """The separator stands for no text: 0."""
+        """Return the bytes of each token: 0 of the separator, which stands for no text."""
         return np.array(
             [
                 len(self._encoding.decode_single_token_bytes(t)) if t != self.separator else 0
@@ -133,20 +168,28 @@ class GPT2(Tokenizer):
         )
 
 
+TOKENIZERS: dict[str, type[Tokenizer]] = {t.name: t for t in (Bytes, Characters, GPT2)}
+NAMES = tuple(TOKENIZERS)
+FIXED = tuple(name for name, tokenizer in TOKENIZERS.items() if tokenizer.fixed)
+
+
+def tokenizer_class(name: str) -> type[Tokenizer]:
+    """Return the class of this name. Raises DataError for an unknown name."""
+    if name not in TOKENIZERS:
+        raise DataError(
+            "tokenizer",
+            got=repr(name),
+            allowed=", ".join(NAMES),
+            fix="--tokenizer NAME, one of those",
+        )
+    return TOKENIZERS[name]
+
+
 def get_tokenizer(name: str, characters: str | None = None) -> Tokenizer:
-    """By name; chars needs its characters."""
-    if name == "bytes":
-        return Bytes()
-    if name == "gpt2":
-        return GPT2()
-    if name == "chars":
-        return Characters(characters or "")
-    names = ", ".join(NAMES)
-    raise DataError(
-        "tokenizer", got=repr(name), allowed=names, fix="--tokenizer NAME, one of those"
-    )
+    """Return a tokenizer by name. characters: its vocabulary, if that was taken from a text."""
+    return tokenizer_class(name)(characters)
 
 
 def tokenizer_of(manifest: Manifest) -> Tokenizer:
-    """A dataset's tokenizer."""
+    """Return a dataset's tokenizer."""
     return get_tokenizer(manifest.tokenizer, manifest.characters)

@@ -49,7 +49,7 @@ class ResNet(nn.Module):
 
 
 def textures(count: int, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Stripes at random phases in noise (count, 3, 16, 16); the class is their direction (count,)."""
+    """Return noisy stripes (count, 3, 16, 16), and their directions, the classes (count,)."""
     g = torch.Generator().manual_seed(seed)
     label = torch.randint(CLASSES, (count,), generator=g)
     phase = 2 * math.pi * torch.rand(count, 1, 1, generator=g)
@@ -60,7 +60,7 @@ def textures(count: int, *, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
-    """The test loss before and after training."""
+    """Train; return the test loss before and after."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -76,9 +76,8 @@ def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     model = ResNet().to(device)
-    norm = metrize(
-        model, rules=[Rule("head.weight", role="head")]
-    )  # its outputs are logits; every other norm is its module type's
+    # The head's outputs are logits; every other norm is that of its module's type.
+    norm = metrize(model, rules=[Rule("head.weight", role="head")])
     optimizer = Dualized(model, lr=args.lr, norm=norm, beta=0.8)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
     scaler = torch.amp.GradScaler(device, enabled=args.amp)

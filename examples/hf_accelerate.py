@@ -1,4 +1,4 @@
-"""GPT-2 or Llama under Accelerate: gradient accumulation, mixed precision, and whatever `accelerate launch` sets up.
+"""GPT-2 or Llama under Accelerate: gradient accumulation, mixed precision, several processes.
 
 python -m examples.hf_accelerate --precision bf16 --accumulate 2
 """
@@ -13,7 +13,7 @@ from nanodual import Dualized
 
 
 def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
-    """The test loss before and after training."""
+    """Train; return the test loss before and after."""
     parser = options(__doc__, model="llama", lr=2.0, steps=100)
     parser.add_argument("--accumulate", type=int, default=1, help="batches to a step")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no")
@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
         optimizer, start_factor=1.0, end_factor=0.0, total_iters=args.steps
     )
     data = windows(train, args.steps * args.accumulate * BATCH)
-    loader = torch.utils.data.DataLoader(data, batch_size=BATCH)  # type: ignore[arg-type] - a tensor is a dataset
+    # A tensor is a dataset.
+    loader = torch.utils.data.DataLoader(data, batch_size=BATCH)  # type: ignore[arg-type]
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
 
     before = loss_of(model, test.to(accelerator.device))

@@ -1,4 +1,6 @@
-"""GPT-2 or Llama from transformers in a plain loop, with gradient accumulation, torch's learning rate schedulers and torch.compile.
+"""GPT-2 or Llama from transformers in a plain loop.
+
+With gradient accumulation, torch's learning rate schedulers, and torch.compile.
 
 python -m examples.hf_plain_loop --model llama --accumulate 2
 """
@@ -12,7 +14,7 @@ from nanodual import Dualized
 
 
 def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
-    """The test loss before and after training."""
+    """Train; return the test loss before and after."""
     parser = options(__doc__, model="gpt2", lr=2.0, steps=150)
     parser.add_argument("--accumulate", type=int, default=1, help="batches to a step")
     parser.add_argument(
@@ -39,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
         optimizer.zero_grad()
         if step % 25 == 0:
             print(f"step {step:4}  loss {loss.item():.3f}")
-    optimizer.check_finite()  # a gradient that is not finite is reported at the next step; after the last one, here
+    # A step reports a gradient of the step before it that was not finite; this, of the last step.
+    optimizer.check_finite()
     after = loss_of(model, test)
     print(f"test loss {before:.3f} → {after:.3f}")
     return before, after

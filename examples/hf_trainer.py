@@ -12,7 +12,7 @@ from nanodual import Dualized
 
 
 def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
-    """The test loss before and after training."""
+    """Train; return the test loss before and after."""
     parser = options(__doc__, model="llama", lr=2.0, steps=100)
     parser.add_argument(
         "--out",
@@ -30,17 +30,20 @@ def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
         args.out,
         max_steps=args.steps,
         per_device_train_batch_size=BATCH,
-        max_grad_norm=0,  # Dualized's steps have the same size whatever the gradient's; its own max_grad_norm weighs gradients in the momentum
+        # The size of Dualized's steps does not depend on the gradient's. Its own max_grad_norm
+        # weighs gradients in the momentum.
+        max_grad_norm=0,
         save_steps=max(1, args.steps // 2),
         logging_steps=25,
         report_to="none",
         use_cpu=True,
         dataloader_pin_memory=False,
     )
+    examples = [{"input_ids": x, "labels": x} for x in windows(train, 100 * BATCH)]
     trainer = Trainer(
         model,
         settings,
-        train_dataset=[{"input_ids": x, "labels": x} for x in windows(train, 100 * BATCH)],  # type: ignore[arg-type] - a list is one
+        train_dataset=examples,  # type: ignore[arg-type] - a list is a dataset
         optimizers=(optimizer, scheduler),
     )
     before = loss_of(model, test)

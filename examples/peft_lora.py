@@ -1,4 +1,6 @@
-"""LoRA adapters on GPT-2 or Llama: a model of Python learns English. Frozen weights have no place in the norm and no state.
+"""LoRA adapters on GPT-2 or Llama: a model of Python learns English.
+
+Frozen weights have no place in the norm and no state.
 
 python -m examples.peft_lora --model llama
 """
@@ -20,6 +22,7 @@ TARGETS = {
 
 
 def train(model: nn.Module, tokens: Tensor, *, lr: float, steps: int) -> Dualized:
+    """Train what is not frozen; return the optimizer."""
     optimizer = Dualized(model, lr=lr, beta=0.8)
     scheduler = torch.optim.lr_scheduler.LinearLR(
         optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps
@@ -34,7 +37,7 @@ def train(model: nn.Module, tokens: Tensor, *, lr: float, steps: int) -> Dualize
 
 
 def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
-    """The test loss before and after training the adapters."""
+    """Train the adapters; return the test loss before and after."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

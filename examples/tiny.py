@@ -1,4 +1,7 @@
-"""What the language examples train: the bytes of this repository's own Python, and GPT-2 and Llama at a size for one CPU core."""
+"""The text and the models of the language examples, at a size for one CPU core.
+
+The text is the bytes of this repository's own Python; the models are GPT-2 and Llama.
+"""
 
 import argparse
 from pathlib import Path
@@ -12,7 +15,7 @@ LENGTH, BATCH = 64, 16
 
 
 def options(doc: str | None, *, model: str, lr: float, steps: int) -> argparse.ArgumentParser:
-    """What every language example lets its caller choose, with its defaults."""
+    """Return the options that every language example has, with this example's defaults."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -23,7 +26,7 @@ def options(doc: str | None, *, model: str, lr: float, steps: int) -> argparse.A
 
 
 def text(pattern: str = "optim/*.py") -> Tensor:
-    """The files' bytes, a token each (tokens,)."""
+    """Return the bytes of the files, a token each (tokens,)."""
     files = sorted(Path(__file__).parent.parent.glob(pattern))
     return torch.frombuffer(
         bytearray(b"".join(f.read_bytes() for f in files)), dtype=torch.uint8
@@ -31,7 +34,7 @@ def text(pattern: str = "optim/*.py") -> Tensor:
 
 
 def windows(tokens: Tensor, count: int, *, seed: int = 0) -> Tensor:
-    """Random windows (count, LENGTH)."""
+    """Return random windows (count, LENGTH)."""
     starts = torch.randint(
         len(tokens) - LENGTH, (count, 1), generator=torch.Generator().manual_seed(seed)
     )
@@ -39,7 +42,7 @@ def windows(tokens: Tensor, count: int, *, seed: int = 0) -> Tensor:
 
 
 def train_and_test(pattern: str = "optim/*.py") -> tuple[Tensor, Tensor]:
-    """The text without every tenth kilobyte, and 64 windows of those."""
+    """Return the text without every tenth kilobyte, and 64 windows of what was left out."""
     tokens = text(pattern)
     blocks = tokens[: len(tokens) // 1000 * 1000].view(-1, 1000)
     held_out = torch.arange(len(blocks)) % 10 == 9
@@ -47,7 +50,7 @@ def train_and_test(pattern: str = "optim/*.py") -> tuple[Tensor, Tensor]:
 
 
 def language_model(name: str, *, seed: int = 0) -> nn.Module:
-    """With random weights; name: "gpt2" or "llama"."""
+    """Return a model with random weights. name: "gpt2" or "llama"."""
     torch.manual_seed(seed)
     # A tied head is refused: one tensor cannot have two roles.
     common: dict[str, Any] = dict(
@@ -70,7 +73,7 @@ def language_model(name: str, *, seed: int = 0) -> nn.Module:
 
 @torch.no_grad()
 def loss_of(model: nn.Module, x: Tensor) -> float:
-    """Mean loss on windows, in evaluation mode."""
+    """Return the mean loss on windows, in evaluation mode."""
     model.eval()
     loss = model(input_ids=x, labels=x).loss.item()
     model.train()

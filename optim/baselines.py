@@ -49,14 +49,14 @@ class Recipe:
 
     @cached_property
     def hints(self) -> dict[str, Any]:
-        """{setting: its type with range and help text}."""
+        """Return {setting: its type with range and help text}."""
         hints = get_type_hints(self.build, include_extras=True)
         keywords = inspect.signature(self.build).parameters.values()
         return {p.name: hints.get(p.name) for p in keywords if p.kind is p.KEYWORD_ONLY}
 
     @cached_property
     def own(self) -> dict[str, tuple[Any, Any]]:
-        """{setting: (type, default)} of those that no other optimizer has to have."""
+        """Return {setting: (type, default)} of the settings that no other optimizer needs."""
         parameters = inspect.signature(self.build).parameters
         others = (*hints_of(StepSettings), *GIVEN)
         return {k: (h, parameters[k].default) for k, h in self.hints.items() if k not in others}
@@ -101,8 +101,8 @@ def register_baseline(name: str, *, normed: bool = False) -> Callable[[Build], B
             allowed="a name that is not the dualized optimizer's own",
             fix="another name",
         )
-        made = Recipe(name, build, normed)
-        for key, (hint, default) in made.own.items():
+        recipe = Recipe(name, build, normed)
+        for key, (hint, default) in recipe.own.items():
             texts = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Help)]
             others = [b.own[key] for b in BASELINES.values() if b.name != name and key in b.own]
             require(
@@ -113,13 +113,13 @@ def register_baseline(name: str, *, normed: bool = False) -> Callable[[Build], B
                 fix=f'{key}: Annotated[float, Range(0), Help("…")] = …',
             )
             require(
-                all(other == made.own[key] for other in others),
+                all(other == recipe.own[key] for other in others),
                 f"register_baseline: {key} of {name}",
                 got="another declaration than another baseline's",
                 allowed="the same, or another name",
                 fix="rename it",
             )
-        BASELINES[name] = made
+        BASELINES[name] = recipe
         return build
 
     return register

@@ -168,9 +168,9 @@ def convert(
     """
     given = dict(betas=betas, momentum=momentum, nesterov=nesterov, adjust_lr_fn=adjust_lr_fn)
     _check(rival, dict(lr=lr, weight_decay=weight_decay, adamw_lr=adamw_lr, **given))
-    # What AdamW's β₂ was for, the sizes of entries, is the duality map's. torch.optim.Muon averages
-    # as we do, M ← β M + (1 − β) G, and looks ahead as our "nesterov". A sum instead of an average
-    # has the same polar factor.
+    # β₂ has no counterpart: AdamW takes the sizes of entries from it, and the duality map decides
+    # them here. torch.optim.Muon averages as we do, M ← β M + (1 − β) G, and looks ahead as our
+    # "nesterov". A sum instead of an average has the same polar factor.
     if rival == "adamw":
         beta, direction = betas[0] if betas else 0.9, "momentum"
         muon, adamw = None, lr * _adamw_rms(beta)

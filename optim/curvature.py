@@ -24,8 +24,8 @@ from .modular import ModularNorm
 
 Direction = Mapping[str, Tensor]
 
-# Of Lanczos: a remainder of so many roundings of the largest eigenvalue is none; one more vector of
-# noise would do no harm.
+# Lanczos takes a remainder for zero if it is at most so many roundings of the largest eigenvalue.
+# One more vector of noise would do no harm.
 ROUNDINGS = 10
 
 

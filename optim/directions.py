@@ -131,19 +131,19 @@ class SOAP(Direction):
     nesterov: bool = False
 
     def buffers(self, W: Tensor) -> Buffers:
-        made = {
+        buffers = {
             k: torch.zeros_like(W, memory_format=torch.contiguous_format)
             for k in ("momentum", "rms")
         }
-        made["unit"] = W.new_zeros(())
+        buffers["unit"] = W.new_zeros(())
         if W.ndim >= 2:
             for side, size in (("left", W.shape[0]), ("right", W[0].numel())):
                 if size <= self.limit:
-                    made |= {
+                    buffers |= {
                         side: W.new_zeros(size, size),
                         f"{side}_basis": torch.eye(size, dtype=W.dtype, device=W.device),
                     }
-        return made
+        return buffers
 
     def __call__(
         self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool

@@ -190,13 +190,13 @@ class Dualized(torch.optim.Optimizer):
 
     @property
     def calls(self) -> int:
-        """Number of calls of step() in which something was to be moved."""
+        """Return the number of calls of step() in which something was to be moved."""
         self._watch.count()
         return max(group["calls"] for group in self.param_groups)
 
     @property
     def step_size(self) -> float | None:
-        """The escape velocity η, or None without lr="auto". The modular norm of a step is η · lr.
+        """Return the escape velocity η, None without lr="auto". A step has the modular norm η · lr.
 
         Reading it waits for the device.
         """
@@ -258,8 +258,8 @@ class Dualized(torch.optim.Optimizer):
         for group, name, p in members(self.param_groups):
             apart = self.placement_of(p).rows_are_apart(p)
             check_step(name, p, fits=not apart or by_rows(self.norm.norms[name], group))
-            # What other ranks have is not known here: with several, every weight takes part, and
-            # those without any gradient are masked.
+            # One rank does not know which gradients others have: with several ranks every weight
+            # takes part, and those without any gradient are masked.
             if p.grad is None and self._ranks.size == 1:
                 continue
             self._make_state(group, p)  # at lr 0 too: checkpoint libraries have it made so
@@ -289,13 +289,13 @@ class Dualized(torch.optim.Optimizer):
                 p.device,
             )
             equal.setdefault(key, []).append((entry, None if present is None else present[i]))
-        clips = {k: self._clip(members) for k, members in of_group.items()}
+        clips = {k: self._clip(entries) for k, entries in of_group.items()}
         stacks = [
             self._stack(norm, place, alike, ok, clips[group], refresh[group])
             for (group, place, norm, *_), alike in equal.items()
         ]
-        # What is stepped by rows is cheap to step and large to send: first, so that the rest hides
-        # its way.
+        # Stacks that are stepped by rows are cheap to step and large to send. They come first, so
+        # that they travel while the rest is computed.
         return sorted(stacks, key=lambda s: not s.by_rows)
 
     def _stack(
@@ -314,9 +314,9 @@ class Dualized(torch.optim.Optimizer):
             for (_, name, p), present in alike
             if not place.state_at_owners or place.rows(p).numel()
         ]
-        known = [present for *_, present in mine if present is not None]
-        if known:
-            ok = ok & torch.stack(known).reshape(-1, *(1,) * norm.ndim)
+        presences = [present for *_, present in mine if present is not None]
+        if presences:
+            ok = ok & torch.stack(presences).reshape(-1, *(1,) * norm.ndim)
         params = [p for _, p, _ in mine]
         rows = [place.rows(p) for p in params]
         buffers: dict[str, list[Tensor]] = {}
@@ -365,7 +365,7 @@ class Dualized(torch.optim.Optimizer):
 
     @eager
     def _look(self, entries: list[Entry], loss: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """See Watch.look()."""
+        """Do as Watch.look() says."""
         places = [(self.placement_of(p), p) for *_, p in entries]
         own = [at.local_gradient(p) for at, p in places]
         averages = [at.gradient(p) if at.state_at_owners else None for at, p in places]

@@ -31,20 +31,20 @@ def are_finite(tensors: Sequence[Tensor]) -> list[Tensor]:
 class Watch:
     """Looks at every number of a step, on all ranks alike, and remembers what it saw for the host.
 
-    groups, names: of the weights of the last step, and "the loss" as a further name. told: int32 on
-    the host, a row for what ranks have of their own, one for averages, one for which weights have a
-    gradient on some rank; the first alone with one rank. An entry of the first two is 0, or w − r
-    if rank r has that number not finite.
+    groups, names: of the weights of the last step, and "the loss" as a further name. report: int32
+    on the host, a row for what ranks have of their own, one for averages, one for which weights
+    have a gradient on some rank; the first alone with one rank. An entry of the first two is 0, or
+    w − r if rank r has that number not finite.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.groups: list[dict[str, Any]] = []
         self.names: list[str] = []
-        self.told: Tensor | None = None
+        self.report: Tensor | None = None
         self.event: torch.Event | None = None
         self.counted = True
-        self._here: dict[tuple[bool, ...], Tensor] = {}  # on the device: which gradients are here
+        self._presences: dict[tuple[bool, ...], Tensor] = {}  # on the device, by what this rank has
 
     def look(
         self,
@@ -68,13 +68,13 @@ class Watch:
         known = [nothing if x is None or not x.numel() else x.detach() for x in numbers]
         finite = torch.stack([x.to(device) for x in are_finite(known)])
         bad = torch.where(finite, 0, w - self.ranks.rank).to(torch.int32).view(-1, n + 1)
-        ok, present, told = (bad == 0).all(), None, bad
+        ok, present, report = (bad == 0).all(), None, bad
         if w > 1:
-            told = self.ranks.maximum(torch.cat((bad, self._presence(numbers[: n + 1], device))))
-            ok, present = (told[:-1] == 0).all(), told[-1, :n] > 0
-        self.told, self.event = told.to("cpu", non_blocking=told.is_cuda), None
-        if told.is_cuda:
-            self.event = torch.Event(told.device)
+            report = self.ranks.maximum(torch.cat((bad, self._presence(numbers[: n + 1], device))))
+            ok, present = (report[:-1] == 0).all(), report[-1, :n] > 0
+        self.report, self.event = report.to("cpu", non_blocking=report.is_cuda), None
+        if report.is_cuda:
+            self.event = torch.Event(report.device)
             self.event.record()
         self.groups = [group for group, *_ in weights]
         self.names, self.counted = [f"the gradient of {n}" for _, n, _ in weights], False
@@ -84,18 +84,18 @@ class Watch:
 
     def _presence(self, numbers: Sequence[Tensor | None], device: torch.device) -> Tensor:
         """Return (1, n + 1), 1 where there is a number on this rank; made once, as a copy waits."""
-        here = tuple(x is not None for x in numbers)
-        if here not in self._here:
-            known = torch.tensor(here, dtype=torch.int32)
+        present = tuple(x is not None for x in numbers)
+        if present not in self._presences:
+            known = torch.tensor(present, dtype=torch.int32)
             known = known.pin_memory() if device.type == "cuda" else known
-            self._here = {here: known.to(device, non_blocking=device.type == "cuda")}
-        return self._here[here][None]
+            self._presences = {present: known.to(device, non_blocking=device.type == "cuda")}
+        return self._presences[present][None]
 
     def _waited(self) -> list[list[int]]:
-        """Return what was told, once it is on the host."""
+        """Return the report, once it is on the host."""
         if self.event is not None:
             self.event.synchronize()
-        return [] if self.told is None else self.told.tolist()
+        return [] if self.report is None else self.report.tolist()
 
     def count(self) -> None:
         """Add 1 to the calls of the groups of which some rank had a gradient in the last step."""
@@ -110,7 +110,7 @@ class Watch:
         """Raise NonFiniteError, once, if a number of the last step was not finite."""
         self.count()
         rows, w = self._waited(), self.ranks.size
-        self.told = None
+        self.report = None
         own, averages = rows[0] if rows else [], rows[1] if len(rows) > 1 else []
         of = [f" on rank {w - code}" if w > 1 else "" for code in own]
         names = [*self.names, "the loss"]

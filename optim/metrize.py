@@ -25,7 +25,7 @@ WRAPPERS = ("_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_
 
 @dataclass(frozen=True)
 class Rule:
-    """What the user decides for the parameters whose name matches; None leaves the default.
+    """A user's decision on the parameters whose name matches; None leaves the default.
 
     pattern: as of file names, with * and ?. norm: a Norm, or a name in NORMS. mass: of each
     matching weight, beside the totals in MASSES. role: a key of MASSES, which brings its norm, or a

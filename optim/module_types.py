@@ -1,4 +1,4 @@
-"""What the type of a module, or the name of a vector, tells of a weight: role, norm, maps."""
+"""The role, norm and maps of a weight, by its module's type or a vector's name."""
 
 from dataclasses import dataclass
 

@@ -28,8 +28,8 @@ class Norm:
     """
 
     ndim: int = 2  # dimensions of one weight, the trailing ones of a stack
-    # Whether each slice of the first dimension is dualized (retracted) as it is in the whole
-    # weight. Then ranks may hold slices.
+    # True: each slice of the first dimension is dualized (retracted) as it is in the whole weight.
+    # Then ranks may hold slices.
     dualizes_by_rows: bool = False
     retracts_by_rows: bool = False
 
@@ -418,7 +418,7 @@ class Frobenius(Norm):
         return _unit(G, self._dims())[0].to(G.dtype)
 
     def sharp(self, G: Tensor) -> Tensor:
-        """G itself: ‖G‖_F · G/‖G‖_F without the rounding."""
+        """Return G itself, which is ‖G‖_F · G/‖G‖_F without the rounding."""
         return G
 
     def update_rms(self, shape: Sequence[int]) -> float:

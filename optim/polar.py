@@ -87,7 +87,7 @@ GRAM_ASPECT = 2.0
 
 
 def _even(A: Tensor, b: float, c: float) -> Tensor:
-    """bA + cA²; without a product where c = 0.
+    """Return bA + cA², without a product where c = 0.
 
     In bfloat16 on a CPU with AVX512-BF16, torch 2.11 to 2.14, baddbmm(alpha=0) is A, not bA.
     """
@@ -153,8 +153,8 @@ class Polar:
     aspect ratio GRAM_ASPECT on, except in bfloat16."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the iteration. "auto": bfloat16 on an accelerator and float32 on a CPU; in train_gpt.py,
-    as run.precision. float64 input is always iterated in float64."""
+    """Dtype of the iteration. "auto": bfloat16 on an accelerator, float32 on a CPU, and in
+    train_gpt.py that of run.precision. float64 input is always iterated in float64."""
 
     def __post_init__(self) -> None:
         allowed = {

@@ -19,14 +19,14 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .errors import PlacementError, require
 
-# What leaves together; gradients in the order in which a backward pass makes them. DDP's default
-# (Li et al., arXiv 2006.15704).
+# So many bytes leave together: gradients in the order in which a backward pass makes them. It is
+# DDP's default (Li et al., arXiv 2006.15704).
 BUCKET_BYTES = 25 * 2**20
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one rank has of a weight or of a buffer.
+    """One rank's part of a weight or of a buffer.
 
     tensor: (rows, …). row: the place of its first row in the whole, whose shape is `shape`.
     """

@@ -1,4 +1,4 @@
-"""What was decided, as a table: which norm, mass and radius each weight has."""
+"""The receipt: a table of the norm, mass and radius that each weight was given."""
 
 from __future__ import annotations
 

@@ -53,8 +53,8 @@ class Schedule:
 
     def lr_at(self, step: int, total: int) -> float:
         """Return the multiplier of lr at this step."""
-        made = SCHEDULES[self.shape]
-        return made(step, total, warmup=self.warmup, cooldown=self.cooldown, power=self.power)
+        multiplier = SCHEDULES[self.shape]
+        return multiplier(step, total, warmup=self.warmup, cooldown=self.cooldown, power=self.power)
 
     def beta_at(self, step: int, total: int, *, beta: float) -> float:
         """Return the decay of the average of gradients at this step, `beta` at the top."""
@@ -110,8 +110,8 @@ def schedule(optimizer: torch.optim.Optimizer, total_steps: int, **settings: Any
     optimizer's."""
     known("schedule", settings, defaults_of(Schedule))
     check(Schedule, settings, owner="schedule")
-    made = Schedule(**settings)
-    return LambdaLR(optimizer, lambda step: made.lr_at(min(step, total_steps - 1), total_steps))
+    shape = Schedule(**settings)
+    return LambdaLR(optimizer, lambda step: shape.lr_at(min(step, total_steps - 1), total_steps))
 
 
 @dataclass(frozen=True)

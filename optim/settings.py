@@ -80,7 +80,7 @@ class StepSettings:
     training (EscapeVelocity): a group's lr is then a multiplier of it. Baselines: their own lr."""
 
     direction: Annotated[str, OneOf(DIRECTIONS), BY_ROLE, BUFFERS] = "nesterov"
-    """What is dualized, by name (optim/directions.py)."""
+    """The direction that is dualized, by name (optim/directions.py)."""
 
     beta: Annotated[float, Range(0, 1), BY_ROLE] = 0.95
     """Decay of the average of gradients, their momentum: 0.95 remembers about 20 steps."""
@@ -109,7 +109,7 @@ class StepSettings:
     """Clip the 2-norm of a group's raw gradients to this. Steps are never clipped."""
 
     momentum_dtype: Annotated[Literal["float32", "bfloat16"] | None, BUFFERS] = None
-    """Of the optimizer's buffers; left out it is the weight's. bfloat16 stalls beta above 0.99."""
+    """Dtype of buffers, by default the weight's. bfloat16 stalls beta above 0.99."""
 
     master_weights: Annotated[bool, BUFFERS] = True
     """Keep 16-bit weights in float32 besides, and step there."""
@@ -240,14 +240,14 @@ def takes(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         plain = inspect.signature(function)
         kept = [p for p in plain.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        made = [
+        declared = [
             inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=v, annotation=hint)
             for (k, v), hint in zip(
                 defaults_of(cls).items(), get_type_hints(cls).values(), strict=True
             )
             if k not in plain.parameters
         ]
-        vars(function)["__signature__"] = plain.replace(parameters=[*kept, *made])
+        vars(function)["__signature__"] = plain.replace(parameters=[*kept, *declared])
         return function
 
     return decorate

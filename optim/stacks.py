@@ -61,13 +61,13 @@ class Stack:
 
     @property
     def lr(self) -> float | Tensor:
-        """The modular norm of this step."""
+        """Return the modular norm of this step."""
         auto = bool(self.origin)  # W₀ is kept for the escape velocity alone
         return self.group["lr"] * self.group["step_size"] if auto else self.group["lr"]
 
     @property
     def by_rows(self) -> bool:
-        """Whether the step treats each row alone."""
+        """Return whether the step treats each row alone."""
         return by_rows(self.norm, self.group)
 
     def gradients(self) -> tuple[Tensor, Tensor]:
@@ -94,12 +94,12 @@ class Stack:
             if some is not None:
                 self._step_rows(some)
             elif self.rows[0].numel():
-                self._step_here()
+                self._step_alone()
         elif self.params:
             yield from self._step_shards()
         yield from self.place.send_rows(self.everyone)
 
-    def _step_here(self) -> None:
+    def _step_alone(self) -> None:
         """Step with nothing of other ranks."""
         G, live = self.gradients()
         step_(
@@ -127,15 +127,15 @@ class Stack:
         self._scatter(state)
         del G, state
         f = partial(dualize_, norm=norm, group=group)
-        here = place.steps_alone(by_rows=norm.dualizes_by_rows and group["scale"] == "unit")
-        D = f(D) if here else (yield from place.on_whole(f, D, self.params))
+        alone = place.steps_alone(by_rows=norm.dualizes_by_rows and group["scale"] == "unit")
+        D = f(D) if alone else (yield from place.on_whole(f, D, self.params))
         changed = {"live": live, "radii": self.radii, "origin": self.origin}
         descend_(self.weights, D, group, lr=self.lr, **changed)
         del D
         if group["constraint"] is not None:
             W, f = stacked(self.weights), partial(retract, norm=norm, group=group)
-            here = place.steps_alone(by_rows=norm.retracts_by_rows)
-            R = f(W) if here else (yield from place.on_whole(f, W, self.params))
+            alone = place.steps_alone(by_rows=norm.retracts_by_rows)
+            R = f(W) if alone else (yield from place.on_whole(f, W, self.params))
             settle_(self.weights, W, R, **changed)
         self._write_rows()
 
@@ -146,14 +146,14 @@ class Stack:
 
     def escape(self, step_size: Tensor, terms: list[Tensor]) -> Job:
         """Append the stack's terms of the escape velocity (update.escape_terms)."""
-        here = self.place.steps_alone(by_rows=self.norm.dualizes_by_rows)
-        if self.params and (self.rows[0].numel() or not here):
+        alone = self.place.steps_alone(by_rows=self.norm.dualizes_by_rows)
+        if self.params and (self.rows[0].numel() or not alone):
             G, live = self.gradients()
             G.masked_fill_(~live, 0)
             f = self.norm.dualize
-            T = f(G) if here else (yield from self.place.on_whole(f, G, self.params))
-            found = escape_terms(G, T, self.weights, self.origin, self.radii)
-            terms.append(found.to(step_size) / self.place.copies)
+            T = f(G) if alone else (yield from self.place.on_whole(f, G, self.params))
+            term = escape_terms(G, T, self.weights, self.origin, self.radii)
+            terms.append(term.to(step_size) / self.place.copies)
 
     def _gather(self) -> dict[str, Tensor]:
         """Return the direction's buffers as stacks, in float32 at least."""
@@ -192,7 +192,7 @@ class Stack:
         return nonzero(g, (1,))[:, 0].nonzero()[:, 0]
 
     def _step_rows(self, rows: Tensor) -> None:
-        """Do as _step_here() does, of these rows of one weight: the same numbers, bit for bit."""
+        """Do as _step_alone() does, of these rows of one weight: the same numbers, bit for bit."""
         tables = {"W": self.weights[0], **{k: b for k, (b,) in self.buffers.items()}}
         taken = {k: x.index_select(0, rows) for k, x in tables.items()}
         state = {k: x[None] for k, x in taken.items() if k != "W"}
@@ -218,7 +218,7 @@ class Radii:
     """Radii on the device, made once: a copy to the device waits for it."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[Any, ...], Tensor] = {}
+        self._by_key: dict[tuple[Any, ...], Tensor] = {}
 
     def of(self, values: list[float], params: list[Tensor], ndim: int) -> Tensor:
         """Return the radii (n, 1…) of n weights of ndim dimensions."""
@@ -226,10 +226,10 @@ class Radii:
             return torch.empty(0)
         dtype = torch.promote_types(params[0].dtype, torch.float32)
         key = (dtype, params[0].device, ndim, tuple(values))
-        if key not in self._made:
-            made = torch.tensor(values, dtype=dtype, device=params[0].device)
-            self._made[key] = made.reshape(-1, *(1,) * ndim)
-        return self._made[key]
+        if key not in self._by_key:
+            radii = torch.tensor(values, dtype=dtype, device=params[0].device)
+            self._by_key[key] = radii.reshape(-1, *(1,) * ndim)
+        return self._by_key[key]
 
 
 def precise(state: dict[str, Tensor], place: OneProcess, p: Tensor, rows: Tensor) -> Tensor:

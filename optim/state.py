@@ -162,10 +162,10 @@ def new_buffers(group: Mapping[str, Any], rows: Tensor, *, origin: bool) -> dict
         buffers["master"] = rows.float()
     if origin:
         buffers["start"] = rows.clone()
-    made = DIRECTIONS[group["direction"]].buffers(rows)
-    assert not made.keys() & {"master", "start"}
+    own = DIRECTIONS[group["direction"]].buffers(rows)
+    assert not own.keys() & {"master", "start"}
     dtype = getattr(torch, group["momentum_dtype"] or "", None)
-    for k, b in made.items():
+    for k, b in own.items():
         kept = dtype is None or b.dtype == torch.float64 or not b.is_floating_point()
         buffers[k] = b if kept else b.to(dtype)
     return buffers
@@ -240,11 +240,11 @@ def members(groups: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any], str,
 
 def check_saved(group: Mapping[str, Any], state: Mapping[int, Any], *, auto: bool) -> None:
     """Raise Refusal for a saved group of the other kind: with a fixed lr, or with lr="auto"."""
-    found = "step_size" in group and all("start" in buffers for buffers in state.values())
+    is_auto = "step_size" in group and all("start" in buffers for buffers in state.values())
     kinds = ("a fixed lr", "…"), ('lr="auto"', '"auto"')
     (theirs, fix), (ours, _) = kinds if auto else kinds[::-1]
     require(
-        found if auto else "step_size" not in group,
+        is_auto if auto else "step_size" not in group,
         "optimizer state",
         got=f"one saved with {theirs}",
         allowed=f"one saved with {ours}",

@@ -208,7 +208,7 @@ class _One(View):
     """A view of the whole weight as one block, or of its first dimension as equal blocks."""
 
     def _view(self, W: Tensor) -> Tensor:
-        """(..., *weight) → (..., P, *block)."""
+        """Return (..., *weight) as (..., P, *block)."""
         raise NotImplementedError
 
     def _unview(self, X: Tensor, shape: Sequence[int]) -> Tensor:
@@ -350,7 +350,7 @@ class ConvRMSToRMS(_One):
         return mask.flatten(-3, -2).movedim(-3, -1).unflatten(-1, G.shape[-self.dims :])
 
     def dualize_(self, G: Tensor) -> Tensor:
-        """Slice by slice: all of them together are a copy of G."""
+        """Dualize slice by slice: all of them together are a copy of G."""
         G = G.contiguous()
         for X in self._slices(G).unbind(-4):
             X.copy_(self.inner.dualize_(X.contiguous()))

@@ -171,9 +171,9 @@ def test_documents_are_separated_and_split_by_hash(here: Path):
 def test_a_killed_preparation_leaves_nothing_half_made(here: Path):
     Path("a.txt").write_text(TEXT)
     code = (
-        "import os, signal\nfrom data import prepare, shards\n"
+        "import os, signal\nfrom data import prepare, writer\n"
         "def dies(*a, **k): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "prepare.write_manifest = dies\nprepare.main(['text', 'a.txt', '--out', 'out'])"
+        "writer.write_manifest = dies\nprepare.main(['text', 'a.txt', '--out', 'out'])"
     )
     process = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert process.returncode == -signal.SIGKILL

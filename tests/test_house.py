@@ -1,147 +1,210 @@
-"""DESIGN.md's measures of optim/, read from the syntax trees: sizes, columns, who imports whom, and who owns a setting."""
+"""The house style of DESIGN.md, read from the syntax trees of everything outside tests/: sizes, names and words."""
 
 import ast
+import builtins
 from pathlib import Path
 
 import pytest
 from optim.settings import StepSettings, hints_of
 
-from tests.helpers import ROOT
-
-FILES = sorted((ROOT / "optim").glob("*.py"))
-PRODUCT = [p for p in ROOT.rglob("*.py") if not {"tests", "records", ".venv", "build"} & set(p.relative_to(ROOT).parts)]
-COLUMNS, SCREEN, FILE = 100, 60, 450
-
-# Each file of optim/ may import those before it.
-ORDER = (
-    *("errors", "receipt", "ranks", "polar", "norms", "views", "directions", "settings", "schedules", "update"),
-    *(
-        "placement",
-        "replicas",
-        "finite",
-        "stacks",
-        "smoothness",
-        "modular",
-        "roles",
-        "drawing",
-        "module_types",
-        "metrize",
-        "state",
-    ),
-    *("normalized", "dualized", "baselines", "convert", "curvature", "__init__"),
+from tests import source
+from tests.source import (
+    OPTIM,
+    by_file,
+    by_file_of_tests,
+    comments,
+    definitions,
+    docstrings,
+    functions,
+    imported_names,
+    lines,
+    local_names,
+    module_names,
+    tree,
 )
-# Arithmetic, state and communication live apart: what a file may import at most.
-ARITHMETIC = {"polar", "norms", "views", "directions", "update", "schedules", "settings", "errors"}
-COMMUNICATION = {"ranks", "placement", "replicas", "errors"}
+
+COLUMNS, COLUMNS_OF_TESTS, SCREEN, FILE = 100, 120, 60, 450
+
+# The first words of functions' docstrings. Another verb, in the imperative, is added here.
+VERBS = set(
+    """
+    Add Adopt Append Average Begin Bring Build Clear Compare Decide Do Dualize Give Iterate Join Keep Leave Let Load
+    Make Measure Note Prepare Print Raise Refuse Return Run Set Split Step Surround Take Time Train Validate Write
+    Yield Zero
+    """.split()  # noqa: SIM905
+)
+# No docstring and no comment begins with these: what follows is seldom a sentence. A verb or a noun begins it.
+NOT_FIRST = {"What", "Of", "Whether"}
+# They say nothing of what they name.
+VAGUE = {"found", "told", "made", "here", "there"}
+BUILTINS = set(dir(builtins)) - {"copyright", "credits", "license"}
 
 
-def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+def first_word(text: str) -> str:
+    words = text.split()
+    return words[0].rstrip(",.:;") if words else ""
 
 
-def own_imports(path: Path) -> set[str]:
-    """Modules of optim/ that a file of it imports at its top. A drawing is imported where it is asked for."""
-    return {str(n.module) for n in tree(path).body if isinstance(n, ast.ImportFrom) and n.level == 1}
+def too_long(path: Path, columns: int) -> list[int]:
+    return [i for i, line in enumerate(lines(path), 1) if len(line) > columns]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def long_functions(path: Path) -> list[tuple[str, int]]:
+    heights = [(f.name, (f.end_lineno or f.lineno) - f.lineno + 1) for f in functions(path)]
+    return [(name, height) for name, height in heights if height > SCREEN]
+
+
+def shadows(path: Path) -> set[tuple[str, int]]:
+    """(name, line) of what hides a builtin, an import, or a function or class of the file."""
+    local = {(n, line) for n, line in local_names(path) if n in BUILTINS | imported_names(path) | definitions(path)}
+    return local | {(n, line) for n, line in module_names(path) if n in BUILTINS}
+
+
+def docstrings_without_verb(path: Path) -> list[str]:
+    texts = [(f.name, ast.get_docstring(f)) for f in functions(path)]
+    return [f"{name}: {text.splitlines()[0]}" for name, text in texts if text and first_word(text) not in VERBS]
+
+
+def bad_first_words(path: Path) -> list[tuple[int, str]]:
+    texts = [*docstrings(path), *comments(path)]
+    return [(line, text[:40]) for line, text in texts if first_word(text) in NOT_FIRST]
+
+
+def vague_names(path: Path) -> list[tuple[str, int]]:
+    return sorted((name, line) for name, line in local_names(path) | module_names(path) if name in VAGUE)
+
+
+# ---- sizes
+
+
+@by_file
 def test_a_file_fits_in_a_head_and_its_functions_on_a_screen(path: Path):
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= FILE
-    assert [i for i, line in enumerate(lines, 1) if len(line) > COLUMNS] == []
-    functions = [n for n in ast.walk(tree(path)) if isinstance(n, ast.FunctionDef)]
-    assert {n.name: n.end_lineno - n.lineno + 1 for n in functions if n.end_lineno - n.lineno >= SCREEN} == {}  # type: ignore[operator]
+    assert len(lines(path)) <= FILE
+    assert too_long(path, COLUMNS) == []
+    assert long_functions(path) == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
-def test_arrows_run_one_way(path: Path):
-    before = ORDER[: ORDER.index(path.stem)]
-    assert own_imports(path) <= set(before)
+@by_file_of_tests
+def test_no_line_of_a_test_is_longer_than_120_columns(path: Path):
+    assert too_long(path, COLUMNS_OF_TESTS) == []
 
 
-def test_every_file_has_a_place_in_the_order():
-    assert {p.stem for p in FILES} == set(ORDER)
+# ---- names
 
 
-@pytest.mark.parametrize(
-    ("name", "allowed"),
-    [
-        *((n, ARITHMETIC) for n in ("update", "norms", "views", "directions", "polar")),
-        *((n, COMMUNICATION) for n in ("ranks", "placement", "replicas")),
-    ],
-)
-def test_arithmetic_knows_no_ranks_and_ranks_no_norms(name: str, allowed: set[str]):
-    assert own_imports(ROOT / f"optim/{name}.py") <= allowed
+@by_file
+def test_nothing_hides_a_builtin_an_import_or_a_function_of_its_file(path: Path):
+    assert sorted(shadows(path), key=lambda s: s[1]) == []
 
 
-@pytest.mark.parametrize("name", ["update", "norms", "views", "directions", "polar", "settings"])
-def test_arithmetic_has_no_optimizer_and_no_state_dict(name: str):
-    nodes = list(ast.walk(tree(ROOT / f"optim/{name}.py")))
-    names = {n.attr for n in nodes if isinstance(n, ast.Attribute)} | {n.id for n in nodes if isinstance(n, ast.Name)}
-    assert not names & {"Optimizer", "optim", "state_dict", "load_state_dict", "distributed", "param_groups"}
+@by_file
+def test_names_are_nouns(path: Path):
+    assert vague_names(path) == []
 
 
-@pytest.mark.parametrize("path", PRODUCT, ids=lambda p: str(p.relative_to(ROOT)))
-def test_no_private_name_is_imported_from_another_module_of_ours(path: Path):
-    ours = {"optim", "nanodual", "training", "studies", "data", "models", *(p.stem for p in ROOT.glob("*.py"))}
+# ---- words
+
+
+@by_file
+def test_the_docstring_of_a_function_begins_with_a_verb(path: Path):
+    assert docstrings_without_verb(path) == []
+
+
+@by_file
+def test_no_docstring_or_comment_begins_with_half_a_sentence(path: Path):
+    assert bad_first_words(path) == []
+
+
+# ---- the checks themselves
+
+BAD = '''"""Of a module."""
+import json, os.path
+from dataclasses import field as entry
+
+# Whether it is so.
+open = 1
+
+
+class Point:
+    """What a point is."""
+
+    id: int = 0
+    """Of the point."""
+
+    def sum(self):
+        """The sum."""
+
+
+def twice(json, *, entry=1):
+    """Return it."""
+    for os in range(2):
+        with open("x") as twice:
+            pass
+    try:
+        found = [list for list in ()]
+    except OSError as max:
+        lambda Point: 0
+    match entry:
+        case [*hash]:
+            import sys as vars
+'''
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> Path:
+    (tmp_path / "bad.py").write_text(BAD)
+    return tmp_path / "bad.py"
+
+
+def test_the_checks_see_what_they_are_to_see(bad: Path):
+    assert sorted(name for name, _ in shadows(bad)) == sorted(
+        ["Point", "entry", "hash", "json", "list", "max", "open", "os", "twice", "vars"]
+    ), "a method's and a field's name hide nothing"
+    assert vague_names(bad) == [("found", 25)]
+    assert docstrings_without_verb(bad) == ["sum: The sum."]
+    assert {line for line, _ in bad_first_words(bad)} == {1, 5, 10, 13}
+
+
+def test_the_checks_measure_lines_functions_and_whole_comments(tmp_path: Path):
+    path = tmp_path / "long.py"
+    path.write_text("def f():\n" + 60 * "    pass\n" + f"x = {97 * '1'}\n# It is asked\n# Whether it is long.\n")
+    assert long_functions(path) == [("f", 61)]
+    assert too_long(path, COLUMNS) == [62]
+    assert bad_first_words(path) == [], "a comment's second line may begin as it likes"
+
+
+def test_every_folder_of_the_product_is_read():
+    folders = {source.relative(path).split("/")[0] for path in source.PRODUCT}
+    assert folders >= {"benchmarks", "data", "examples", "models", "optim", "studies", "training", "train_gpt.py"}
+
+
+# ---- one owner for each setting
+
+
+def declarations(path: Path) -> list[str]:
+    """The names that a file declares: fields with a type and a default, and parameters with a default.
+
+    A user's arguments of StepSettings' own defaults are no declarations.
+    """
+    names = []
     for node in ast.walk(tree(path)):
-        if isinstance(node, ast.ImportFrom) and (node.level or str(node.module).split(".")[0] in ours):
-            assert [a.name for a in node.names if a.name.startswith("_")] == []
-
-
-def private_reads(path: Path) -> set[str]:
-    """`x._name` where x is neither self nor cls, and torch has no such name."""
-    return {
-        node.attr
-        for node in ast.walk(tree(path))
-        if isinstance(node, ast.Attribute)
-        and node.attr.startswith("_")
-        and not node.attr.startswith(("__", "_foreach_", "_replace"))
-        and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
-        and not (isinstance(node.value, ast.Call) and ast.unparse(node.value) == "super()")
-    }
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        *FILES,
-        ROOT / "training/geometry.py",
-        ROOT / "training/sharpness.py",
-        ROOT / "training/plots.py",
-        *(ROOT / "studies/cost_model").glob("*.py"),
-        ROOT / "training/checkpoint.py",
-        ROOT / "training/tensor_files.py",
-    ],
-    ids=lambda p: p.name,
-)
-def test_no_private_name_of_another_module_is_read(path: Path):
-    torchs = {"_parameters", "_orig_mod", "_zeropower_via_newtonschulz", "_ConvNd", "_NormBase", "_dynamo"}
-    assert private_reads(path) <= torchs
+        if isinstance(node, ast.ClassDef):
+            names += [ast.unparse(s.target) for s in node.body if isinstance(s, ast.AnnAssign) and s.value]
+        elif isinstance(node, ast.FunctionDef):
+            args, defaults = node.args.args, node.args.defaults
+            with_default = zip(args[len(args) - len(defaults) :], defaults, strict=True)
+            by_keyword = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+            names += [
+                a.arg
+                for a, default in (*with_default, *by_keyword)
+                if default is not None and "StepSettings" not in ast.unparse(default)
+            ]
+    return names
 
 
 @pytest.mark.parametrize("setting", hints_of(StepSettings))
 def test_a_step_setting_is_declared_in_one_place(setting: str):
-    """A declaration: a field with a type and a default, or a parameter with a default, in optim/. A user's arguments of lr are no declarations."""
-    found = []
-    for path in FILES:
-        for node in ast.walk(tree(path)):
-            if isinstance(node, ast.ClassDef):
-                found += [
-                    path.name
-                    for s in node.body
-                    if isinstance(s, ast.AnnAssign) and s.value and ast.unparse(s.target) == setting
-                ]
-            elif isinstance(node, ast.FunctionDef):
-                args, options = node.args.args, node.args.kwonlyargs
-                late = zip(args[len(args) - len(node.args.defaults) :], node.args.defaults, strict=True)
-                named = zip(options, node.args.kw_defaults, strict=True)
-                given = [(a.arg, d) for a, d in (*late, *named) if d is not None]
-                found += [
-                    path.name
-                    for name, default in given
-                    if name == setting and "StepSettings" not in ast.unparse(default)
-                ]
     # Normalized's own, of another optimizer; a norm's, which is another thing.
     others = {"weight_decay": ["normalized.py"], "scale": ["norms.py", "norms.py"]}
-    assert sorted(found) == sorted(["settings.py", *others.get(setting, [])])
+    places = [path.name for path in OPTIM for name in declarations(path) if name == setting]
+    assert sorted(places) == sorted(["settings.py", *others.get(setting, [])])
