@@ -124,7 +124,7 @@ def test_a_report_opens_from_disk_without_a_complaint_and_fits(browser: Any, pag
 def test_the_curves_have_a_line_for_each_seed_of_each_entry(browser: Any, pages: dict[str, Path]):
     with Opened(browser, pages["race"]) as opened:
         assert len(opened.paths()) == 3 * 4 and all(len(d) > 50 for d in opened.paths())
-        assert len(opened.paths(of="band")) == 3
+        assert len(opened.paths(of="band")) == len(opened.paths(of="mean")) == 3
         opened.press("every horizon")
         assert len(opened.paths()) == 3 * 4 * 3
         opened.press("to the target")

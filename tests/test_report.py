@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from studies.report import write
 from studies.report.charts import SETTLED, charts
 from studies.report.command import main
@@ -377,6 +378,22 @@ def test_tuned_keys_have_a_chart_each_numbers_by_size_and_words_by_name(study: d
     assert [line["kind"] for line in direction["lines"]] == ["dots"]
 
 
+@pytest.mark.parametrize("name", ["race", "book", "diverged", "no target", "one seed", "one point"])
+def test_a_chart_s_caption_explains_every_mark_it_has_and_no_other(name: str, study: dict[str, Any]):
+    book = ROOT / "records/pysource-cpu/2026-11-23_nesterov-soap/results.json"
+    of = {"race": study, "book": json.loads(book.read_text(encoding="utf-8"))} | sparse()
+    for chart in charts(of[name]):
+        lines, losses = chart["lines"], [p[-1] for line in chart["lines"] for p in line["points"]]
+        explained = {
+            "ring": bool(chart["marks"]),
+            "×": None in losses,
+            "band": any(line["kind"] == "band" for line in lines),
+            "Large marks are means with their 95% interval": any(any(line["bars"]) for line in lines),
+            "above the frame": chart["id"] == "curves" and any(x is not None and x > chart["view"][1] for x in losses),
+        }
+        assert {words: words in chart["about"] for words in explained} == explained, chart["id"]
+
+
 # ---- the answers
 
 
@@ -525,6 +542,22 @@ def test_results_that_lack_something_have_a_page_and_a_picture(name: str, tmp_pa
     assert (tmp_path / "report.png").stat().st_size > 10_000  # not an empty figure
     assert not re.search(r"\b(None|nan|inf|NaN|undefined)\b", text)
     assert not re.search(r"[^-−]\[–|, –\]", text)  # half an interval
+
+
+@pytest.mark.parametrize("name", ["long names", "nine entries", "diverged", "one point"])
+def test_a_picture_holds_all_that_is_drawn(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Legend, caption, titles and labels lie within its edges."""
+    sizes, save = [], Figure.savefig
+
+    def save_and_measure(figure: Figure, *args: Any, **options: Any) -> None:
+        save(figure, *args, **options)
+        sizes.append((figure.get_tightbbox(), figure.get_size_inches()))
+
+    monkeypatch.setattr(Figure, "savefig", save_and_measure)
+    write(sparse()[name], tmp_path)
+    assert len(sizes) == len(charts(sparse()[name])) + 1
+    for drawn, (width, height) in sizes:
+        assert min(drawn.x0, drawn.y0) >= 0 and drawn.x1 <= width and drawn.y1 <= height
 
 
 def test_numbers_that_are_not_finite_are_runs_that_diverged(tmp_path: Path):

@@ -148,7 +148,10 @@ class Chart {
       );
       inside.append(shape("text", { x: PAD.left + 5, y: y(target) - 5 }, `target ${long(target)}`));
     }
-    for (const line of this.shown()) this.line(line, x, y, inside);
+    const shown = this.shown();
+    // Where a mean with its band is drawn, the lines of single seeds are faint.
+    const banded = new Set(shown.filter((l) => l.kind === "band").map((l) => l.entry));
+    for (const line of shown) this.line(line, x, y, inside, banded.has(line.entry));
     for (const { entry, point, label } of marks)
       if (!hidden.has(entry)) {
         inside.append(
@@ -208,7 +211,7 @@ class Chart {
     );
   }
 
-  line(line, x, y, inside) {
+  line(line, x, y, inside, faint) {
     const { entry, kind, bars } = line;
     const last = this.spec.x.length; // the loss's place in a point
     const places = line.points.map((p) => ({
@@ -242,10 +245,10 @@ class Chart {
     if (kind !== "dots")
       inside.append(
         shape("path", {
-          class: "line",
+          class: faint ? "line faint" : "line",
           d: path(finite),
           stroke: colour(entry),
-          "stroke-dasharray": data.entries[entry].dash.join(" "),
+          "stroke-dasharray": faint ? "" : data.entries[entry].dash.join(" "),
         }),
       );
     const marked = kind === "line" ? finite.slice(-1) : finite; // of a line its end alone

@@ -112,8 +112,8 @@ def _lines_of_run(i: int, entry: Json, run: Json) -> list[Json]:
 def _band(i: int, entry: Json, level: float) -> list[Json]:
     """Return mean and t interval of the seeds' validation losses, where all have an evaluation.
 
-    None for two seeds, whose interval of 12.7 standard errors hides the curves, and none if a run
-    diverged.
+    There is no band of two seeds, whose interval of 12.7 standard errors hides the curves, nor if
+    a run diverged.
     """
     from scipy import stats
 
@@ -153,9 +153,11 @@ def end_losses(results: Json) -> Json:
         marks += _interpolated_mark(i, entry, results)
         losses += [mean for _, mean in means] + [x for bar in bars if bar for x in bar]
         losses += [run["loss"] for run in entry["runs"]]
+    bounded = any(bar for line in lines for bar in line["bars"])
+    interval = f" with their {as_level(results)} interval" if bounded else ""
     about = (
-        "Each mark is the end of a run with its full schedule. Large marks are means with their "
-        f"{as_level(results)} interval, small marks are seeds.",
+        "Each mark is the end of a run with its full schedule.",
+        f"Large marks are means{interval}, small marks are seeds.",
         "A ring is where the loss, interpolated in log steps, falls to what the rule needs: "
         "target − threshold/√n."
         if marks

@@ -14,8 +14,10 @@ from .charts import charts
 from .palette import LIGHT, MARKERS, dash, marker
 from .words import Json, as_target
 
-# Inches of a panel; characters of the caption's 8 points in an inch.
-PANEL, CHARACTERS = (5.2, 3.6), 18
+# Inches of a panel.
+PANEL = (5.2, 3.6)
+# Characters in an inch, of the caption in 8 points and of the legend in 9.
+CAPTION_CHARACTERS, KEY_CHARACTERS = 17, 11
 # Characters of an entry's name that a legend has room for.
 NAME = 40
 
@@ -76,11 +78,13 @@ def _figure(panels: Sequence[tuple[Json, int]], entries: Sequence[Json], *, colu
     for axes in grid[len(panels) :]:
         axes.remove()
     names = [_shortened(e["name"]) for e in entries]
+    # A key takes as much room as 8 characters.
+    in_a_row = int(KEY_CHARACTERS * width / (max(map(len, names)) + 8))
     figure.legend(
         [Line2D([], [], markersize=4, **_style(i)) for i in range(len(entries))],
         names,
         loc="outside upper center",
-        ncols=max(1, min(len(names), int(11 * width / (max(map(len, names)) + 8)))),
+        ncols=max(1, min(len(names), in_a_row)),
         fontsize=9,
     )
     return figure
@@ -89,7 +93,7 @@ def _figure(panels: Sequence[tuple[Json, int]], entries: Sequence[Json], *, colu
 def _add_caption(figure: Any, paragraphs: Sequence[str]) -> None:
     """Write the caption below the panels, and make room for it."""
     width, height = figure.get_size_inches()
-    lines = [s for text in paragraphs for s in textwrap.wrap(text, int(CHARACTERS * width))]
+    lines = [s for text in paragraphs for s in textwrap.wrap(text, int(CAPTION_CHARACTERS * width))]
     figure.set_size_inches(width, height + 0.16 * len(lines))
     figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=8)
 
