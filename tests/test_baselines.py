@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from model import GPT, GPTConfig, RoleNorms
+from model import GPT, GPTConfig
 from models.ngram import NgramConfig, NgramGPT
 from optim import ModularNorm, NonFiniteError, Normalized, Rule, metrize
 from optim.baselines import BASELINES, Float32Muon, Several, coordinates, set_beta
 from optim.norms import L1ToRMS, RMSToLinf, RMSToRMS, VectorRMS
 from optim.polar import Polar
+from optim.roles import RoleNorms
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import _muon
