@@ -4,6 +4,7 @@ import math
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -316,13 +317,19 @@ def test_configurations_without_a_name_are_the_models_that_they_were(path: Path)
     model.check()
 
 
-TRACK3 = {"residual": "plain", "branch_gains": False, "norm_gains": True, "rotary": "half", "init": "track"}
+TRACK3: dict[str, Any] = {
+    "residual": "plain",
+    "branch_gains": False,
+    "norm_gains": True,
+    "rotary": "half",
+    "init": "track",
+}
 
 
 @pytest.mark.parametrize("setting", TRACK3)
-def test_a_gpt_of_before_with_settings_of_the_track_is_its_fork(setting: str, tmp_path: Path):
+def test_a_gpt_of_before_with_settings_of_the_track_is_its_fork(setting: str):
     """Files and options of when these were settings of "gpt", which wrote its name or none."""
-    raw = {setting: TRACK3[setting]} | ({"residual": "plain"} if setting == "branch_gains" else {})
+    raw: dict[str, Any] = {setting: TRACK3[setting]} | ({"residual": "plain"} if setting == "branch_gains" else {})
     for name in ({}, {"name": "gpt"}):
         assert from_dict(Config, {"model": raw | name}).model.name == "track3"
     migrated, lines = migrate({"model": {"name": "gpt", **raw}})
@@ -338,9 +345,9 @@ def test_a_gpt_of_before_with_settings_of_the_track_is_its_fork(setting: str, tm
 
 def test_an_ngram_model_has_the_track_s_settings_too():
     """As before these were a fork's: quickstart.toml turns half of each head's pairs."""
-    raw = {"ngram": 2, "rotary": "half", "residual": "plain"}
+    raw: dict[str, Any] = {"ngram": 2, "rotary": "half", "residual": "plain"}
     assert from_dict(Config, {"model": raw}).model.name == "ngram"
-    model = build(ModelConfig(2, 2, 16, block_size=8, vocab_size=11, name="ngram", bias=True, **(raw | TRACK3)))
+    model = build(ModelConfig(2, 2, 16, block_size=8, vocab_size=11, name="ngram", bias=True, **{**raw, **TRACK3}))
     norm = metrize(model, model.structure())
     assert set(norm.roles.values()) == {"embedding", "ngram", "attention", "mlp", "head", "gain", "bias"}
 

@@ -72,8 +72,7 @@ def migrate(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         target[key] = section.pop(name)
         told.append(f"{old} is {new}")
     model = made.get("model")
-    name = _model_name(model) if isinstance(model, dict) else None
-    if name is not None:
+    if isinstance(model, dict) and (name := _model_name(model)):
         made["model"] = {**model, "name": name}
         told.append(f'model.name is "{name}", by the other settings of the model')
     return made, told
