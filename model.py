@@ -111,10 +111,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Two half-layers, x ← (1 − 1/2L) x + (1/2L) gain · f(rms_norm(x)): attention, then MLP."""
 
-    def __init__(self, config: GPTConfig, norms: list[nn.RMSNorm], mlp: MLP, *gains: float) -> None:
+    def __init__(self, config: GPTConfig, rms: list[nn.RMSNorm], mlp: MLP, *gains: float) -> None:
         super().__init__()
-        self.attention_norm, self.attention = norms[0], Attention(config)
-        self.mlp_norm, self.mlp = norms[1], mlp
+        self.attention_norm, self.attention = rms[0], Attention(config)
+        self.mlp_norm, self.mlp = rms[1], mlp
         self.dropout, step = config.dropout, 1 / (2 * config.n_layer)
         self.keep, self.attention_step, self.mlp_step = 1 - step, *(step * gain for gain in gains)
 
@@ -159,8 +159,8 @@ class GPT(nn.Module):
         return nn.RMSNorm(self.config.n_embd, elementwise_affine=False)
 
     def make_block(self) -> Block:
-        norms, gains = [self.make_norm(), self.make_norm()], (self.attention_gain, self.mlp_gain)
-        return Block(self.config, norms, MLP(self.config), *gains)
+        rms, gains = [self.make_norm(), self.make_norm()], (self.attention_gain, self.mlp_gain)
+        return Block(self.config, rms, MLP(self.config), *gains)
 
     @torch.no_grad()
     def init_weights(self, generator: Generator | None) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from data.shards import read_manifest
 from studies import runs
-from studies.export.command import LINE, Run
+from studies.export.log import LINE
+from studies.export.run import Run
 from studies.record_book import command as records
 from studies.record_book.command import TRACKS, RecordError, Track, compare, main
 from training import config as configuration

@@ -37,8 +37,10 @@ from training.config import Config, ConfigError
 from training.runtime import RunError, git_state
 
 from .. import runs, statistics
-from ..export import command as export
-from ..export.command import ExportError, Run
+from ..export import compose, log
+from ..export import run as exported
+from ..export.run import Run
+from ..export.specialise import ExportError
 from ..runs import ROOT
 
 BOOK = ROOT / "records"
@@ -257,7 +259,7 @@ def claims_of_study(folder: Path, results: dict[str, Any], track: Track) -> list
                 seconds.value,
                 *(x if math.isfinite(x) else None for x in (seconds.low, seconds.high)),
             )
-        read = [export.read(folder / r["path"]) for r in judged]
+        read = [exported.read(folder / r["path"]) for r in judged]
         threshold, tried = results["rule"]["threshold"], len(e["trials"])
         found.append(
             Claim(
@@ -278,7 +280,7 @@ def claims_of_study(folder: Path, results: dict[str, Any], track: Track) -> list
 
 def claim_of_runs(folders: Sequence[Path], track: Track) -> Claim:
     """Of one configuration's runs, a seed each; the rule's threshold from their own standard deviation; one run has none and passes nothing."""
-    read = [export.read(f) for f in folders]
+    read = [exported.read(f) for f in folders]
     losses, seconds = ([summary_of(r)[key] for r in read] for key in ("val_loss", "train_seconds"))
     noise = statistics.pooled([np.array(losses)])
     threshold = statistics.threshold(noise, len(losses)) if noise else None
@@ -461,7 +463,7 @@ def add(
         )
     results, claims, scripts = None, [], {}
     if not ran:
-        scripts = {s.stem: export.read(s) for s in sources}
+        scripts = {s.stem: exported.read(s) for s in sources}
         for name, run in scripts.items():
             there = configuration.flat(run.config)
             wrong = next(
@@ -533,7 +535,7 @@ def add(
     for name, run in scripts.items():
         files |= {
             f"{name}.toml": _portable(run.config),
-            f"{name}.py": export.script(run, track=True),
+            f"{name}.py": compose.script(run, track=True),
         }
     if results:
         for run in (r for e in results["entries"] for r in e["runs"]):
@@ -566,13 +568,13 @@ def add(
 
 def log_of(claim: Claim) -> str:
     """The script of the first seed, then all seeds' lines, as one file of several trials."""
-    code = export.script(claim.runs[0])
-    return "\n".join([code + export.LINE, *(export.log_lines(r) for r in claim.runs)])
+    code = compose.script(claim.runs[0])
+    return "\n".join([code + log.LINE, *(log.log_lines(r) for r in claim.runs)])
 
 
 def _portable(config: Config) -> str:
     """A configuration without the places of this machine."""
-    raw = configuration.from_dict(Config, export.nested(config))
+    raw = configuration.from_dict(Config, exported.nested(config))
     raw.run.dir, raw.data.dataset = "runs", f"corpora/{Path(config.data.dataset).name}"
     return configuration.to_toml(raw)
 
