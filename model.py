@@ -55,10 +55,10 @@ class GPTConfig:
         check(type(self), vars(self), owner=type(self).__name__)
         D, H = self.n_embd, self.n_head
         pairs = f"a multiple of 2 · n_head = {2 * H} (rotary positions turn pairs)"
-        self.require("n_head", D % H == 0, f"a divisor of n_embd = {D}")
-        self.require("n_embd", D % (2 * H) == 0, pairs)
+        self.refuse_unless(D % H == 0, "n_head", f"a divisor of n_embd = {D}")
+        self.refuse_unless(D % (2 * H) == 0, "n_embd", pairs)
 
-    def require(self, name: str, fine: bool, allowed: str) -> None:
+    def refuse_unless(self, fine: bool, name: str, allowed: str) -> None:
         """Raise Refusal for a setting's value unless it is fine."""
         fix = f"set it in the file, or --model.{name.replace('_', '-')}"
         require(fine, f"model.{name}", got=getattr(self, name), allowed=allowed, fix=fix)
@@ -134,7 +134,7 @@ class GPT(nn.Module):
     norms: by role, as RoleNorms builds them. generator: of the initial weights.
     """
 
-    zeros: tuple[str, ...] = ("out.weight", "down.weight", "head.weight")  # with zero_init
+    zeros: tuple[str, ...] = ("out.weight", "down.weight", "head.weight")  # at 0
 
     def __init__(
         self, config: GPTConfig, norms: Norms | None = None, generator: Generator | None = None
@@ -193,7 +193,7 @@ class GPT(nn.Module):
         cache: Any = None,
         reduction: str = "mean",
     ) -> tuple[Tensor, Tensor | None]:
-        """Return logits (B, T, V) and, with targets y, the loss in nats. −1 is no target.
+        """Return logits (B, T, V) and, with targets y, the loss in nats. Targets of −1 do not count.
 
         cache: of the text in front (models/generation.py).
         """
@@ -217,7 +217,7 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self) -> int:
-        """Return the FLOPs of a training step (Chowdhery et al., arXiv 2204.02311, App. B)."""
+        """Return the FLOPs of training on one token (Chowdhery et al., arXiv 2204.02311, App. B)."""
         c, named = self.config, self.named_parameters()
         matrices = [p for n, p in named if p.ndim == 2 and not n.endswith("embedding.weight")]
         return 6 * sum(p.numel() for p in matrices) + 12 * c.n_layer * c.n_embd * c.block_size

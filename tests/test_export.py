@@ -361,6 +361,48 @@ def test_the_track_s_script_lacks_nothing_but_its_data(tmp_path: Path, monkeypat
     assert err.strip().endswith("FileNotFoundError: data/fineweb10B/fineweb_train_*.bin")
 
 
+# ---- where it is written
+
+
+def test_a_run_s_script_is_written_beside_it_with_the_command_that_runs_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    trained(root, "beside", "--train.steps", "1")
+    monkeypatch.chdir(root)
+    assert command.main(["runs/beside"]) == 0
+    out = capsys.readouterr().out
+    count = len((root / "runs/beside/script.py").read_text(encoding="utf-8").splitlines())
+    lines = [
+        f"wrote runs/beside/script.py: {count} lines",
+        "run it where corpora/small/ is: python runs/beside/script.py",
+    ]
+    assert out.splitlines() == lines
+    code, out, err = run(root, script=str(root / "runs/beside/script.py"))
+    assert code == 0 and "val_loss" in out, err
+    assert command.main(["runs/beside", "--out", "-"]) == 0
+    assert capsys.readouterr().out == (root / "runs/beside/script.py").read_text(encoding="utf-8")
+
+
+def test_a_configuration_s_script_is_written_here_and_nothing_else_is_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    asked = [str(ROOT / "configs/track3_124m.toml"), "--format", "track3"]
+    assert command.main(asked) == command.main(asked) == 0, "the same content is no loss"
+    text = (tmp_path / "track3_124m.py").read_text(encoding="utf-8")
+    (tmp_path / "track3_124m.py").write_text("mine\n")
+    capsys.readouterr()
+    assert command.main(asked) == 2
+    assert capsys.readouterr().err == (
+        "error: track3_124m.py\n  got: a file that is there already, with other content\n"
+        "  allowed: a new file, unless --out names it\n"
+        "  fix: --out track3_124m.py to overwrite it, or --out with another name\n"
+    )
+    assert (tmp_path / "track3_124m.py").read_text() == "mine\n"
+    assert command.main([*asked, "--out", "track3_124m.py"]) == 0
+    assert (tmp_path / "track3_124m.py").read_text(encoding="utf-8") == text
+
+
 # ---- what cannot be exported
 
 
@@ -491,6 +533,36 @@ def f(x):
     return [h(x) for _ in range(N)]
 """
     assert specialised(text, known).strip() == wanted.strip()
+
+
+def test_what_follows_a_decided_return_is_left_out():
+    text = """
+def f(config, x):
+    if config.kind == "a":
+        return x
+    y = g(x)
+    return y
+
+def h(config, x):
+    if x:
+        config.check()
+    elif config.kind == "a":
+        x += 1
+    return x
+"""
+    wanted = """
+def f(x):
+    return x
+
+def h(x):
+    if x:
+        pass
+    else:
+        x += 1
+    return x
+"""
+    known = {"config.kind": "a", "config": ERASED, "config.check()": ERASED}
+    assert specialised(text, known).replace("\n\n", "\n").strip() == wanted.replace("\n\n", "\n").strip()
 
 
 def make(root: Path, **files: str) -> str:
