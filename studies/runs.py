@@ -30,8 +30,7 @@ import torch
 from tqdm import tqdm
 
 from data.loader import Dataset
-from models import build
-from optim import metrize
+from models import build_model_and_norm
 from optim.baselines import BASELINES
 from optim.errors import Refusal
 from training import config as configuration
@@ -433,16 +432,11 @@ PRODUCTS = 60  # Hessian-vector products of one record of curvature, each about 
 def cost(config: Config, dataset: Dataset, flops_per_second: float) -> tuple[float, float]:
     """(FLOPs, seconds) of one run: forward, backward, optimizer, evaluations, curvature; Dualized's and Normalized's norms counted, other optimizers not."""
     c = config.train
+    vocab_size = config.model.vocab_size or dataset.tokenizer.vocab_size
+    shape = replace(config.model, vocab_size=vocab_size)
     with torch.device("meta"):
-        shape = replace(
-            config.model, vocab_size=config.model.vocab_size or dataset.tokenizer.vocab_size
-        )
-        norms = config.optim.norms.build(config.optim.polar, shape.n_head)
-        model = build(shape, norms)
-    dualize = sum(
-        n.flops(model.get_parameter(k).shape)
-        for k, n in metrize(model, model.structure()).norms.items()
-    )
+        model, norm = build_model_and_norm(replace(config, model=shape))
+    dualize = sum(n.flops(model.get_parameter(k).shape) for k, n in norm.norms.items())
     baseline = BASELINES.get(config.optim.name)
     dualize *= baseline is None or baseline.normed
     step = model.flops_per_token() * c.batch_size * shape.block_size + dualize
