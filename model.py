@@ -55,10 +55,10 @@ class GPTConfig:
         check(type(self), vars(self), owner=type(self).__name__)
         D, H = self.n_embd, self.n_head
         pairs = f"a multiple of 2 · n_head = {2 * H} (rotary positions turn pairs)"
-        self.require("n_head", D % H == 0, f"a divisor of n_embd = {D}")
-        self.require("n_embd", D % (2 * H) == 0, pairs)
+        self.refuse_unless(D % H == 0, "n_head", f"a divisor of n_embd = {D}")
+        self.refuse_unless(D % (2 * H) == 0, "n_embd", pairs)
 
-    def require(self, name: str, fine: bool, allowed: str) -> None:
+    def refuse_unless(self, fine: bool, name: str, allowed: str) -> None:
         """Raise Refusal for a setting's value unless it is fine."""
         fix = f"set it in the file, or --model.{name.replace('_', '-')}"
         require(fine, f"model.{name}", got=getattr(self, name), allowed=allowed, fix=fix)
@@ -111,10 +111,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Two half-layers, x ← (1 − 1/2L) x + (1/2L) gain · f(rms_norm(x)): attention, then MLP."""
 
-    def __init__(self, config: GPTConfig, norms: list[nn.RMSNorm], mlp: MLP, *gains: float) -> None:
+    def __init__(self, config: GPTConfig, rms: list[nn.RMSNorm], mlp: MLP, *gains: float) -> None:
         super().__init__()
-        self.attention_norm, self.attention = norms[0], Attention(config)
-        self.mlp_norm, self.mlp = norms[1], mlp
+        self.attention_norm, self.attention = rms[0], Attention(config)
+        self.mlp_norm, self.mlp = rms[1], mlp
         self.dropout, step = config.dropout, 1 / (2 * config.n_layer)
         self.keep, self.attention_step, self.mlp_step = 1 - step, *(step * gain for gain in gains)
 
@@ -134,7 +134,7 @@ class GPT(nn.Module):
     norms: by role, as RoleNorms builds them. generator: of the initial weights.
     """
 
-    zeros: tuple[str, ...] = ("out.weight", "down.weight", "head.weight")  # with zero_init
+    zeros: tuple[str, ...] = ("out.weight", "down.weight", "head.weight")  # at 0
 
     def __init__(
         self, config: GPTConfig, norms: Norms | None = None, generator: Generator | None = None
@@ -159,8 +159,8 @@ class GPT(nn.Module):
         return nn.RMSNorm(self.config.n_embd, elementwise_affine=False)
 
     def make_block(self) -> Block:
-        norms, gains = [self.make_norm(), self.make_norm()], (self.attention_gain, self.mlp_gain)
-        return Block(self.config, norms, MLP(self.config), *gains)
+        rms, gains = [self.make_norm(), self.make_norm()], (self.attention_gain, self.mlp_gain)
+        return Block(self.config, rms, MLP(self.config), *gains)
 
     @torch.no_grad()
     def init_weights(self, generator: Generator | None) -> None:
@@ -193,7 +193,7 @@ class GPT(nn.Module):
         cache: Any = None,
         reduction: str = "mean",
     ) -> tuple[Tensor, Tensor | None]:
-        """Return logits (B, T, V) and, with targets y, the loss in nats. −1 is no target.
+        """Return logits (B, T, V) and, with targets y, the loss in nats. Targets of −1 do not count.
 
         cache: of the text in front (models/generation.py).
         """
@@ -217,7 +217,7 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self) -> int:
-        """Return the FLOPs of a training step (Chowdhery et al., arXiv 2204.02311, App. B)."""
+        """Return the FLOPs of training on one token (Chowdhery et al., arXiv 2204.02311, App. B)."""
         c, named = self.config, self.named_parameters()
         matrices = [p for n, p in named if p.ndim == 2 and not n.endswith("embedding.weight")]
         return 6 * sum(p.numel() for p in matrices) + 12 * c.n_layer * c.n_embd * c.block_size

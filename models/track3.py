@@ -48,9 +48,9 @@ class Track3Config(GPTConfig):
         """Raise Refusal for a value that cannot be, and for values that cannot be together."""
         super().check()
         fits = self.rotary == "full" or self.n_embd // self.n_head % 4 == 0
-        self.require("rotary", fits, '"full", or heads of a width that 4 divides')
+        self.refuse_unless(fits, "rotary", '"full", or heads of a width that 4 divides')
         fits = self.branch_gains or self.residual == "plain"
-        self.require("branch_gains", fits, 'true, or false with residual = "plain"')
+        self.refuse_unless(fits, "branch_gains", 'true, or false with residual = "plain"')
 
 
 class RMSNorm(nn.RMSNorm):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.loader import Dataset, validation_batches
 from model import GPT
-from models import build
+from models import build_model_and_norm
 from training import checkpoint
 from training import config as configuration
 from training.config import Config
@@ -85,11 +85,8 @@ def changes_of_activations(
                 fix=f"a smaller --optim.lr; see {folder}/configs/{job.name}.log",
             )
         config = configuration.from_dict(Config, checkpoint.read_state(newest)["config"])
-        model = build(
-            config.model,
-            config.optim.norms.build(config.optim.polar, config.model.n_head),
-            torch.Generator().manual_seed(config.run.seed),
-        )
+        generator = torch.Generator().manual_seed(config.run.seed)
+        model, _ = build_model_and_norm(config, generator)
         before = activations(model, idx_BT)  # as train_gpt.py begins
         checkpoint.load_model(newest, model)
         for layer, x in activations(model, idx_BT).items():

@@ -9,8 +9,7 @@ from dataclasses import replace
 import torch
 
 from data.loader import Dataset
-from models import build
-from optim import metrize
+from models import build_model_and_norm
 from optim.baselines import BASELINES
 from training.config import Config
 
@@ -49,17 +48,12 @@ def cost(config: Config, dataset: Dataset, flops_per_second: float) -> tuple[flo
     the steps of other optimizers are not.
     """
     c = config.train
+    vocab_size = config.model.vocab_size or dataset.tokenizer.vocab_size
+    shape = replace(config.model, vocab_size=vocab_size)
     with torch.device("meta"):
-        shape = replace(
-            config.model, vocab_size=config.model.vocab_size or dataset.tokenizer.vocab_size
-        )
-        norms = config.optim.norms.build(config.optim.polar, shape.n_head)
-        model = build(shape, norms)
+        model, norm = build_model_and_norm(replace(config, model=shape))
     per_token = model.flops_per_token()
-    dualize = sum(
-        n.flops(model.get_parameter(k).shape)
-        for k, n in metrize(model, model.structure()).norms.items()
-    )
+    dualize = sum(n.flops(model.get_parameter(k).shape) for k, n in norm.norms.items())
     baseline = BASELINES.get(config.optim.name)
     dualize *= baseline is None or baseline.normed
     step = per_token * c.batch_size * shape.block_size + dualize

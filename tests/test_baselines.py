@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from model import GPT, GPTConfig, RoleNorms
+from model import GPT, GPTConfig
 from models.ngram import NgramConfig, NgramGPT
+from models.track3 import Track3Config, Track3GPT
 from optim import ModularNorm, NonFiniteError, Normalized, Rule, metrize
 from optim.baselines import BASELINES, Float32Muon, Several, coordinates, set_beta
 from optim.norms import L1ToRMS, RMSToLinf, RMSToRMS, VectorRMS
 from optim.polar import Polar
+from optim.roles import RoleNorms
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import _muon
@@ -568,8 +570,8 @@ def test_initial_deviations_are_those_of_their_sources():
     """Of 64² entries or more: standard deviations within 5%, means within 4 standard errors."""
     layers, width = 3, 64
     for init in ("gpt2", "fan_in"):
-        config = GPTConfig(n_layer=layers, n_head=2, n_embd=width, block_size=4, vocab_size=256, init=init)
-        for name, p in GPT(
+        config = Track3Config(n_layer=layers, n_head=2, n_embd=width, block_size=4, vocab_size=256, init=init)
+        for name, p in Track3GPT(
             config, RoleNorms().build(Polar("exact"), 2), torch.Generator().manual_seed(0)
         ).named_parameters():
             last = name.endswith(("attention.out.weight", "mlp.down.weight"))

@@ -1,4 +1,4 @@
-"""studies/export.py, bundle.py and script.py: the exported script runs alone and gives its run's losses."""
+"""studies/export: the exported script runs alone and gives its run's losses."""
 
 import ast
 import json
@@ -12,11 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import MODELS
 from optim.directions import DIRECTIONS
 from optim.schedules import SCHEDULES
-from studies.export import bundle, pcg64, script, specialise
-from studies.export import command as export
-from studies.export.command import FILES, LINE
+from studies.export import bundle, command, compose, pcg64, script, specialise
+from studies.export import run as exported_run
+from studies.export.log import LINE
 from studies.export.specialise import ERASED, BundleError, Code, ExportError, Specialise
 from training import config as configuration
 from training.config import Config
@@ -184,7 +185,7 @@ def exported(root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *options
     bare = root / f"bare {folder.name}"
     bare.mkdir()
     (bare / "corpora").symlink_to(root / "corpora")
-    assert export.main([str(folder), "--out", str(bare / "script.py"), *options]) == 0
+    assert command.main([str(folder), "--out", str(bare / "script.py"), *options]) == 0
     return bare / "script.py"
 
 
@@ -213,7 +214,8 @@ def assert_close(found: dict[tuple[int, str], float], wanted: dict[tuple[int, st
 
 def sections(text: str) -> dict[str, str]:
     """{file: what a script has of it}."""
-    titles = {f"# ---- {title}\n\n": file for file, title in FILES.items()}
+    files = {file: title for name in MODELS for file, title in compose.files(name).items()}
+    titles = {f"# ---- {title}\n\n": file for file, title in files.items()}
     found = re.split(f"^({'|'.join(map(re.escape, titles))})", text, flags=re.MULTILINE)
     return {titles[title]: section.strip() for title, section in zip(found[1::2], found[2::2], strict=True)}
 
@@ -343,7 +345,7 @@ def test_batches_in_order_are_the_track_s(lengths: list[int]):
 
 def test_the_track_s_configuration_is_exported_without_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    assert export.main([str(ROOT / "configs/track3_124m.toml"), "--format", "track3", "--out", "script.py"]) == 0
+    assert command.main([str(ROOT / "configs/track3_124m.toml"), "--format", "track3", "--out", "script.py"]) == 0
     text = (tmp_path / "script.py").read_text()
     assert "which was not run" in text and "data/fineweb10B" in text and "GRADIENT_ACCUMULATION_STEPS = 8" in text
     compile(text, "script.py", "exec")
@@ -353,10 +355,52 @@ def test_the_track_s_script_lacks_nothing_but_its_data(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     config = configuration.to_toml(configuration.load([str(ROOT / "configs/track3_124m.toml"), "--run.device", "cpu"]))
     (tmp_path / "cpu.toml").write_text(config)
-    assert export.main(["cpu.toml", "--format", "track3", "--out", "script.py"]) == 0
+    assert command.main(["cpu.toml", "--format", "track3", "--out", "script.py"]) == 0
     code, out, err = run(tmp_path, script=str(tmp_path / "script.py"))
     assert code == 1 and out.startswith("logs/")
     assert err.strip().endswith("FileNotFoundError: data/fineweb10B/fineweb_train_*.bin")
+
+
+# ---- where it is written
+
+
+def test_a_run_s_script_is_written_beside_it_with_the_command_that_runs_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    trained(root, "beside", "--train.steps", "1")
+    monkeypatch.chdir(root)
+    assert command.main(["runs/beside"]) == 0
+    out = capsys.readouterr().out
+    count = len((root / "runs/beside/script.py").read_text(encoding="utf-8").splitlines())
+    lines = [
+        f"wrote runs/beside/script.py: {count} lines",
+        "run it where corpora/small/ is: python runs/beside/script.py",
+    ]
+    assert out.splitlines() == lines
+    code, out, err = run(root, script=str(root / "runs/beside/script.py"))
+    assert code == 0 and "val_loss" in out, err
+    assert command.main(["runs/beside", "--out", "-"]) == 0
+    assert capsys.readouterr().out == (root / "runs/beside/script.py").read_text(encoding="utf-8")
+
+
+def test_a_configuration_s_script_is_written_here_and_nothing_else_is_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    asked = [str(ROOT / "configs/track3_124m.toml"), "--format", "track3"]
+    assert command.main(asked) == command.main(asked) == 0, "the same content is no loss"
+    text = (tmp_path / "track3_124m.py").read_text(encoding="utf-8")
+    (tmp_path / "track3_124m.py").write_text("mine\n")
+    capsys.readouterr()
+    assert command.main(asked) == 2
+    assert capsys.readouterr().err == (
+        "error: track3_124m.py\n  got: a file that is there already, with other content\n"
+        "  allowed: a new file, unless --out names it\n"
+        "  fix: --out track3_124m.py to overwrite it, or --out with another name\n"
+    )
+    assert (tmp_path / "track3_124m.py").read_text() == "mine\n"
+    assert command.main([*asked, "--out", "track3_124m.py"]) == 0
+    assert (tmp_path / "track3_124m.py").read_text(encoding="utf-8") == text
 
 
 # ---- what cannot be exported
@@ -375,7 +419,7 @@ def test_the_track_s_script_lacks_nothing_but_its_data(tmp_path: Path, monkeypat
 def test_a_setting_that_the_script_lacks_is_refused(options: tuple[str, ...], key: str, root: Path):
     config = configuration.load([str(root / "small.toml"), *options, "--run.name", "x", "--model.vocab-size", "18"])
     with pytest.raises(ExportError, match=f"{key} of an exported run\n  got: .*\n  allowed: .*\n  fix: "):
-        export.check(config)
+        exported_run.check(config)
 
 
 @pytest.mark.parametrize("key", ["optim.direction", "optim.roles.bias.direction", "schedule.shape"])
@@ -386,12 +430,16 @@ def test_what_is_registered_elsewhere_is_refused(key: str, root: Path, monkeypat
         [str(root / "small.toml"), f"--{key}", "mine", "--run.name", "x", "--model.vocab-size", "18"]
     )
     with pytest.raises(ExportError, match="of an exported run\n  got: 'mine'\n  allowed: those of optim/"):
-        export.check(config)
+        exported_run.check(config)
 
 
 def test_every_setting_is_carried_neutral_or_refused_when_it_is_changed():
     """One that a later version adds is refused until somebody decides."""
-    both = [k for k in configuration.flat(Config()) if export.CARRIED.fullmatch(k) and export.NEUTRAL.fullmatch(k)]
+    both = [
+        k
+        for k in configuration.flat(Config())
+        if exported_run.CARRIED.fullmatch(k) and exported_run.NEUTRAL.fullmatch(k)
+    ]
     assert not both
     read = set(
         re.findall(
@@ -399,14 +447,14 @@ def test_every_setting_is_carried_neutral_or_refused_when_it_is_changed():
             (ROOT / "studies/export/script.py").read_text(),
         )
     )
-    assert read <= {k for k in configuration.flat(Config()) if export.CARRIED.fullmatch(k)}
+    assert read <= {k for k in configuration.flat(Config()) if exported_run.CARRIED.fullmatch(k)}
 
 
 def test_a_run_that_did_not_end_is_refused(root: Path, capsys: pytest.CaptureFixture[str]):
     folder = root / "runs/unfinished"
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text((root / "small.toml").read_text())
-    assert export.main([str(folder)]) == 2
+    assert command.main([str(folder)]) == 2
     assert "no summary.json" in capsys.readouterr().err
 
 
@@ -417,13 +465,13 @@ def test_a_file_that_is_no_toml_is_refused(
     content: bytes, got: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "x.toml").write_bytes(content)
-    assert export.main([str(tmp_path / "x.toml")]) == 2
+    assert command.main([str(tmp_path / "x.toml")]) == 2
     assert re.search(rf"error: .*x.toml\n  {got}.*\n  allowed: TOML\n  fix: ", capsys.readouterr().err)
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = tmp_path / "no/such/x.py"
-    assert export.main([str(ROOT / "configs/track3_124m.toml"), "--format", "track3", "--out", str(file)]) == 2
+    assert command.main([str(ROOT / "configs/track3_124m.toml"), "--format", "track3", "--out", str(file)]) == 2
     assert (
         f"--out\n  got: {file} (No such file or directory)\n  allowed: a file in a folder that is there\n"
         in capsys.readouterr().err
@@ -485,6 +533,36 @@ def f(x):
     return [h(x) for _ in range(N)]
 """
     assert specialised(text, known).strip() == wanted.strip()
+
+
+def test_what_follows_a_decided_return_is_left_out():
+    text = """
+def f(config, x):
+    if config.kind == "a":
+        return x
+    y = g(x)
+    return y
+
+def h(config, x):
+    if x:
+        config.check()
+    elif config.kind == "a":
+        x += 1
+    return x
+"""
+    wanted = """
+def f(x):
+    return x
+
+def h(x):
+    if x:
+        pass
+    else:
+        x += 1
+    return x
+"""
+    known = {"config.kind": "a", "config": ERASED, "config.check()": ERASED}
+    assert specialised(text, known).replace("\n\n", "\n").strip() == wanted.replace("\n\n", "\n").strip()
 
 
 def make(root: Path, **files: str) -> str:

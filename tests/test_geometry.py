@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from model import GPT, GPTConfig, RoleNorms
+from model import GPT
+from models.track3 import Track3Config, Track3GPT
 from optim import Dualized, ModularNorm, Normalized, metrize
 from optim.norms import Frobenius, L1ToLinf, L1ToRMS, MaxEntry, Norm, RMSToLinf, RMSToRMS, Spectral, VectorRMS
 from optim.polar import SCHEDULES, Polar
+from optim.roles import RoleNorms
 from optim.views import Blocks, ConvRMSToRMS, Experts, Flattened, Transposed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,7 +26,7 @@ from tests.helpers import ranks
 DIGITS = 1e-5  # numbers have six of them
 CLOSE = 1e-3  # what a size is promised within
 EXACT = Polar("exact")
-CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=11, zero_init=False)
+CONFIG = Track3Config(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=11, zero_init=False)
 PER_TENSOR = {"relative_step", "weight_norm", "grad_dual_norm"}
 TOTALS = {"modular_weight_norm", "modular_grad_dual_norm"}
 
@@ -62,9 +64,9 @@ def measured(
 
 
 def gpt(dtype: torch.dtype = torch.float64, *, per_head: bool = False, polar: Polar = EXACT, **changes: Any) -> GPT:
-    config = GPTConfig(**(vars(CONFIG) | changes))
+    config = Track3Config(**(vars(CONFIG) | changes))
     norms = RoleNorms(per_head=per_head).build(polar, config.n_head)
-    return GPT(config, norms, torch.Generator().manual_seed(0)).to(dtype)
+    return Track3GPT(config, norms, torch.Generator().manual_seed(0)).to(dtype)
 
 
 def backward(model: nn.Module, seed: int = 0) -> Tensor:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from data.shards import read_manifest
 from studies import runs
-from studies.export.command import LINE, Run
+from studies.export.log import LINE
+from studies.export.run import Run
 from studies.record_book import add as adding
 from studies.record_book import book as shelf
 from studies.record_book import check as checking

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import pytest
-from model import RoleMasses, RoleNorms
 from optim import Dualized, register_baseline
 from optim.baselines import BASELINES
 from optim.errors import Refusal
 from optim.norms import NORMS, RMSToRMS
 from optim.polar import SCHEDULES, Polar
+from optim.roles import RoleMasses, RoleNorms
 from optim.schedules import Schedule
 from optim.settings import Help, OneOf, Range, StepSettings, allowed, by_role, help_texts, hints_of
 from training import config as configuration

@@ -4,16 +4,20 @@ import math
 import tomllib
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import pytest
 import torch
-from model import GPT, Block, RoleMasses
+from model import GPT, Block
 from models import MODELS, ModelConfig, build
-from models.ngram import NgramCache, NgramConfig, NgramGPT, match_rows, ngram_rows, shift
+from models.generation import Cache, generate
+from models.ngram import NgramConfig, NgramGPT, match_rows, ngram_rows, shift
+from models.track3 import Track3GPT
 from optim import Dualized, metrize
+from optim.roles import RoleMasses
 from torch.utils.flop_counter import FlopCounterMode
 from training.config import Config, ConfigError, from_dict, load
+from training.migrate import migrate
 
 from tests.helpers import ROOT
 
@@ -56,7 +60,7 @@ def test_positions_see_only_the_past(options: dict):
 @pytest.mark.parametrize("options", [{"ngram": 1}, {"mlp_shift": False}, {"ngram": 5}, MATCHES])
 def test_cached_generation_is_what_the_whole_forward_would_say(options: dict, prompt: int):
     model, idx = small(block_size=64, **options), tokens(2, prompt, vocabulary=2)
-    fast = model.generate(idx, 20, temperature=0, matching=True)
+    fast = generate(model, idx, 20, temperature=0, matching=True)
     slow = idx
     for _ in range(20):
         slow = torch.cat((slow, model(slow)[0][:, -1].argmax(-1, keepdim=True)), dim=1)
@@ -70,7 +74,7 @@ def test_generation_goes_past_the_block_with_the_ngrams_of_the_text():
         model.head.weight.copy_(torch.randn(11, 16, generator=torch.Generator().manual_seed(2)))
         model.get_parameter("ngram_embedding.weight").normal_(generator=torch.Generator().manual_seed(3))
     idx = tokens(3, 9)
-    out = model.generate(idx, 30, temperature=0)
+    out = generate(model, idx, 30, temperature=0)
     for t in range(9 + 3, 39):  # once the prompt's cut at block_size is out of reach
         assert torch.equal(out[:, t], model(out[:, t - 4 : t])[0][:, -1].argmax(-1))
 
@@ -128,7 +132,7 @@ def test_in_training_some_sequences_find_no_matches():
     model, idx = small(**MATCHES, match_dropout=0.5), tokens(20, 40, vocabulary=2)
     with torch.no_grad():
         model.get_parameter("match_embedding.weight")[[*range(1, 12), *range(13, 24)]] += 1  # all rows but "never"
-    logits = {"found": model(idx)[0], "none": model(idx, cache=NgramCache(model.config, matching=False))[0]}
+    logits = {"found": model(idx)[0], "none": model(idx, cache=Cache(model.config, matching=False))[0]}
     model.train()
     torch.manual_seed(0)
     mixed = model(idx)[0]
@@ -148,9 +152,9 @@ def test_without_matching_no_text_repeats_itself():
         model.get_parameter("match_embedding.weight")[[*range(1, 12), *range(13, 24)]] += 1  # all rows but "never"
     never = small(**MATCHES)
     assert not torch.equal(model(idx)[0], never(idx)[0])
-    unmatched, never_matched = (m(idx, cache=NgramCache(m.config, matching=False))[0] for m in (model, never))
+    unmatched, never_matched = (m(idx, cache=Cache(m.config, matching=False))[0] for m in (model, never))
     assert torch.equal(unmatched, never_matched)
-    assert torch.equal(model.generate(idx, 9, temperature=0), never.generate(idx, 9, temperature=0))
+    assert torch.equal(generate(model, idx, 9, temperature=0), generate(never, idx, 9, temperature=0))
 
 
 @pytest.mark.parametrize("rows", [1000, 4096, 65536])
@@ -294,21 +298,58 @@ def test_an_option_does_not_change_the_model_of_a_file(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_name_decides_the_class(name: Literal["gpt", "ngram"]):
+def test_the_name_decides_the_class(name: str):
     assert (
         type(build(ModelConfig(1, 1, 8, block_size=4, vocab_size=7, name=name)))
-        is {"gpt": GPT, "ngram": NgramGPT}[name]
+        is {"gpt": GPT, "track3": Track3GPT, "ngram": NgramGPT}[name]
     )
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "records").rglob("*.toml")), ids=lambda p: p.stem)
 def test_configurations_without_a_name_are_the_models_that_they_were(path: Path):
-    """Those of the record book: with n-gram settings "ngram", and without them, or with their defaults, "gpt"."""
+    """Those of the record book: with n-gram settings "ngram", with the optimization track's "track3", and without
+    them, or with their defaults, "gpt"."""
     raw = tomllib.loads(path.read_text())["model"]
     model = from_dict(Config, {"model": raw}).model
-    assert model.name == ("ngram" if raw.get("ngram", 1) > 1 else "gpt")
+    other = "track3" if raw.get("residual", "convex") == "plain" else "gpt"
+    assert model.name == ("ngram" if raw.get("ngram", 1) > 1 else other)
     assert {key: getattr(model, key) for key in raw} == raw
     model.check()
+
+
+TRACK3: dict[str, Any] = {
+    "residual": "plain",
+    "branch_gains": False,
+    "norm_gains": True,
+    "rotary": "half",
+    "init": "track",
+}
+
+
+@pytest.mark.parametrize("setting", TRACK3)
+def test_a_gpt_of_before_with_settings_of_the_track_is_its_fork(setting: str):
+    """Files and options of when these were settings of "gpt", which wrote its name or none."""
+    raw: dict[str, Any] = {setting: TRACK3[setting]} | ({"residual": "plain"} if setting == "branch_gains" else {})
+    for name in ({}, {"name": "gpt"}):
+        assert from_dict(Config, {"model": raw | name}).model.name == "track3"
+    migrated, lines = migrate({"model": {"name": "gpt", **raw}})
+    assert migrated["model"]["name"] == "track3"
+    assert lines == ['model.name is "track3", by the other settings of the model']
+    for name in ("track3", "ngram"):
+        assert migrate({"model": {"name": name, **raw}}) == ({"model": {"name": name, **raw}}, [])
+    options = [f"--model.{k.replace('_', '-')}={v}" for k, v in raw.items()]
+    assert load(["--run.name", "x", *options]).model.name == "track3"
+    with pytest.raises(ValueError, match="with model.name = 'gpt'\n  fix: --model.name track3 or ngram"):
+        ModelConfig(n_head=2, n_embd=16, **raw).check()
+
+
+def test_an_ngram_model_has_the_track_s_settings_too():
+    """As before these were a fork's: quickstart.toml turns half of each head's pairs."""
+    raw: dict[str, Any] = {"ngram": 2, "rotary": "half", "residual": "plain"}
+    assert from_dict(Config, {"model": raw}).model.name == "ngram"
+    model = build(ModelConfig(2, 2, 16, block_size=8, vocab_size=11, name="ngram", bias=True, **{**raw, **TRACK3}))
+    norm = metrize(model, model.structure())
+    assert set(norm.roles.values()) == {"embedding", "ngram", "attention", "mlp", "head", "gain", "bias"}
 
 
 def test_the_track_s_configuration_is_what_it_says():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from data.loader import Dataset
 from matplotlib.figure import Figure
-from model import GPT, rotary
+from model import GPT
 from studies import runs, transfer
 from studies.intervals import Interval
 from studies.runs import StudyError
@@ -313,7 +313,7 @@ def test_the_coordinate_check_is_the_change_of_activations(root: Path, capsys: p
             with torch.no_grad():
                 stream = [model.embedding(idx_BT)]
                 for block in model.blocks:
-                    stream.append(block(stream[-1], rotary(torch.arange(T), 8)))
+                    stream.append(block(stream[-1], model.rotary(torch.arange(T))))
                 seen.append([*stream, model(idx_BT)[0]])
         for name, before, after in zip(rows, *seen, strict=True):
             changes[name].append(math.sqrt(float(((after - before).double() ** 2).mean())))

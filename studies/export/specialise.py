@@ -118,7 +118,11 @@ class Specialise(ast.NodeTransformer):
 
     def visit_If(self, node: ast.If) -> Any:
         branch = self._branch(node)
-        return self.generic_visit(node) if branch is None else self.statements(branch)
+        if branch is not None:
+            return self.statements(branch)
+        self.generic_visit(node)
+        node.body = node.body or [ast.Pass()]
+        return node
 
     def statements(self, nodes: list[ast.stmt]) -> list[ast.stmt]:
         """Return what is left of statements."""
@@ -156,7 +160,8 @@ class Specialise(ast.NodeTransformer):
         spec.defaults = [d for d in defaults if d is not None]
         spec.kwonlyargs, spec.kw_defaults = self._kept(spec.kwonlyargs, spec.kw_defaults)
         self.generic_visit(node)
-        node.body = node.body or [ast.Pass()]
+        ends = (i for i, n in enumerate(node.body, start=1) if isinstance(n, ast.Return))
+        node.body = node.body[: next(ends, None)] or [ast.Pass()]
         return node
 
     def _kept(

@@ -16,7 +16,9 @@ from training import config as configuration
 from training.config import Config
 
 from .. import runs
-from ..export.command import LINE, Run, log_lines, nested, read, script
+from ..export.compose import script
+from ..export.log import LINE, log_lines
+from ..export.run import Run, nested, read
 from ..runs import ROOT
 from . import book
 from .book import RecordError

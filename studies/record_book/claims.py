@@ -15,7 +15,7 @@ from optim.errors import require
 from training import config as configuration
 
 from .. import runs, statistics
-from ..export.command import Run, read
+from ..export.run import Run, read
 from .book import RecordError
 from .tracks import Track
 

@@ -28,7 +28,7 @@ from data.shards import DataError
 from training.config import ConfigError
 from training.errors import RunError
 
-from ..export.command import ExportError
+from ..export.specialise import ExportError
 from ..runs import StudyError
 from . import book
 from .add import add_record

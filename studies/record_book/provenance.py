@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from training.provenance import git_state
 
-from ..export.command import Run
+from ..export.run import Run
 from ..runs import ROOT
 from .book import RecordError
 from .claims import summary_of

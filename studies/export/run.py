@@ -1,0 +1,141 @@
+"""What is exported: a run or a configuration, read, and refused where no script can carry it out."""
+
+import re
+import tomllib
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from optim.baselines import BASELINES
+from optim.errors import require
+from optim.schedules import SCHEDULES
+from optim.settings import StepSettings
+from training import config as configuration
+from training.config import Config
+from training.provenance import git_state
+
+from ..runs import ROOT, summary
+from .specialise import ExportError
+
+# What a script carries out. All other settings must be at their defaults, but those that change
+# nothing that it computes.
+NOT_CARRIED, OF_STORAGE = ("momentum_dtype",), ("master_weights",)  # of a step
+STEP = [f.name for f in fields(StepSettings) if f.name not in (*NOT_CARRIED, *OF_STORAGE)]
+CARRIED = re.compile(
+    r"(model|schedule|baseline|optim\.polar|optim\.norms|optim\.masses)\..*"
+    r"|run\.(seed|device|precision|compile|threads)|data\.dataset"
+    rf"|optim\.(name|composition)|optim\.(roles\.\w+\.)?({'|'.join(STEP)})"
+    r"|train\.(steps|batch_size|gradient_accumulation_steps|eval_every|eval_tokens"
+    r"|eval_batch_size|log_every)"
+)
+NEUTRAL = re.compile(
+    r"run\.(name|dir|resume|parallel|shard_size|timeout)|data\.verify"
+    rf"|optim\.({'|'.join(OF_STORAGE)}|auto\..*)"
+    r"|train\.(target_loss|telemetry_every|sharpness_.*|checkpoint_every|keep_checkpoints"
+    r"|max_nonfinite|pictures|sample_.*)"
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is exported.
+
+    world: the processes that it was computed by. origin: a line for the script's docstring.
+    """
+
+    name: str
+    config: Config
+    world: int
+    origin: str
+    folder: Path | None = None
+
+
+# ---- reading
+
+
+def read(source: Path) -> Run:
+    """Return the run of a folder, or of a configuration file."""
+    folder = source if source.is_dir() else None
+    file = source / "config.toml" if folder else source
+    require(
+        file.is_file(),
+        source,
+        got=f"no {'config.toml in it' if folder else 'such file'}",
+        allowed="a run's folder, or a configuration file",
+        fix="another path",
+        error=ExportError,
+    )
+    config = configuration.load([str(file)])
+    if folder is None:
+        config.run.name = file.stem  # not the time of now
+        commit = commit_text(*git_state())
+        origin = f"Exported from the configuration {file.name}, which was not run, by {commit}."
+        return Run(file.stem, config, 1, origin)
+    end = summary(source)
+    if end is None:
+        allowed, fix = "a run that came to its end", "train_gpt.py … --run.resume"
+        raise ExportError(source, got="no summary.json", allowed=allowed, fix=fix)
+    origin = f"Exported from the run {source.name} of {commit_text(end['commit'], end['dirty'])}."
+    return Run(source.name, config, end["world_size"], origin, source)
+
+
+def commit_text(commit: str | None, dirty: bool | None) -> str:
+    """Return the words for the code that a run was made with."""
+    changes = " with changes that were not committed" if dirty else ""
+    return f"nanodual, commit {commit}{changes}" if commit else "nanodual"
+
+
+def nested(config: Config) -> dict[str, Any]:
+    """Return a configuration as configuration.from_dict takes it: a copy can be changed."""
+    return tomllib.loads(configuration.to_toml(config))
+
+
+def resolved(run: Run) -> Config:
+    """Return a copy of a run's configuration, with what a script chooses by itself."""
+    config = configuration.from_dict(Config, nested(run.config))
+    if run.folder is None and config.run.device == "auto":
+        config.run.device = "cuda"
+    if config.optim.polar.dtype == "auto":
+        low = config.run.precision == "bf16" or config.optim.name == "muon_adamw"
+        config.optim.polar = replace(config.optim.polar, dtype="bfloat16" if low else "float32")
+    return config
+
+
+# ---- refusing
+
+
+def check(config: Config) -> None:
+    """Raise ExportError for a setting that a script does not carry out."""
+    default, o = configuration.flat(Config()), config.optim
+    for key, value in configuration.flat(config).items():
+        if value != default[key] and not CARRIED.fullmatch(key) and not NEUTRAL.fullmatch(key):
+            raise refusal(key, value, f"{default[key]!r}")
+    exported = ("dualized", *(name for name, recipe in BASELINES.items() if not recipe.normed))
+    ours = (ROOT / "optim/directions.py").read_text(encoding="utf-8")
+    directions = {s.get("direction", o.direction) for s in (vars(o), *o.roles.given().values())}
+    direction = next((d for d in directions if f'\n    "{d}": ' not in ours), None)
+    shape, vocabulary = config.schedule.shape, config.model.vocab_size
+    of_optim = SCHEDULES[shape].__module__ == "optim.schedules"
+    muon = o.name != "muon_adamw" or o.polar.dtype == "bfloat16"
+    for key, value, fine, allowed in (
+        ("optim.lr", o.lr, not isinstance(o.lr, str), "a number"),
+        ("optim.name", o.name, o.name in exported, ", ".join(exported)),
+        ("optim.direction", direction, not direction, "those of optim/directions.py"),
+        ("schedule.shape", shape, of_optim, "those of optim/schedules.py"),
+        ("optim.polar.dtype", o.polar.dtype, muon, "'bfloat16', in which torch's Muon iterates"),
+        ("run.device", config.run.device, config.run.device in ("cpu", "cuda"), "cpu, cuda"),
+        ("run.precision", config.run.precision, config.run.precision != "auto", "fp32, bf16"),
+        ("model.vocab_size", vocabulary, vocabulary is not None, "a number"),
+    ):
+        if not fine:
+            raise refusal(key, value, allowed)
+
+
+def refusal(key: str, value: object, allowed: str) -> ExportError:
+    """Return the error for a setting that a script cannot have."""
+    return ExportError(
+        f"{key} of an exported run",
+        got=repr(value),
+        allowed=allowed,
+        fix="another run, or studies/export/script.py, which has to do what it asks for",
+    )

@@ -1,0 +1,73 @@
+"""What of a run's configuration the specialiser knows, by the file that asks for it.
+
+An entry is an expression as it is written in the file, with its value: a constant, other code, or
+nothing, where a script has no such thing.
+"""
+
+from typing import Any
+
+from model import GPT
+from training import config as configuration
+from training.config import Config
+
+from .specialise import ERASED, Code
+
+SCRIPT = "studies/export/script.py"  # the script's end, which asks for all else
+
+
+def model_files(model: type[GPT]) -> dict[str, str]:
+    """Return {file: the title of its part} of a model and of those that it extends, these first."""
+    classes = [cls for cls in reversed(model.__mro__) if issubclass(cls, GPT)]
+    files = {f"{cls.__module__.replace('.', '/')}.py": cls for cls in classes}
+    titles = {file: f"Architecture: what {cls.__name__} adds" for file, cls in files.items()}
+    return titles | {"model.py": "Architecture"}
+
+
+def known_values(
+    config: Config, model: type[GPT], *, slots: int, track: bool
+) -> dict[str, dict[str, Any]]:
+    """Return what is known in the files that are specialised, {file: {expression: value}}.
+
+    slots: micro-batches of a step. track: with the optimization track's data order and evaluations.
+    """
+    of_model = dict.fromkeys(model_files(model), values_of_model(config))
+    return {**of_model, SCRIPT: values_of_script(config, model, slots=slots, track=track)}
+
+
+def values_of_model(config: Config) -> dict[str, Any]:
+    """Return what is known in the files of the model."""
+    values = {
+        f"{owner}.{key}": value
+        for owner in ("config", "c", "self.config")
+        for key, value in vars(config.model).items()
+    }
+    values |= {
+        "for (leaf, _) in self.structure().radii()": Code("for leaf in WEIGHTS"),
+        "self.head.weight.is_meta": Code("False"),
+    }
+    # No text is generated: nothing is cached.
+    cached = ("past", "cache", "before")
+    values |= {f"{name} is None": Code("True") for name in cached}
+    values |= {f"{name} is not None": Code("False") for name in cached}
+    erased = ["config", "self.config", "config.check()", "norms", *cached, "before_BS"]
+    erased += ["cache.layers[i] if cache else None", "cache.text_BS if cache else None"]
+    if config.model.init != "norm":  # a fork draws its weights, from no norm
+        erased += ["p.copy_(leaf.norm.init(p.shape, generator))"]
+    return values | dict.fromkeys(erased, ERASED)
+
+
+def values_of_script(
+    config: Config, model: type[GPT], *, slots: int, track: bool
+) -> dict[str, Any]:
+    """Return what is known in the script's end."""
+    at = "step, config.train.steps"
+    lr = ", ".join(f"{k}=config.schedule.{k}" for k in ("warmup", "cooldown", "power"))
+    beta = ", ".join(f"{k}=config.schedule.beta_{k}" for k in ("low", "warmup", "cooldown"))
+    return {f"config.{k}": v for k, v in configuration.flat(config).items()} | {
+        "config.train.gradient_accumulation_steps": slots,
+        "config.model": ERASED,
+        f"config.schedule.lr_at({at})": Code(f"{config.schedule.shape}({at}, {lr})"),
+        f"config.schedule.beta_at({at}, beta=beta)": Code(f"momentum_at({at}, beta=beta, {beta})"),
+        "build": Code(model.__name__),
+        "TRACK": track,
+    }
