@@ -31,8 +31,8 @@ class ModelConfig(NgramConfig):
     """The model, by name. Settings of other models must be at their defaults."""
 
     name: Annotated[str, OneOf(MODELS)] = "gpt"
-    """"gpt" is the GPT of model.py. "track3" has the parts of the speedrun's optimization track, and
-    other residual streams and initial weights for comparisons (models/track3.py). "ngram" adds
+    """"gpt" is the GPT of model.py. "track3" has the parts of the speedrun's optimization track,
+    and other residual streams and initial weights for comparisons (models/track3.py). "ngram" adds
     tables of n-grams and matches (models/ngram.py)."""
 
     def check(self) -> None:

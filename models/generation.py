@@ -10,7 +10,7 @@ from model import GPT, GPTConfig
 
 
 class Past:
-    """What one layer keeps of a text: keys and values (B, H, T, K) of the last positions.
+    """The part of a text that one layer keeps: keys and values (B, H, T, K) of the last positions.
 
     last: what the MLP has from the last position, where it looks back (models/ngram.py).
     """
@@ -32,7 +32,7 @@ class Past:
 
 
 class Cache:
-    """What a text leaves for its next token: its length, its last tokens, the past of each layer.
+    """All that a text leaves for its next token: length, last tokens, the past of each layer.
 
     All but the length are of the last block_size − 1 positions. matching: whether the n-gram model
     looks up matches in the text. By default it does not: a text that is matched with itself soon

@@ -72,7 +72,7 @@ def ngram_rows(idx_BT: Tensor, *, order: int, rows: int, before: Tensor | None =
     symbol of its own. Hashing is multiplicative (Knuth, The Art of Computer Programming, vol. 3,
     §6.4).
     """
-    found, T = [], idx_BT.shape[1]
+    rows_by_order, T = [], idx_BT.shape[1]
     seen_BS = idx_BT if before is None else torch.cat((before, idx_BT), dim=1)
     seen_BS = F.pad(seen_BS + 1, (order - 1, 0))  # 0 is "no token"
     S = seen_BS.shape[1]
@@ -80,8 +80,8 @@ def ngram_rows(idx_BT: Tensor, *, order: int, rows: int, before: Tensor | None =
     for back in range(1, order):
         # Products wrap around, the same on all devices.
         key_BT = key_BT * GOLDEN + seen_BS[:, S - T - back : S - back]
-        found.append(((key_BT * GOLDEN) >> 32) % rows)
-    return torch.stack(found, dim=-1)
+        rows_by_order.append(((key_BT * GOLDEN) >> 32) % rows)
+    return torch.stack(rows_by_order, dim=-1)
 
 
 def match_rows(
@@ -100,9 +100,9 @@ def match_rows(
     position behind the last one before it that has the same key.
     """
     seen_BS = idx_BT if before is None else torch.cat((before, idx_BT), dim=1)
-    place_S, found = torch.arange(seen_BS.shape[1], device=idx_BT.device), []
+    place_S, rows_by_length = torch.arange(seen_BS.shape[1], device=idx_BT.device), []
     key_BS, length = seen_BS + 1, 1
-    while len(found) < matches:
+    while len(rows_by_length) < matches:
         # Two keys of neighbours make a key of twice the tokens.
         key_BS = key_BS * GOLDEN + F.pad(key_BS, (length, 0))[:, : key_BS.shape[1]]
         key_BS ^= key_BS >> 29
@@ -114,8 +114,8 @@ def match_rows(
         last_BS = torch.full_like(order_BS, -1).scatter_(1, order_BS[:, 1:], again_BS)
         known_BS = (last_BS >= 0) & (place_S >= length - 1)
         follower_BS = torch.where(known_BS, seen_BS.gather(1, last_BS + 1) + 1, 0)
-        found.append(follower_BS + len(found) * (vocabulary + 1))
-    return torch.stack(found, dim=-1)[:, -idx_BT.shape[1] :]
+        rows_by_length.append(follower_BS + len(rows_by_length) * (vocabulary + 1))
+    return torch.stack(rows_by_length, dim=-1)[:, -idx_BT.shape[1] :]
 
 
 # ---- a layer that looks one position back

@@ -18,8 +18,8 @@ import numpy as np
 from . import runs
 from .intervals import Interval, student
 
-# Quantities that have a trajectory, each with the flag that says it has converged. The others need none: the
-# modular sharpness is a lower bound in any case.
+# Quantities that have a trajectory, each with the flag that says it has converged. The others need
+# none: the modular sharpness is a lower bound in any case.
 QUANTITIES = {
     "lambda_max": "converged",
     "preconditioned": "preconditioned_converged",

@@ -29,8 +29,8 @@ from .runs import StudyError
 
 DIGITS = 4  # of a value, as it is written in configurations and names
 FURTHER = 64  # batches of Sobol points that are drawn at most, until enough trials differ
-# The seed of the Sobol sequence's scrambling. Entries with as many keys are tried at the same places of
-# their boxes.
+# The seed of the Sobol sequence's scrambling. Entries with as many keys are tried at the same
+# places of their boxes.
 SEED = 0
 SECTIONS = ("optim.", "schedule.", "baseline.", "model.")  # whose keys may be tuned
 RANGE = re.compile(

@@ -28,7 +28,7 @@ COLUMNS, COLUMNS_OF_TESTS, SCREEN, FILE = 100, 120, 60, 450
 # The first words of functions' docstrings. Another verb, in the imperative, is added here.
 VERBS = set(
     """
-    Add Adopt Append Average Begin Bring Build Check Choose Clear Compare Copy Count Decide Declare Do Draw Drop
+    Label Add Adopt Append Average Begin Bring Build Check Choose Clear Compare Copy Count Decide Declare Do Draw Drop
     Dualize End Estimate Find Fit Give Hold Interpolate Iterate Join Judge Keep Leave Let List Load Lock Make
     Measure Note Open Prepare Print Publish Raise Read Refuse Remove Report Return Run Save Seed Set Shard Split
     Start Step Surround Sweep Take Tell Terminate Time Train Validate Wait Watch Write Yield Zero

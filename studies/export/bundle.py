@@ -108,13 +108,13 @@ def imports_of(text: str) -> dict[str, tuple[str, str]]:
 
     A relative import's module begins with its dots.
     """
-    found = {}
+    parts_by_name = {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.Import | ast.ImportFrom):
             module = "." * getattr(node, "level", 0) + (getattr(node, "module", None) or "")
             parts = {a.asname or a.name.split(".")[0]: ast.unparse(a) for a in node.names}
-            found |= {name: (module, part) for name, part in parts.items()}
-    return found
+            parts_by_name |= {name: (module, part) for name, part in parts.items()}
+    return parts_by_name
 
 
 # ---- one file of several
@@ -158,10 +158,10 @@ def bundle(
     body = "\n\n\n".join(sections)
     used = {n.id for n in ast.walk(ast.parse(body)) if isinstance(n, ast.Name)}
     numbers = {k: v for k, v in constants.items() if k in used}
-    imports = [(name, found) for name, found in reach.imports if name in used]
+    imports = [(name, imported) for name, imported in reach.imports if name in used]
     names = [*(n for items in parts.values() for i in items for n in i.names), *numbers]
     _check([*names, *(name for name, _ in imports)], used)
-    top = _imports({found for _, found in imports})
+    top = _imports({imported for _, imported in imports})
     header = "".join(f"{k} = {v!r}\n" for k, v in numbers.items())
     return f"{top}\n# ---- Hyperparameters\n\n{header}\n\n{body}\n"
 
@@ -191,18 +191,18 @@ def formatted(text: str) -> str:
     return done.stdout if done.returncode == 0 else text
 
 
-def _imports(found: set[tuple[str, str]]) -> str:
+def _imports(imported: set[tuple[str, str]]) -> str:
     """Return import statements, the standard library's first."""
-    lines = [f"import {part}" for module, part in sorted(found) if not module]
-    for module in sorted({module for module, _ in found if module}):
-        parts = ", ".join(part for of, part in sorted(found) if of == module)
+    lines = [f"import {part}" for module, part in sorted(imported) if not module]
+    for module in sorted({module for module, _ in imported if module}):
+        parts = ", ".join(part for of, part in sorted(imported) if of == module)
         lines.append(f"from {module} import {parts}")
     own = [line for line in lines if line.split()[1].split(".")[0] in sys.stdlib_module_names]
     return "\n".join([*own, "", *(line for line in lines if line not in own), ""])
 
 
 class Reach:
-    """What the last file's effects name, what that names, and so on."""
+    """All that the last file's effects name, all that this names, and so on."""
 
     def __init__(self, sources: list[Source], packages: Sequence[str]) -> None:
         """Find it. packages: those whose names are among the files."""
@@ -226,9 +226,9 @@ class Reach:
                     members += [(source, m) for m in node.body]
                 else:
                     self._leave(source, node)
-            while found := [x for x in members if self._mentioned(x[1])]:
-                members = [x for x in members if x not in found]
-                for of, member in found:
+            while reached := [x for x in members if self._mentioned(x[1])]:
+                members = [x for x in members if x not in reached]
+                for of, member in reached:
                     self._leave(of, member)
 
     def _leave(self, source: Source, node: ast.stmt) -> None:
@@ -241,7 +241,7 @@ class Reach:
     def _follow(self, source: Source, *nodes: ast.AST) -> None:
         """Note to look at the definitions of the names in code."""
         names = (n for node in nodes for n in ast.walk(node) if isinstance(n, ast.Name))
-        self.todo += [found for n in names for found in self._definition(source, n.id)]
+        self.todo += [definitions for n in names for definitions in self._definition(source, n.id)]
 
     def _definition(self, source: Source, name: str) -> list[tuple[Source, Item]]:
         """Return where a name is defined: nowhere if Python has it, if it is a local name, and if
@@ -255,17 +255,20 @@ class Reach:
             return []
         # Where a package hands names on, the file is the one that has it. What known values name
         # in a specialised file is not imported there.
-        found = [(s, i) for s in self.sources if (i := s.definition(name)) is not None]
-        exact = [(s, i) for s, i in found if Path(s.file).stem == module.split(".")[-1]]
-        found = exact or found
+        definitions = [(s, i) for s in self.sources if (i := s.definition(name)) is not None]
+        exact = [(s, i) for s, i in definitions if Path(s.file).stem == module.split(".")[-1]]
+        definitions = exact or definitions
         if imported is None:
-            return found if source.items[0].text is None and len(found) == 1 else []
-        if len(found) != 1:
-            what, got = f"{name}, which {source.file} needs", f"{len(found)} definitions of it"
+            return definitions if source.items[0].text is None and len(definitions) == 1 else []
+        if len(definitions) != 1:
+            what, got = (
+                f"{name}, which {source.file} needs",
+                f"{len(definitions)} definitions of it",
+            )
             allowed = f"one in {', '.join(s.file for s in self.sources)}"
             fix = "decide the branch that needs it, or add its file"
             raise BundleError(what, got=got, allowed=allowed, fix=fix)
-        return found
+        return definitions
 
     def _mentioned(self, member: ast.stmt) -> bool:
         names = _defined(member)

@@ -133,9 +133,9 @@ class Specialise(ast.NodeTransformer):
     def visit_For(self, node: ast.For) -> Any:
         known = self.known.get(f"for {ast.unparse(node.target)} in {ast.unparse(node.iter)}")
         if known is not None:
-            made = ast.parse(f"{known.text}: ...").body[0]
-            assert isinstance(made, ast.For)
-            node.target, node.iter = made.target, made.iter
+            loop = ast.parse(f"{known.text}: ...").body[0]
+            assert isinstance(loop, ast.For)
+            node.target, node.iter = loop.target, loop.iter
         return self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
@@ -188,12 +188,12 @@ def parse(text: str) -> ast.Module:
     Those inside brackets and before `else` are left out.
     """
     before: dict[int, list[str]] = {}  # comments, by the line on which their statement begins
-    waiting, made, first, depth = [], [], 0, 0
+    waiting, marked, first, depth = [], [], 0, 0
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
-            told = not re.match(r"# (type|pyright|noqa)\b", token.string)
-            waiting += [token.string] if told and not first else []
-            before.get(first, []).extend([token.string] if told and not depth else [])
+            is_prose = not re.match(r"# (type|pyright|noqa)\b", token.string)
+            waiting += [token.string] if is_prose and not first else []
+            before.get(first, []).extend([token.string] if is_prose and not depth else [])
         elif token.type == tokenize.NEWLINE:
             first = 0
         elif token.type not in (tokenize.NL, tokenize.INDENT, tokenize.DEDENT):
@@ -204,9 +204,9 @@ def parse(text: str) -> ast.Module:
     for number, line in enumerate(text.splitlines(), start=1):
         indent = line[: len(line) - len(line.lstrip())]
         if not re.match(r"\s*(else|elif|except|finally)\b", line):
-            made += [f"{indent}{COMMENT + comment!r}" for comment in before.get(number, [])]
-        made.append(line)
-    return ast.parse("\n".join(made) + "\n")
+            marked += [f"{indent}{COMMENT + comment!r}" for comment in before.get(number, [])]
+        marked.append(line)
+    return ast.parse("\n".join(marked) + "\n")
 
 
 def unparse(nodes: Sequence[ast.AST]) -> str:

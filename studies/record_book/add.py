@@ -39,7 +39,7 @@ LIMIT = 1_000_000
 
 @dataclass
 class Evidence:
-    """What a record rests on: judged runs, or configurations that were not run here."""
+    """The evidence of a record: judged runs, or configurations that were not run here."""
 
     claims: list[Claim] = field(default_factory=list)
     # results.json, if the runs are a study's.

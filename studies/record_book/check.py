@@ -28,7 +28,7 @@ SAME = 1e-6
 # Two-sided level at which means on different machines differ: one check in a hundred fails by
 # chance.
 DOUBT = 0.01
-# What a training that repeats another need not do.
+# A training that repeats another need not do this.
 QUIET = {"train.keep_checkpoints": 0, "train.sample_tokens": 0, "train.pictures": False}
 
 Json = dict[str, Any]

@@ -1,4 +1,4 @@
-"""What an entry of a record claims: a figure, its interval, and whether it passes the rule."""
+"""The claim of a record's entry: a figure, its interval, and whether it passes the rule."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from ..runs import ROOT
 from .book import RecordError
 from .claims import summary_of
 
-# What a run's numbers come from, and what writes its script.
+# A run's numbers come from these files, which also write its script.
 CODE = ("model.py", "models", "optim", "data", "train_gpt.py", "training", "studies/export")
 
 

@@ -27,7 +27,7 @@ class Track:
     title: str
     # A loss in nats per token, measured once and fixed since.
     target: float
-    # What is counted, for runs whose mean end loss over seeds passes the rule at `target`.
+    # The figure that counts, for runs whose mean end loss over seeds passes the rule at `target`.
     figure: Literal["steps", "seconds"]
     # sha256 over the sha256 of the shards, train and then val. None: the track is not run here.
     corpus: str | None

@@ -44,7 +44,8 @@ def charts(results: Json) -> list[Json]:
 
 
 def loss_curves(results: Json) -> Json:
-    """Chart the losses over each judged run, on validation text and on training batches."""
+    """Return a chart of the losses over each judged run, on validation text and on training
+    batches."""
     lines, settled = [], []
     for i, entry in enumerate(results["entries"]):
         for run in entry["runs"]:
@@ -139,7 +140,8 @@ def _band(i: int, entry: Json, level: float) -> list[Json]:
 
 
 def end_losses(results: Json) -> Json:
-    """Chart the loss at the end of each run against the number of steps of its schedule."""
+    """Return a chart of the loss at the end of each run against the number of steps of its
+    schedule."""
     lines, marks, losses = [], [], []
     for i, entry in enumerate(results["entries"]):
         horizons = sorted(entry["horizons"], key=lambda h: h["steps"])
@@ -196,7 +198,7 @@ def _interpolated_mark(i: int, entry: Json, results: Json) -> list[Json]:
 
 
 def tuning(results: Json, key: str) -> Json:
-    """Chart the losses of the trials against one of the tuned settings."""
+    """Return a chart of the losses of the trials against one of the tuned settings."""
     trials_of = [
         [trial for trial in entry["trials"] if key in trial["values"]]
         for entry in results["entries"]

@@ -10,7 +10,8 @@ from typing import Any
 from .. import statistics
 from ..statistics import Rule
 
-# Fractions of the budget: few enough to pay for, close enough for a parabola (tests/test_statistics.py).
+# Fractions of the budget: few enough to pay for, close enough for a parabola
+# (tests/test_statistics.py).
 FRACTIONS = (0.4, 0.6, 0.8)
 GRID = 80  # points of the budget that a horizon is rounded up to: 5 steps of 400
 SHORTER = 0.6  # while the shortest horizon passes, the next is this much of it
