@@ -426,8 +426,7 @@ def test_the_image_gets_what_a_run_needs_and_nothing_else(root: Path, tmp_path: 
         assert ignored(name), name
         assert not (image / name).exists(), name
     code = subprocess.run(
-        [sys.executable, str(image / "train_gpt.py"), "small.toml"]
-        + ["--run.name", "image", "--train.steps", "1", *HALVES],
+        [sys.executable, image / "train_gpt.py", "small.toml", "--run.name", "image", "--train.steps", "1", *HALVES],
         cwd=root, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, capture_output=True, text=True,
     )  # fmt: skip
     assert code.returncode == 0, code.stderr
