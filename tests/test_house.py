@@ -31,10 +31,10 @@ TEXT = re.compile(r"""(?<!")"(?!"")(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'""")
 # The first words of functions' docstrings. Another verb, in the imperative, is added here.
 VERBS = set(
     """
-    Add Adopt Append Average Begin Bring Build Check Choose Clear Compare Copy Count Decide Declare Do Draw Drop
-    Dualize End Estimate Find Fit Give Hold Interpolate Iterate Join Judge Keep Leave Let List Load Lock Make
-    Measure Note Open Prepare Print Publish Raise Read Refuse Remove Report Return Run Save Seed Set Shard Split
-    Start Step Surround Sweep Take Tell Terminate Time Train Validate Wait Watch Write Yield Zero
+    Add Adopt Append Average Begin Bring Build Chart Check Choose Clear Compare Copy Count Decide Declare Do Draw Drop
+    Dualize End Estimate Find Fit Give Hold Interpolate Iterate Join Judge Keep Label Leave Let List Load Lock Make
+    Measure Note Open Prepare Print Publish Raise Read Refuse Remove Report Return Run Save Seed Set Shard Split Start
+    Step Surround Sweep Take Tell Terminate Time Train Validate Wait Watch Write Yield Zero
     """.split()  # noqa: SIM905
 )
 # No docstring and no comment begins with these: what follows is seldom a sentence. A verb or a noun begins it.

@@ -1,4 +1,7 @@
-"""model.py, models/track3.py and models/generation.py. Oracles: finite samples for typical gains, the full forward for the cache, torch's FLOP counter."""
+"""model.py, models/track3.py and models/generation.py.
+
+Oracles: finite samples for typical gains, the full forward for the cache, torch's FLOP counter.
+"""
 
 import math
 import re
