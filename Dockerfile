@@ -1,6 +1,8 @@
-# The training program under torchrun. No text and no runs are in the image: mount them (docs/cluster.md).
-#   docker build -t nanodual .                                                                       torch from PyPI
-#   docker build -t nanodual --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .          without CUDA; …/whl/cuNNN for a certain one
+# The training program under torchrun. No text and no runs are in the image: mount them
+# (docs/cluster.md). With torch from PyPI:
+#   docker build -t nanodual .
+# Without CUDA, or with …/whl/cuNNN for a certain CUDA:
+#   docker build -t nanodual --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
 FROM python:3.11.15-slim-bookworm
 
 WORKDIR /nanodual
@@ -17,7 +19,8 @@ COPY data ./data
 COPY training ./training
 COPY configs ./configs
 
-# The owner of a bind mount is the host's: docker run --user "$(id -u):$(id -g)" where that is another one.
+# A bind mount keeps its owner on the host. If that is another user:
+# docker run --user "$(id -u):$(id -g)"
 RUN useradd --create-home --uid 1000 nanodual && mkdir corpora runs && chown nanodual corpora runs
 USER nanodual
 ENV HOME=/home/nanodual MPLCONFIGDIR=/tmp

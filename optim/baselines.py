@@ -64,9 +64,9 @@ class Recipe:
     def __call__(
         self, model: nn.Module, norm: ModularNorm, **settings: Any
     ) -> torch.optim.Optimizer:
-        """Build the optimizer, with those of the settings that it takes.
+        """Build the optimizer from those of the settings that it takes.
 
-        What another optimizer takes may be there, too, so that entries of a comparison can share
+        Settings of other optimizers are left aside, so that the entries of a comparison can share
         their settings.
         """
         others = {k for baseline in BASELINES.values() for k in baseline.hints}
@@ -256,7 +256,7 @@ def _newton_schulz(
 
 
 class Several(torch.optim.Optimizer):
-    """Several optimizers of different parameters as one, as far as a training loop asks."""
+    """Several optimizers, each of its own parameters, that a training loop uses as one."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
         self.optimizers, self.defaults = optimizers, optimizers[0].defaults

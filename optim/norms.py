@@ -103,7 +103,7 @@ class Norm:
         return 4 * prod(shape)
 
     def check(self, shape: Sequence[int]) -> str | None:
-        """Return None if a weight of this shape fits, else what does."""
+        """Return None if a weight of this shape fits, and otherwise which shapes do, in words."""
         fits = len(shape) == self.ndim and prod(shape)
         return None if fits else f"{self.ndim} dimensions, none of them 0"
 

@@ -110,7 +110,7 @@ def plain(X: Tensor, coefficients: Coefficients, *, inplace: bool = False) -> Te
 
 
 def gram(X: Tensor, coefficients: Coefficients, *, inplace: bool = False) -> Tensor:
-    """Return the same through R = XXᵀ (b, m, m) and the product Q of its polynomials [GN]."""
+    """Return what plain() does, through R = XXᵀ (b, m, m) and the product Q of polynomials [GN]."""
     Q = R = None
     for step, (a, b, c) in enumerate(coefficients, start=1):
         R = X @ X.mT if R is None else R

@@ -118,9 +118,9 @@ class Ranks:
 
 
 def ranks_of(params: Iterable[Tensor], *, local: bool) -> Ranks:
-    """Return who steps these weights together.
+    """Return the ranks that step these weights together.
 
-    That is the mesh of sharded ones, else the whole world where gradients are local, else this
+    They are the mesh's if weights are sharded, all ranks if gradients are local, and otherwise this
     process alone.
     """
     meshes = {p.device_mesh for p in params if isinstance(p, DTensor)}

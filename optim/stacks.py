@@ -100,7 +100,7 @@ class Stack:
         yield from self.place.send_rows(self.everyone)
 
     def _step_alone(self) -> None:
-        """Step with nothing of other ranks."""
+        """Step without other ranks."""
         G, live = self.gradients()
         step_(
             self.weights,

@@ -1,4 +1,7 @@
-"""A skip needs one of these reasons; any other fails the run. Files of tests run in the order of their measured durations, the longest first, so that workers end together."""
+"""A skip needs one of these reasons; any other fails the run.
+
+Files of tests run in the order of their measured durations, the longest first, so that workers end together.
+"""
 
 import json
 from collections import defaultdict

@@ -1,8 +1,10 @@
-"""A stand-in for `python`: processes that other programs start (torchrun its workers, bash torchrun) come from a process with torch imported, in milliseconds.
+"""A stand-in for `python`: processes that other programs start (torchrun its workers, bash torchrun) come from a
+process with torch imported, in milliseconds.
 
-`python -u script.py argv…` or `python -m module argv…` is then a small client in the place of the interpreter. It hands its arguments, folder, environment, streams
-and network namespace to a server, which forks the program. The two live and die together: signals to the client reach the program, its end is the client's, and
-kill -9 of the client is the program's end too, with all that it started.
+`python -u script.py argv…` or `python -m module argv…` is then a small client in the place of the interpreter. It
+hands its arguments, folder, environment, streams and network namespace to a server, which forks the program. The two
+live and die together: signals to the client reach the program, its end is the client's, and kill -9 of the client is
+the program's end too, with all that it started.
 """
 
 import atexit
@@ -28,7 +30,8 @@ import json, os, signal, socket, sys
 names = ("user", "net")
 server = socket.socket(socket.AF_UNIX)
 server.connect({path!r})
-told = json.dumps([os.getpid(), sys.argv[1:], os.getcwd(), dict(os.environ), [os.stat("/proc/self/ns/" + n).st_ino for n in names]]).encode()
+spaces = [os.stat("/proc/self/ns/" + n).st_ino for n in names]
+told = json.dumps([os.getpid(), sys.argv[1:], os.getcwd(), dict(os.environ), spaces]).encode()
 fds = [0, 1, 2, *(os.open("/proc/self/ns/" + n, os.O_RDONLY) for n in names)]
 socket.send_fds(server, [len(told).to_bytes(4, "big")], fds)
 server.sendall(told)
@@ -89,7 +92,10 @@ def _serve(listener: socket.socket) -> None:
 
 
 def _keep(client: socket.socket, folder: Path) -> None:
-    """Fork the program, hand it what its client gets, tell the client its end. Where the client ends first, so does the program, with all that it started."""
+    """Fork the program, hand it what its client gets, tell the client its end.
+
+    Where the client ends first, so does the program, with all that it started.
+    """
     size, fds, _, _ = socket.recv_fds(client, 4, 8)
     told = b""
     while len(told) < int.from_bytes(size, "big"):

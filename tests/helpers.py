@@ -1,4 +1,5 @@
-"""Shared by tests: small datasets, functions run by the ranks of a process group, and train_gpt.py in processes of its own.
+"""Shared by tests: small datasets, functions run by the ranks of a process group, and train_gpt.py in processes of its
+own.
 
 w: ranks, the processes of one group.
 """
@@ -76,7 +77,9 @@ _context.set_forkserver_preload(["tests.loaded"])
 
 
 def _join(processes: Sequence[BaseProcess], deadline: float, *, together: bool = False) -> list[int]:
-    """Wait until all have ended, or with `together` until one has failed; kill those left, at the deadline at the latest, and return their places."""
+    """Wait until all have ended, or with `together` until one has failed; kill those left, at the deadline at the
+    latest, and return their places.
+    """
     end, running = time.monotonic() + deadline, {p.sentinel: i for i, p in enumerate(processes)}
     try:
         while running and (ended := wait(list(running), max(0.0, end - time.monotonic()))):
@@ -121,7 +124,8 @@ def _rank(folder: str, rank: int, world: int, function: Callable[..., Any], args
 
 
 def ranks(world: int, function: Callable[..., Any], *args: Any, deadline: float = 60) -> list[Any]:
-    """What function(rank, world, *args), of a module, returns in each of `world` real processes, the ranks of a gloo group.
+    """What function(rank, world, *args), of a module, returns in each of `world` real processes, the ranks of a gloo
+    group.
 
     One that fails takes the others with it, and its traceback is the test's failure; so is the deadline (seconds).
     """
@@ -151,7 +155,10 @@ def ranks(world: int, function: Callable[..., Any], *args: Any, deadline: float 
 
 
 def share_server(key: object) -> None:
-    """In a child: its own children are forked from the server that it was forked from. Python 3.11 would start, and load, another one. key: which 3.14 asks for."""
+    """In a child: its own children are forked from the server that it was forked from.
+
+    Python 3.11 would start, and load, another one. key: which 3.14 asks for.
+    """
     forkserver._forkserver._forkserver_authkey = key  # type: ignore[attr-defined]
     forkserver._forkserver.ensure_running = lambda: None
 
@@ -190,7 +197,10 @@ def _finish(cwd: Path, processes: Sequence[BaseProcess], suffixes: Sequence[str]
 
 
 def start(cwd: Path, *argv: str, script: str = "train_gpt.py", env: dict[str, str] | None = None) -> BaseProcess:
-    """`python train_gpt.py argv…` in cwd, in a real process that is forked from one with torch imported. env: added to the environment."""
+    """`python train_gpt.py argv…` in cwd, in a real process that is forked from one with torch imported.
+
+    env: added to the environment.
+    """
     return _start(cwd, argv, script, env)
 
 
@@ -202,7 +212,9 @@ def run(cwd: Path, *argv: str, script: str = "train_gpt.py", env: dict[str, str]
 def start_ranks(
     cwd: Path, world: int, *argv: str, script: str = "train_gpt.py", env: dict[str, str] | None = None
 ) -> list[BaseProcess]:
-    """`torchrun --nproc_per_node=world train_gpt.py argv…` in cwd, without torchrun: each rank's output in cwd/stdout.<rank> and cwd/stderr.<rank>."""
+    """`torchrun --nproc_per_node=world train_gpt.py argv…` in cwd, without torchrun: each rank's output in
+    cwd/stdout.<rank> and cwd/stderr.<rank>.
+    """
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         port = server.getsockname()[1]
     common = {

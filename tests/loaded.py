@@ -1,4 +1,6 @@
-"""What the process has loaded from which tests fork (tests/helpers.py): a child has it at once, and what a first call alone has to do is done as well."""
+"""What the process has loaded from which tests fork (tests/helpers.py): a child has it at once, and what a first call
+alone has to do is done as well.
+"""
 
 import importlib
 import io

@@ -1,9 +1,10 @@
 """Run the numerical tests as other processors, thread counts and versions of torch round: `make portable`.
 
-    python -m tests.portable [further interpreters …] [--only WORD] [--files NAME …]
+python -m tests.portable [further interpreters …] [--only WORD] [--files NAME …]
 
-Each setting makes one library choose other kernels, so that sums are taken in another order. Two extremes change everything at once.
-A setting that cannot change anything on this machine is named and left out. Ends with exit code 1 if a test has failed anywhere.
+Each setting makes one library choose other kernels, so that sums are taken in another order. Two extremes change
+everything at once. A setting that cannot change anything on this machine is named and left out. Ends with exit code
+1 if a test has failed anywhere.
 """
 
 import argparse
@@ -31,15 +32,20 @@ PROBE = """
 import json, sys, numpy, torch
 from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
 json.dump({
-    "torch": torch.__version__, "aten": torch.backends.cpu.get_cpu_capability(), "mkl": torch.backends.mkl.is_available(),
-    "onednn": torch.backends.mkldnn.is_available(), "numpy": [f for f in __cpu_dispatch__ if __cpu_features__.get(f)],
+    "torch": torch.__version__,
+    "aten": torch.backends.cpu.get_cpu_capability(),
+    "mkl": torch.backends.mkl.is_available(),
+    "onednn": torch.backends.mkldnn.is_available(),
+    "numpy": [f for f in __cpu_dispatch__ if __cpu_features__.get(f)],
 }, sys.stdout)
 """
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Variables of the environment, beside which the five of UNSET are not set, and the test files that they may change."""
+    """Variables of the environment, beside which the five of UNSET are not set, and the test files that they may
+    change.
+    """
 
     name: str
     variables: dict[str, str] = field(default_factory=dict)

@@ -1,4 +1,6 @@
-"""optim/baselines.py, training/baseline.py: the optimizers that are compared with Dualized, by themselves, in train_gpt.py, and of two ranks."""
+"""optim/baselines.py, training/baseline.py: the optimizers that are compared with Dualized, by themselves, in
+train_gpt.py, and of two ranks.
+"""
 
 import copy
 import json
@@ -146,7 +148,9 @@ def test_a_run_with_muon_takes_float32_where_bfloat16_is_emulated_and_says_so(tm
 
 
 def test_muon_adamw_is_torchs_two_optimizers_in_the_tracks_groups():
-    """The groups typed by hand from train_gpt_simple.py: Muon 0.025 with decay 0.05; AdamW 0.7, 0.004, 0.015 with decay 0.001, betas 0.8 and 0.95, ε 1e-10."""
+    """The groups typed by hand from train_gpt_simple.py: Muon 0.025 with decay 0.05; AdamW 0.7, 0.004, 0.015 with decay
+    0.001, betas 0.8 and 0.95, ε 1e-10.
+    """
     ours, theirs, data = net(), net(), batches(6)
     optimizer = baseline("muon_adamw", ours, lr=0.025, beta=0.95, weight_decay=0.05)
     muon = torch.optim.Muon([theirs.up.weight, theirs.down.weight], lr=0.025, momentum=0.95, weight_decay=0.05)
@@ -336,7 +340,9 @@ def test_what_is_not_finite_is_named_and_changes_nothing(name: str):
 @pytest.mark.parametrize("beta", [0.8, 0.0])
 @pytest.mark.parametrize("name", BASELINES)
 def test_state_that_is_put_back_continues_to_the_same_bits(name: str, beta: float):
-    """As a checkpoint does it: weights, settings, and the buffers of those that have some, written into what make_state made."""
+    """As a checkpoint does it: weights, settings, and the buffers of those that have some, written into what make_state
+    made.
+    """
     model, data = net(), batches(6)
     model.norm.weight.requires_grad_(False)
     optimizer = baseline(name, model, beta=beta)

@@ -1,6 +1,8 @@
-"""A study's report.html in a browser without network: what it draws, what its buttons do, and that it fits a wide and a narrow window.
+"""A study's report.html in a browser without network: what it draws, what its buttons do, and that it fits a wide and a
+narrow window.
 
-Needs chromium (CHROMIUM says where, else it is looked for) and playwright, which drives it: `make browser` installs the latter. BROWSER_SHOTS is a folder for screenshots.
+Needs chromium (CHROMIUM says where, else it is looked for) and playwright, which drives it: `make browser` installs
+the latter. BROWSER_SHOTS is a folder for screenshots.
 """
 
 import importlib.util

@@ -1,4 +1,6 @@
-"""docs/cluster.md, its sbatch file and the Dockerfile as they are, executed: torchrun agents as machines, network namespaces, stand-ins for SLURM."""
+"""docs/cluster.md, its sbatch file and the Dockerfile as they are, executed: torchrun agents as machines, network
+namespaces, stand-ins for SLURM.
+"""
 
 import fnmatch
 import json
@@ -84,7 +86,10 @@ def adapted(python: Path, command: Sequence[str], changes: dict[str, str], *more
 def started(
     root: Path, python: Path, name: str, argvs: Sequence[Sequence[str]], env: dict[str, str] | None = None
 ) -> Iterator[list[Agent]]:
-    """Processes with their output in root/<name>.<i>.log, ended with their children at the end of the block. torchrun starts workers by $PYTHON_EXEC."""
+    """Processes with their output in root/<name>.<i>.log, ended with their children at the end of the block.
+
+    torchrun starts workers by $PYTHON_EXEC.
+    """
     processes: list[Agent] = []
     try:
         for i, argv in enumerate(argvs):
@@ -208,7 +213,9 @@ def test_two_network_namespaces_train_together_by_the_explicit_commands(
 
 
 def test_two_agents_restart_a_run_when_a_worker_of_one_was_killed(root: Path, python: Path):
-    """The killed one's agent is held until the other, the host of the rendezvous, has seen its own worker fail: see docs/cluster.md on restarts."""
+    """The killed one's agent is held until the other, the host of the rendezvous, has seen its own worker fail: see
+    docs/cluster.md on restarts.
+    """
     folder = root / "runs/restarted/checkpoints"
     common = [
         "--nnodes=2",
@@ -419,7 +426,7 @@ def test_the_image_gets_what_a_run_needs_and_nothing_else(root: Path, tmp_path: 
         assert ignored(name), name
         assert not (image / name).exists(), name
     code = subprocess.run(
-        [sys.executable, str(image / "train_gpt.py"), "small.toml", "--run.name", "image", "--train.steps", "1", *HALVES],
+        [sys.executable, image / "train_gpt.py", "small.toml", "--run.name", "image", "--train.steps", "1", *HALVES],
         cwd=root, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, capture_output=True, text=True,
     )  # fmt: skip
     assert code.returncode == 0, code.stderr

@@ -1,7 +1,9 @@
-"""optim/placement.py, replicas.py, ranks.py, and Dualized over ranks. Oracle: one process without a process group, on the whole batch.
+"""optim/placement.py, replicas.py, ranks.py, and Dualized over ranks.
 
-w: ranks. mode: "replicas" (gradients of their own), "fsdp" (rows sharded over all ranks), "hsdp" (two copies, each sharded over half of the ranks).
-Functions that take (rank, world, …) run in the processes of a group: see tests.helpers.ranks.
+Oracle: one process without a process group, on the whole batch.
+w: ranks. mode: "replicas" (gradients of their own), "fsdp" (rows sharded over all ranks), "hsdp" (two copies, each
+sharded over half of the ranks). Functions that take (rank, world, …) run in the processes of a group: see
+tests.helpers.ranks.
 """
 
 import copy
@@ -39,7 +41,8 @@ from training.config import load
 
 from tests.helpers import ROOT, SOAK, ranks, run_ranks
 
-SAME = 1e-9  # of float64 weights, relative to their largest entry: only the order of sums differs; 2e-14 measured after 20 steps
+# of float64 weights, relative to their largest entry: only the order of sums differs; 2e-14 measured after 20 steps
+SAME = 1e-9
 SAME_FLOAT32 = 1e-5  # after one step; Polar Express is steep where a singular value is near 0
 TOLERANCES = {torch.float64: SAME, torch.float32: SAME_FLOAT32, torch.bfloat16: 4 * torch.finfo(torch.bfloat16).eps}
 STEPS = 20 if SOAK else 6
@@ -50,7 +53,8 @@ Weights = dict[str, Tensor]
 
 
 class Net(nn.Module):
-    """Uneven shapes, a bias, two row-wise norms, a weight of one row, a gain of one entry, and three equal maps, one of them unused.
+    """Uneven shapes, a bias, two row-wise norms, a weight of one row, a gain of one entry, and three equal maps, one of
+    them unused.
 
     Over 4 ranks the last shard of 5 rows is empty, and all but the first of one row.
     """
@@ -283,7 +287,9 @@ class Bag(nn.Module):
 
 
 def share(name: str, step: int, rank: int, world: int) -> Tensor:
-    """A rank's gradient: small whole numbers, whose average over any number of ranks is the same and exact in every dtype. (1 of 1: that average.)"""
+    """A rank's gradient: small whole numbers, whose average over any number of ranks is the same and exact in every
+    dtype. (1 of 1: that average.)
+    """
 
     def numbers(of: int) -> Tensor:
         return torch.randint(
@@ -338,7 +344,10 @@ def _by_hand(rank: int, world: int, mode: str) -> dict[str, Weights]:
 
 @pytest.mark.parametrize(("mode", "world"), [("replicas", 2), ("replicas", 3), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4)])
 def test_weights_and_state_of_every_kind_and_dtype_are_as_in_one_process(mode: str, world: int):
-    """Averages are exact here, so that little is left to rounding: otherwise it alone tells apart some of SOAP's axes."""
+    """Averages are exact here, so that little is left to rounding.
+
+    Otherwise rounding alone tells apart some of SOAP's axes.
+    """
     found = ranks(world, _by_hand, mode)
     for kept in found[0]:
         dtype, options = KEPT[kept]
@@ -540,7 +549,10 @@ def _missing_with(rank: int, world: int, overlap: bool, bucket: int, in_flight: 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_a_gradient_missing_on_some_ranks_counts_as_zero_there(world: int):
-    """And where it is missing on all, nothing of that weight moves. Whatever the order of gradients, and however they leave."""
+    """And where it is missing on all, nothing of that weight moves.
+
+    Whatever the order of gradients, and however they leave.
+    """
     model = Layers()
     optimizer = model.dualized()
     for step in range(8):
@@ -682,7 +694,9 @@ def test_gradients_that_were_sent_for_a_step_never_taken_are_forgotten(
 
 
 def _not_finite(rank: int, world: int, mode: str, what: str) -> tuple[str, bool, Weights]:
-    """A good step, a bad one, one that raises, and one more: (the error's text, whether the bad one changed nothing, weights)."""
+    """A good step, a bad one, one that raises, and one more: (the error's text, whether the bad one changed nothing,
+    weights).
+    """
     model = sharded(Bag(n for n in KINDS if n not in REPLICAS_ALONE), mode, world)
     optimizer = model.dualized(grads="local", direction="adam", weight_decay=0.1)  # type: ignore[operator]
 
@@ -737,7 +751,9 @@ def _all_not_finite(rank: int, world: int, mode: str) -> dict[str, tuple[str, bo
 
 @pytest.mark.parametrize(("mode", "world"), NOT_FINITE)
 def test_a_number_that_is_not_finite_on_one_rank_stops_the_step_on_all(mode: str, world: int):
-    """Weights and state stay bit for bit, the next step says on every rank what it was and where, and the step after it goes on."""
+    """Weights and state stay bit for bit, the next step says on every rank what it was and where, and the step after it
+    goes on.
+    """
     found = ranks(world, _all_not_finite, mode)
     model = Bag(n for n in KINDS if n not in REPLICAS_ALONE)
     optimizer = model.dualized(direction="adam", weight_decay=0.1)
@@ -911,7 +927,9 @@ def _bytes_sent(rank: int, world: int) -> int:
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_a_step_sends_what_a_ring_all_reduce_does(world: int):
-    """Twice (w − 1)/w of the weights' bytes a rank; a rank that owns more than its share sends more, here by 1.2% at most."""
+    """Twice (w − 1)/w of the weights' bytes a rank; a rank that owns more than its share sends more, here by 1.2% at
+    most.
+    """
     bound = 2 * (world - 1) / world * sum(p.nbytes for p in GPT(MILLION).parameters())
     found = ranks(world, _bytes_sent)
     assert 0.99 * bound < sum(found) / world < 1.05 * bound

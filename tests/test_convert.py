@@ -70,7 +70,9 @@ def test_our_predicted_steps_are_those_that_dualized_takes():
 
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999), (0.5, 0.95), (0.95, 0.95)])
 def test_adamw_steps_on_noise_in_proportion_to_the_prediction(betas: tuple[float, float]):
-    """On noise alone AdamW's update RMS is lr · √((1 − β₁)/(1 + β₁)), within 3% (β₂ < 1, and the sample); the published 0.2 at β₁ = 0.9 is 0.87 of it."""
+    """On noise alone AdamW's update RMS is lr · √((1 − β₁)/(1 + β₁)), within 3% (β₂ < 1, and the sample); the published
+    0.2 at β₁ = 0.9 is 0.87 of it.
+    """
     model = Hidden(100, 100)
     found = convert(metrize(model), "adamw", lr=1e-3, weight_decay=0.0, betas=betas)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, betas=betas)
@@ -84,7 +86,9 @@ def test_adamw_steps_on_noise_in_proportion_to_the_prediction(betas: tuple[float
 @pytest.mark.parametrize("adjust", [None, "original", "match_rms_adamw"])
 @pytest.mark.parametrize("shape", [(64, 16), (16, 64), (32, 32)])
 def test_muons_predicted_step_is_torchs(shape: tuple[int, int], adjust: str | None):
-    """Within 2% (bfloat16) for an iteration that converges; the five default steps leave singular values between 0.7 and 1.2: 20%."""
+    """Within 2% (bfloat16) for an iteration that converges; the five default steps leave singular values between 0.7
+    and 1.2: 20%.
+    """
     converging: dict[str, Any] = dict(ns_coefficients=(1.5, -0.5, 0.0), ns_steps=40)
     for tolerance, settings in ((0.02, converging), (0.2, {})):
         model = Hidden(*shape)
@@ -96,7 +100,10 @@ def test_muons_predicted_step_is_torchs(shape: tuple[int, int], adjust: str | No
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize(("adjust", "norm"), [("original", "MuonSpectral"), ("match_rms_adamw", "MoonlightSpectral")])
 def test_in_muons_own_norm_its_settings_are_its_own_and_train_alike(adjust: str, norm: str, nesterov: bool):
-    """The conventions of momentum, Nesterov and decay are one. The ways differ by bfloat16's rounding, 3% of their length."""
+    """The conventions of momentum, Nesterov and decay are one.
+
+    The ways differ by bfloat16's rounding, 3% of their length.
+    """
     ours, theirs = Hidden(), Hidden()
     theirs.load_state_dict(ours.state_dict())
     start = ours.up.weight.detach().clone()
@@ -265,7 +272,8 @@ class Outer:
     class Small(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed, self.up, self.head = nn.Embedding(5, 4), nn.Linear(4, 16, bias=False), nn.Linear(16, 5, bias=False)
+            self.embed, self.up = nn.Embedding(5, 4), nn.Linear(4, 16, bias=False)
+            self.head = nn.Linear(16, 5, bias=False)
 
 def reads_its_weights():
     model = nn.Linear(4, 4)

@@ -1,6 +1,9 @@
-"""studies/cost_model/ against real steps: FLOPs, bytes and buffers in real processes, and the loopback interface's own counters.
+"""studies/cost_model/ against real steps: FLOPs, bytes and buffers in real processes, and the loopback interface's own
+counters.
 
-    unshare -rn sh -c "ip link set lo up && python -m tests.test_cost_model"      what test_the_loopback_interface_… runs, nearly
+What test_the_loopback_interface_… runs, nearly:
+
+    unshare -rn sh -c "ip link set lo up && python -m tests.test_cost_model"
 
 w: ranks. r: a rank.
 """
@@ -88,7 +91,9 @@ def backward(model: GPT, case: Case, rank: int) -> None:
 
 
 class Counted:
-    """Bytes that pass torch.distributed: what all-to-alls send to others, the most that their buffers hold at a time, what FSDP2 gathers and reduces."""
+    """Bytes that pass torch.distributed: what all-to-alls send to others, the most that their buffers hold at a time,
+    what FSDP2 gathers and reduces.
+    """
 
     def __init__(self) -> None:
         self.sent = self.live = self.peak = 0
@@ -237,10 +242,13 @@ def test_flops_bytes_and_memory_of_a_real_step_are_those_predicted(case: Case, w
 
 
 def test_the_loopback_interface_carries_the_predicted_bytes(tmp_path: Path):
-    """In a network namespace of its own, whose loopback interface nobody else uses; where the machine allows none, what ranks count themselves is compared."""
+    """In a network namespace of its own, whose loopback interface nobody else uses; where the machine allows none, what
+    ranks count themselves is compared.
+    """
     alone = subprocess.run(["sh", "-c", "unshare -rn ip link set lo up"], capture_output=True, text=True, timeout=20)
     if alone.returncode == 0:
-        # Without TCP's loss probes, which send 64 KB again where an acknowledgement is delayed, as it is on a busy machine.
+        # Without TCP's loss probes, which send 64 KB again where an acknowledgement is delayed, as it is on a busy
+        # machine.
         prepared = 'ip link set lo up; { echo 0 > /proc/sys/net/ipv4/tcp_early_retrans; } 2> /dev/null; exec "$@"'
         command = ["unshare", "-rn", "sh", "-c", prepared, "sh"]
     else:

@@ -1,4 +1,8 @@
-"""optim/curvature.py. Oracles: dense Hessians in forward mode, spectra that were put in, finite differences, enumeration of a box's faces, projected ascent."""
+"""optim/curvature.py.
+
+Oracles: dense Hessians in forward mode, spectra that were put in, finite differences, enumeration of a box's faces,
+projected ascent.
+"""
 
 import gc
 import itertools
@@ -39,7 +43,7 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
 
 
-# -- losses --------------------------------------------------------------------------------------------------------------------------
+# -- losses ------------------------------------------------------------------------------------------------------------
 
 
 def gpt(dtype: torch.dtype = torch.float64, **options) -> tuple[GPT, Callable[[], Tensor]]:
@@ -127,7 +131,7 @@ def length(d: dict[str, Tensor]) -> float:
     return math.sqrt(sum(float(t.square().sum()) for t in d.values()))
 
 
-# -- the Hessian ---------------------------------------------------------------------------------------------------------------------
+# -- the Hessian -------------------------------------------------------------------------------------------------------
 
 GPT_NAMES = (
     "embedding.weight",
@@ -200,7 +204,9 @@ def test_scales_are_those_of_another_parametrization():
 
 
 def test_fused_attention_has_no_second_derivative_and_is_avoided():
-    """On a CPU in float32 the GPT's attention is fused, and fails: the Hessian is another code path or it would fail too."""
+    """On a CPU in float32 the GPT's attention is fused, and fails: the Hessian is another code path or it would fail
+    too.
+    """
     model, loss = gpt(torch.float32)
     weights = dict(model.named_parameters())
     grads = torch.autograd.grad(loss(), list(weights.values()), create_graph=True)
@@ -298,7 +304,7 @@ def test_the_graph_goes_with_the_object():
         gc.enable()
 
 
-# -- eigenvalues ---------------------------------------------------------------------------------------------------------------------
+# -- eigenvalues -------------------------------------------------------------------------------------------------------
 
 SPECTRA = {
     "positive": [float(k) for k in range(1, 13)],
@@ -322,7 +328,8 @@ def test_a_spectrum_that_was_put_in_is_found(name: str):
     hessian = quadratic(with_spectrum(values))
     found = eigenvalues(hessian, generator=generator(), tolerance=1e-10)
     scale = max(map(abs, values))
-    # One more, where the largest is 0: what remains after the last is then compared with 0, and products of 200 terms may leave more than ROUNDINGS.
+    # One more, where the largest is 0: what remains after the last is then compared with 0, and products of 200 terms
+    # may leave more than ROUNDINGS.
     assert found.converged and found.steps <= len(set(values)) + (max(values) == 0)
     assert found.largest == pytest.approx(max(values), abs=ROUNDING * scale)
     assert found.smallest == pytest.approx(min(values), abs=ROUNDING * scale)
@@ -359,9 +366,10 @@ def test_the_same_generator_gives_the_same_numbers():
     assert first.largest == again.largest != other.largest
 
 
-# -- the largest curvature in a modular norm -----------------------------------------------------------------------------------------
+# -- the largest curvature in a modular norm ---------------------------------------------------------------------------
 
-# Of the true maxima, the fraction that is to be attained. Seen: 0.85 to 1, and 0.5 of mostly negative ones, where climbs end early, a few percent below.
+# Of the true maxima, the fraction that is to be attained. Seen: 0.85 to 1, and 0.5 of mostly negative ones, where
+# climbs end early, a few percent below.
 KINDS = {"positive semidefinite": 0.8, "of rank 3": 0.8, "indefinite": 0.6, "mostly negative": 0.4}
 PROBLEMS = 20
 FAR = 0.9  # of the maximum: never below
@@ -394,11 +402,13 @@ def by_projection(A: Tensor, *, starts: int = 60, steps: int = 150) -> float:
 
 
 def by_faces(A: Tensor) -> float:
-    """max xᵀAx over [−1, 1]ⁿ, by the stationary points of the faces on which the form is strictly concave, corners among them.
+    """max xᵀAx over [−1, 1]ⁿ, by the stationary points of the faces on which the form is strictly concave, corners
+    among them.
 
-    A maximum inside of a face is stationary there and the form concave. Along a direction in which it is flat it stays the maximum up to where the
-    direction leaves the face, on a smaller one: of all maxima, one on a smallest face has no such direction. What is flatter than FLAT counts as
-    flat, since the form changes by no more than 4n · FLAT of its largest entry on the way. Every x is in the box, so that nothing exceeds the maximum.
+    A maximum inside of a face is stationary there and the form concave. Along a direction in which it is flat it
+    stays the maximum up to where the direction leaves the face, on a smaller one: of all maxima, one on a smallest
+    face has no such direction. What is flatter than FLAT counts as flat, since the form changes by no more than 4n ·
+    FLAT of its largest entry on the way. Every x is in the box, so that nothing exceeds the maximum.
     """
     best, n = 0.0, len(A)
     for free in itertools.product((False, True), repeat=n):
@@ -558,7 +568,7 @@ def test_of_a_network_it_exceeds_what_the_eigenvector_and_many_random_steps_have
     )
 
 
-# -- along the step, and the bound ---------------------------------------------------------------------------------------------------
+# -- along the step, and the bound -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("polar", ["exact", "polar_express"])
@@ -591,7 +601,9 @@ def test_no_step_is_too_large_where_the_loss_is_concave_along_it():
 
 
 def chain(scale: float) -> tuple[ModularNorm, Callable[[dict[str, Tensor], Tensor], Tensor]]:
-    """scale · head ∘ map ∘ embedding, masses 1, 1, 2, and its cross-entropy for every token as input and the next one as target."""
+    """scale · head ∘ map ∘ embedding, masses 1, 1, 2, and its cross-entropy for every token as input and the next one
+    as target.
+    """
     tree: Module = (scale * atom("head", RMSToLinf())) @ atom("map", EXACT) @ atom("embedding", L1ToRMS(), mass=2)
 
     def loss(w: dict[str, Tensor], target: Tensor) -> Tensor:
@@ -624,7 +636,9 @@ def test_no_curvature_exceeds_the_bound_derived_from_the_tree(scale: float):
 
 @pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])
 def test_a_large_logit_scale_leaves_cross_entropys_own_curvature_and_it_is_attained(scale: float):
-    """Two equal logits that every weight can part have τ's part of the bound: the variance of ±1 at probabilities of a half."""
+    """Two equal logits that every weight can part have τ's part of the bound: the variance of ±1 at probabilities of a
+    half.
+    """
     norm, loss = chain(scale)
     row = torch.eye(4, dtype=torch.float64)
     w = {"embedding": 2 * row[:1], "map": row.clone(), "head": torch.stack([row[1], -row[1]]) / 2}

@@ -1,4 +1,7 @@
-"""data/: shards, tokenizers, corpora, batches. Oracles: the layout's definition read with struct, and the texts themselves."""
+"""data/: shards, tokenizers, corpora, batches.
+
+Oracles: the layout's definition read with struct, and the texts themselves.
+"""
 
 import bz2
 import gzip
@@ -288,7 +291,8 @@ def pysource(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-# Bits per byte of the validation split, as the issue of the first minute has them: zlib and its successors differ by a per cent.
+# Bits per byte of the validation split, as the issue of the first minute has them: zlib and its successors differ by a
+# per cent.
 PACKED = {"gzip -9": 1.877, "bzip2 -9": 1.689, "xz -9e": 1.639}
 
 

@@ -1,7 +1,9 @@
-"""optim/directions.py: what every direction owes to the rounding of its gradients. Oracle: the same stream, perturbed below it.
+"""optim/directions.py: what every direction owes to the rounding of its gradients.
 
-A gradient is a sum that another processor takes in another order. What a step makes of that rounding must stay rounding: wherever a gradient says
-nothing (null spaces, repeated singular values) a direction may neither divide noise by noise nor let an eigensolver's choice of basis be seen.
+Oracle: the same stream, perturbed below it.
+A gradient is a sum that another processor takes in another order. What a step makes of that rounding must stay
+rounding: wherever a gradient says nothing (null spaces, repeated singular values) a direction may neither divide
+noise by noise nor let an eigensolver's choice of basis be seen.
 """
 
 import math
@@ -20,7 +22,8 @@ PERTURBATION = 1e-15  # of ‖G‖_F: some five roundings of every entry
 TURN = 1e-6  # 1 − cos: 1e-3 of the step's length, so that condition numbers up to 1e12 are let pass
 STEPS = 10
 SEEDS = 40 if os.environ.get("NANODUAL_SOAK") == "1" else 6  # not by tests.helpers, which Windows cannot import
-# These divide entry by entry, or take each entry's sign: of an entry that is rounding alone they make a full one. Only gradients without zeros.
+# These divide entry by entry, or take each entry's sign: of an entry that is rounding alone they make a full one. Only
+# gradients without zeros.
 ENTRYWISE = ("adam", "lion")
 
 SHAPES = {"square": (12, 12), "tall": (16, 10), "wide": (9, 14), "smallest": (2, 2)}
@@ -32,7 +35,9 @@ def orthogonal(G: Tensor) -> Tensor:
 
 
 def rank(r: int) -> Callable[[Tensor], Tensor]:
-    """The same Gaussian numbers in two factors: a matrix of rank r at most, another null space in every gradient of a stream."""
+    """The same Gaussian numbers in two factors: a matrix of rank r at most, another null space in every gradient of a
+    stream.
+    """
     return lambda G: G[:, :r] @ G.flip(0)[:r] if r < min(G.shape) else G
 
 

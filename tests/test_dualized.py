@@ -149,7 +149,9 @@ def test_weight_decay_is_scaled_by_the_radius():
 
 
 def test_cautious_decay_shrinks_only_what_the_step_shrinks():
-    """Three optimizers from the same weights: without decay, with it, and with cautious decay, which agrees with one of them entry by entry."""
+    """Three optimizers from the same weights: without decay, with it, and with cautious decay, which agrees with one of
+    them entry by entry.
+    """
     nets = [Net() for _ in range(3)]
     before = {n: p.detach().clone() for n, p in nets[0].named_parameters()}
     for net, (decay, cautious) in zip(nets, ((0.0, False), (0.3, False), (0.3, True)), strict=True):
@@ -796,8 +798,9 @@ def test_steepest_descents_scale_has_no_escape_velocity():
 
 
 def test_soap_without_averages_tends_to_the_polar_factor_of_one_gradient():
-    """Adam in the eigenbasis of G = U S Vᵀ divides S by itself: U Vᵀ, Shampoo's step without accumulation. Orthogonal iteration brings the basis there by the ratio of
-    squared singular values, here 4, at every refresh."""
+    """Adam in the eigenbasis of G = U S Vᵀ divides S by itself: U Vᵀ, Shampoo's step without accumulation. Orthogonal
+    iteration brings the basis there by the ratio of squared singular values, here 4, at every refresh.
+    """
     g = torch.Generator().manual_seed(0)
     U, V = (torch.linalg.qr(torch.randn(n, 5, generator=g, dtype=torch.float64))[0] for n in (5, 8))
     w = nn.Parameter(torch.zeros(5, 8, dtype=torch.float64))
@@ -1024,7 +1027,9 @@ def test_unweighted_radii_are_one_but_for_what_is_never_updated():
 
 
 def test_a_compiled_step_is_traced_in_two_graphs():
-    """What is told to the host splits it once; a generator or an exception that the compiler cannot follow would leave the rest to eager mode."""
+    """What is told to the host splits it once; a generator or an exception that the compiler cannot follow would leave
+    the rest to eager mode.
+    """
     model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8, bias=False))
     names = [n for n, _ in model.named_parameters()]
     optimizer = Dualized(

@@ -1,4 +1,6 @@
-"""Every example runs, in a fraction of its steps, and learns: its test loss falls by a margin that untrained noise does not reach."""
+"""Every example runs, in a fraction of its steps, and learns: its test loss falls by a margin that untrained noise does
+not reach.
+"""
 
 import shutil
 from collections.abc import Iterator
@@ -22,7 +24,10 @@ def afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def example(name: str, *argv: str) -> tuple[float, float]:
-    """Test loss before and after. Imported here, since transformers takes seconds and every worker collects every file."""
+    """Test loss before and after.
+
+    Imported here, since transformers takes seconds and every worker collects every file.
+    """
     return import_module(f"examples.{name}").main(argv)
 
 

@@ -1,4 +1,7 @@
-"""Models, trainers, wrappers and base optimizers that know nothing of us. Oracles: the same run without them, the SVD, torch's own optimizers."""
+"""Models, trainers, wrappers and base optimizers that know nothing of us.
+
+Oracles: the same run without them, the SVD, torch's own optimizers.
+"""
 
 import copy
 import math

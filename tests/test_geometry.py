@@ -1,5 +1,7 @@
-"""training/geometry.py. Oracles: torch.linalg.svdvals and norm(), dual_norm() in float64, weight by weight; attention's scores with complex rotations.
+"""training/geometry.py.
 
+Oracles: torch.linalg.svdvals and norm(), dual_norm() in float64, weight by weight; attention's scores with complex
+rotations.
 A step of a known size is one whose gradient is a full-rank Gaussian and whose polar factor is exact.
 """
 
@@ -354,7 +356,9 @@ def test_what_is_not_finite_is_none_and_the_rest_is_measured():
 
 
 def scores(model: GPT, layer: int, idx: Tensor) -> Tensor:
-    """(sequences, heads, query, key): c · cos of the angle between queries and keys, of a layer before which nothing was added to the embedding."""
+    """(sequences, heads, query, key): c · cos of the angle between queries and keys, of a layer before which nothing
+    was added to the embedding.
+    """
     H, K = CONFIG.n_head, CONFIG.n_embd // CONFIG.n_head
     angles = torch.arange(idx.shape[1])[:, None] * 10_000.0 ** (-torch.arange(K // 2) / (K // 2))
     turned = []

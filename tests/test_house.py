@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import re
 from pathlib import Path
 
 import pytest
@@ -24,14 +25,16 @@ from tests.source import (
 )
 
 COLUMNS, COLUMNS_OF_TESTS, SCREEN, FILE = 100, 120, 60, 450
+PRAGMA = re.compile(r"  # (noqa|type: ignore|pyright:).*")  # a remark to a checker, which ruff format does not count
+TEXT = re.compile(r"""(?<!")"(?!"")(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'""")
 
 # The first words of functions' docstrings. Another verb, in the imperative, is added here.
 VERBS = set(
     """
-    Label Add Adopt Append Average Begin Bring Build Check Choose Clear Compare Copy Count Decide Declare Do Draw Drop
-    Dualize End Estimate Find Fit Give Hold Interpolate Iterate Join Judge Keep Leave Let List Load Lock Make
-    Measure Note Open Prepare Print Publish Raise Read Refuse Remove Report Return Run Save Seed Set Shard Split
-    Start Step Surround Sweep Take Tell Terminate Time Train Validate Wait Watch Write Yield Zero
+    Add Adopt Append Average Begin Bring Build Chart Check Choose Clear Compare Copy Count Decide Declare Do Draw
+    Drop Dualize End Estimate Find Fit Give Hold Interpolate Iterate Join Judge Keep Label Leave Let List Load Lock
+    Make Measure Note Open Prepare Print Publish Raise Read Refuse Remove Report Return Run Save Seed Set Shard
+    Split Start Step Surround Sweep Take Tell Terminate Time Train Validate Wait Watch Write Yield Zero
     """.split()  # noqa: SIM905
 )
 # No docstring and no comment begins with these: what follows is seldom a sentence. A verb or a noun begins it.
@@ -47,7 +50,12 @@ def first_word(text: str) -> str:
 
 
 def too_long(path: Path, columns: int) -> list[int]:
-    return [i for i, line in enumerate(lines(path), 1) if len(line) > columns]
+    return [i for i, line in enumerate(lines(path), 1) if len(PRAGMA.sub("", line)) > columns]
+
+
+def has_long_text(line: str) -> bool:
+    """Is there a string on it, such as a message that a test pins, that no formatter can break?"""
+    return any(len(text[0]) > 40 for text in TEXT.finditer(line))
 
 
 def long_functions(path: Path) -> list[tuple[str, int]]:
@@ -87,7 +95,7 @@ def test_a_file_fits_in_a_head_and_its_functions_on_a_screen(path: Path):
 
 @by_file_of_tests
 def test_no_line_of_a_test_is_longer_than_120_columns(path: Path):
-    assert too_long(path, COLUMNS_OF_TESTS) == []
+    assert [i for i in too_long(path, COLUMNS_OF_TESTS) if not has_long_text(lines(path)[i - 1])] == []
 
 
 # ---- names

@@ -771,7 +771,8 @@ def test_complex_weights_are_refused(tree: Module | None):
 
 # The drawing.
 
-# The radii by hand, of a total mass of 11: head 1/11/10; the last block's share is 4/11/10, of which down has 1/4 / 0.5 and up 3/4 / 0.5 / 2; the first
+# The radii by hand, of a total mass of 11: head 1/11/10; the last block's share is 4/11/10, of which down has 1/4 / 0.5
+# and up 3/4 / 0.5 / 2; the first
 # block's is that through a gain of 1.5; w and b share 2/11/10 through 1.5².
 DRAWN = """\
 embed: L1ToRMS, mass 0                            radius 0

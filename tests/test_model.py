@@ -1,4 +1,7 @@
-"""model.py, models/track3.py and models/generation.py. Oracles: finite samples for typical gains, the full forward for the cache, torch's FLOP counter."""
+"""model.py, models/track3.py and models/generation.py.
+
+Oracles: finite samples for typical gains, the full forward for the cache, torch's FLOP counter.
+"""
 
 import math
 import re
@@ -85,7 +88,9 @@ def test_the_gains_are_the_gaussian_values_they_claim():
 
 
 def reference(model: GPT, idx: torch.Tensor) -> torch.Tensor:
-    """The forward pass once more, from docs/theory.md §2: explicit loops over heads and positions, complex rotations, nothing folded."""
+    """The forward pass once more, from docs/theory.md §2: explicit loops over heads and positions, complex rotations,
+    nothing folded.
+    """
     c = model.config
     L, H, K = c.n_layer, c.n_head, c.n_embd // c.n_head
     w = {n: p.detach().double() for n, p in model.named_parameters()}
@@ -455,7 +460,9 @@ def test_gpt2_124m_builds_and_steps_within_8_gigabytes():
 
 
 def track3(w: dict[str, torch.Tensor], idx: torch.Tensor, layers: int, heads: int) -> torch.Tensor:
-    """The optimization track's function, written down from its script's names: w has its parameters' names; one position, one head at a time."""
+    """The optimization track's function, written down from its script's names: w has its parameters' names; one
+    position, one head at a time.
+    """
     K = w["blocks.0.attn.q.weight"].shape[0] // heads
 
     def norm(x: torch.Tensor) -> torch.Tensor:

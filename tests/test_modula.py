@@ -1,7 +1,9 @@
-"""optim/modular.py and optim/norms.py against `modula` 0.0.0.0.0.2 on PyPI, the last torch version of the package by the modular norm's authors.
+"""optim/modular.py and optim/norms.py against `modula` 0.0.0.0.0.2 on PyPI, the last torch version of the package by
+the modular norm's authors.
 
-Its atoms carry a scale in the forward pass, so that what acts is scale · weight. Each call of its normalize is one step of a power iteration
-that starts where the last call ended: on fresh copies of one update, calls converge. Weights come in the same order, that of the forward pass.
+Its atoms carry a scale in the forward pass, so that what acts is scale · weight. Each call of its normalize is one
+step of a power iteration that starts where the last call ended: on fresh copies of one update, calls converge.
+Weights come in the same order, that of the forward pass.
 """
 
 from typing import Any

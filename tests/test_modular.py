@@ -1,4 +1,7 @@
-"""optim/modular.py. Oracles: Modula's published composition (theory.md §2's check value), perturbation of real networks, and Hölder."""
+"""optim/modular.py.
+
+Oracles: Modula's published composition (theory.md §2's check value), perturbation of real networks, and Hölder.
+"""
 
 import math
 

@@ -1,5 +1,6 @@
-"""optim/norms.py. Oracles: Hölder's inequality on random trial tensors, operator norms' own definitions by inputs (torch's convolutions among
-them), the SVD, and blocks cut out by plain indexing."""
+"""optim/norms.py. Oracles: Hölder's inequality on random trial tensors, operator norms' own definitions by inputs
+(torch's convolutions among them), the SVD, and blocks cut out by plain indexing.
+"""
 
 import math
 from functools import reduce
@@ -103,7 +104,10 @@ def label(norm: Norm) -> str:
 
 
 def sample(shape: Shape, *, seed: int = 0, rank_one: bool = False, zero: int | None = None) -> Tensor:
-    """Gaussian in float64, or a product of one Gaussian vector per dimension. zero: one of the first dimension made 0."""
+    """Gaussian in float64, or a product of one Gaussian vector per dimension.
+
+    zero: one of the first dimension made 0.
+    """
     g = torch.Generator().manual_seed(seed)
     if rank_one:
         vectors = [torch.randn(n, generator=g, dtype=torch.float64) for n in shape]
@@ -237,7 +241,8 @@ def test_stacks_equal_loops_zero_gives_zero_and_arguments_stay(norm: Norm, shape
 def test_dualize_in_place_returns_what_dualize_returns(norm: Norm, shape: Shape):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         G = sample(shape).to(dtype)
-        # Convolutions go slice by slice in place, and sum in another order: a small entry has the rounding of large ones.
+        # Convolutions go slice by slice in place, and sum in another order: a small entry has the rounding of large
+        # ones.
         D, within = norm.dualize(G), {torch.float64: EXACT, torch.float32: FP32}.get(dtype, torch.finfo(dtype).eps)
         assert (norm.dualize_(G.clone()) - D).abs().max() <= within * D.abs().max()
 
@@ -321,7 +326,8 @@ def test_sphere_has_norm_one(norm: Norm, shape: Shape):
         assert not polars(norm) or abs(norm.norm(norm.stiefel(scale * sample(shape))) - 1) < EXACT
 
 
-# Norms that are maxima over blocks: (norm, shape, norm of a block, factor, the blocks of W as that norm reads them, by plain indexing).
+# Norms that are maxima over blocks: (norm, shape, norm of a block, factor, the blocks of W as that norm reads them, by
+# plain indexing).
 BLOCKED: list[tuple[Norm, Shape, Norm, float, object]] = [
     (Blocks(LINEAR, 3), (6, 5), LINEAR, 1, lambda W: [W[0:2], W[2:4], W[4:6]]),
     (Blocks(LINEAR, (2, 2, 5, 1)), (10, 4), LINEAR, 1, lambda W: [W[0:2], W[2:4], W[4:9], W[9:10]]),
@@ -532,7 +538,9 @@ def test_spectral_norm_is_within_its_promise_from_below(spectrum: str, dtype: to
 
 @pytest.mark.parametrize("m", [32, 256, 512])
 def test_spectral_norm_holds_on_its_worst_spectrum(m: int):
-    """One singular value above m − 1 equal ones, and singular vectors that no column favours (Hadamard's); gaps around the worst one, ln(m) / 2^13."""
+    """One singular value above m − 1 equal ones, and singular vectors that no column favours (Hadamard's); gaps around
+    the worst one, ln(m) / 2^13.
+    """
     H = torch.ones(1, 1, dtype=torch.float64)
     while len(H) < m:
         H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
@@ -549,7 +557,8 @@ def test_spectral_norm_of_nothing_is_zero():
 
 @pytest.mark.parametrize(
     ("polar", "ratio", "error"),
-    # ratio: ‖W‖_F / σ_min up to which stiefel holds: beyond it the schedule leaves the smallest singular values too far below 1
+    # ratio: ‖W‖_F / σ_min up to which stiefel holds: beyond it the schedule leaves the smallest singular values too far
+    # below 1
     [
         (Polar("exact"), 1e6, 1e-6),
         (Polar("quintic"), 5000, SIZE),
@@ -676,7 +685,8 @@ def test_convolutions_gain_at_most_their_norm_and_attain_it(dims, groups, per_gr
     assert gain(W, x) <= norm.norm(W) * (1 + EXACT)
     x = x / rms(x.movedim(1, -1)).unsqueeze(1)  # of one size everywhere
     assert gain(W, x) <= norm.norm(W) * (1 + EXACT)
-    # Equal slices and a constant input along a group's first right singular vector: an output that sees every tap has all of the norm.
+    # Equal slices and a constant input along a group's first right singular vector: an output that sees every tap has
+    # all of the norm.
     W = W[(..., *(slice(1),) * dims)].expand_as(W)
     right = torch.zeros(groups, into, dtype=torch.float64)
     for g, slices in enumerate(W.flatten(2)[..., 0].unflatten(0, (groups, -1))):

@@ -1,5 +1,7 @@
-"""Old optimizers as points of the design space: the [optim] section of configs/points/*.toml against torch's own optimizers, published code
-(pytorch_optimizer; numbers recorded from prodigyopt) or an identity of autograd and eigh, over 50 steps in float64."""
+"""Old optimizers as points of the design space: the [optim] section of configs/points/*.toml against torch's own
+optimizers, published code (pytorch_optimizer; numbers recorded from prodigyopt) or an identity of autograd and eigh,
+over 50 steps in float64.
+"""
 
 import copy
 import json
@@ -31,20 +33,28 @@ STEPS = 50
 ROUNDING = (
     1e-12  # equal in exact arithmetic: 2e-16 a step, times Jordan's slope at 0, 3.4445⁵ = 485, at most (found: 1e-14)
 )
-EPSILON = 1e-10  # the other side adds 1e-8 … 1e-6 to a gradient's size, and gradients are scaled up by 1e6, which ours does not see (found: 2e-12)
-SQUARED = 1e-6  # G Gᵀ squares the condition number: singular values of 1e-4 of the largest are known to 2e-16 / 1e-8 (found: 3e-8)
-# SOAP's basis turns by rounding over its shift, √ε = 1.5e-8, in both: 1 − cos is the square, times what 50 steps add (found: FOUND).
+# the other side adds 1e-8 … 1e-6 to a gradient's size, and gradients are scaled up by 1e6, which ours does not see
+# (found: 2e-12)
+EPSILON = 1e-10
+# G Gᵀ squares the condition number: singular values of 1e-4 of the largest are known to 2e-16 / 1e-8 (found: 3e-8)
+SQUARED = 1e-6
+# SOAP's basis turns by rounding over its shift, √ε = 1.5e-8, in both: 1 − cos is the square, times what 50 steps add
+# (found: FOUND).
 TURNED = 1e-10
 RECORDED = 1e-9  # ROUNDING, and sums in another machine's order (found: equal)
 SINGLE = 1e-6  # pytorch_optimizer's Prodigy adds up its distance in float32 (found: 1e-7)
-# One step of Muon in bfloat16: five iterations on numbers of 8 bits, 0.4 % each, with slopes above 1 (found: 0.026, largest singular value 1.134 in both).
+# One step of Muon in bfloat16: five iterations on numbers of 8 bits, 0.4 % each, with slopes above 1 (found: 0.026,
+# largest singular value 1.134 in both).
 BFLOAT16, BFLOAT16_BAND = 0.05, 0.01
 
 Step = Callable[[], object]
 
 
 class Net(nn.Module):
-    """One weight of each role of a GPT, float64: 7 tokens, 6 wide, 15 hidden. Its numbers are Python's, the same in every version of torch."""
+    """One weight of each role of a GPT, float64: 7 tokens, 6 wide, 15 hidden.
+
+    Its numbers are Python's, the same in every version of torch.
+    """
 
     def __init__(self):
         super().__init__()
@@ -134,7 +144,9 @@ def descend(params: Sequence[Tensor], lr: float, direction: Callable[[Tensor], T
 def resized(
     params: Sequence[Tensor], base: Callable[[list[Tensor]], torch.optim.Optimizer], size: Callable[[Tensor], Tensor]
 ) -> Step:
-    """W ← W + size(u), u being the base optimizer's own update: it steps from zero weights, so that u has no rounding of theirs."""
+    """W ← W + size(u), u being the base optimizer's own update: it steps from zero weights, so that u has no rounding
+    of theirs.
+    """
     shadows = [torch.zeros_like(p) for p in params]
     optimizer = base(shadows)
 
@@ -160,15 +172,19 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- one weight at a time, no averages
 
 
+def dual_rms_to_rms(G: Tensor) -> Tensor:
+    return max(1, G.shape[0] / G.shape[1]) ** 0.5 * torch.linalg.matrix_norm(G, "nuc")
+
+
 @pytest.mark.parametrize(
     ("name", "options", "dual_norm"),
     [
         ("sign_descent", (), lambda G: G.abs().sum()),
         ("normalized_sgd", (), torch.linalg.matrix_norm),
         ("shampoo", (), partial(torch.linalg.matrix_norm, ord="nuc")),
-        ("spectral_descent", ("--optim.polar.schedule", "exact"), lambda G: max(1, G.shape[0] / G.shape[1]) ** 0.5 * torch.linalg.matrix_norm(G, "nuc")),
+        ("spectral_descent", ("--optim.polar.schedule", "exact"), dual_rms_to_rms),
     ],
-)  # fmt: skip
+)
 def test_without_averages_a_step_is_autograds_gradient_of_the_dual_norm(
     name: str, options: tuple[str, ...], dual_norm: Callable[[Tensor], Tensor]
 ):
@@ -183,7 +199,9 @@ def test_without_averages_a_step_is_autograds_gradient_of_the_dual_norm(
 
 
 def test_sign_descent_is_adam_without_averages():
-    """Tokens that a minibatch lacks have zero rows, where torch's Adam with ε = 0 is 0/0; ε = 1e-300 is below any gradient."""
+    """Tokens that a minibatch lacks have zero rows, where torch's Adam with ε = 0 is 0/0; ε = 1e-300 is below any
+    gradient.
+    """
     o = point("sign_descent")
     assert (
         follow(o, lambda twin: torch.optim.Adam(twin.parameters(), lr=float(o.lr), betas=(0.0, 0.0), eps=1e-300).step)
@@ -257,7 +275,9 @@ def test_spectral_descent_is_muon_without_momentum(form: str):
 
 
 def muon(o: OptimConfig, twin: Net, adjust: str) -> Step:
-    """torch's Muon on hidden weights; embedding and head along the sign of the update of torch's Nesterov SGD, the head's over its fan-in."""
+    """torch's Muon on hidden weights; embedding and head along the sign of the update of torch's Nesterov SGD, the
+    head's over its fan-in.
+    """
     lr, hidden, rest = float(o.lr), [twin.attention.weight, twin.mlp.weight], [twin.embedding.weight, twin.head.weight]
     spectral = torch.optim.Muon(hidden, lr=lr, weight_decay=o.weight_decay, momentum=o.beta, adjust_lr_fn=adjust)
     nesterov = partial(torch.optim.SGD, lr=1.0, momentum=o.beta, nesterov=True)
@@ -314,9 +334,14 @@ SCION = {
 
 def scion(twin: Net, *, lr: float, beta: float, radii: dict[str, float], constraint: bool) -> Step:
     groups = [
-        {"params": [twin.get_parameter(f"{role}.weight")], "norm_type": published_scion.LMONorm[kind], "norm_kwargs": options, "scale": radii[role]}
+        {
+            "params": [twin.get_parameter(f"{role}.weight")],
+            "norm_type": published_scion.LMONorm[kind],
+            "norm_kwargs": options,
+            "scale": radii[role],
+        }
         for role, (kind, options) in SCION.items()
-    ]  # fmt: skip
+    ]
     return pytorch_optimizer.SCION(groups, lr=lr, momentum=1 - beta, constraint=constraint).step
 
 
@@ -343,7 +368,8 @@ def test_scions_radii_by_layer_are_parameter_groups():
 
     def grouped(o: OptimConfig, model: Net) -> Dualized:
         whole = build(o, model)
-        groups = [{"params": [(n, p)], "lr": gamma * radii[n.split(".")[0]], "weight_decay": 1 / radii[n.split(".")[0]]} for n, p in model.named_parameters()]  # fmt: skip
+        sized = [(name, p, radii[name.split(".")[0]]) for name, p in model.named_parameters()]
+        groups = [{"params": [(name, p)], "lr": gamma * r, "weight_decay": 1 / r} for name, p, r in sized]
         return Dualized(groups, 1.0, norm=whole.norm, direction=o.direction, beta=o.beta)  # type: ignore[arg-type]
 
     oracle = partial(scion, lr=gamma, beta=o.beta, radii=radii, constraint=True)
@@ -371,7 +397,9 @@ PRODIGY_SUMS = [4.694809992231333, 5.655732208490764, -3.249364960643027, 0.5549
 
 
 def test_prodigy_is_published_code_without_averages():
-    """prodigyopt with β₁ = 0 steps by d as grown in the same step, as ours does (with β₁ > 0 by d of the step before: see the next test)."""
+    """prodigyopt with β₁ = 0 steps by d as grown in the same step, as ours does (with β₁ > 0 by d of the step before:
+    see the next test).
+    """
     o, model = point("prodigy", "--optim.auto.initial", "1e-6"), Net()
     optimizer = build(o, model)
     for t in range(STEPS):
@@ -401,7 +429,10 @@ def test_prodigy_of_the_other_published_code_grows_alike_and_steps_one_late():
     assert d > 1e-3, "a thousandfold growth is compared"
 
 
-MODULAR = "--optim.composition modular --optim.norms.embedding L1ToRMS --optim.norms.attention RMSToRMS --optim.norms.mlp RMSToRMS --optim.norms.head RMSToLinf --optim.polar.schedule exact"  # fmt: skip
+MODULAR = (
+    "--optim.composition modular --optim.norms.embedding L1ToRMS --optim.norms.attention RMSToRMS "
+    "--optim.norms.mlp RMSToRMS --optim.norms.head RMSToLinf --optim.polar.schedule exact"
+)
 
 
 @pytest.mark.parametrize("options", ["", MODULAR])
@@ -521,9 +552,12 @@ def cosines(o: OptimConfig, theirs: torch.optim.Optimizer, twin: Net, before_ste
 
 @pytest.mark.parametrize("every", [1, 10])
 def test_soap_is_published_code_with_its_basis_renewed_before_the_step(every: int):
-    """Seven differences are taken out. Published code renews factors and basis after a step, rounds the basis to float32, and starts from eigenvectors; it does
-    not shift factors, sorts columns by the last digits of their eigenvalues, divides whatever is not zero, and bounds no quotient. What is left is the same: factors, one step of
-    orthogonal iteration, running squares in the new basis, the way back. Gradients lack rank, all of them those of the head, whose columns sum to 0."""
+    """Seven differences are taken out. Published code renews factors and basis after a step, rounds the basis to
+    float32, and starts from eigenvectors; it does not shift factors, sorts columns by the last digits of their
+    eigenvalues, divides whatever is not zero, and bounds no quotient. What is left is the same: factors, one step of
+    orthogonal iteration, running squares in the new basis, the way back. Gradients lack rank, all of them those of
+    the head, whose columns sum to 0.
+    """
     o, twin = point("soap", "--optim.refresh-every", str(every)), Net()
     theirs = RenewsFirst(
         twin.parameters(), lr=1.0, betas=(o.beta, o.beta2), weight_decay=0.0, precondition_frequency=every, eps=1e-300
@@ -615,7 +649,9 @@ def test_a_point_trains_and_its_receipt_has_its_norms(trained: Path, name: str):
 
 
 def test_nesterov_soap_is_soap_of_the_average_one_step_ahead():
-    """SOAP that starts from the new average M' instead of M averages to (1 − β) G + β M'; everything else it remembers is the same."""
+    """SOAP that starts from the new average M' instead of M averages to (1 − β) G + β M'; everything else it remembers
+    is the same.
+    """
     from optim.directions import DIRECTIONS
 
     g = torch.Generator().manual_seed(0)

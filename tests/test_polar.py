@@ -14,7 +14,9 @@ ROUNDING = 1e-14  # of a dozen operations on float64 numbers near 1
 FP32_LOG_UNIFORM = (
     2e-4  # of two ways to take the same sums in float32, where singular values are at least 1e-3 of the largest
 )
-FP32 = 1e-3  # fp32 plain and Gram against float64: 8e-4 measured at worst, rank one under polar_express, whose polynomials are steep at 1
+# fp32 plain and Gram against float64: 8e-4 measured at worst, rank one under polar_express, whose polynomials are steep
+# at 1
+FP32 = 1e-3
 GRAM_BF16 = 0.12
 # The maximum of 2x − 1.5x³ + 0.5x⁵ on [0, 1], 1.00176: its derivative is 0 at x² = 0.8 and 1.
 QUINTIC_PEAK = 1.12 * 0.8**0.5

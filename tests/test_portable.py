@@ -1,4 +1,6 @@
-"""tests/portable.py, and the cheapest part of `make portable`: what depends most on rounding, as the oldest processor rounds."""
+"""tests/portable.py, and the cheapest part of `make portable`: what depends most on rounding, as the oldest processor
+rounds.
+"""
 
 import sys
 

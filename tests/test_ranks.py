@@ -1,4 +1,6 @@
-"""train_gpt.py in several real processes: the same numbers at any number of ranks, checkpoints that fit all, and every fault."""
+"""train_gpt.py in several real processes: the same numbers at any number of ranks, checkpoints that fit all, and every
+fault.
+"""
 
 import json
 import os
@@ -518,7 +520,9 @@ def test_what_one_rank_alone_cannot_do_is_told_with_its_number(root: Path, tmp_p
 
 @pytest.mark.soak
 def test_killed_at_any_moment_on_any_rank_a_run_resumes_to_the_same_weights(root: Path):
-    """kill -9 of one of two ranks, then the others as torchrun does, at random moments, saving included; then resume="auto", sometimes alone."""
+    """kill -9 of one of two ranks, then the others as torchrun does, at random moments, saving included; then
+    resume="auto", sometimes alone.
+    """
     args = (
         "--run.resume",
         "auto",

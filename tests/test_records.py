@@ -303,7 +303,9 @@ def test_an_interval_in_the_book_holds_the_steps_that_were_run(
 
 
 def test_a_study_whose_target_is_an_entrys_mean_is_judged_by_its_own_rule(root: Path):
-    """Where that mean is the track's target to four digits: its threshold has the target's noise, and the entry that sets it neither passes nor fails."""
+    """Where that mean is the track's target to four digits: its threshold has the target's noise, and the entry that
+    sets it neither passes nor fails.
+    """
     results = json.loads((root / "runs/study/results.json").read_text())
     results |= {"target": 2.80004, "target_from": "adamw", "rule": {"threshold": 0.004 * 2**0.5, **RULE}}
     results["entries"][1]["horizons"][0]["passes"] = None
@@ -511,7 +513,9 @@ def test_the_fixed_architecture_of_pysource_is_the_optimization_track_s():
 def test_a_record_is_reproduced_exactly_here(
     book: Path, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    """With the code of now: a run that is there already counts if it is of the present commit, and that without changes."""
+    """With the code of now: a run that is there already counts if it is of the present commit, and that without
+    changes.
+    """
     assert add("runs/study") == 0
     folder = book / "small/2026-01-02_first"
     argv = ["check", str(folder), "--entry", "dualized", "--seeds", "1"]
@@ -569,7 +573,9 @@ def test_other_data_and_other_folders_are_refused(book: Path, root: Path, capsys
 
 @pytest.mark.soak
 def test_between_machines_means_are_compared_at_the_nominal_level():
-    """3,000 records (10,000 in `make soak`) of 4 seeds and checks of 4, the same mean: one in a hundred fails, within 4 binomial deviations; a shift of 5 σ is found."""
+    """3,000 records (10,000 in `make soak`) of 4 seeds and checks of 4, the same mean: one in a hundred fails, within 4
+    binomial deviations; a shift of 5 σ is found.
+    """
     rng, n, fails = np.random.default_rng(0), 10_000 if SOAK else 3_000, 0
     for losses in rng.normal(size=(n, 8)):
         fine, _ = compare(told(losses[:4]), found(losses[4:]), same=False)

@@ -29,7 +29,7 @@ LR = {"adamw": 0.004, "muon": 0.02, "dualized": 4.0}
 def results(
     *, names: tuple[str, ...] = ("adamw", "muon", "dualized"), seeds: int = 4, target: float | None = 1.52
 ) -> dict[str, Any]:
-    """A study as studies.speedrun writes it: entries × seeds × 3 horizons, losses along a power law of steps × SPEED."""
+    """A study as studies.speedrun writes it: entries × seeds × 3 horizons, losses by a power law of steps × SPEED."""
     rng = np.random.default_rng(0)
 
     def interval(values: list[float]) -> dict[str, float | None]:
@@ -71,10 +71,20 @@ def results(
                     ]
                     for s in range(10, steps + 1, 10)
                 ]
-                runs.append({
-                    "steps": steps, "seed": seed, "loss": curve[-1][3], "train_seconds": steps * pace, "optimizer_seconds": steps * pace * 0.12,
-                    "wall_seconds": steps * pace + 9.5, "peak_memory_bytes": 511_000_000 + seed, "path": f"{name}.s{steps}.seed{seed}", "curve": curve, "training": training,
-                })  # fmt: skip
+                runs.append(
+                    {
+                        "steps": steps,
+                        "seed": seed,
+                        "loss": curve[-1][3],
+                        "train_seconds": steps * pace,
+                        "optimizer_seconds": steps * pace * 0.12,
+                        "wall_seconds": steps * pace + 9.5,
+                        "peak_memory_bytes": 511_000_000 + seed,
+                        "path": f"{name}.s{steps}.seed{seed}",
+                        "curve": curve,
+                        "training": training,
+                    }
+                )
         losses = {steps: [r["loss"] for r in runs if r["steps"] == steps] for steps in HORIZONS[kind]}
         statistic = (
             {s: (target - float(np.mean(v))) * math.sqrt(seeds) for s, v in losses.items()}
@@ -84,24 +94,68 @@ def results(
         to = {"adamw": 400, "muon": 265, "dualized": 205}[kind]
         ones = [r for r in runs if r["steps"] == 400]
         return {
-            "name": name, "config_path": f"configs/race/{name}.toml", "receipt": f"parameter  norm\nhead.weight  {name}", "params": 903_424, "optimizer_state_bytes": 3_613_696,
-            "config": {"run.name": name, "optim.name": name, "optim.lr": LR[kind], "model.n_layer": 4, "train.steps": 400} | ({"optim.beta2": 0.95} if kind == "adamw" else {}),
+            "name": name,
+            "config_path": f"configs/race/{name}.toml",
+            "receipt": f"parameter  norm\nhead.weight  {name}",
+            "params": 903_424,
+            "optimizer_state_bytes": 3_613_696,
+            "config": {
+                "run.name": name,
+                "optim.name": name,
+                "optim.lr": LR[kind],
+                "model.n_layer": 4,
+                "train.steps": 400,
+            }
+            | ({"optim.beta2": 0.95} if kind == "adamw" else {}),
             "tokens_per_step": 4096,
             "trials": [
-                {"values": {"optim.lr": LR[kind] * f}, "steps": 400, "seeds": [1000], "losses": [x], "loss": x, "path": [f"tune/{name}.{i}.seed1000"]}
+                {
+                    "values": {"optim.lr": LR[kind] * f},
+                    "steps": 400,
+                    "seeds": [1000],
+                    "losses": [x],
+                    "loss": x,
+                    "path": [f"tune/{name}.{i}.seed1000"],
+                }
                 for i, f in enumerate((1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, 16))
                 for x in [None if f > 4 else 1.53 + 0.02 * math.log2(f) ** 2]
             ],
-            "tuned": {"optim.lr": LR[kind]}, "runs": runs, "note": "",
-            "horizons": [{"steps": s, "n": seeds, **interval(v), "statistic": statistic.get(s), "passes": statistic[s] >= 0.004 if statistic else None, "train_seconds": s * pace}
-                         for s, v in losses.items()],
-            "at_budget": {"n": seeds, "steps": 400, "tokens": 400 * 4096, "loss": interval(losses[400]), "peak_memory_bytes": 511_000_003}
+            "tuned": {"optim.lr": LR[kind]},
+            "runs": runs,
+            "note": "",
+            "horizons": [
+                {
+                    "steps": s,
+                    "n": seeds,
+                    **interval(v),
+                    "statistic": statistic.get(s),
+                    "passes": statistic[s] >= 0.004 if statistic else None,
+                    "train_seconds": s * pace,
+                }
+                for s, v in losses.items()
+            ],
+            "at_budget": {
+                "n": seeds,
+                "steps": 400,
+                "tokens": 400 * 4096,
+                "loss": interval(losses[400]),
+                "peak_memory_bytes": 511_000_003,
+            }
             | {k: interval([r[k] for r in ones]) for k in ("train_seconds", "optimizer_seconds", "wall_seconds")},
-            "to_target": None if target is None else {"steps": to, "tokens": to * 4096, "train_seconds": to * pace, "confirmed": kind != "muon"} | (
-                {"low": None, "high": None, "interpolated": None} if name == "adamw" else  # it sets the target
-                {"low": to - 12 if seeds > 1 else None, "high": to + 15 if seeds > 1 else None, "interpolated": to - 2.7}
+            "to_target": None
+            if target is None
+            else {"steps": to, "tokens": to * 4096, "train_seconds": to * pace, "confirmed": kind != "muon"}
+            | (
+                {"low": None, "high": None, "interpolated": None}
+                if name == "adamw"
+                # it sets the target
+                else {
+                    "low": to - 12 if seeds > 1 else None,
+                    "high": to + 15 if seeds > 1 else None,
+                    "interpolated": to - 2.7,
+                }
             ),
-        }  # fmt: skip
+        }
 
     entries = [entry(name) for name in names]
     pairs = []
@@ -126,11 +180,25 @@ def results(
                     }
             pairs.append(pair)
     return {
-        "schema": 2, "command": "python -m studies.speedrun configs/race/adamw.toml configs/race/muon.toml configs/race/dualized.toml --seeds 4 --budget steps=400 --target-entry adamw",
-        "name": "race", "dataset": "corpora/pysource", "corpus_sha256": "9f2c" * 16, "track": "pysource-cpu", "target": target, "target_from": "adamw" if target else None,
-        "budget": {"kind": "steps", "value": 400}, "rule": {"threshold": 0.004, "sigma": 0.00194, "sigma_from": "runs", "level": 0.95}, "seeds": list(range(seeds)), "workers": 2, "threads": 1, "ranks": 1,
-        "hardware": "AMD EPYC 7763, 2 cores", "versions": {"python": "3.11.4", "torch": "2.13.0+cpu", "nanodual": "commit 67a4792 (dirty)"}, "entries": entries, "pairs": pairs,
-    }  # fmt: skip
+        "schema": 2,
+        "command": "python -m studies.speedrun configs/race/adamw.toml configs/race/muon.toml configs/race/dualized.toml --seeds 4 --budget steps=400 --target-entry adamw",
+        "name": "race",
+        "dataset": "corpora/pysource",
+        "corpus_sha256": "9f2c" * 16,
+        "track": "pysource-cpu",
+        "target": target,
+        "target_from": "adamw" if target else None,
+        "budget": {"kind": "steps", "value": 400},
+        "rule": {"threshold": 0.004, "sigma": 0.00194, "sigma_from": "runs", "level": 0.95},
+        "seeds": list(range(seeds)),
+        "workers": 2,
+        "threads": 1,
+        "ranks": 1,
+        "hardware": "AMD EPYC 7763, 2 cores",
+        "versions": {"python": "3.11.4", "torch": "2.13.0+cpu", "nanodual": "commit 67a4792 (dirty)"},
+        "entries": entries,
+        "pairs": pairs,
+    }
 
 
 @pytest.fixture(scope="module")

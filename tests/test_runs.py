@@ -158,7 +158,10 @@ def test_last_words_of_a_divergence_are_known(last: str):
 
 
 def test_another_failure_ends_the_study_with_what_the_run_said(base: Config, tmp_path: Path):
-    """No text there: train_gpt.py refuses. What was under way is finished, nothing is begun after it, and the next call does the rest."""
+    """No text there: train_gpt.py refuses.
+
+    What was under way is finished, nothing is begun after it, and the next call does the rest.
+    """
     bad = jobs_of(base, tmp_path, "x", **{"data.dataset": str(tmp_path / "nowhere")})
     jobs = [*jobs_of(base, tmp_path, "a"), *bad, *jobs_of(base, tmp_path, "bcd")]
     with pytest.raises(StudyError) as error:
@@ -177,7 +180,10 @@ def test_another_failure_ends_the_study_with_what_the_run_said(base: Config, tmp
 
 
 def test_a_study_killed_in_the_middle_goes_on_and_leaves_no_process_behind(base: Config, tmp_path: Path):
-    """kill −9: what was under way ends too, and is begun anew; what was done stays. The second time SIGINT: runs are told and waited for."""
+    """kill −9: what was under way ends too, and is begun anew; what was done stays.
+
+    The second time SIGINT: runs are told and waited for.
+    """
     long = {"train.steps": 1_000_000}
     jobs = [
         *jobs_of(base, tmp_path, "a"),

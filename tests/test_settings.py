@@ -37,7 +37,7 @@ def text_of(file: Path) -> str:
 
 
 def defaults(path: Path) -> Iterator[tuple[str, str]]:
-    """(owner, name) of what has a default of its own: annotated fields of classes, parameters of functions and methods."""
+    """(owner, name) of what has its own default: annotated fields of classes, parameters of functions and methods."""
     tree = ast.parse(text_of(path))
     owners = {id(inner): node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for inner in node.body}
     for node in ast.walk(tree):

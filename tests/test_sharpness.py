@@ -1,4 +1,6 @@
-"""studies/sharpness.py and training/sharpness.py: the numbers of a study on curves that are known, a run's records against dense Hessians, thresholds by simulation."""
+"""studies/sharpness.py and training/sharpness.py: the numbers of a study on curves that are known, a run's records
+against dense Hessians, thresholds by simulation.
+"""
 
 import json
 import math

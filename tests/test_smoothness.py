@@ -1,4 +1,7 @@
-"""optim/smoothness.py: (α, β, γ) of trees against second derivatives of real networks. Oracle: an adversary that picks directions, weights and inputs."""
+"""optim/smoothness.py: (α, β, γ) of trees against second derivatives of real networks.
+
+Oracle: an adversary that picks directions, weights and inputs.
+"""
 
 import math
 from collections.abc import Callable
@@ -29,7 +32,7 @@ LINEAR = RMSToRMS(Polar("exact"))
 State = dict[str, Tensor]  # weights by name and the input "x"; the first dimension counts networks
 
 
-# -- networks ------------------------------------------------------------------------------------------------------------------------
+# -- networks ----------------------------------------------------------------------------------------------------------
 
 
 times = torch.ops.aten.mul.Scalar  # x * c is slow in forward mode
@@ -86,7 +89,11 @@ def identity() -> Module:
 
 
 def elementwise(label: str, second: float, sensitivity: float = 1.0) -> Module:
-    """second: max |φ''|. In RMS, γ = max |φ''| √width: two directions √width · e_i have RMS 1, and φ''(x_i) · width · e_i has RMS |φ''| √width."""
+    """second: max |φ''|.
+
+    In RMS, γ = max |φ''| √width: two directions √width · e_i have RMS 1, and φ''(x_i) · width · e_i has RMS |φ''|
+    √width.
+    """
     return modular.bond(label, sensitivity=sensitivity, sharpness=second * WIDTH**0.5)
 
 
@@ -99,7 +106,9 @@ def gelu() -> Module:
 
 
 def attention(label: str = "attention", heads: int = 1) -> Module:
-    """On queries, keys and values whose norm is the maximum over heads; merged, the heads' outputs have no larger RMS than that."""
+    """On queries, keys and values whose norm is the maximum over heads; merged, the heads' outputs have no larger RMS
+    than that.
+    """
     qkv = modular.concat(*(atom("{}." + n, Blocks(LINEAR, heads)) for n in "qkv"))
     return linear("{}.out") @ (1 / 3 * replace(modular.attention(), label=label)) @ qkv
 
@@ -129,8 +138,9 @@ def linf(y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Architecture:
-    """tree: built anew at every call. tight: the constants that the adversary attains. shapes: of weights (by the name's last part) and of "x".
+    """tree: built anew at every call. tight: the constants that the adversary attains.
 
+    shapes: of weights (by the name's last part) and of "x".
     inputs, size: the norms of inputs and of outputs.
     """
 
@@ -185,15 +195,17 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-# -- the adversary -------------------------------------------------------------------------------------------------------------------
+# -- the adversary -----------------------------------------------------------------------------------------------------
 
 
 def adversary(
     apply: Callable[[State], Tensor], size: Callable, norms: dict[str, Norm], p: State, reach_u: State, reach_v: State
 ) -> tuple[Tensor, State]:
-    """The largest size(∂² apply(p)[u, v]) found, (networks,), and its p. ‖u_k‖ <= reach_u[k], ‖v_k‖ <= reach_v[k], (networks,); ‖p_k‖ <= 1.
+    """The largest size(∂² apply(p)[u, v]) found, (networks,), and its p. ‖u_k‖ <= reach_u[k], ‖v_k‖ <= reach_v[k],
+    (networks,); ‖p_k‖ <= 1.
 
-    The size is convex in u and in v: the dual maximiser of its gradient never lowers it. p goes towards the dual maximiser where that is a gain.
+    The size is convex in u and in v: the dual maximiser of its gradient never lowers it. p goes towards the dual
+    maximiser where that is a gain.
     """
 
     def curvature(p: State, u: State, v: State) -> tuple[Tensor, Tensor]:
@@ -232,7 +244,10 @@ def draws(norms: dict[str, Norm], shape: Callable[[str], tuple[int, int]], copie
 
 
 def reaches(radii: dict[str, float], *searches: tuple[str, str], copies: int = 1) -> tuple[State, State]:
-    """reach_u and reach_v of a batch of searches, DRAWS · copies networks each. A search: the tensors that u moves, those that v moves; "w": all weights."""
+    """reach_u and reach_v of a batch of searches, DRAWS · copies networks each.
+
+    A search: the tensors that u moves, those that v moves; "w": all weights.
+    """
 
     def moved(k: str, what: str) -> float:
         return float(k in what or (what == "w" and k != "x"))
@@ -248,7 +263,7 @@ def reaches(radii: dict[str, float], *searches: tuple[str, str], copies: int = 1
 
 @lru_cache
 def worst(name: str) -> tuple[float, ...]:
-    """The largest second derivatives in (w, w), (w, x), (x, x) that the adversary finds on an architecture's networks."""
+    """The largest second derivatives in (w, w), (w, x), (x, x) that the adversary finds on these networks."""
     torch.manual_seed(0)
     a = ARCHITECTURES[name]
     tree = a.tree()
@@ -279,7 +294,7 @@ def excesses() -> list[str]:
     return [f"{c} of {name}" for name in ARCHITECTURES for c, ratio in ratios(name).items() if ratio > 1 + ROUNDING]
 
 
-# -- claims --------------------------------------------------------------------------------------------------------------------------
+# -- claims ------------------------------------------------------------------------------------------------------------
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -339,7 +354,9 @@ def test_attention_attains_its_constant_in_a_query_and_a_key():
     ],
 )
 def test_halving_any_term_of_a_composite_is_caught(monkeypatch: pytest.MonkeyPatch, term: str):
-    """A term is what one constant of one of the two nodes adds to one constant of the composite, which is linear in them."""
+    """A term is what one constant of one of the two nodes adds to one constant of the composite, which is linear in
+    them.
+    """
     result, node, constant = term.split()
     whole, i, j = modular.sharpness_after, CONSTANTS.index(result), CONSTANTS.index(constant)
 

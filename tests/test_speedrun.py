@@ -1,4 +1,6 @@
-"""studies/speedrun/: the search for a horizon on losses whose truth is known, and the command from end to end on a small dataset."""
+"""studies/speedrun/: the search for a horizon on losses whose truth is known, and the command from end to end on a
+small dataset.
+"""
 
 import json
 import math
@@ -55,7 +57,9 @@ def found(rule: Rule, loss: Any, **options: Any) -> dict[int, float]:
 
 @pytest.mark.parametrize("truth", [170, 222, 283, 339, 397])
 def test_a_horizon_is_found_to_a_point_of_the_grid_without_noise(truth: int):
-    """The first multiple of 5 that passes, or the next: the interpolation is right to half a percent (tests/test_statistics.py)."""
+    """The first multiple of 5 that passes, or the next: the interpolation is right to half a percent
+    (tests/test_statistics.py).
+    """
     rule = Rule(law(truth) + 0.002, 0.004)
     means = found(rule, law)
     passed = min(h for h, y in means.items() if rule.passes(y, SEEDS))
@@ -83,7 +87,9 @@ def test_an_entry_that_does_not_reach_the_target_has_no_horizon_but_with_longer_
 
 
 def test_a_horizon_that_fails_by_chance_is_tried_higher_up():
-    """What lies just above the crossing is unlucky: one point further, then two, and after so many tries the shortest that passed is the answer."""
+    """What lies just above the crossing is unlucky: one point further, then two, and after so many tries the shortest
+    that passed is the answer.
+    """
     rule = Rule(law(281), 0.0)
     means = found(rule, lambda h: law(281) + 5e-4 if 281 < h < 320 else law(h))
     tried = list(means)[4:]
@@ -105,9 +111,10 @@ def test_runs_that_diverge_are_above_the_target():
 def test_of_simulated_studies_few_claim_a_horizon_that_does_not_reach_the_target(
     share: float, pooled: bool, from_entry: bool
 ):
-    """1,000 studies of two entries with noise, the rule at its level of 1 %, σ given or pooled over both at the budget, the target a number or the other entry's mean. A claim is false
-    where the true loss at that horizon is above the true target. Each horizon tried is a test; near the target there are at most as many of them as tries, and so the bound is that
-    many percent. On average what is claimed is the horizon that the rule asks for.
+    """1,000 studies of two entries with noise, the rule at its level of 1 %, σ given or pooled over both at the budget,
+    the target a number or the other entry's mean. A claim is false where the true loss at that horizon is above the
+    true target. Each horizon tried is a test; near the target there are at most as many of them as tries, and so the
+    bound is that many percent. On average what is claimed is the horizon that the rule asks for.
     """
     studies, truth = 1000, 283
     rng = np.random.default_rng(3)
@@ -594,7 +601,10 @@ def test_a_budget_of_seconds_is_steps_by_a_probe_that_runs_once(root: Path, monk
 
 
 def test_runs_of_two_ranks_are_judged_as_others(root: Path, monkeypatch: pytest.MonkeyPatch):
-    """Real processes, gloo. The global batch does not depend on ranks: losses are those of one process but for the order of sums."""
+    """Real processes, gloo.
+
+    The global batch does not depend on ranks: losses are those of one process but for the order of sums.
+    """
     monkeypatch.setattr("studies.report.page.write", lambda results, folder: [])
     for name, ranks in (("two", "2"), ("one", "1")):
         more = (
@@ -620,7 +630,9 @@ def test_runs_of_two_ranks_are_judged_as_others(root: Path, monkeypatch: pytest.
 
 
 def timeless(x: Any, key: str = "") -> Any:
-    """Results without what a clock said: fields whose key has "seconds" or "peak_memory" in it, and the third column of curves and lines of training."""
+    """Results without what a clock said: fields whose key has "seconds" or "peak_memory" in it, and the third column of
+    curves and lines of training.
+    """
     if isinstance(x, dict):
         return {k: timeless(v, k) for k, v in x.items() if "seconds" not in k and "peak_memory" not in k}
     if key in ("curve", "training"):

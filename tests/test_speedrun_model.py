@@ -1,4 +1,8 @@
-"""models/ngram.py, and the choice of a model by its name. Oracles: the full forward for the cache, dictionaries of n-grams for the hash, searches of strings for matches, torch's FLOP counter."""
+"""models/ngram.py, and the choice of a model by its name.
+
+Oracles: the full forward for the cache, dictionaries of n-grams for the hash, searches of strings for matches, torch's
+FLOP counter.
+"""
 
 import math
 import tomllib
@@ -159,7 +163,7 @@ def test_without_matching_no_text_repeats_itself():
 
 @pytest.mark.parametrize("rows", [1000, 4096, 65536])
 def test_the_hash_fills_its_rows_at_least_as_chance_would(rows: int):
-    """All bigrams of 65 symbols: rows · (1 − exp(−n/rows)) rows in use, but for 4 standard deviations of balls in bins."""
+    """All bigrams of 65 symbols: rows · (1 − exp(−n/rows)) rows in use, but for 4 deviations of balls in bins."""
     a, b = torch.meshgrid(torch.arange(65), torch.arange(65), indexing="ij")
     used = ngram_rows(torch.stack((a.flatten(), b.flatten()), dim=1), order=2, rows=rows)[:, 1, 0].unique().numel()
     filling = 65**2 / rows
@@ -188,7 +192,9 @@ def test_a_shifted_mlp_reaches_one_position_a_layer():
 
 
 def test_without_the_options_nothing_is_different():
-    """The same parameters, and a table of zeros adds exactly nothing: the first logits are bit for bit those of a model without it."""
+    """The same parameters, and a table of zeros adds exactly nothing: the first logits are bit for bit those of a model
+    without it.
+    """
     off, on = small(ngram=1, mlp_shift=False, zero_init=True), small(mlp_shift=False, zero_init=True)
     assert {n for n, _ in on.named_parameters()} - {n for n, _ in off.named_parameters()} == {"ngram_embedding.weight"}
     with torch.no_grad():
@@ -200,7 +206,9 @@ def test_without_the_options_nothing_is_different():
 
 
 def test_the_table_has_its_place_in_the_modular_norm():
-    """Depth 1, masses 1 + 2 + 4 + 2 + 1 of 10, logit_scale 10: the table has twice the embedding's share, is read twice and steps as far."""
+    """Depth 1, masses 1 + 2 + 4 + 2 + 1 of 10, logit_scale 10: the table has twice the embedding's share, is read twice
+    and steps as far.
+    """
     model = small(n_layer=1)
     norm = metrize(model, model.structure(RoleMasses(ngram=2.0)))
     assert set(norm.norms) == {n for n, _ in model.named_parameters()}

@@ -1,4 +1,7 @@
-"""studies/statistics.py against what it claims, on simulated studies whose truth is known. Tolerances are of the number of studies: four deviations of a binomial."""
+"""studies/statistics.py against what it claims, on simulated studies whose truth is known.
+
+Tolerances are of the number of studies: four deviations of a binomial.
+"""
 
 import math
 from typing import Any
@@ -67,7 +70,9 @@ def test_the_rule_of_an_estimated_sigma_does_too(entries: int, effect: float):
 
 
 def test_a_target_that_is_an_entrys_mean_does_not_raise_false_positives():
-    """Of an entry exactly as good as the one that sets the target; without √(1 + n/m) it would be called better in a tenth of all studies or so."""
+    """Of an entry exactly as good as the one that sets the target; without √(1 + n/m) it would be called better in a
+    tenth of all studies or so.
+    """
     n, m, passed, naive = 4, 8, 0, 0
     theirs, ours = losses(STUDIES, m), losses(STUDIES, n, seed=1)
     for a, b in zip(theirs, ours, strict=True):
@@ -95,7 +100,10 @@ def test_sigma_is_pooled_within_groups_and_leaves_divergence_out():
 
 
 def test_the_share_of_seeds_is_found():
-    """Seeds of deviation 1 at all horizons beside residuals of deviation ½: 0.8 of the variance. Few seeds: the mean over studies of pooled estimates."""
+    """Seeds of deviation 1 at all horizons beside residuals of deviation ½: 0.8 of the variance.
+
+    Few seeds: the mean over studies of pooled estimates.
+    """
     rng = np.random.default_rng(0)
     many = [rng.standard_normal((1, 4)) + 0.5 * rng.standard_normal((5, 4)) for _ in range(4000)]
     assert share_of_seeds(many) == pytest.approx(0.8, abs=0.02)
@@ -226,9 +234,11 @@ def test_a_bracket_is_around_the_shortest_horizon_that_reached_it():
 def test_intervals_of_the_interpolated_horizon_cover_the_true_one(
     share: float, target_n: int | None, monkeypatch: pytest.MonkeyPatch
 ):
-    """Of 4 seeds, σ estimated from 3 entries' worth, seeds that share `share` of their variance between horizons, and a target that has noise of its own.
+    """Of 4 seeds, σ estimated from 3 entries' worth, seeds that share `share` of their variance between horizons, and a
+    target that has noise of its own.
 
-    2,000 studies (without SOAK 400) of 1,000 draws. The tolerance adds 1 % for what is approximate: percentiles of a curve's inverse, and draws.
+    2,000 studies (without SOAK 400) of 1,000 draws. The tolerance adds 1 % for what is approximate: percentiles of a
+    curve's inverse, and draws.
     """
     monkeypatch.setattr(statistics, "DRAWS", 1000)
     studies, n, df = 2000 if SOAK else 400, 4, 9

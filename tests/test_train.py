@@ -166,7 +166,9 @@ def test_training_learns(whole: Path):
 
 
 def test_achieved_steps_are_what_was_requested(whole: Path):
-    """‖ΔW‖ / (lr · radius), read from the weights: 1 for row-wise norms, within the schedule's band for the polar factor."""
+    """‖ΔW‖ / (lr · radius), read from the weights: 1 for row-wise norms, within the schedule's band for the polar
+    factor.
+    """
     measured = [r["geometry"]["step"] for r in records(whole) if "geometry" in r]
     assert len(measured) == 4
     first, *later = measured
@@ -189,7 +191,10 @@ def test_the_resolved_configuration_runs_again_to_the_same_weights(root: Path, w
 
 
 def test_accumulation_changes_who_computes_not_what(root: Path, whole: Path):
-    """Dropout off: the same global batch in 1, 4 or 8 micro-batches. fp32 sums differ in order, and the polar factor amplifies that slowly."""
+    """Dropout off: the same global batch in 1, 4 or 8 micro-batches.
+
+    fp32 sums differ in order, and the polar factor amplifies that slowly.
+    """
     found = []
     for parts in (1, 4, 8):
         code, _, err = run(
@@ -211,7 +216,9 @@ def test_accumulation_changes_who_computes_not_what(root: Path, whole: Path):
 
 @pytest.mark.soak
 def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(root: Path):
-    """kill -9 at random moments, half of them in training with a checkpoint at every step, half anywhere from start-up on. Dropout makes the generators matter."""
+    """kill -9 at random moments, half of them in training with a checkpoint at every step, half anywhere from start-up
+    on. Dropout makes the generators matter.
+    """
     args = (
         "small.toml",
         "--train.steps",

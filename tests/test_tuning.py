@@ -38,7 +38,9 @@ def test_an_entrys_own_range_replaces_the_one_for_all():
 
 
 def test_several_keys_are_tried_at_places_of_a_sobol_sequence():
-    """16 of it: each quarter of each key's range has 4, which is what such points are for; the same places for every entry, and in every call."""
+    """16 of it: each quarter of each key's range has 4, which is what such points are for; the same places for every
+    entry, and in every call.
+    """
     texts = ("adamw:optim.lr=log(1,16,9)", "ours:optim.lr=log(10,160,9)", "optim.beta2=lin(0,0.8,9)")
     made = trials_by_entry([parse(t, ENTRIES) for t in texts], ENTRIES, 16)
     assert made == trials_by_entry([parse(t, ENTRIES) for t in texts], ENTRIES, 16)

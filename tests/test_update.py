@@ -1,4 +1,7 @@
-"""optim/update.py: one step's arithmetic. Oracles: the formula with dense linear algebra, and Dualized itself, which gathers and scatters around it."""
+"""optim/update.py: one step's arithmetic.
+
+Oracles: the formula with dense linear algebra, and Dualized itself, which gathers and scatters around it.
+"""
 
 import copy
 from typing import Any

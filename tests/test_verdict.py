@@ -1,7 +1,8 @@
 """studies/verdict.py: words and intervals on synthetic sweeps whose best learning rates, curvature and noise are known.
 
-loss[s, k, n] = base[s] + curvature (x[k] − best[s])² + seed effect[s, n] + residual[s, k, n], x in octaves. Coverage and error rates are counted over many sweeps; their
-bounds are binomial: of n sweeps with a true rate p, a share further than 3 √(p (1 − p) / n) from it has probability below 0.003. 300 of them in `make soak`.
+loss[s, k, n] = base[s] + curvature (x[k] − best[s])² + seed effect[s, n] + residual[s, k, n], x in octaves. Coverage
+and error rates are counted over many sweeps; their bounds are binomial: of n sweeps with a true rate p, a share
+further than 3 √(p (1 − p) / n) from it has probability below 0.003. 300 of them in `make soak`.
 """
 
 import json
@@ -149,7 +150,9 @@ def test_pooled_noise_has_the_deviations_that_made_it():
 
 
 def test_what_a_seed_does_to_all_sizes_alike_is_no_noise():
-    """A data order moves the losses of all runs of its seed: verdicts compare the seeds that two sizes share, also where one has more."""
+    """A data order moves the losses of all runs of its seed: verdicts compare the seeds that two sizes share, also
+    where one has more.
+    """
     losses = sweep([2, 2], np.random.default_rng(3), N=6, residual=0.001, seed=0.001)
     losses[1, :, 3:] = np.nan
     order = np.array([0.0, 0.2, -0.1, 0.3, 0.3, 0.3])
@@ -204,7 +207,9 @@ def test_an_interval_of_95_percent_has_the_truth_in_it_95_times_in_100(
 
 
 def test_a_seed_moves_all_learning_rates_together_and_so_not_the_best_one():
-    """The same residuals with effects of seeds 100 times as large: best lr, drift and cost stay, the comparison of sizes widens."""
+    """The same residuals with effects of seeds 100 times as large: best lr, drift and cost stay, the comparison of
+    sizes widens.
+    """
     rng = np.random.default_rng(3)
     losses = sweep([2, 2.2], rng, N=3, seed=0.0)
     effects = 0.3 * rng.standard_normal((2, 1, 3))
@@ -310,7 +315,9 @@ def test_without_noise_the_numbers_are_exact():
 
 
 def test_a_minimum_at_the_end_never_passes(monkeypatch: pytest.MonkeyPatch):
-    """0.25 octaves of drift that look like 0.55, as the second minimum is nearest to the last learning rate: no FAIL either."""
+    """0.25 octaves of drift that look like 0.55, as the second minimum is nearest to the last learning rate: no FAIL
+    either.
+    """
     found = many([3.45, 3.7], monkeypatch)
     assert not any(v.words["drift"] != "TOO NOISY TO SAY" or v.words["cost"] == "PASS" for v in found)
     assert found[0].notes[0] == "size 128: the lowest loss is at the end of the learning rates, 16"
@@ -347,7 +354,9 @@ def test_runs_that_diverged_count_as_bad_ones():
 
 
 def test_a_divergence_beside_the_minimum_hides_its_place():
-    """A wall right of the lowest point would pull the parabola half a learning rate to the left, at one size and not at the other."""
+    """A wall right of the lowest point would pull the parabola half a learning rate to the left, at one size and not at
+    the other.
+    """
     losses = sweep([2, 2], np.random.default_rng(0))
     losses[1, 3:] = math.inf
     verdict = judged(losses)

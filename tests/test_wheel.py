@@ -1,7 +1,8 @@
 """`make wheel`: what it packs, and that it works where the repository is out of sight.
 
-The environment is new and has no access to the repository; torch alone is too large to install again, so that it, with what it needs, is borrowed
-from the environment of the tests by a path. That optim/ needs nothing else is tests/test_imports.py's claim.
+The environment is new and has no access to the repository; torch alone is too large to install again, so that it,
+with what it needs, is borrowed from the environment of the tests by a path. That optim/ needs nothing else is
+tests/test_imports.py's claim.
 """
 
 import os
@@ -37,7 +38,8 @@ class Last(nn.Module):
 
 
 torch.manual_seed(0)
-model = nn.Sequential(nn.Embedding(7, 16), nn.Linear(16, 16), nn.LayerNorm(16), nn.GRU(16, 16, batch_first=True), Last(), nn.Linear(16, 7))
+gru = nn.GRU(16, 16, batch_first=True)
+model = nn.Sequential(nn.Embedding(7, 16), nn.Linear(16, 16), nn.LayerNorm(16), gru, Last(), nn.Linear(16, 7))
 x = torch.randint(7, (64, 5))
 y = x[:, 2]
 optimizer = Dualized(model, lr=1.0, norm=metrize(model, rules=[Rule("5.weight", role="head")]))
