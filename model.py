@@ -25,7 +25,7 @@ Rope = tuple[Tensor, Tensor]  # cos and sin of positions, (T, K/2) each
 
 @dataclass
 class GPTConfig:
-    """The GPT: nanoGPT's settings, and a few more."""
+    """The compact GPT: nanoGPT's settings, and four more."""
 
     n_layer: Annotated[int, Range(1)] = 12
     """Blocks, each of an attention and an MLP."""
@@ -38,7 +38,7 @@ class GPTConfig:
     vocab_size: Annotated[int, Range(2)] | None = None
     """Rows of embedding and head; by default the tokenizer's. Larger is padding."""
     dropout: Annotated[float, Range(0, 1)] = 0.0
-    """Of attention weights, and of what each half-layer adds."""
+    """Share of attention weights, and of what each half-layer adds, left out in training."""
     bias: bool = False
     """Give every linear map a bias."""
     logit_softcap: Annotated[float, Range(0, above=True)] | None = None

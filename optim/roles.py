@@ -41,19 +41,19 @@ class RoleNorms:
     """The norm of each role, by its name in optim.NORMS."""
 
     embedding: Annotated[str, OneOf(MATRIX_NORMS)] = "L1ToRMS"
-    """Of the embedding, and of the rows for n-grams and matches."""
+    """Norm of the embedding, and of the rows for n-grams and matches."""
 
     attention: Annotated[str, OneOf(MATRIX_NORMS)] = "RMSToRMS"
-    """Of queries, keys, values and the output projection."""
+    """Norm of queries, keys, values and the output projection."""
 
     mlp: Annotated[str, OneOf(MATRIX_NORMS)] = "RMSToRMS"
-    """Of the matrices of an MLP."""
+    """Norm of the matrices of an MLP."""
 
     head: Annotated[str, OneOf(MATRIX_NORMS)] = "RMSToLinf"
-    """Of the head."""
+    """Norm of the head."""
 
     per_head: bool = False
-    """Take of queries, keys and values the maximum over heads of theirs."""
+    """Take queries, keys and values head by head: the maximum of the norms of their heads."""
 
     def roles(self) -> dict[str, str]:
         """Return the name of each role's norm."""
@@ -75,32 +75,32 @@ class RoleNorms:
 class RoleMasses:
     """Each role's share of feature learning, all layers together; only ratios matter.
 
-    A layer's six matrices have equal mass, as in Modula. 0 is never updated.
+    A layer's six matrices have equal mass, as in Modula. Weights of mass 0 are never updated.
     """
 
     embedding: Annotated[float, Range(0)] = 1.0
-    """Of the embedding."""
+    """Mass of the embedding."""
 
     ngram: Annotated[float, Range(0)] = 1.0
-    """Of the table of n-grams, where the model has one."""
+    """Mass of the table of n-grams, where the model has one."""
 
     match: Annotated[float, Range(0)] = 1.0
-    """Of the rows for matches, where the model has them."""
+    """Mass of the rows for matches, where the model has them."""
 
     attention: Annotated[float, Range(0)] = 4.0
-    """Of all attentions."""
+    """Mass of all attentions."""
 
     mlp: Annotated[float, Range(0)] = 2.0
-    """Of all MLPs."""
+    """Mass of all MLPs."""
 
     head: Annotated[float, Range(0)] = 1.0
-    """Of the head."""
+    """Mass of the head."""
 
     gain: Annotated[float, Range(0)] = 0.5
-    """Of all gains of norms, where the model has them."""
+    """Mass of all gains of norms, where the model has them."""
 
     bias: Annotated[float, Range(0)] = 0.5
-    """Of all biases, where the model has them."""
+    """Mass of all biases, where the model has them."""
 
     def check(self) -> None:
         """Raise Refusal for a mass that cannot be, and where all are 0."""

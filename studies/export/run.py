@@ -1,4 +1,4 @@
-"""What is exported: a run or a configuration, read, and refused where no script can carry it out."""
+"""A run or a configuration to export: read, and refused where no script can carry it out."""
 
 import re
 import tomllib
@@ -38,7 +38,7 @@ NEUTRAL = re.compile(
 
 @dataclass(frozen=True)
 class Run:
-    """What is exported.
+    """A run, or a configuration that was not run, to export.
 
     world: the processes that it was computed by. origin: a line for the script's docstring.
     """
