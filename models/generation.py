@@ -10,9 +10,9 @@ from model import GPT, GPTConfig
 
 
 class Past:
-    """The part of a text that one layer keeps: keys and values (B, H, T, K) of the last positions.
+    """The keys and values (B, H, T, K) of a text's last positions, for one layer.
 
-    last: what the MLP has from the last position, where it looks back (models/ngram.py).
+    last: the MLP's input from the last position, where it looks back (models/ngram.py).
     """
 
     def __init__(self, positions: int) -> None:
@@ -32,7 +32,7 @@ class Past:
 
 
 class Cache:
-    """All that a text leaves for its next token: length, last tokens, the past of each layer.
+    """The state that a text leaves for its next token: its length, last tokens, each layer's past.
 
     All but the length are of the last block_size − 1 positions. matching: whether the n-gram model
     looks up matches in the text. By default it does not: a text that is matched with itself soon

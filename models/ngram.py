@@ -16,7 +16,7 @@ not copy that token: it learns, for each length, what such a hint is worth.
 Shifted MLP. Half of the MLP's input comes from the position before (Peng et al., arXiv 2305.13048,
 without its learned mix).
 
-All of it is optional, and a table that is off is not there. configs/quickstart.toml uses all three,
+All of it is optional, and a model has no table that is off. configs/quickstart.toml uses all three,
 with bytes as tokens; configs/shakespeare_speedrun.toml uses n-grams and the shifted MLP.
 
 B batch, T positions, S positions and the text in front of them, D n_embd, V vocabulary,
@@ -40,7 +40,7 @@ from .track3 import Track3Config, Track3GPT
 
 @dataclass
 class NgramConfig(Track3Config):
-    """The GPT, and what it is given beside."""
+    """The GPT of models/track3.py, and tables of n-grams and matches."""
 
     ngram: Annotated[int, Range(1)] = 1
     """N > 1 adds a row for each of the last 2, … N tokens; 1 adds none."""
@@ -100,7 +100,8 @@ def match_rows(
     position behind the last one before it that has the same key.
     """
     seen_BS = idx_BT if before is None else torch.cat((before, idx_BT), dim=1)
-    place_S, rows_by_length = torch.arange(seen_BS.shape[1], device=idx_BT.device), []
+    place_S = torch.arange(seen_BS.shape[1], device=idx_BT.device)
+    rows_by_length: list[Tensor] = []
     key_BS, length = seen_BS + 1, 1
     while len(rows_by_length) < matches:
         # Two keys of neighbours make a key of twice the tokens.
@@ -114,7 +115,8 @@ def match_rows(
         last_BS = torch.full_like(order_BS, -1).scatter_(1, order_BS[:, 1:], again_BS)
         known_BS = (last_BS >= 0) & (place_S >= length - 1)
         follower_BS = torch.where(known_BS, seen_BS.gather(1, last_BS + 1) + 1, 0)
-        rows_by_length.append(follower_BS + len(rows_by_length) * (vocabulary + 1))
+        first_row = len(rows_by_length) * (vocabulary + 1)
+        rows_by_length.append(follower_BS + first_row)
     return torch.stack(rows_by_length, dim=-1)[:, -idx_BT.shape[1] :]
 
 

@@ -1,10 +1,8 @@
-"""The architecture of the NanoGPT speedrun's optimization track, and the parts it differs in.
+"""The architecture of the NanoGPT speedrun's optimization track, part by part.
 
-Source: modded-nanogpt, records/track_3_optimization. configs/track3_124m.toml is the whole of it.
-Each part is a setting, so that comparisons can take some of them: baselines, for example, start
-from a plain residual stream and their own initial weights.
-
-Dimensions as in model.py.
+Source: modded-nanogpt, records/track_3_optimization. configs/track3_124m.toml sets all of it.
+Each part is a setting, so that a comparison can take some alone: baselines have a plain residual
+stream and initial weights of their own. Dimensions are those of model.py.
 """
 
 import math
@@ -23,7 +21,7 @@ from optim.roles import RoleMasses
 
 @dataclass
 class Track3Config(GPTConfig):
-    """The GPT, and what the optimization track has otherwise."""
+    """The compact GPT, and the parts of the optimization track."""
 
     residual: Literal["convex", "plain"] = "convex"
     """"convex": (1 − 1/2L) x + (1/2L) f(x) for each of the 2L half-layers. "plain": x + f(x)."""
@@ -38,11 +36,11 @@ class Track3Config(GPTConfig):
     rotary: Literal["full", "half"] = "full"
     """"half": turn half of each head's pairs, at base 1024, as the optimization track does."""
     init: Literal["norm", "gpt2", "fan_in", "track"] = "norm"
-    """"norm": every weight at norm 1 of its role. The others are for comparisons. "gpt2":
-    N(0, 0.02²), output projections by 1/√2L smaller (Radford et al. 2019, as nanoGPT). "fan_in":
-    N(0, 1/I) and embeddings N(0, 1), the function that standard and NTK parametrizations start
-    from. "track": N(0, 0.33/I), embeddings N(0, 1), output projections 0, as the optimization
-    track. Biases start at 0, gains at 1."""
+    """"norm": every weight at norm 1 of its role. The others are for comparisons. "gpt2": N(0, 0.02²),
+    output projections by 1/√2L smaller (Radford et al. 2019, as nanoGPT). "fan_in": N(0, 1/I) and
+    embeddings N(0, 1), the function that standard and NTK parametrizations start from. "track":
+    N(0, 0.33/I), embeddings N(0, 1), output projections 0, as the optimization track. Biases start at
+    0, gains at 1."""
 
     def check(self) -> None:
         """Raise Refusal for a value that cannot be, and for values that cannot be together."""

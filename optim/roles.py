@@ -53,7 +53,7 @@ class RoleNorms:
     """Norm of the head."""
 
     per_head: bool = False
-    """Measure queries, keys and values head by head: their norm is the maximum over heads."""
+    """Take queries, keys and values head by head: the maximum of the norms of their heads."""
 
     def roles(self) -> dict[str, str]:
         """Return the name of each role's norm."""
@@ -75,32 +75,32 @@ class RoleNorms:
 class RoleMasses:
     """Each role's share of feature learning, all layers together; only ratios matter.
 
-    A layer's six matrices have equal mass, as in Modula. 0 is never updated.
+    A layer's six matrices have equal mass, as in Modula. Weights of mass 0 are never updated.
     """
 
     embedding: Annotated[float, Range(0)] = 1.0
-    """Share of the embedding."""
+    """Mass of the embedding."""
 
     ngram: Annotated[float, Range(0)] = 1.0
-    """Share of the table of n-grams, where the model has one."""
+    """Mass of the table of n-grams, where the model has one."""
 
     match: Annotated[float, Range(0)] = 1.0
-    """Share of the rows for matches, where the model has them."""
+    """Mass of the rows for matches, where the model has them."""
 
     attention: Annotated[float, Range(0)] = 4.0
-    """Share of all attentions."""
+    """Mass of all attentions."""
 
     mlp: Annotated[float, Range(0)] = 2.0
-    """Share of all MLPs."""
+    """Mass of all MLPs."""
 
     head: Annotated[float, Range(0)] = 1.0
-    """Share of the head."""
+    """Mass of the head."""
 
     gain: Annotated[float, Range(0)] = 0.5
-    """Share of all gains of norms, where the model has them."""
+    """Mass of all gains of norms, where the model has them."""
 
     bias: Annotated[float, Range(0)] = 0.5
-    """Share of all biases, where the model has them."""
+    """Mass of all biases, where the model has them."""
 
     def check(self) -> None:
         """Raise Refusal for a mass that cannot be, and where all are 0."""

@@ -65,10 +65,10 @@ def as_it_stands(text: str, *, unregistered: Sequence[str] = ()) -> list[Item]:
     lines, items = text.splitlines(), []
     for node in ast.parse(text).body:
         decorators = getattr(node, "decorator_list", [])
-        gone = [d for d in decorators if ast.unparse(d) in unregistered]
-        decorators[:] = [d for d in decorators if d not in gone]
+        dropped = [d for d in decorators if ast.unparse(d) in unregistered]
+        decorators[:] = [d for d in decorators if d not in dropped]
         first = min(n.lineno for n in (node, *decorators))
-        while first > 1 and not gone and lines[first - 2].startswith("#"):
+        while first > 1 and not dropped and lines[first - 2].startswith("#"):
             first -= 1
         items.append(Item(_defined(node), [node], "\n".join(lines[first - 1 : node.end_lineno])))
     return items
@@ -78,11 +78,11 @@ def without_imports(text: str) -> Item:
     """Return a file as one item, all of it but its top-level imports."""
     body = ast.parse(text).body
     imports = [n for n in body if isinstance(n, ast.Import | ast.ImportFrom)]
-    gone = {line for n in imports for line in range(n.lineno, (n.end_lineno or 0) + 1)}
-    kept = [x for number, x in enumerate(text.splitlines(), start=1) if number not in gone]
+    imported = {line for n in imports for line in range(n.lineno, (n.end_lineno or 0) + 1)}
+    others = [x for number, x in enumerate(text.splitlines(), start=1) if number not in imported]
     left = [n for n in body if n not in imports]
     names = [name for n in left for name in _defined(n)]
-    return Item(names, left, re.sub("\n{4,}", "\n\n\n", "\n".join(kept)))
+    return Item(names, left, re.sub("\n{4,}", "\n\n\n", "\n".join(others)))
 
 
 def specialised(text: str, special: Specialise, filled: Mapping[str, str]) -> list[Item]:
@@ -108,13 +108,13 @@ def imports_of(text: str) -> dict[str, tuple[str, str]]:
 
     A relative import's module begins with its dots.
     """
-    parts_by_name = {}
+    imports = {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.Import | ast.ImportFrom):
             module = "." * getattr(node, "level", 0) + (getattr(node, "module", None) or "")
             parts = {a.asname or a.name.split(".")[0]: ast.unparse(a) for a in node.names}
-            parts_by_name |= {name: (module, part) for name, part in parts.items()}
-    return parts_by_name
+            imports |= {name: (module, part) for name, part in parts.items()}
+    return imports
 
 
 # ---- one file of several
@@ -158,10 +158,10 @@ def bundle(
     body = "\n\n\n".join(sections)
     used = {n.id for n in ast.walk(ast.parse(body)) if isinstance(n, ast.Name)}
     numbers = {k: v for k, v in constants.items() if k in used}
-    imports = [(name, imported) for name, imported in reach.imports if name in used]
+    imports = [(name, origin) for name, origin in reach.imports if name in used]
     names = [*(n for items in parts.values() for i in items for n in i.names), *numbers]
     _check([*names, *(name for name, _ in imports)], used)
-    top = _imports({imported for _, imported in imports})
+    top = _imports({origin for _, origin in imports})
     header = "".join(f"{k} = {v!r}\n" for k, v in numbers.items())
     return f"{top}\n# ---- Hyperparameters\n\n{header}\n\n{body}\n"
 
@@ -191,18 +191,18 @@ def formatted(text: str) -> str:
     return done.stdout if done.returncode == 0 else text
 
 
-def _imports(imported: set[tuple[str, str]]) -> str:
+def _imports(origins: set[tuple[str, str]]) -> str:
     """Return import statements, the standard library's first."""
-    lines = [f"import {part}" for module, part in sorted(imported) if not module]
-    for module in sorted({module for module, _ in imported if module}):
-        parts = ", ".join(part for of, part in sorted(imported) if of == module)
+    lines = [f"import {part}" for module, part in sorted(origins) if not module]
+    for module in sorted({module for module, _ in origins if module}):
+        parts = ", ".join(part for origin, part in sorted(origins) if origin == module)
         lines.append(f"from {module} import {parts}")
     own = [line for line in lines if line.split()[1].split(".")[0] in sys.stdlib_module_names]
     return "\n".join([*own, "", *(line for line in lines if line not in own), ""])
 
 
 class Reach:
-    """All that the last file's effects name, all that this names, and so on."""
+    """The definitions that the last file's effects name, those that these name, and so on."""
 
     def __init__(self, sources: list[Source], packages: Sequence[str]) -> None:
         """Find it. packages: those whose names are among the files."""
@@ -226,10 +226,10 @@ class Reach:
                     members += [(source, m) for m in node.body]
                 else:
                     self._leave(source, node)
-            while reached := [x for x in members if self._mentioned(x[1])]:
-                members = [x for x in members if x not in reached]
-                for of, member in reached:
-                    self._leave(of, member)
+            while mentioned := [x for x in members if self._mentioned(x[1])]:
+                members = [x for x in members if x not in mentioned]
+                for owner, member in mentioned:
+                    self._leave(owner, member)
 
     def _leave(self, source: Source, node: ast.stmt) -> None:
         """Note that specialised code is left, and what it mentions."""
@@ -241,9 +241,9 @@ class Reach:
     def _follow(self, source: Source, *nodes: ast.AST) -> None:
         """Note to look at the definitions of the names in code."""
         names = (n for node in nodes for n in ast.walk(node) if isinstance(n, ast.Name))
-        self.todo += [definitions for n in names for definitions in self._definition(source, n.id)]
+        self.todo += [pair for n in names for pair in self._definitions(source, n.id)]
 
-    def _definition(self, source: Source, name: str) -> list[tuple[Source, Item]]:
+    def _definitions(self, source: Source, name: str) -> list[tuple[Source, Item]]:
         """Return where a name is defined: nowhere if Python has it, if it is a local name, and if
         it comes from elsewhere, which is noted."""
         own, imported = source.definition(name), source.imports.get(name)
@@ -255,20 +255,17 @@ class Reach:
             return []
         # Where a package hands names on, the file is the one that has it. What known values name
         # in a specialised file is not imported there.
-        definitions = [(s, i) for s in self.sources if (i := s.definition(name)) is not None]
-        exact = [(s, i) for s, i in definitions if Path(s.file).stem == module.split(".")[-1]]
-        definitions = exact or definitions
+        items = [(s, i) for s in self.sources if (i := s.definition(name)) is not None]
+        exact = [(s, i) for s, i in items if Path(s.file).stem == module.split(".")[-1]]
+        items = exact or items
         if imported is None:
-            return definitions if source.items[0].text is None and len(definitions) == 1 else []
-        if len(definitions) != 1:
-            what, got = (
-                f"{name}, which {source.file} needs",
-                f"{len(definitions)} definitions of it",
-            )
+            return items if source.items[0].text is None and len(items) == 1 else []
+        if len(items) != 1:
+            what, got = f"{name}, which {source.file} needs", f"{len(items)} definitions of it"
             allowed = f"one in {', '.join(s.file for s in self.sources)}"
             fix = "decide the branch that needs it, or add its file"
             raise BundleError(what, got=got, allowed=allowed, fix=fix)
-        return definitions
+        return items
 
     def _mentioned(self, member: ast.stmt) -> bool:
         names = _defined(member)

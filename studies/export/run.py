@@ -1,4 +1,4 @@
-"""A run or a configuration to export: it is read, and refused where no script can do it."""
+"""A run or a configuration to export: read, and refused where no script can carry it out."""
 
 import re
 import tomllib
@@ -17,7 +17,7 @@ from training.provenance import git_state
 from ..runs import ROOT, summary
 from .specialise import ExportError
 
-# Settings that a script carries out. All others must be at their defaults, but those that change
+# What a script carries out. All other settings must be at their defaults, but those that change
 # nothing that it computes.
 NOT_CARRIED, OF_STORAGE = ("momentum_dtype",), ("master_weights",)  # of a step
 STEP = [f.name for f in fields(StepSettings) if f.name not in (*NOT_CARRIED, *OF_STORAGE)]
@@ -38,7 +38,7 @@ NEUTRAL = re.compile(
 
 @dataclass(frozen=True)
 class Run:
-    """A run, or a configuration that was not run, to be exported.
+    """A run, or a configuration that was not run, to export.
 
     world: the processes that it was computed by. origin: a line for the script's docstring.
     """

@@ -1,10 +1,9 @@
-"""The parts of an exported run beside the code of optim/ and of its model: data, stacks, the loop.
+"""The end of an exported script: its data, what gathers weights into stacks, the loop.
 
-Nothing imports this to run it. studies/export/compose.py reads this file: `config.section.key`
-becomes the run's value, a branch that the value decides is taken or left out, and each gap is
-filled in. The definitions that are left
-come out as one script, together with those that they need of model.py, models/ and optim/. So
-whatever is written here must be written for every run.
+Nothing imports this to run it. studies/export specialises it: `config.section.key` becomes the
+run's value, a branch that the value decides is taken or left out, and what is to be filled in is
+filled in (fill.py). The definitions that are left come out as one script, together with those that
+they need of model.py, models/ and optim/. So whatever is written here must suit every run.
 
 T block_size, B sequences of the global batch, V vocabulary. A slot is one micro-batch of a step:
 what they hold does not depend on how many processes share them.
@@ -48,7 +47,7 @@ class Weight(NamedTuple):
     radius: float
 
 
-# ---- filled in by export.py
+# ---- filled in by fill.py
 config = Config(run=RunConfig(device="cpu"))
 TRACK = False  # the optimization track's data order and evaluations
 DATA = ""
@@ -177,7 +176,7 @@ class Stack:
         self.group, self.norm, self.weights = group, norm, weights
         self.radii = torch.tensor(radii, device=weights[0].device).reshape(-1, *(1,) * norm.ndim)
         buffers = [DIRECTIONS[group["direction"]].buffers(w) for w in weights]
-        self.state = {k: torch.stack([m[k] for m in buffers]) for k in buffers[0]}
+        self.state = {k: torch.stack([b[k] for b in buffers]) for k in buffers[0]}
 
     def step(self, clip: Tensor | None, *, refresh: bool) -> None:
         """Step the weights as their gradients say, these times clip."""
@@ -239,7 +238,7 @@ def matching(model: GPT, *patterns: str) -> list[Tensor]:
 
 
 def base_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
-    """Return torch's optimizers, as export.py fills them in."""
+    """Return torch's optimizers, as fill.py fills them in."""
     raise NotImplementedError
 
 

@@ -103,8 +103,8 @@ class Specialise(ast.NodeTransformer):
                 left.append(value)
             if known and bool(known[0]) is decisive:
                 break
-        gone = [value for value in left if _is_gone(value)]
-        return (gone or left)[0] if gone or len(left) == 1 else ast.BoolOp(node.op, left)
+        erased = [value for value in left if _is_gone(value)]
+        return (erased or left)[0] if erased or len(left) == 1 else ast.BoolOp(node.op, left)
 
     def _branch(self, node: Any) -> Any:
         """Return the branch that a test decides on, None where it does not."""
@@ -151,26 +151,26 @@ class Specialise(ast.NodeTransformer):
     visit_Assign = visit_Expr
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt | None:
-        gone = self.known.get(ast.unparse(node.target)) is ERASED
-        return None if gone else super().generic_visit(node)  # type: ignore[return-value]
+        erased = self.known.get(ast.unparse(node.target)) is ERASED
+        return None if erased else super().generic_visit(node)  # type: ignore[return-value]
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
         spec, before = node.args, len(node.args.args) - len(node.args.defaults)
-        spec.args, defaults = self._kept(spec.args, [None] * before + spec.defaults)
+        spec.args, defaults = self._not_erased(spec.args, [None] * before + spec.defaults)
         spec.defaults = [d for d in defaults if d is not None]
-        spec.kwonlyargs, spec.kw_defaults = self._kept(spec.kwonlyargs, spec.kw_defaults)
+        spec.kwonlyargs, spec.kw_defaults = self._not_erased(spec.kwonlyargs, spec.kw_defaults)
         self.generic_visit(node)
         ends = (i for i, n in enumerate(node.body, start=1) if isinstance(n, ast.Return))
         node.body = node.body[: next(ends, None)] or [ast.Pass()]
         return node
 
-    def _kept(
+    def _not_erased(
         self, args: list[ast.arg], defaults: Sequence[ast.expr | None]
     ) -> tuple[list[ast.arg], list[ast.expr | None]]:
         """Return the parameters, and their defaults, that are not erased."""
         pairs = zip(args, defaults, strict=True)
-        kept = [(a, d) for a, d in pairs if self.known.get(a.arg) is not ERASED]
-        return [a for a, _ in kept], [d for _, d in kept]
+        rest = [(a, d) for a, d in pairs if self.known.get(a.arg) is not ERASED]
+        return [a for a, _ in rest], [d for _, d in rest]
 
 
 def _is_gone(node: ast.AST) -> bool:
@@ -188,12 +188,12 @@ def parse(text: str) -> ast.Module:
     Those inside brackets and before `else` are left out.
     """
     before: dict[int, list[str]] = {}  # comments, by the line on which their statement begins
-    waiting, marked, first, depth = [], [], 0, 0
+    waiting, lines, first, depth = [], [], 0, 0
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
-            is_prose = not re.match(r"# (type|pyright|noqa)\b", token.string)
-            waiting += [token.string] if is_prose and not first else []
-            before.get(first, []).extend([token.string] if is_prose and not depth else [])
+            kept = not re.match(r"# (type|pyright|noqa)\b", token.string)
+            waiting += [token.string] if kept and not first else []
+            before.get(first, []).extend([token.string] if kept and not depth else [])
         elif token.type == tokenize.NEWLINE:
             first = 0
         elif token.type not in (tokenize.NL, tokenize.INDENT, tokenize.DEDENT):
@@ -204,9 +204,9 @@ def parse(text: str) -> ast.Module:
     for number, line in enumerate(text.splitlines(), start=1):
         indent = line[: len(line) - len(line.lstrip())]
         if not re.match(r"\s*(else|elif|except|finally)\b", line):
-            marked += [f"{indent}{COMMENT + comment!r}" for comment in before.get(number, [])]
-        marked.append(line)
-    return ast.parse("\n".join(marked) + "\n")
+            lines += [f"{indent}{COMMENT + comment!r}" for comment in before.get(number, [])]
+        lines.append(line)
+    return ast.parse("\n".join(lines) + "\n")
 
 
 def unparse(nodes: Sequence[ast.AST]) -> str:

@@ -1,4 +1,4 @@
-"""The values of a run's configuration that the specialiser knows, by the file that asks for it.
+"""The values of a run's configuration that the specialiser knows, by the file that uses them.
 
 An entry is an expression as it is written in the file, with its value: a constant, other code, or
 nothing, where a script has no such thing.
