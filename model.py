@@ -193,7 +193,7 @@ class GPT(nn.Module):
         cache: Any = None,
         reduction: str = "mean",
     ) -> tuple[Tensor, Tensor | None]:
-        """Return logits (B, T, V) and, with targets y, the loss in nats. Targets of −1 do not count.
+        """Return logits (B, T, V) and, with targets y, the loss in nats. −1 is no target.
 
         cache: of the text in front (models/generation.py).
         """
@@ -217,13 +217,13 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self) -> int:
-        """Return the FLOPs of training on one token (Chowdhery et al., arXiv 2204.02311, App. B)."""
+        """Return the FLOPs of training on a token (Chowdhery et al., arXiv 2204.02311, App. B)."""
         c, named = self.config, self.named_parameters()
         matrices = [p for n, p in named if p.ndim == 2 and not n.endswith("embedding.weight")]
         return 6 * sum(p.numel() for p in matrices) + 12 * c.n_layer * c.n_embd * c.block_size
 
     # ---- the modular structure of the weights: head ∘ (MLP ∘ attention)^L ∘ embedding
-    # These constants keep a half-layer well-normed. Linear maps let them pass to the residual's step.
+    # These constants keep a half-layer well-normed. Linear maps pass them to the residual's step.
     attention_gain = 1 / 3  # concat(q, k, v) has sensitivity 3 in the sum norm [MN]
     mlp_gain = math.sqrt(2 / 3)  # rms(relu(x)²) = √(3/2) for x ~ N(0, 1)
     relu2_sensitivity = math.sqrt(2)  # rms of relu²'(x) = 2 relu(x) for x ~ N(0, 1): no bound

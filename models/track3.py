@@ -36,11 +36,11 @@ class Track3Config(GPTConfig):
     rotary: Literal["full", "half"] = "full"
     """"half": turn half of each head's pairs, at base 1024, as the optimization track does."""
     init: Literal["norm", "gpt2", "fan_in", "track"] = "norm"
-    """"norm": every weight at norm 1 of its role. The others are for comparisons. "gpt2": N(0, 0.02²),
-    output projections by 1/√2L smaller (Radford et al. 2019, as nanoGPT). "fan_in": N(0, 1/I) and
-    embeddings N(0, 1), the function that standard and NTK parametrizations start from. "track":
-    N(0, 0.33/I), embeddings N(0, 1), output projections 0, as the optimization track. Biases start at
-    0, gains at 1."""
+    """"norm": every weight at norm 1 of its role. The others are for comparisons. "gpt2":
+    N(0, 0.02²), output projections by 1/√2L smaller (Radford et al. 2019, as nanoGPT). "fan_in":
+    N(0, 1/I) and embeddings N(0, 1), the function that standard and NTK parametrizations start
+    from. "track": N(0, 0.33/I), embeddings N(0, 1), output projections 0, as the optimization
+    track. Biases start at 0, gains at 1."""
 
     def check(self) -> None:
         """Raise Refusal for a value that cannot be, and for values that cannot be together."""

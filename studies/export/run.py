@@ -17,7 +17,7 @@ from training.provenance import git_state
 from ..runs import ROOT, summary
 from .specialise import ExportError
 
-# What a script carries out. All other settings must be at their defaults, but those that change
+# Settings that a script carries out. All others must be at their defaults, but those that change
 # nothing that it computes.
 NOT_CARRIED, OF_STORAGE = ("momentum_dtype",), ("master_weights",)  # of a step
 STEP = [f.name for f in fields(StepSettings) if f.name not in (*NOT_CARRIED, *OF_STORAGE)]
