@@ -78,13 +78,6 @@ class Run:
             waiting=lambda: runtime.beat(self.steps, "checkpoint"),
         )
         self.nonfinite: list[int] = []  # the last steps in a row that were left out
-        self.bar = tqdm(
-            total=self.steps,
-            initial=self.first,
-            disable=None if runtime.main else True,
-            unit="step",
-            dynamic_ncols=True,
-        )
 
     def _write_folder(self, start: Start, norm: ModularNorm) -> None:
         """Make the folder, write what is known before the first step, and tell it."""
@@ -125,6 +118,13 @@ class Run:
         return Sharpness(self.model, self.optimizer, norm, batch, modular=c.sharpness_modular)
 
     def __enter__(self) -> None:
+        self.bar = tqdm(
+            total=self.steps,
+            initial=self.first,
+            disable=None if self.runtime.main else True,
+            unit="step",
+            dynamic_ncols=True,
+        )
         self.clock.start()
         self.began = time.perf_counter()
 
