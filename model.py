@@ -223,9 +223,9 @@ class GPT(nn.Module):
         return 6 * sum(p.numel() for p in matrices) + 12 * c.n_layer * c.n_embd * c.block_size
 
     # ---- the modular structure of the weights: head ∘ (MLP ∘ attention)^L ∘ embedding
-    # These constants keep a half-layer well-normed. Linear maps pass them to the residual's step.
-    attention_gain = 1 / 3  # concat(q, k, v) has sensitivity 3 in the sum norm [MN]
-    mlp_gain = math.sqrt(2 / 3)  # rms(relu(x)²) = √(3/2) for x ~ N(0, 1)
+    # Constants of a half-layer. As W (c a) = c (W a), forward() has them in the residual's step.
+    attention_gain = 1 / 3  # makes its sensitivity 1: concat(q, k, v) has 3 in the sum norm [MN]
+    mlp_gain = math.sqrt(2 / 3)  # makes its output's RMS 1: rms(relu(x)²) = √(3/2), x ~ N(0, 1)
     relu2_sensitivity = math.sqrt(2)  # rms of relu²'(x) = 2 relu(x) for x ~ N(0, 1): no bound
 
     def structure(self, masses: RoleMasses | None = None) -> Module:
@@ -244,7 +244,7 @@ class GPT(nn.Module):
     def attention_structure(self) -> Module:
         q, k, v = (self.linear(f"blocks.{{}}.attention.{n}", "attention", "qkv") for n in "qkv")
         out = self.linear("blocks.{}.attention.out", "attention")
-        # Sensitivity 1 in each of q, k, v at scale 1/K [MN]; with QK-norm and c/K typically so.
+        # Sensitivity 1 in each of q, k, v at scale 1/K [MN]; taken as 1 with QK-norm and c/K too.
         return out @ (self.attention_gain * bond("attention", typical=True)) @ concat(q, k, v)
 
     def mlp_structure(self) -> Module:

@@ -61,59 +61,62 @@ def main(argv: list[str]) -> None:
 def train(config: Config, runtime: Runtime) -> None:
     """Make the parts of a run, loop over its steps, and finish it."""
     start = open_run(config, runtime)  # its folder, and of a resumed run the checkpoint
-    data = build_data(config, runtime, start)
-    model, norm, optimizer = build_model(config, runtime)
-    progress = restore(config, runtime, start, model, optimizer)
-    forward = compile_model(config, runtime, model, progress)
-    run = Run(config, runtime, start, data, model, norm, optimizer, progress)
+    with start.folder:  # which no other process writes into
+        data = build_data(config, runtime, start)
+        model, norm, optimizer = build_model(config, runtime)
+        progress = restore(config, runtime, start, model, optimizer)
+        forward = compile_model(config, runtime, model, progress)
+        run = Run(config, runtime, start, data, model, norm, optimizer, progress)
 
-    c, parts = config.train, config.train.gradient_accumulation_steps
-    if c.eval_every and start.step == 0 and progress.val_step < 0:
-        run.evaluate(0)
-    with runtime.catching_signals(), run:
-        for step in range(start.step, c.steps):
-            done = step + 1
-            lr = set_lr_and_beta(config, optimizer, step)
+        c, parts = config.train, config.train.gradient_accumulation_steps
+        if c.eval_every and start.step == 0:
+            run.evaluate(0)
+        with runtime.catching_signals(), run:
+            for step in range(start.step, c.steps):
+                done = step + 1
+                lr = set_lr_and_beta(config, optimizer, step)
 
-            # The gradient of the batch, which is the same for any number of ranks and parts.
-            losses: list[Tensor] = []
-            for part in range(parts):
-                runtime.beat(done, "forward and backward")
-                slot = part * runtime.size + runtime.rank
-                runtime.seed(config.run.seed, step, slot)
-                batch = data.batches.batch(step, part=slot, parts=parts * runtime.size)
-                x_BT, y_BT = runtime.to_device(*batch)
-                with runtime.autocast():
-                    part_loss = forward(x_BT, y_BT)[1] / parts
-                with optimizer.last_backward() if part == parts - 1 else nullcontext():
-                    part_loss.backward()
-                losses.append(part_loss.detach())
-            loss = torch.stack(losses).sum()
+                # Each rank has its share of the batch, in parts; optimizer.step() averages over
+                # ranks (optim/placement.py). The batch is the same for any number of either.
+                losses: list[Tensor] = []
+                for part in range(parts):
+                    runtime.beat(done, "forward and backward")
+                    slot = part * runtime.size + runtime.rank
+                    runtime.seed(config.run.seed, step, slot)
+                    batch = data.batches.batch(step, part=slot, parts=parts * runtime.size)
+                    x_BT, y_BT = runtime.to_device(*batch)
+                    with runtime.autocast():
+                        part_loss = forward(x_BT, y_BT)[1] / parts
+                    with optimizer.last_backward() if part == parts - 1 else nullcontext():
+                        part_loss.backward()
+                    losses.append(part_loss.detach())
+                loss = torch.stack(losses).sum()
 
-            # Once in a while: keep the weights before they move.
-            measured = due(c.telemetry_every, done, first=True)
-            if measured:
-                run.keep_weights()
+                # Once in a while: keep the weights before they move.
+                measured = due(c.telemetry_every, done, first=True)
+                if measured:
+                    run.keep_weights()
 
-            runtime.beat(done, "optimizer")
-            run.check_finite(step)
-            with run.optimizer_watch:
-                optimizer.step(loss=loss)
-            optimizer.zero_grad(set_to_none=True)
-            run.bar.update()
-            ended_by = runtime.stop_wanted()
+                runtime.beat(done, "optimizer")
+                run.check_finite(step)  # of the step before: the device tells one step late
+                with run.optimizer_watch:
+                    optimizer.step(loss=loss)
+                optimizer.zero_grad(set_to_none=True)
+                run.bar.update()
+                ended_by = runtime.stop_wanted()
 
-            # Once in a while: log and measure, evaluate, save.
-            last, curved = done == c.steps, due(c.sharpness_every, done, first=True)
-            if last or measured or curved or due(c.log_every, done):
-                run.log(done, loss, lr, x_BT if measured else None, curved=curved)
-            if due(c.eval_every, done):
-                run.evaluate(done)
-            if last or ended_by or due(c.checkpoint_every, done):
-                run.save(done)
-            if ended_by and not last:
-                run.stop(done, ended_by)
-    run.finish()
+                # Once in a while: log and measure, evaluate, save.
+                last = done == c.steps
+                curved = due(c.sharpness_every, done, first=True)
+                if last or measured or curved or due(c.log_every, done):
+                    run.log(done, loss, lr, x_BT if measured else None, curved=curved)
+                if due(c.eval_every, done):
+                    run.evaluate(done)
+                if last or ended_by or due(c.checkpoint_every, done):
+                    run.save(done)
+                if ended_by and not last:
+                    run.stop(done, ended_by)
+        run.finish()
 
 
 def set_lr_and_beta(config: Config, optimizer: Dualized | Baseline, step: int) -> float:

@@ -89,8 +89,9 @@ def register_baseline(name: str, *, normed: bool = False) -> Callable[[Build], B
     """Make an optimizer known by name, so that configurations can name it.
 
     The function takes (model, norm), then keywords: settings of StepSettings, polar, and its own,
-    each of these with a default and a Help text. Configurations know those that are registered
-    before config.py is imported.
+    each of these with a default and a Help text. It returns a torch optimizer of named parameters
+    whose defaults have "lr"; a group's "lr_scale", if any, multiplies the loop's lr. Write it in
+    this file: studies train in processes of their own, which import no other.
     """
 
     def register(build: Build) -> Build:

@@ -90,7 +90,7 @@ class OneProcess:
     """Weights that this process steps by itself: it is the only one, or the others do the same.
 
     Replicas and Shards have the same methods. copies: ranks that step the same rows.
-    state_at_owners: a rank keeps no state of what it does not step.
+    state_at_owners: true where gradients and state are only at the ranks that step a weight.
     """
 
     state_at_owners = False

@@ -4,14 +4,14 @@
 
 A stack is n weights of one shape, norm and group, which one batched call steps. step_() knows no
 ranks, no state dict and no torch.optim: Dualized gathers stacks (clipped gradients, float32
-masters), calls it, and scatters what changed (stacks.py). Of 12 layers the output projections of
-attention are one stack, of shape (768, 768):
+masters), calls it, and scatters what changed (stacks.py). Of 12 layers the queries, keys, values
+and output projections of attention are one stack:
 
-    weights   12 tensors (768, 768)             changed in place
-    G         (12, 768, 768)                    their gradients
-    live      (12, 1, 1), or finer, of bools    which blocks have a gradient; no other block moves
-    radii     (12, 1, 1)                        the size of each weight's step at lr 1
-    state     {"momentum": (12, 768, 768)}      the direction's memory, changed in place
+    weights   48 tensors (768, 768)             changed in place
+    G         (48, 768, 768)                    their gradients
+    live      (48, 1, 1), or finer, of bools    which blocks have a gradient; no other block moves
+    radii     (48, 1, 1)                        the size of each weight's step at lr 1
+    state     {"momentum": (48, 768, 768)}      the direction's memory, changed in place
     group     {"direction": "nesterov", …}      settings, as optim/settings.py declares them
     lr        a number, or a tensor ()          the modular norm of this step, at scale "unit"
 
@@ -49,9 +49,9 @@ def step_(
 ) -> None:
     """Step a stack. G is overwritten. refresh: if true, SOAP renews its basis.
 
-    origin: the weights W₀ from which the escape velocity measures the way. Decay and retraction are
-    not part of that way, so they move W₀ along. keep: is given the changed state as soon as that is
-    done with, so that copies can be written back and freed before the rest.
+    origin: the starting weights W₀, for lr = "auto" alone, which measures W₀ − W. Decay and
+    retraction are no part of that way, so they move W₀ along. keep: called with the new state, so
+    that it is written back and freed before dualize needs memory.
     """
     D = direction_(G, state, group, live=live, refresh=refresh)
     if keep is not None:

@@ -3,9 +3,11 @@
 import multiprocessing
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
+from training import run_folder
 from training.errors import RunError
 from training.run_folder import RunFolder
 
@@ -58,9 +60,48 @@ def test_a_run_that_lives_keeps_its_name_and_nobody_resumes_it(tmp_path: Path):
     with pytest.raises(RunError, match=r"run folder .*a exists"):
         RunFolder(tmp_path / "a", resume=False)
     with pytest.raises(RunError, match=r"got: another process that runs it now"):
-        RunFolder(tmp_path / "a", resume=True).create()
+        RunFolder(tmp_path / "a", resume=True).lock()
     living.close()
-    RunFolder(tmp_path / "a", resume=True).create()
+    with RunFolder(tmp_path / "a", resume=True) as folder:
+        folder.lock()
+
+
+def test_a_resumed_run_waits_for_a_process_that_is_just_ending(tmp_path: Path):
+    living = begun(tmp_path / "a")
+    threading.Timer(0.3, living.close).start()
+    with RunFolder(tmp_path / "a", resume=True) as folder:
+        folder.lock()
+
+
+def test_of_two_starts_one_moves_the_crashed_run_and_the_other_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The second start comes between the first one's look at the crashed run and its move."""
+    begun(tmp_path / "a").close()
+    first, second = (RunFolder(tmp_path / "a", resume=False) for _ in range(2))
+
+    def slow(path: Path) -> Path:
+        with pytest.raises(RunError, match="exists"):
+            second.create()
+        return path
+
+    monkeypatch.setattr(run_folder, "free_name", slow)
+    first.create()
+    assert first.crashed == tmp_path / "a.crashed"
+    with pytest.raises(RunError, match="exists"):
+        second.create()
+
+
+@pytest.mark.parametrize("machine", [None, "another"])
+def test_a_run_of_another_machine_or_without_a_lock_keeps_its_name(tmp_path: Path, machine: str | None):
+    """It may live: its lock says nothing here. It is resumed as ever."""
+    begun(tmp_path / "a").close()
+    lock = tmp_path / "a/.lock"
+    lock.write_text(machine) if machine else lock.unlink()
+    with pytest.raises(RunError, match="exists"):
+        RunFolder(tmp_path / "a", resume=False)
+    with RunFolder(tmp_path / "a", resume=True) as folder:
+        folder.lock()
 
 
 def test_a_killed_process_gives_its_lock_back(tmp_path: Path):

@@ -95,6 +95,7 @@ def test_a_run_leaves_its_folder(whole: Path):
         "geometry.png",
         "checkpoints",
         "log.txt",
+        ".lock",
     }
     assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["step_00000008", "step_00000012"], (
         "the newest two are kept"
@@ -693,9 +694,22 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_gives_its_name_back(ro
     code, out, err = run(root, *args, "--train.steps", "2")
     assert code == 0, err
     crashed = root / "runs/killed-early.crashed"
-    assert f"crashed before its first checkpoint: now runs/{crashed.name}" in out
+    assert f"ended without a checkpoint or a result: it is now runs/{crashed.name}" in out
     assert records(crashed)[: len(logged)] == logged, "nothing is lost"
     assert (folder / "summary.json").is_file()
+
+
+def test_a_signal_after_the_last_step_does_not_cut_off_the_last_checkpoint(root: Path):
+    """The signal comes at once after the loop, and writing is slow."""
+    (root / "late.py").write_text(
+        f"import os, runpy, signal, sys, time\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from training import checkpoint, run\nfsync = checkpoint._fsync\n"
+        "checkpoint._fsync = lambda path: (time.sleep(0.2), fsync(path))\n"
+        "run.Run.finish = lambda self: os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"runpy.run_path({str(ROOT / 'train_gpt.py')!r}, run_name='__main__')\n"
+    )
+    run(root, "small.toml", "--run.name", "late", "--train.checkpoint-every", "0", script="late.py")
+    assert [p.name for p in (root / "runs/late/checkpoints").iterdir()] == ["step_00000012"]
 
 
 def test_sample_continues_the_prompt(root: Path, whole: Path):

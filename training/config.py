@@ -356,9 +356,8 @@ def load(argv: list[str]) -> Config:
     path = Path(argv[0]) if argv and not argv[0].startswith("-") else None
     options = argv[1:] if path else argv
     raw, older = migrate(_read(path)) if path is not None else ({}, [])
-    if older and os.environ.get("RANK", "0") == "0":
-        print(f"note: {path} is of an earlier version: {'; '.join(older)}", file=sys.stderr)
-    # The file's own mistakes first; and its model, which options do not imply.
+    note(older, f"{path} is of an earlier version: ")
+    # The file's own mistakes first; and its model.
     raw.setdefault("model", {})["name"] = from_dict(Config, raw).model.name
     if "--help" in options or "-h" in options:
         tyro.cli(
@@ -367,9 +366,13 @@ def load(argv: list[str]) -> Config:
             prog="train_gpt.py [CONFIG.toml]",
             description=DESCRIPTION,
         )
-    for key, value in read_options(options).items():
+    values = read_options(options)
+    for key, value in values.items():
         put(raw, key, value)
-    config = from_dict(Config, raw)
+    if "model.name" not in values:  # options can imply another model than the file's, told so
+        raw, implied = migrate(raw)
+        note(implied)
+    config = sections.from_dict(Config, raw)
     if config.run.name is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         raise ConfigError(
             "run.name",
@@ -381,6 +384,12 @@ def load(argv: list[str]) -> Config:
         config.run.name = f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     config.check()
     return config
+
+
+def note(lines: list[str], about: str = "") -> None:
+    """Print once what was read otherwise than it was written."""
+    if lines and os.environ.get("RANK", "0") == "0":
+        print(f"note: {about}{'; '.join(lines)}", file=sys.stderr)
 
 
 def read_options(options: list[str]) -> dict[str, Any]:

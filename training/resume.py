@@ -58,7 +58,10 @@ class Start:
         """Print how the run starts, and drop metrics that a resumed run makes again."""
         folder, say = self.folder, self.folder.say
         if folder.crashed is not None:
-            say(f"a run of this name crashed before its first checkpoint: now {folder.crashed}")
+            say(
+                "a run of this name ended without a checkpoint or a result:"
+                f" it is now {folder.crashed}"
+            )
         for line in self.damage:
             say(f"left out: {line}")
         if self.resumed:
@@ -92,6 +95,7 @@ def open_run(config: Config, runtime: Runtime) -> Start:
     folder = runtime.together(lambda: RunFolder(path, resume=resumed, main=runtime.main))
     start = Start(folder, resumed)
     if resumed:
+        runtime.together(folder.lock)  # before the checkpoints are read
         newest, start.damage = runtime.on_main(lambda: checkpoint.newest_whole(folder.checkpoints))
         start.checkpoint = newest
         start.saved = runtime.together(lambda: checkpoint.read_state(newest) if newest else None)

@@ -26,6 +26,7 @@ from .errors import Stopped
 from .evaluate import evaluate
 from .geometry import Geometry
 from .plots import plot_geometry, plot_losses
+from .provenance import git_state
 from .resume import Progress, Start
 from .runtime import Runtime
 from .sharpness import Sharpness
@@ -100,6 +101,8 @@ class Run:
             " (receipt.txt)"
         )
         say(f"{self.runtime.device_name()}, {self.runtime.precision}, torch {torch.__version__}")
+        commit, dirty = git_state()
+        say(f"commit {commit}{', with uncommitted changes' * bool(dirty)}")
         say(
             f"{config.data.dataset}: {train_tokens:,} tokens; {self.steps} steps of"
             f" {self.tokens_per_step:,}, {epochs:.2f} epochs"
@@ -129,9 +132,10 @@ class Run:
         self.began = time.perf_counter()
 
     def __exit__(self, error: object, *_: object) -> None:
+        self.bar.close()
         if error is None:
             self.clock.stop()
-        self.bar.close()
+            self.saver.wait()  # while signals are caught: none shall cut off the last checkpoint
 
     @property
     def looks(self) -> bool:
@@ -269,7 +273,6 @@ class Run:
 
     def finish(self) -> None:
         """Write what is left of a run: its last evaluation, summary.json, pictures, a sample."""
-        self.saver.wait()
         if self.progress.val_step < self.steps:
             self.evaluate(self.steps)
         self.runtime.stop_watchdog()

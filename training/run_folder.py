@@ -1,13 +1,18 @@
-"""The folder of a run, runs/<name>/: its files, and who may write into it.
+"""The folder of a run, runs/<name>/: its files, and the one process that may write into it.
 
-config.toml, receipt.txt, metrics.jsonl, summary.json, loss.png, checkpoints/, log.txt. The run
-holds a lock on log.txt while it lives, so that a dead run can be told from a running one.
+config.toml, receipt.txt (norms), modular_norm.svg, metrics.jsonl, log.txt, checkpoints/, and at the
+end summary.json (results, commit, machine), loss.png, geometry.png. A resumed run adds
+resumed_<step>_config.toml and its kin. A run holds the lock of .lock, in which its machine's name
+stands, while it lives: so a dead run can be told from a living one.
 """
 
 import json
 import os
+import platform
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+PATIENCE = 5.0  # seconds that a resumed run waits for the lock of a process that is just ending
+
 
 class RunFolder:
     """The folder of one run, as the process sees it that writes into it."""
@@ -28,7 +35,7 @@ class RunFolder:
         """Check that the folder can be made, or resumed. Nothing is written yet.
 
         main: False for the ranks that write nothing. Raises RunError where a run of this name
-        exists. The folder of a run that crashed before its first checkpoint gives its name back.
+        exists. The folder of a run that crashed without a result gives its name back.
         """
         self.path, self.resume, self.main = path, resume, main
         self.checkpoints = path / "checkpoints"
@@ -48,40 +55,65 @@ class RunFolder:
                 allowed=listing(path.parent),
                 fix="--run.name, or leave out --run.resume",
             )
-        if not resume and path.exists() and not has_crashed(path):
-            raise RunError(
-                f"run folder {path} exists",
-                got="a run of this name",
-                allowed="a new name, or going on with this run",
-                fix="--run.name NAME, or --run.resume",
-            )
+        if not resume and main and path.exists():
+            with lock_of_crashed(path) as crashed:
+                if not crashed:
+                    raise RunError(
+                        f"run folder {path} exists",
+                        got="a run of this name",
+                        allowed="a new name, or going on with this run",
+                        fix="--run.name NAME, or --run.resume",
+                    )
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def create(self) -> None:
-        """Make the folder and lock it. Raises RunError where another process was faster."""
+        """Make the folder of a new run and lock it. Raises RunError if another was faster."""
         if not self.main:
             return
-        if not self.resume and self.path.is_dir() and has_crashed(self.path):
-            self.crashed = free_name(self.path.with_name(f"{self.path.name}.crashed"))
-            self.path.rename(self.crashed)
-        try:
-            self.path.mkdir(parents=True, exist_ok=self.resume)
-        except FileExistsError as error:
-            raise RunError(
-                f"run folder {self.path} exists",
-                got="a run that started a moment ago",
-                allowed="a new name",
-                fix="--run.name NAME",
-            ) from error
-        self._lock = os.open(self.path / "log.txt", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        if not lock(self._lock):
-            self.close()
-            raise RunError(
-                f"run folder {self.path}",
-                got="another process that runs it now",
-                allowed="one process at a time",
-                fix="wait for its end, or --run.name NAME for a run of its own",
-            )
+        if not self.resume:
+            if self.path.is_dir():
+                self.crashed = move_crashed(self.path)
+            try:
+                self.path.mkdir(parents=True)
+            except FileExistsError as error:
+                raise RunError(
+                    f"run folder {self.path} exists",
+                    got="a run that started a moment ago",
+                    allowed="a new name",
+                    fix="--run.name NAME",
+                ) from error
+            self.lock()
         self.checkpoints.mkdir(exist_ok=True)
+
+    def lock(self) -> None:
+        """Lock the folder for this process.
+
+        Raises RunError where a living process of this machine has it. A lock that another machine
+        holds is left aside: some network file systems keep it when its holder is gone.
+        """
+        if not self.main or fcntl is None:
+            return
+        file, end = self.path / ".lock", time.monotonic() + PATIENCE
+        self._lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        while not is_locked_by_us(self._lock):
+            if file.read_text(encoding="utf-8") not in ("", platform.node()):
+                return
+            if time.monotonic() > end:
+                self.close()
+                raise RunError(
+                    f"run folder {self.path}",
+                    got="another process that runs it now",
+                    allowed="one process at a time",
+                    fix="wait for its end, or --run.name NAME for a run of its own",
+                )
+            time.sleep(0.1)
+        if file.read_text(encoding="utf-8") != platform.node():
+            file.write_text(platform.node(), encoding="utf-8")
 
     def close(self) -> None:
         """Give the lock back."""
@@ -138,32 +170,12 @@ class RunFolder:
         (self.path / "summary.json").unlink(missing_ok=True)
 
 
-def has_crashed(path: Path) -> bool:
-    """Return whether a run folder is of a run that is dead and has saved no checkpoint.
+def is_locked_by_us(file: int) -> bool:
+    """Try to lock a file, and return False where another process has it locked.
 
-    A run that has a result keeps its name. One that lives holds the lock of its log.txt. Where
-    locks cannot be asked for, every run counts as alive.
+    Where the file system has no locks the file counts as ours.
     """
-    log = path / "log.txt"
-    results = ("summary.json", "failed.json", "checkpoints/step_*")  # failed.json: a study's
-    saved = any(any(path.glob(pattern)) for pattern in results)
-    if saved or fcntl is None or not log.is_file() or not (path / "config.toml").is_file():
-        return False
-    with log.open() as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return False
-    return True
-
-
-def lock(file: int) -> bool:
-    """Lock a file for this process, and return False where another one has it locked.
-
-    Where the file system has no locks the file counts as locked for this process.
-    """
-    if fcntl is None:
-        return True
+    assert fcntl is not None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -171,6 +183,41 @@ def lock(file: int) -> bool:
     except OSError:
         pass
     return True
+
+
+@contextmanager
+def lock_of_crashed(path: Path) -> Iterator[bool]:
+    """Tell whether a run is dead and has saved nothing, and hold its lock meanwhile.
+
+    A run that has a result keeps its name. A run counts as dead if it ran on this machine and its
+    lock is free; where that cannot be known it counts as alive.
+    """
+    results = ("summary.json", "failed.json", "checkpoints/step_*")  # failed.json: a study's
+    try:
+        file = os.open(path / ".lock", os.O_RDWR)
+    except OSError:
+        yield False
+        return
+    try:
+        yield (
+            fcntl is not None
+            and (path / ".lock").read_text(encoding="utf-8") == platform.node()
+            and is_locked_by_us(file)
+            and os.path.samestat(os.fstat(file), os.stat(path / ".lock"))
+            and not any(any(path.glob(pattern)) for pattern in results)
+        )
+    finally:
+        os.close(file)
+
+
+def move_crashed(path: Path) -> Path | None:
+    """Rename the folder of a crashed run, and return its new name; None if it has not crashed."""
+    with lock_of_crashed(path) as crashed:
+        if not crashed:
+            return None
+        aside = free_name(path.with_name(f"{path.name}.crashed"))
+        path.rename(aside)
+        return aside
 
 
 def free_name(path: Path) -> Path:

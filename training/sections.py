@@ -43,7 +43,7 @@ def from_dict(cls: type, raw: dict[str, Any], path: str = "") -> Any:
         dotted = f"{path}{key}"
         if key not in hints:
             fix = nearest(key, hints, otherwise="leave it out", prefix=path)
-            if key in SYNONYMS and SYNONYMS[key] != dotted:
+            if key in SYNONYMS and path.count(".") < 2:
                 fix = f"it is {SYNONYMS[key]}"
             raise ConfigError(f"unknown key {dotted}", got=key, allowed=", ".join(hints), fix=fix)
         if is_dataclass(hints[key]):

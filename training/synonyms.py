@@ -51,7 +51,6 @@ SYNONYMS = {
     "out_dir": "run.dir",
     "output_dir": "run.dir",
     "run_name": "run.name",
-    "dtype": "run.precision",
     "bf16": "run.precision",
     "amp": "run.precision",
     "torch_compile": "run.compile",

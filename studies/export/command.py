@@ -88,7 +88,7 @@ def write_script(out: Path | None, code: str, run: Run) -> Path:
         return out
     file = run.folder / "script.py" if run.folder else Path(f"{run.name}.py")
     require(
-        not file.exists() or file.read_text(encoding="utf-8") == code,
+        not file.exists() or (file.is_file() and file.read_bytes() == code.encode()),
         file,
         got="a file that is there already, with other content",
         allowed="a new file, unless --out names it",
