@@ -708,7 +708,7 @@ def test_a_signal_after_the_last_step_does_not_cut_off_the_last_checkpoint(root:
         "run.Run.finish = lambda self: os.kill(os.getpid(), signal.SIGTERM)\n"
         f"runpy.run_path({str(ROOT / 'train_gpt.py')!r}, run_name='__main__')\n"
     )
-    run(root, "small.toml", "--run.name", "late", "--train.checkpoint-every", "0", script="late.py")
+    run(root, "small.toml", "--run.name", "late", "--train.checkpoint-every", "0", script=str(root / "late.py"))
     assert [p.name for p in (root / "runs/late/checkpoints").iterdir()] == ["step_00000012"]
 
 
