@@ -20,8 +20,9 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(required=True, metavar="CORPUS")
     for name, recipe in RECIPES.items():
-        about = str(recipe.prepare.__doc__).replace("%", "%%")  # argparse formats it
-        command = commands.add_parser(name, help=about, description=about)
+        about = str(recipe.prepare.__doc__)
+        escaped = about.replace("%", "%%")  # argparse formats help, but no description
+        command = commands.add_parser(name, help=escaped, description=about)
         command.set_defaults(prepare=recipe.prepare)
         command.add_argument("--tokenizer", choices=recipe.tokenizers, default=recipe.tokenizer)
         for names, settings in recipe.options:

@@ -17,7 +17,7 @@ from tests.helpers import ROOT
 IN_OPTIM = [Refusal, CoverageError, PlacementError, BackwardError, CopyError]
 SUBCLASSES = [*IN_OPTIM, DataError, ConfigError, CheckpointError, RunError, RankError]
 PARTS = {"got": -1.0, "allowed": "a finite number >= 0", "fix": "--optim.lr 0.1"}
-APART = {"tests", "records", "corpora", "runs", ".venv"}  # records: scripts as they were exported
+APART = {"tests", "records", "corpora", "runs", ".venv", "build"}  # records: scripts as they were exported
 PRODUCT = sorted(p for p in ROOT.rglob("*.py") if p.relative_to(ROOT).parts[0] not in APART)
 
 

@@ -26,7 +26,7 @@ from training.resume import keep_choices
 
 from tests.helpers import ROOT, run, small_dataset
 
-PRODUCT = [p for p in ROOT.rglob("*.py") if not {".venv", "tests", "records"} & set(p.relative_to(ROOT).parts)]
+PRODUCT = [p for p in ROOT.rglob("*.py") if not {".venv", "tests", "records", "build"} & set(p.relative_to(ROOT).parts)]
 
 
 def text_of(file: Path) -> str:

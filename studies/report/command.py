@@ -16,6 +16,11 @@ from .page import ReportError, write
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report of the study whose folder is named. Return the exit code, 2 if refused."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv in (["-h"], ["--help"]):
+        print(
+            "python -m studies.report runs/NAME: write report.html and report.png of a study anew"
+        )
+        return 0
     try:
         file = _results_file(argv)
         paths = write(json.loads(file.read_text(encoding="utf-8")), file.parent)
