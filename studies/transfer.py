@@ -73,7 +73,7 @@ class Sweep:
         losses = np.full((len(line.sizes), len(self.lrs), most), np.nan)
         for (i, size), (k, lr) in itertools.product(enumerate(line.sizes), enumerate(self.lrs)):
             for seed in range(self.seeds[size]):
-                losses[i, k, seed] = end_loss(self.folder / run_name(size, lr, seed))
+                losses[i, k, seed] = runs.final_loss(self.folder / run_name(size, lr, seed))
         return losses
 
 
@@ -94,12 +94,6 @@ class JudgedLine:
             "losses": losses,
             **self.verdict.json(),
         }
-
-
-def end_loss(path: Path) -> float:
-    """Return a run's validation loss at its end, inf if it diverged."""
-    summary = runs.summary(path)
-    return math.inf if summary is None else summary["val_loss"]
 
 
 def _written(x: float) -> float | str | None:

@@ -49,8 +49,9 @@ def functions(path: Path) -> list[Function]:
 
 
 def imported_names(path: Path) -> set[str]:
-    """The names that imports at the top of a file bind."""
-    imports = [n for n in tree(path).body if isinstance(n, ast.Import | ast.ImportFrom)]
+    """The names that imports at the top of a file bind, within `try` too."""
+    top = [inner for n in tree(path).body for inner in (n.body if isinstance(n, ast.Try) else [n])]
+    imports = [n for n in top if isinstance(n, ast.Import | ast.ImportFrom)]
     return {a.asname or a.name.split(".")[0] for n in imports for a in n.names}
 
 

@@ -1,4 +1,4 @@
-"""config.py: strict keys, types and values, each error with got / allowed / fix."""
+"""training/config.py: strict keys, types and values, each error with got / allowed / fix."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -70,7 +70,7 @@ def shards(mode: str, w: int) -> int:
 
 
 def real_model(case: Case, polar: Polar, mode: str, w: int) -> GPT:
-    """With numbers, and sharded as runtime.py does."""
+    """With numbers, and sharded as training/ranks.py does."""
     generator = torch.Generator().manual_seed(0)
     norms = case.optim.norms.build(polar, case.model.n_head)
     model = GPT(replace(case.model, zero_init=False), norms, generator).to(getattr(torch, case.optim.param_dtype))

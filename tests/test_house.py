@@ -66,7 +66,9 @@ def long_functions(path: Path) -> list[tuple[str, int]]:
 def shadows(path: Path) -> set[tuple[str, int]]:
     """(name, line) of what hides a builtin, an import, or a function or class of the file."""
     local = {(n, line) for n, line in local_names(path) if n in BUILTINS | imported_names(path) | definitions(path)}
-    return local | {(n, line) for n, line in module_names(path) if n in BUILTINS}
+    lines_of_imports = {n.lineno for n in tree(path).body if isinstance(n, ast.Import | ast.ImportFrom)}
+    at_top = {(n, line) for n, line in module_names(path) if line not in lines_of_imports}
+    return local | {(n, line) for n, line in at_top if n in BUILTINS | imported_names(path)}
 
 
 def docstrings_without_verb(path: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""train_gpt.py, sample.py, checkpoint.py and runtime.py together, in real processes on a small dataset."""
+"""train_gpt.py, sample.py and training/ together, in real processes on a small dataset."""
 
 import hashlib
 import json

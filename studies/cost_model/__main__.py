@@ -1,3 +1,7 @@
+"""python -m studies.cost_model: the entry alone."""
+
+import sys
+
 from .command import main
 
-main()
+sys.exit(main())

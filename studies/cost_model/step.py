@@ -230,7 +230,7 @@ class Around:
 
 
 def around(model: GPT, tokens: float, parallel: str, w: int, s: int) -> Around:
-    """Return the model's share, sharded as runtime.py does, in the weights' dtype.
+    """Return the model's share, sharded as training/ranks.py does, in the weights' dtype.
 
     A group for each block is gathered in forward and in backward, and one for the rest once.
     """
