@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[float, float]:
 
     model = language_model(args.model)
     train(model, train_and_test("optim/*.py")[0], lr=2.0, steps=args.base_steps)
-    english, test = train_and_test("*.md")
+    english, test = train_and_test("docs/*.md")
     adapted = get_peft_model(
         model,
         LoraConfig(

@@ -50,8 +50,8 @@ class RunConfig:
     """Threads of the CPU; by default torch's choice."""
 
     resume: bool | Literal["auto"] = False
-    """Resume the named run from its newest whole checkpoint. "auto" resumes if the run exists, else
-    starts it."""
+    """Resume the named run from its newest whole checkpoint. "auto" resumes if a checkpoint exists,
+    else starts anew."""
 
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     """How several processes hold the weights. ddp: all of them in every process. fsdp: sharded over
