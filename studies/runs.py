@@ -26,9 +26,10 @@ import torch
 from tqdm import tqdm
 
 from data.loader import Dataset
-from optim.errors import Refusal
+from optim.errors import Refusal, require
 from training import config as configuration
 from training.config import Config
+from training.run_folder import is_locked_by_us
 
 from . import processes
 from .run_cost import cost, duration, measure_speed
@@ -41,6 +42,8 @@ FILLED_IN = {
     "model.vocab_size": None,
     "optim.polar.dtype": "auto",
 }
+# A study resumes none of its runs, and so keeps nothing of them but their figures.
+QUIET = {"train.keep_checkpoints": 0, "train.sample_tokens": 0, "train.pictures": False}
 # Keys that do not change the numbers which a study reads. run.threads does change them: sums in
 # another order make another run (docs/log.md).
 NEUTRAL = (
@@ -204,21 +207,15 @@ def execute(
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which ends with its process. Windows has none."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
     with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StudyError(
-                folder,
-                got="another call that is at work in it",
-                allowed="one at a time",
-                fix="wait for it, or another --name",
-            ) from error
+        require(
+            is_locked_by_us(file.fileno()),
+            folder,
+            got="another call that is at work in it",
+            allowed="one at a time",
+            fix="wait for it, or another --name",
+            error=StudyError,
+        )
         yield
 
 

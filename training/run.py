@@ -64,6 +64,7 @@ class Run:
         self.model, self.optimizer, self.progress = model, optimizer, progress
         self.first, self.steps = start.step, config.train.steps
         self.tokens_per_step = config.train.batch_size * config.model.block_size
+        self.source = git_state()  # at the start: files may change while it trains
         self.texts = texts_of_run(config, norm, optimizer)
         self._write_folder(start, norm)
         self.wall_start = time.perf_counter() - progress.wall_seconds
@@ -101,7 +102,7 @@ class Run:
             " (receipt.txt)"
         )
         say(f"{self.runtime.device_name()}, {self.runtime.precision}, torch {torch.__version__}")
-        commit, dirty = git_state()
+        commit, dirty = self.source
         say(f"commit {commit}{', with uncommitted changes' * bool(dirty)}")
         say(
             f"{config.data.dataset}: {train_tokens:,} tokens; {self.steps} steps of"
@@ -316,6 +317,7 @@ class Run:
             self.runtime,
             self.model,
             self.progress,
+            source=self.source,
             wall_seconds=time.perf_counter() - self.wall_start,
             optimizer_state_bytes=held,
         )
@@ -345,6 +347,6 @@ def texts_of_run(
         receipt = norm.receipt()
     texts = {"config.toml": to_toml(config), "receipt.txt": receipt}
     if normed and norm.tree:  # the plain maximum over tensors has none
-        texts["receipt.txt"] = f"{norm.receipt()}\n{norm.tree}\n"
+        texts["receipt.txt"] += f"\n{norm.tree}\n"
         texts["modular_norm.svg"] = norm.tree.svg()
     return texts

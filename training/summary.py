@@ -7,7 +7,7 @@ import torch
 from model import GPT
 
 from .config import Config
-from .provenance import git_state, hardware
+from .provenance import hardware
 from .resume import Progress
 from .runtime import Runtime
 
@@ -18,6 +18,7 @@ def summary(
     model: GPT,
     progress: Progress,
     *,
+    source: tuple[str | None, bool | None],
     wall_seconds: float,
     optimizer_state_bytes: int,
 ) -> dict[str, Any]:
@@ -29,12 +30,12 @@ def summary(
     clock. mfu: the share of the devices' bf16 peak that the model's products use, null where the
     peak is not known. peak_memory_bytes, optimizer_state_bytes: of the rank that has most. target:
     the first evaluation at or under train.target_loss. seed, world_size, device, hardware, torch:
-    what computed it. commit, dirty: of this source tree, null outside git.
+    what computed it. commit, dirty: source, which git_state() said at the start; null outside git.
     """
     tokens = config.train.steps * config.train.batch_size * config.model.block_size
     seconds, peak = progress.train_seconds, runtime.peak_flops()
     speed = tokens / seconds
-    commit, dirty = git_state()
+    commit, dirty = source
     memory = runtime.gather((runtime.peak_memory_bytes() or 0, optimizer_state_bytes))
     peak_memory, state_bytes = (max(column) for column in zip(*memory, strict=True))
     return {

@@ -54,7 +54,7 @@ def script(run: Run, *, track: bool = False) -> str:
         files(config.model.name),
         known=known_values(config, type(model), slots=slots, track=track),
         filled=filled_in(config, model, norm, data=data, track=track),
-        packages=("optim", "model", "models", "config"),
+        packages=("optim", "model", "models"),
         whole=("optim/update.py",),
         unregistered=("register_schedule",),  # whose SCHEDULES would be a second one
     )

@@ -28,8 +28,6 @@ SAME = 1e-6
 # Two-sided level at which means on different machines differ: one check in a hundred fails by
 # chance.
 DOUBT = 0.01
-# A training that repeats another need not do this.
-QUIET = {"train.keep_checkpoints": 0, "train.sample_tokens": 0, "train.pictures": False}
 
 Json = dict[str, Any]
 
@@ -99,7 +97,7 @@ def train_again(
     otherwise. One that diverged does not say which code it is of, and is trained again.
     """
     state = commit, dirty = git_state()
-    changes = QUIET | {"data.dataset": str(Path(config.data.dataset).resolve())}
+    changes = runs.QUIET | {"data.dataset": str(Path(config.data.dataset).resolve())}
     jobs = [
         runs.job(config, f"{name}.seed{seed}", out, **{"run.seed": seed, **changes})
         for seed in seeds

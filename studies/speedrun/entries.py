@@ -12,8 +12,6 @@ from training.config import Config
 
 from .. import runs
 
-# A study resumes none of its runs, and so keeps nothing of them but their figures.
-QUIET = {"train.keep_checkpoints": 0, "train.sample_tokens": 0, "train.pictures": False}
 OPTIMIZER = ("optim.", "schedule.", "baseline.")  # settings in which entries are meant to differ
 BY_STUDY = ("run.seed", "train.steps", "train.eval_every", *runs.NEUTRAL)  # set for each run
 
@@ -49,7 +47,7 @@ class Entry:
 
     def job(self, name: str, folder: Path, **changes: Any) -> runs.Job:
         """Return a run of the study with this configuration, and some values changed."""
-        return runs.job(self.config, name, folder, **{**QUIET, **changes})
+        return runs.job(self.config, name, folder, **{**runs.QUIET, **changes})
 
     def run_name(self, steps: int, seed: int) -> str:
         """Return the name of a judged run."""
