@@ -49,7 +49,7 @@ SIZES: dict[str, Any] = {
     "use_cache": False,
     **dict.fromkeys(("dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout"), 0.0),
     **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "activation_dropout"), 0.0),
-    **dict.fromkeys(("layerdrop", "encoder_layerdrop", "decoder_layerdrop", "dropout_rate", "drop_path_rate"), 0.0),
+    **dict.fromkeys(("layerdrop", "encoder_layerdrop", "decoder_layerdrop", "dropout_rate", "drop_connect_rate"), 0.0),
     **dict.fromkeys(("feat_proj_dropout", "final_dropout", "hidden_dropout_rate", "attn_dropout"), 0.0),
     **dict.fromkeys(("summary_first_dropout", "classifier_dropout", "classifier_dropout_prob"), 0.0),
     "image_size": SIDE,
@@ -208,8 +208,8 @@ lm("dbrx", "Dbrx", attn_config=dict(kv_n_heads=GROUPS, attn_pdrop=0.0, clip_qkv=
 lm("longcat_flash", "LongcatFlash", **LATENT, head_dim=4, ffn_hidden_size=INNER, zero_expert_num=1)
 lm("flex_olmo", "FlexOlmo")
 lm("hunyuan_moe", "HunYuanMoEV1", "hunyuan_v1_moe", head_dim=8)
-add("switch", "SwitchTransformersForConditionalGeneration", "switch_transformers", shifted, d_kv=7, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_layers=2, num_decoder_layers=2)
-add("nllb_moe", "NllbMoeForConditionalGeneration", "nllb-moe", pair, encoder_sparse_step=1, decoder_sparse_step=1, expert_capacity=64)
+add("switch", "SwitchTransformersForConditionalGeneration", "switch_transformers", shifted, d_kv=7, num_sparse_encoder_layers=1, dense_act_fn="gelu", num_sparse_decoder_layers=1, num_layers=2, num_decoder_layers=2)
+add("nllb_moe", "NllbMoeForConditionalGeneration", "nllb-moe", pair, encoder_sparse_step=1, decoder_sparse_step=1, expert_capacity=64, activation_function="gelu")
 
 # ---- state spaces and linear attention
 
@@ -238,7 +238,7 @@ for name, head, kind in (
     ("electra", "Electra", "electra"), ("deberta_v2", "DebertaV2", "deberta-v2"), ("deberta", "Deberta", "deberta"), ("modernbert", "ModernBert", "modernbert"),
     ("mpnet", "MPNet", "mpnet"), ("funnel", "Funnel", "funnel"), ("fnet", "FNet", "fnet"), ("convbert", "ConvBert", "convbert"),
     ("longformer", "Longformer", "longformer"), ("big_bird", "BigBird", "big_bird"), ("distilbert", "DistilBert", "distilbert"),
-    ("camembert", "Camembert", "camembert"), ("nystromformer", "Nystromformer", "nystromformer"), ("squeezebert", "SqueezeBert", "squeezebert"),
+    ("camembert", "Camembert", "camembert"), ("squeezebert", "SqueezeBert", "squeezebert"),
     ("rembert", "RemBert", "rembert"), ("roformer", "RoFormer", "roformer"), ("mobilebert", "MobileBert", "mobilebert"), ("esm", "Esm", "esm"), ("eurobert", "EuroBert", "eurobert"),
 ):  # fmt: skip
     own: dict[str, Any] = {
@@ -248,7 +248,7 @@ for name, head, kind in (
         "modernbert": dict(global_attn_every_n_layers=1, pad_token_id=0, cls_token_id=1, sep_token_id=2, local_attention=8),
         "funnel": dict(block_sizes=[1, 1], d_head=6, d_inner=INNER, num_decoder_layers=1), "convbert": dict(embedding_size=20, head_ratio=2, conv_kernel_size=3),
         "longformer": dict(attention_window=4), "big_bird": dict(attention_type="original_full"), "distilbert": dict(dim=D, hidden_dim=INNER),
-        "nystromformer": dict(num_landmarks=4, segment_means_seq_len=8), "squeezebert": dict(embedding_size=D, q_groups=2, k_groups=2, v_groups=2, post_attention_groups=1, intermediate_groups=2, output_groups=2),
+        "squeezebert": dict(embedding_size=D, q_groups=2, k_groups=2, v_groups=2, post_attention_groups=1, intermediate_groups=2, output_groups=2),
         "rembert": dict(input_embedding_size=20, output_embedding_size=28), "mobilebert": dict(embedding_size=20, intra_bottleneck_size=16, true_hidden_size=16, hidden_size=D, num_feedforward_networks=1), "esm": dict(mask_token_id=3, position_embedding_type="rotary", token_dropout=False),
     }.get(name, {})  # fmt: skip
     add(f"{name}_mlm", f"{head}ForMaskedLM", kind, masked, **own)
@@ -293,7 +293,7 @@ for name, head, own in (
     ("pvt", "Pvt", dict(num_encoder_blocks=2, depths=[1, 1], sequence_reduction_ratios=[4, 1], hidden_sizes=[8, 12], patch_sizes=[4, 2], strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2])),
     ("pvt_v2", "PvtV2", dict(num_encoder_blocks=2, depths=[1, 1], sr_ratios=[4, 1], hidden_sizes=[8, 12], patch_sizes=[7, 3], strides=[4, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2])),
     ("focalnet", "FocalNet", dict(embed_dim=12, hidden_sizes=[12, 20], depths=[1, 1], focal_levels=[2, 2], focal_windows=[3, 3], patch_size=4)),
-    ("efficientnet", "EfficientNet", dict(width_coefficient=1.0, depth_coefficient=1.0, depth_divisor=4, in_channels=[32, 12], out_channels=[12, 20], kernel_sizes=[3, 5], strides=[1, 2], num_block_repeats=[1, 1], expand_ratios=[1, 2], hidden_dim=20, drop_connect_rate=0.0)), ("bit", "Bit", dict(embedding_size=8, hidden_sizes=[16, 24], depths=[1, 1], num_groups=4)), ("hiera", "Hiera", dict(embed_dim=12, depths=[1, 1], num_heads=[2, 2], image_size=[32, 32], mlp_ratio=2.0, num_query_pool=1, query_stride=[2, 2], masked_unit_size=[4, 4], patch_size=[3, 3], patch_stride=[2, 2], patch_padding=[1, 1])), ("swiftformer", "SwiftFormer", dict(embed_dims=[8, 12], depths=[1, 1], downsamples=[True, True], mlp_ratio=2)),
+    ("efficientnet", "EfficientNet", dict(width_coefficient=1.0, depth_coefficient=1.0, depth_divisor=4, in_channels=[32, 12], out_channels=[12, 20], kernel_sizes=[3, 5], strides=[1, 2], num_block_repeats=[1, 1], expand_ratios=[1, 2], hidden_dim=1280)), ("bit", "Bit", dict(embedding_size=8, hidden_sizes=[16, 24], depths=[1, 1], num_groups=4)), ("hiera", "Hiera", dict(embed_dim=12, depths=[1, 1], num_heads=[2, 2], image_size=[32, 32], mlp_ratio=2.0, num_query_pool=1, query_stride=[2, 2], masked_unit_size=[4, 4], patch_size=[3, 3], patch_stride=[2, 2], patch_padding=[1, 1])), ("swiftformer", "SwiftFormer", dict(embed_dims=[8, 12], depths=[1, 1], downsamples=[True, True], mlp_ratio=2)),
     ("siglip", "Siglip", dict(text_config=dict(vocab_size=V, hidden_size=20, intermediate_size=INNER, num_hidden_layers=1, num_attention_heads=HEADS), vision_config=dict(hidden_size=D, intermediate_size=INNER, num_hidden_layers=1, num_attention_heads=HEADS, image_size=SIDE, patch_size=8))), ("clip", "CLIP", dict(text_config=dict(vocab_size=V, hidden_size=20, intermediate_size=INNER, num_hidden_layers=1, num_attention_heads=HEADS), vision_config=dict(hidden_size=D, intermediate_size=INNER, num_hidden_layers=1, num_attention_heads=HEADS, image_size=SIDE, patch_size=8), projection_dim=12)), ("hgnet_v2", "HGNetV2", dict(embedding_size=8, hidden_sizes=[12, 20], depths=[1, 1], stem_channels=[3, 8, 12], stage_in_channels=[12, 16], stage_mid_channels=[8, 8], stage_out_channels=[16, 20], stage_num_blocks=[1, 1], stage_downsample=[False, True], stage_downsample_strides=[2, 2], stage_light_block=[False, True], stage_kernel_size=[3, 3], stage_numb_of_layers=[2, 2])), ("textnet", "TextNet", dict(stem_out_channels=8, hidden_sizes=[8, 12, 16, 20, 24], conv_layer_kernel_sizes=[[[3, 3]], [[3, 1]], [[1, 3]], [[3, 3]]], conv_layer_strides=[[2], [2], [1], [1]])), ("mobilevitv2", "MobileViTV2", dict(patch_size=2, base_attn_unit_dims=[16, 24, 32], n_attn_blocks=[1, 1, 1], width_multiplier=0.1)), 
 ):  # fmt: skip
     add(name, f"{head}ForImageClassification", name, image, **own)

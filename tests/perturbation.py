@@ -1,0 +1,563 @@
+"""A judge of placements that reads no names: it moves parts of a weight a little, and looks at what else moves.
+
+A reverse pass from one operand of an operation tells of every entry of every weight whether a small change of it
+moves this operand. So the graph of one forward pass, in float64, is asked three questions of a weight W.
+
+Which maps does it hold? Operations of which two operands depend on W are its *meetings*: queries meet keys in a
+product, gates meet what they gate. The signature of a row is the set of operands that it moves. Rows of one map have
+one signature, rows of two maps have two.
+
+Which dimension is which? Where W is first contracted, one entry of the result depends on one row of a map, whole, or on
+one row of a table. Experts, and groups of a convolution, are rows whose results depend on other inputs.
+
+What is it for? A map is contracted with activations, as it is stored; a table is chosen from, or added to. A
+head's rows are single logits of a cross-entropy.
+
+What a norm says of W is read from View.split(): matrices (rows: fan-out), rows of tables and heads, entries.
+"""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from optim.norms import L1ToRMS, MaxEntry, Norm, RMSToLinf, Spectral, VectorRMS
+from optim.views import View
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+Edge = tuple[Any, int]  # a node of the graph, and which of its results
+# What is smaller than this part of the largest in a reverse pass is rounding. Vectors can be added to what does not
+# change by it, as keys' biases; some models compute that in float32.
+INFLUENCE, OF_VECTORS = 1e-13, 1e-5
+NOISE = 0.5  # added to weights over the root of their width, so that none is zero and attention is not flat
+CONTACTS = 12  # of a weight with more, such as a recurrent one's, that are probed
+LINE = 24  # entries of a result that are probed along each of its dimensions
+
+# Operations that join operands without a product of them: adding, and putting side by side.
+JOINS = (
+    "Add", "Sub", "Rsub", "Cat", "Stack", "Where", "SWhere", "IndexPut", "CopySlices", "IndexAdd", "MaskedScatter",
+    "IndexCopy", "Scatter", "SliceScatter", "SelectScatter", "Complex", "MaskedFill",
+)  # fmt: skip
+PRODUCTS = ("Mm", "Addmm", "Bmm", "Baddbmm", "Mv", "Addmv", "Dot", "Convolution", "Trilinear", "Bilinear", "Linear")
+VIEWS = (
+    "T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Reshape", "Select", "Slice", "Split",
+    "SplitWithSizes", "UnsafeSplit", "Unbind", "Chunk", "Squeeze", "Unsqueeze", "Expand", "Clone", "ToCopy", "Alias",
+    "Index", "IndexSelect", "AsStrided", "Narrow", "Contiguous", "Diagonal", "MT", "Numpy_T", "Movedim", "Swapaxes",
+)  # fmt: skip
+CHOICES = ("Embedding", "EmbeddingBag", "Index", "IndexSelect", "Gather", "Add", "Cat", "Stack", "Repeat", "Where", "MaskedFill", "CopySlices", "IndexPut", "Sub")  # fmt: skip
+LOGITS = ("LogSoftmax", "BinaryCrossEntropyWithLogits")
+
+
+def kind_of(node: Any) -> str:
+    """Its operation: AddmmBackward0 is Addmm."""
+    name = node.name().rpartition("::")[2]
+    return name.partition("Backward")[0]
+
+
+def one_of(node: Any, kinds: Iterable[str]) -> bool:
+    return kind_of(node).rstrip("0123456789") in kinds or kind_of(node) in kinds
+
+
+def shape_of(edge: Edge) -> tuple[int, ...]:
+    return tuple(edge[0]._input_metadata[edge[1]].shape)
+
+
+def dtype_of(edge: Edge) -> torch.dtype:
+    return edge[0]._input_metadata[edge[1]].dtype
+
+
+# ---- what a norm says of a weight
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """The innermost blocks of a norm: arrays (blocks, rows, columns) of places in the flat weight."""
+
+    kind: str  # "matrix", "table", "head", "entries", "vector", "whole"
+    places: Tensor
+    factor: float
+
+
+def leaves(norm: Norm, places: Tensor, factor: float = 1.0) -> list[Leaves]:
+    """The blocks of a weight of which `places` are a stack (n, *shape)."""
+    if isinstance(norm, View):
+        factor *= norm.factor(places.shape)
+        parts = norm.split(places)
+        return [leaf for p in parts for leaf in leaves(norm.inner, p.flatten(0, 1), factor)]
+    kinds = ((Spectral, "matrix"), (L1ToRMS, "table"), (RMSToLinf, "head"), (VectorRMS, "vector"), (MaxEntry, "entries"))
+    kind = next((name for of, name in kinds if isinstance(norm, of)), "whole")
+    blocks = places.long()
+    if kind in ("matrix", "table", "head"):
+        return [Leaves(kind, blocks, factor)]
+    flat = blocks.flatten(1)
+    return [Leaves(kind, flat[..., None] if kind == "vector" else flat[:, None], factor)]
+
+
+# ---- the graph of a forward pass
+
+
+class Graph:
+    """The operations between a model's weights and its loss, operands before results."""
+
+    def __init__(self, loss: Tensor, weights: Mapping[str, Tensor]) -> None:
+        self.names = {id(p): name for name, p in weights.items()}
+        self.weights = dict(weights)
+        self.bits = {name: 1 << i for i, name in enumerate(weights)}
+        self.generator = torch.Generator().manual_seed(0)
+        self.order = self._ordered(loss.grad_fn)
+        self.consumers: dict[Any, list[tuple[Any, int]]] = defaultdict(list)
+        self.leaf_of: dict[str, Any] = {}
+        self.mask: dict[Any, int] = {}  # the weights that a result depends on
+        self.data: dict[Any, bool] = {}  # does it depend on the batch?
+        self.label: dict[Any, int] = {}  # of the operations that lead to it: equal for all experts
+        for node in self.order:
+            self._describe(node)
+
+    def _ordered(self, root: Any) -> list[Any]:
+        order, stack, seen = [], [(root, False)], set()
+        while stack:
+            node, done = stack.pop()
+            if done:
+                order.append(node)
+            elif node not in seen:
+                seen.add(node)
+                stack.append((node, True))
+                stack += [(f, False) for f, _ in node.next_functions if f is not None]
+        return order
+
+    def _describe(self, node: Any) -> None:
+        operands = [(f, nr) for f, nr in node.next_functions]
+        for k, (f, _) in enumerate(operands):
+            if f is not None:
+                self.consumers[f].append((node, k))
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            name = self.names.get(id(variable))
+            self.mask[node] = self.bits[name] if name else 0
+            self.data[node] = name is None
+            self.label[node] = hash(("leaf", tuple(variable.shape)))
+            if name:
+                self.leaf_of[name] = node
+            return
+        fs = [(f, nr) for f, nr in operands if f is not None]
+        mask = 0
+        for f, _ in fs:
+            mask |= self.mask[f]
+        self.mask[node] = mask
+        self.data[node] = any(self.data[f] for f, _ in fs) or one_of(node, ("Embedding", "EmbeddingBag"))
+        start = getattr(node, "_saved_start", None) if kind_of(node) == "Slice" else None
+        ends = [(self.label[f], nr) if f is not None else None for f, nr in operands]
+        if kind_of(node) == "Unbind":
+            start = "unbind"
+        self.label[node] = hash((kind_of(node), start, tuple(ends)))
+
+    def pull(self, edge: Edge, gradient: Tensor, targets: list[Any]) -> list[Tensor | None]:
+        """Gradients of <gradient, a result> in weights, or in other results."""
+        return list(
+            torch.autograd.grad([GradientEdge(*edge)], targets, [gradient], retain_graph=True, allow_unused=True)
+        )
+
+    def random(self, edge: Edge) -> Tensor:
+        return torch.randn(shape_of(edge), dtype=dtype_of(edge), generator=self.generator)
+
+    def one(self, edge: Edge, place: int) -> Tensor:
+        hot = torch.zeros(shape_of(edge), dtype=dtype_of(edge))
+        hot.view(-1)[place] = 1
+        return hot
+
+
+def support(gradient: Tensor | None) -> Tensor:
+    """The places, in the flat tensor, that are not 0."""
+    if gradient is None:
+        return torch.empty(0, dtype=torch.long)
+    size = gradient.detach().abs().flatten()
+    return (size > INFLUENCE * size.max()).nonzero()[:, 0] if size.numel() else size.long()
+
+
+# ---- meetings
+
+
+def meetings(graph: Graph) -> dict[str, dict[tuple[int, int], Tensor]]:
+    """Of each weight: {(a meeting's label, operand): which entries of the weight move it}."""
+    moved: dict[str, dict[tuple[int, int], Tensor]] = {name: {} for name in graph.weights}
+    names = list(graph.weights)
+    for node in graph.order:
+        operands = [(k, f, nr) for k, (f, nr) in enumerate(node.next_functions) if f is not None and graph.mask[f]]
+        if len(operands) < 2 or one_of(node, JOINS):
+            continue
+        count = {n: sum(bool(graph.mask[f] & graph.bits[n]) for _, f, _ in operands) for n in names}
+        shared = [n for n in names if count[n] >= 2]
+        if not shared:
+            continue
+        rows = {n: [] for n in shared}
+        for k, f, nr in operands:
+            if getattr(f, "variable", None) is not None:
+                continue
+            gradients = graph.pull((f, nr), graph.random((f, nr)), [graph.weights[n] for n in shared])
+            sizes = [None if g is None else g.abs().flatten() for g in gradients]
+            largest = max((s.max().item() for s in sizes if s is not None and s.numel()), default=0.0)
+            for name, s in zip(shared, sizes, strict=True):
+                least = largest * (INFLUENCE if graph.weights[name].ndim > 1 else OF_VECTORS)
+                rows[name].append((k, None if s is None or largest == 0 else s > least))
+        for name, operand in rows.items():
+            live = [(k, m) for k, m in operand if m is not None and m.any()]
+            for k, m in live if len(live) >= 2 else ():
+                key = (graph.label[node], k)
+                moved[name][key] = m | moved[name].get(key, torch.zeros_like(m))
+    return moved
+
+
+# ---- contacts
+
+
+@dataclass
+class Contact:
+    """Where a weight is first contracted, and how it came there."""
+
+    node: Any
+    operand: int
+    pure: bool  # as it is stored: by views alone
+    chosen: bool  # by lookups and additions
+    probes: list["Probe"] = field(default_factory=list)
+    rows: Tensor | None = None
+
+
+@dataclass
+class Probe:
+    """One entry of a contact's result: the places in the weight, and in its other operands, that move it."""
+
+    line: int
+    weight: Tensor
+    inputs: tuple[bytes, ...] | None
+
+
+def _influenced(graph: Graph, edge: Edge, target: Any) -> int | None:
+    """An entry of a result that the target moves, by bisection."""
+    full = graph.random(edge)
+    places = torch.randperm(full.numel(), generator=graph.generator)
+    if not _moves(graph, edge, full, places, target):
+        return None
+    while len(places) > 1:
+        half = places[: len(places) // 2]
+        places = half if _moves(graph, edge, full, half, target) else places[len(places) // 2 :]
+    return int(places[0])
+
+
+def _moves(graph: Graph, edge: Edge, full: Tensor, places: Tensor, target: Any) -> bool:
+    masked = torch.zeros_like(full).view(-1)
+    masked[places] = full.reshape(-1)[places]
+    (g,) = graph.pull(edge, masked.view(full.shape), [target])
+    return g is not None and bool((g != 0).any())
+
+
+def target_of(graph: Graph, name: str) -> tuple[Any, Any]:
+    """(what is differentiated in, the node to climb from): the weight, or what a parametrization makes of it."""
+    W, start = graph.weights[name], graph.leaf_of[name]
+    target: tuple[Any, Any] = (W, start)
+    reached = {start}
+    for node in graph.order:
+        if graph.data[node] or not any(f in reached for f, _ in node.next_functions):
+            continue
+        reached.add(node)
+        if len(node._input_metadata) == 1 and shape_of((node, 0)) == tuple(W.shape) and not one_of(node, VIEWS):
+            place = _influenced(graph, (node, 0), W)
+            (g,) = graph.pull((node, 0), graph.one((node, 0), place or 0), [W])
+            if len(support(g)) > 1:
+                target = (GradientEdge(node, 0), node)
+    return target
+
+
+def contacts(graph: Graph, name: str) -> tuple[Any, list[Contact]]:
+    target, start = target_of(graph, name)
+    chain: dict[Any, tuple[bool, bool]] = {start: (True, True)}
+    ends: list[Contact] = []
+    after: set[Any] = set()  # results of contractions
+    for node in graph.order:
+        operands = [f for f, _ in node.next_functions]
+        ways = [(k, chain[f]) for k, f in enumerate(operands) if f in chain]
+        if after.intersection(operands):
+            after.add(node)
+        if not ways or node in after or len(ends) >= 4 * CONTACTS:
+            continue
+        k, (pure, chosen) = ways[0]
+        if len(node._input_metadata) == 1:
+            place = _influenced(graph, (node, 0), target)
+            if place is None:
+                continue
+            (g,) = graph.pull((node, 0), graph.one((node, 0), place), [target])
+            if len(support(g)) > 1:
+                ends.append(Contact(node, k, pure, chosen))
+                after.add(node)
+                continue
+        view = one_of(node, VIEWS)
+        scaled = one_of(node, ("Mul", "Div", "Pow")) and sum(f is not None for f in operands) == 1
+        chain[node] = (pure and view, chosen and (view or scaled or one_of(node, CHOICES)))
+    return target, ends
+
+
+def probe(graph: Graph, contact: Contact, target: Any, numel: int) -> None:
+    """Fill in the contact's probes: entries of its result along lines through one of them."""
+    edge = (contact.node, 0)
+    base = _influenced(graph, edge, target)
+    others = [
+        GradientEdge(f, nr)
+        for k, (f, nr) in enumerate(contact.node.next_functions)
+        if k != contact.operand and f is not None and graph.data[f]
+    ]
+    shape = shape_of(edge)
+    place = torch.unravel_index(torch.tensor(base), shape) if shape else ()
+    (g,) = graph.pull(edge, graph.random(edge), [target])
+    contact.rows = support(g)
+    for axis, size in enumerate(shape):
+        steps = range(size) if size <= LINE else sorted({*torch.linspace(0, size - 1, LINE).long().tolist(), int(place[axis])})
+        for i in steps if size > 1 else ():
+            at = [int(p) for p in place]
+            at[axis] = i
+            flat = sum(a * s for a, s in zip(at, _strides(shape), strict=True))
+            g, *xs = graph.pull(edge, graph.one(edge, flat), [target, *others])
+            where = support(g)
+            if len(where):
+                keys = tuple(support(x).numpy().tobytes() for x in xs) if others else None
+                contact.probes.append(Probe(axis, where, keys))
+
+
+def _strides(shape: tuple[int, ...]) -> list[int]:
+    strides = [1]
+    for n in reversed(shape[1:]):
+        strides.insert(0, strides[0] * n)
+    return strides
+
+
+# ---- the verdict
+
+
+@dataclass
+class Verdict:
+    """What is wrong with placements, by weight; and what every weight was seen to be."""
+
+    wrong: dict[str, list[str]] = field(default_factory=dict)
+    nature: dict[str, str] = field(default_factory=dict)
+
+
+@contextmanager
+def open_units() -> Iterator[None]:
+    """Gated linear units as a product that the graph shows."""
+    functional = torch.nn.functional
+    glu = functional.glu
+
+    def by_product(x: Tensor, dim: int = -1) -> Tensor:
+        a, b = x.chunk(2, dim)
+        return a * b.sigmoid()
+
+    functional.glu = by_product
+    try:
+        yield
+    finally:
+        functional.glu = glu
+
+
+def loss_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    output = model(**batch)
+    return output if isinstance(output, Tensor) else output.loss
+
+
+def judge(model: nn.Module, batch: Mapping[str, Tensor], norms: Mapping[str, Norm], notes: Iterable[str] = ()) -> Verdict:
+    """Compare norms, by the names of weights, with what the model does. The model is changed: float64, and noise."""
+    generator = torch.Generator().manual_seed(1)
+    model = model.double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            size = NOISE / max(8, *p.shape[:2], p.numel() // max(1, *p.shape[:1])) ** 0.5
+            p.add_(size * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    inputs = {k: x.double().requires_grad_() if x.is_floating_point() else x for k, x in batch.items()}
+    with open_units(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = Graph(loss_of(model, inputs), {n: p for n, p in model.named_parameters() if p.requires_grad})
+        moved = meetings(graph)
+        verdict = Verdict()
+        logits = _logits(graph)
+        for name in norms:
+            if name in graph.leaf_of:
+                _judge_weight(graph, name, norms[name], moved[name], logits, list(notes), verdict)
+            else:
+                verdict.nature[name] = "unused"
+    return verdict
+
+
+def _logits(graph: Graph) -> list[Edge]:
+    """The operands of cross-entropies: what is normalized into probabilities and meets nothing after."""
+    edges = []
+    for node in graph.order:
+        if one_of(node, LOGITS):
+            users = [kind_of(c) for c, _ in graph.consumers[node]]
+            if any(u.startswith(("NllLoss", "CtcLoss", "Gather", "View", "Neg", "Sum", "Mean", "Transpose", "Select", "Slice", "ToCopy")) for u in users) or not users or "BinaryCross" in kind_of(node):
+                edges.append(node.next_functions[0])
+    return [e for e in edges if e[0] is not None]
+
+
+class _Rows:
+    """The rows of a norm's blocks, numbered, and their signatures."""
+
+    def __init__(self, parts: list[Leaves], numel: int, moved: Mapping[tuple[int, int], Tensor]) -> None:
+        self.row = torch.full((numel,), -1)
+        self.leaf = torch.full((numel,), -1)
+        self.size: list[int] = []
+        self.factor: list[float] = []
+        rows = blocks = 0
+        for part in parts:
+            n, o, i = part.places.shape
+            ids = (rows + torch.arange(n * o)).view(n, o, 1).expand(n, o, i)
+            owners = (blocks + torch.arange(n)).view(n, 1, 1).expand(n, o, i)
+            self.row[part.places.flatten()] = ids.flatten()
+            self.leaf[part.places.flatten()] = owners.flatten()
+            self.size += [i] * (n * o)
+            self.factor += [part.factor] * n
+            rows, blocks = rows + n * o, blocks + n
+        columns = []
+        for mask in moved.values():
+            hit = torch.zeros(rows, dtype=torch.bool)
+            hit[self.row[mask]] = True
+            columns.append(hit)
+        table = torch.stack(columns, 1) if columns else torch.zeros(rows, 0, dtype=torch.bool)
+        self.signature = [row.numpy().tobytes() for row in table]
+        self.live = table.any(1)
+        leaf_of_row = torch.full((rows,), -1)
+        leaf_of_row[self.row] = self.leaf
+        self.leaf_of_row = leaf_of_row.tolist()
+
+
+def _judge_weight(graph, name, norm, moved, logits, notes, verdict) -> None:
+    W = graph.weights[name]
+    places = torch.arange(W.numel(), dtype=torch.float64).view(1, *W.shape)
+    parts = leaves(norm, places)
+    kinds = {p.kind for p in parts}
+    rows = _Rows(parts, W.numel(), moved)
+    wrong: list[str] = []
+    if kinds <= {"matrix", "vector"}:
+        wrong += _mixed(rows)
+    if W.ndim < 2 or min(W.numel(), 2) < 2:
+        verdict.nature[name] = "vector"
+    else:
+        target, ends = contacts(graph, name)
+        every = ends
+        ends = ends if len(ends) <= CONTACTS else [ends[i * len(ends) // CONTACTS] for i in range(CONTACTS)]
+        for end in ends:
+            probe(graph, end, target, W.numel())
+        nature = _nature(graph, ends)
+        if nature == "map" and _is_head(graph, target, ends, logits):
+            nature = "head"
+        verdict.nature[name] = nature
+        wrong += _wrong_nature(nature, kinds, ends, name, notes)
+        if kinds & {"matrix", "table", "head"} and not wrong:
+            wrong += _wrong_orientation(rows, ends, nature)
+            if nature in ("map", "head"):
+                wrong += _wrong_inputs(rows, ends, kinds)
+    if wrong:
+        verdict.wrong[name] = list(dict.fromkeys(wrong))
+
+
+def _mixed(rows: _Rows) -> list[str]:
+    signatures = defaultdict(lambda: defaultdict(int))
+    for r, leaf in enumerate(rows.leaf_of_row):
+        if rows.live[r]:
+            signatures[leaf][rows.signature[r]] += 1
+    mixed = [sorted(s.values(), reverse=True) for s in signatures.values() if len(s) > 1]
+    return [f"one block holds rows of {len(mixed[0])} maps ({mixed[0][:6]} rows), in {len(mixed)} of {len(signatures)} blocks"] if mixed else []
+
+
+def _nature(graph: Graph, ends: list[Contact]) -> str:
+    if not ends:
+        return "unseen"
+    for end in ends:
+        if end.pure and one_of(end.node, PRODUCTS):
+            others = [(k, f) for k, (f, _) in enumerate(end.node.next_functions) if k != end.operand]
+            last = max(k for k, (f, _) in enumerate(end.node.next_functions) if f is not None) == end.operand
+            if any(f is not None and graph.data[f] for _, f in others) or last or one_of(end.node, ("Convolution",)):
+                return "map"
+            return "table"
+    if all(end.chosen for end in ends):
+        return "bias of scores" if any(one_of(e.node, ("Softmax", "LogSoftmax")) for e in ends) else "table"
+    return "other"
+
+
+def _is_head(graph: Graph, target: Any, ends: list[Contact], logits: list[Edge]) -> bool:
+    for edge in logits:
+        place = _influenced(graph, edge, target)
+        if place is None:
+            continue
+        (g,) = graph.pull(edge, graph.one(edge, place), [target])
+        if len(support(g)) <= max(len(p.weight) for e in ends for p in e.probes):
+            return True
+    return False
+
+
+def _wrong_nature(nature: str, kinds: set[str], ends: list[Contact], name: str, notes: list[str]) -> list[str]:
+    allowed = {
+        "map": {"matrix", "whole"},
+        "head": {"head"},
+        "table": {"table", "entries"},
+        "bias of scores": {"table", "entries"},
+        "other": {"entries", "table", "matrix", "whole", "vector"},
+        "unseen": kinds,
+    }[nature]
+    noted = nature == "head" and kinds == {"matrix"} and any(name in note for note in notes)
+    ops = sorted({kind_of(e.node) for e in ends})
+    return [] if kinds <= allowed or noted else [f"a {nature} (by {', '.join(ops)}) is placed as {', '.join(sorted(kinds))}"]
+
+
+def _wrong_orientation(rows: _Rows, ends: list[Contact], nature: str) -> list[str]:
+    if nature in ("bias of scores", "other"):
+        return []
+    wrong, covered = [], 0.0
+    for end in ends:
+        for p in end.probes:
+            hit = torch.unique(rows.row[p.weight]).tolist()
+            owners = {rows.leaf_of_row[r] for r in hit}
+            factor = rows.factor[next(iter(owners))]
+            if len(hit) > len(owners):
+                wrong.append(f"one result of {kind_of(end.node)} depends on {len(hit)} rows of {len(owners)} block")
+            elif len(owners) > factor + 1e-9 and nature != "table":
+                wrong.append(f"one result of {kind_of(end.node)} is a sum over {len(owners)} blocks")
+            covered = max(covered, len(p.weight) / sum(rows.size[r] for r in hit))
+    if not wrong and ends and covered < 0.5:
+        wrong.append(f"one result depends on {covered:.0%} of a row")
+    return wrong
+
+
+def _wrong_inputs(rows: _Rows, ends: list[Contact], kinds: set[str]) -> list[str]:
+    wrong = []
+    feeds: dict[int, set[Any]] = defaultdict(set)
+    for end in ends:
+        inputs = tuple((f, nr) for k, (f, nr) in enumerate(end.node.next_functions) if k != end.operand)
+        for r in torch.unique(rows.row[end.rows]).tolist() if end.rows is not None else ():
+            feeds[r].add(inputs)
+    by_leaf: dict[int, set[Any]] = defaultdict(set)
+    for r, s in feeds.items():
+        by_leaf[rows.leaf_of_row[r]].add(frozenset(s))
+    if kinds == {"matrix"} and any(len(s) > 1 for s in by_leaf.values()):
+        wrong.append("one block holds rows with other inputs, contracted apart")
+    for end in ends:
+        lines = defaultdict(list)
+        for p in end.probes:
+            if p.inputs is not None:
+                lines[p.line].append(p)
+        for line in lines.values():
+            seen = [(rows.leaf_of_row[r], r, p.inputs) for p in line for r in torch.unique(rows.row[p.weight]).tolist()]
+            for leaf, r, x in seen:
+                for other, q, y in seen:
+                    if kinds != {"matrix"} or r == q:
+                        continue
+                    if leaf == other and x != y:
+                        wrong.append("one block holds rows with other inputs")
+                    if leaf < other and x == y and rows.signature[r] == rows.signature[q] and not _summed(line, rows, leaf, other):
+                        wrong.append("one map is cut into blocks")
+    return wrong
+
+
+def _summed(line: list[Probe], rows: _Rows, leaf: int, other: int) -> bool:
+    """Does one result depend on both blocks? They are positions of a kernel."""
+    return any({leaf, other} <= set(rows.leaf[p.weight].tolist()) for p in line)
