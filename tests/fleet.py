@@ -62,6 +62,9 @@ def config_of(kind: str, **sizes: Any) -> Any:
     """The configuration of a family: SIZES where it has such a field, and its own."""
     family = CONFIG_MAPPING[kind]
     fields = {f.name for f in dataclasses.fields(family)} | set(family.attribute_map)
+    for f in dataclasses.fields(family):  # a unit that is never open says nothing
+        if "act" in f.name and isinstance(f.default, str) and f.default.startswith("relu"):
+            sizes = {f.name: "gelu"} | sizes
     own = {family.attribute_map.get(k, k) for k in sizes}
     common = {k: v for k, v in SIZES.items() if k in fields | {"tie_word_embeddings", "num_labels"}}
     common = {k: v for k, v in common.items() if family.attribute_map.get(k, k) not in own}
@@ -95,6 +98,10 @@ def add(name: str, architecture: str, kind: str, batch: Callable[[], Batch], **s
             with contextlib.suppress(AttributeError, ValueError):
                 part._experts_implementation = "eager"
         model = class_of(architecture)(config)
+        for part in model.modules():  # some families tie whatever the configuration says
+            head = part.get_output_embeddings() if isinstance(part, transformers.PreTrainedModel) else None
+            if head is not None and head.weight is part.get_input_embeddings().weight:
+                head.weight = nn.Parameter(head.weight.detach().clone())
         return model.train(), batch()
 
     assert name not in FLEET
@@ -313,5 +320,5 @@ for name, head, own in (
 add("wav2vec2_ctc", "Wav2Vec2ForCTC", "wav2vec2", lambda: {"input_values": noise(B, 400), "labels": tokens(1, 3)}, **CONVS)
 add("whisper", "WhisperForConditionalGeneration", "whisper", lambda: {"input_features": noise(B, 10, 16), "labels": tokens(1, 6)}, num_mel_bins=10, max_source_positions=8, max_target_positions=16, suppress_tokens=None, begin_suppress_tokens=None)
 add("ast", "ASTForAudioClassification", "audio-spectrogram-transformer", lambda: {"input_values": noise(B, 24, 16), "labels": labels()}, patch_size=8, frequency_stride=4, time_stride=4, max_length=24, num_mel_bins=16)
-add("moonshine", "MoonshineForConditionalGeneration", "moonshine", lambda: {"input_values": noise(B, 1200), "labels": tokens(1, 6)}, encoder_num_hidden_layers=1, decoder_num_hidden_layers=1, encoder_num_attention_heads=HEADS, decoder_num_attention_heads=HEADS, encoder_num_key_value_heads=HEADS, decoder_num_key_value_heads=HEADS)
+add("moonshine", "MoonshineForConditionalGeneration", "moonshine", lambda: {"input_values": noise(B, 1100), "labels": tokens(1, 6)}, encoder_num_hidden_layers=1, decoder_num_hidden_layers=1, encoder_num_attention_heads=HEADS, decoder_num_attention_heads=HEADS, encoder_num_key_value_heads=HEADS, decoder_num_key_value_heads=HEADS)
 add("speech_to_text", "Speech2TextForConditionalGeneration", "speech_to_text", lambda: {"input_features": noise(B, 24, 10), "labels": tokens(1, 6)}, input_feat_per_channel=10, conv_channels=20, max_source_positions=24, max_target_positions=16)

@@ -21,8 +21,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
+import pytest
 import torch
 from optim.norms import L1ToRMS, MaxEntry, Norm, RMSToLinf, Spectral, VectorRMS
 from optim.views import View
@@ -30,9 +32,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 Edge = tuple[Any, int]  # a node of the graph, and which of its results
-# What is smaller than this part of the largest in a reverse pass is rounding. Vectors can be added to what does not
-# change by it, as keys' biases; some models compute that in float32.
-INFLUENCE, OF_VECTORS = 1e-13, 1e-5
+# In a reverse pass, a weight that gets less than the first part of what any gets, and an entry of it that gets less than
+# the second part of what its weight gets, get rounding. Vectors can be added to what does not change by it, as keys'
+# biases are; some models compute that in float32.
+OF_MATRICES, OF_VECTORS = (1e-12, 1e-12), (1e-6, 1e-7)
+INFLUENCE = 1e-12
 NOISE = 0.5  # added to weights over the root of their width, so that none is zero and attention is not flat
 CONTACTS = 12  # of a weight with more, such as a recurrent one's, that are probed
 LINE = 24  # entries of a result that are probed along each of its dimensions
@@ -48,8 +52,8 @@ VIEWS = (
     "SplitWithSizes", "UnsafeSplit", "Unbind", "Chunk", "Squeeze", "Unsqueeze", "Expand", "Clone", "ToCopy", "Alias",
     "Index", "IndexSelect", "AsStrided", "Narrow", "Contiguous", "Diagonal", "MT", "Numpy_T", "Movedim", "Swapaxes",
 )  # fmt: skip
+LOOKUPS = ("Embedding", "EmbeddingBag", "Index", "IndexSelect", "Gather")
 CHOICES = ("Embedding", "EmbeddingBag", "Index", "IndexSelect", "Gather", "Add", "Cat", "Stack", "Repeat", "Where", "MaskedFill", "CopySlices", "IndexPut", "Sub")  # fmt: skip
-LOGITS = ("LogSoftmax", "BinaryCrossEntropyWithLogits")
 
 
 def kind_of(node: Any) -> str:
@@ -100,6 +104,16 @@ def leaves(norm: Norm, places: Tensor, factor: float = 1.0) -> list[Leaves]:
 # ---- the graph of a forward pass
 
 
+def _closed(to_operands: Any, of_results: Any) -> Any:
+    """Numbers are scaled by the largest of them, which says nothing: whichever it is, the result is the same."""
+    return tuple(None if g is None else torch.zeros_like(g) for g in to_operands)
+
+
+def _opened(to_operands: Any, of_results: Any) -> Any:
+    """A unit that is never open in a batch would hide all that goes through it."""
+    return tuple(None if g is None or of_results[0] is None or g.shape != of_results[0].shape else of_results[0] for g in to_operands)
+
+
 class Graph:
     """The operations between a model's weights and its loss, operands before results."""
 
@@ -116,6 +130,10 @@ class Graph:
         self.label: dict[Any, int] = {}  # of the operations that lead to it: equal for all experts
         for node in self.order:
             self._describe(node)
+            if one_of(node, ("Max", "Amax", "Maximum", "Cummax")):
+                node.register_hook(_closed)
+            elif one_of(node, ("Clamp", "Hardtanh", "Threshold")):
+                node.register_hook(_opened)
 
     def _ordered(self, root: Any) -> list[Any]:
         order, stack, seen = [], [(root, False)], set()
@@ -201,8 +219,9 @@ def meetings(graph: Graph) -> dict[str, dict[tuple[int, int], Tensor]]:
             sizes = [None if g is None else g.abs().flatten() for g in gradients]
             largest = max((s.max().item() for s in sizes if s is not None and s.numel()), default=0.0)
             for name, s in zip(shared, sizes, strict=True):
-                least = largest * (INFLUENCE if graph.weights[name].ndim > 1 else OF_VECTORS)
-                rows[name].append((k, None if s is None or largest == 0 else s > least))
+                own = 0.0 if s is None or not s.numel() else s.max().item()
+                of_column, of_weight = OF_MATRICES if graph.weights[name].ndim > 1 else OF_VECTORS
+                rows[name].append((k, None if s is None or own <= of_column * largest else s > of_weight * own))
         for name, operand in rows.items():
             live = [(k, m) for k, m in operand if m is not None and m.any()]
             for k, m in live if len(live) >= 2 else ():
@@ -222,6 +241,7 @@ class Contact:
     operand: int
     pure: bool  # as it is stored: by views alone
     chosen: bool  # by lookups and additions
+    looked_up: bool  # by lookups
     probes: list["Probe"] = field(default_factory=list)
     rows: Tensor | None = None
 
@@ -233,6 +253,11 @@ class Probe:
     line: int
     weight: Tensor
     inputs: tuple[bytes, ...] | None
+    fan_in: int = 0
+
+
+def target_size(target: Any) -> int:
+    return target.numel() if isinstance(target, Tensor) else prod(shape_of((target.node, target.output_nr)))
 
 
 def _influenced(graph: Graph, edge: Edge, target: Any) -> int | None:
@@ -263,7 +288,7 @@ def target_of(graph: Graph, name: str) -> tuple[Any, Any]:
         if graph.data[node] or not any(f in reached for f, _ in node.next_functions):
             continue
         reached.add(node)
-        if len(node._input_metadata) == 1 and shape_of((node, 0)) == tuple(W.shape) and not one_of(node, VIEWS):
+        if shape_of((node, 0)) and prod(shape_of((node, 0))) == W.numel() and not one_of(node, VIEWS):
             place = _influenced(graph, (node, 0), W)
             (g,) = graph.pull((node, 0), graph.one((node, 0), place or 0), [W])
             if len(support(g)) > 1:
@@ -273,7 +298,7 @@ def target_of(graph: Graph, name: str) -> tuple[Any, Any]:
 
 def contacts(graph: Graph, name: str) -> tuple[Any, list[Contact]]:
     target, start = target_of(graph, name)
-    chain: dict[Any, tuple[bool, bool]] = {start: (True, True)}
+    chain: dict[Any, tuple[bool, bool, bool]] = {start: (True, True, False)}
     ends: list[Contact] = []
     after: set[Any] = set()  # results of contractions
     for node in graph.order:
@@ -283,19 +308,19 @@ def contacts(graph: Graph, name: str) -> tuple[Any, list[Contact]]:
             after.add(node)
         if not ways or node in after or len(ends) >= 4 * CONTACTS:
             continue
-        k, (pure, chosen) = ways[0]
+        k, (pure, chosen, looked_up) = ways[0]
         if len(node._input_metadata) == 1:
             place = _influenced(graph, (node, 0), target)
             if place is None:
                 continue
             (g,) = graph.pull((node, 0), graph.one((node, 0), place), [target])
             if len(support(g)) > 1:
-                ends.append(Contact(node, k, pure, chosen))
+                ends.append(Contact(node, k, pure, chosen, looked_up))
                 after.add(node)
                 continue
-        view = one_of(node, VIEWS)
+        view = one_of(node, VIEWS) or (one_of(node, ("Cat", "Stack")) and not graph.data[node])
         scaled = one_of(node, ("Mul", "Div", "Pow")) and sum(f is not None for f in operands) == 1
-        chain[node] = (pure and view, chosen and (view or scaled or one_of(node, CHOICES)))
+        chain[node] = (pure and view, chosen and (view or scaled or one_of(node, CHOICES)), looked_up or one_of(node, LOOKUPS))
     return target, ends
 
 
@@ -308,21 +333,24 @@ def probe(graph: Graph, contact: Contact, target: Any, numel: int) -> None:
         for k, (f, nr) in enumerate(contact.node.next_functions)
         if k != contact.operand and f is not None and graph.data[f]
     ]
-    shape = shape_of(edge)
-    place = torch.unravel_index(torch.tensor(base), shape) if shape else ()
     (g,) = graph.pull(edge, graph.random(edge), [target])
     contact.rows = support(g)
+    contact.probes = _lines(graph, edge, base, target, others)
+
+
+def _lines(graph: Graph, edge: Edge, base: int, target: Any, others: list[Any]) -> list[Probe]:
+    """Probes along each dimension of a result, through one of its entries."""
+    shape, probes = shape_of(edge), []
+    place = [int(p) for p in torch.unravel_index(torch.tensor(base), shape)] if shape else []
     for axis, size in enumerate(shape):
-        steps = range(size) if size <= LINE else sorted({*torch.linspace(0, size - 1, LINE).long().tolist(), int(place[axis])})
-        for i in steps if size > 1 else ():
-            at = [int(p) for p in place]
-            at[axis] = i
+        every = range(size) if size <= LINE else {*torch.linspace(0, size - 1, LINE).long().tolist(), place[axis]}
+        for i in sorted(every) if size > 1 else ():
+            at = [*place[:axis], i, *place[axis + 1 :]]
             flat = sum(a * s for a, s in zip(at, _strides(shape), strict=True))
             g, *xs = graph.pull(edge, graph.one(edge, flat), [target, *others])
-            where = support(g)
-            if len(where):
-                keys = tuple(support(x).numpy().tobytes() for x in xs) if others else None
-                contact.probes.append(Probe(axis, where, keys))
+            if len(where := support(g)):
+                probes.append(Probe(axis, where, tuple(support(x).numpy().tobytes() for x in xs) if others else None, sum(len(support(x)) for x in xs)))
+    return probes
 
 
 def _strides(shape: tuple[int, ...]) -> list[int]:
@@ -345,19 +373,20 @@ class Verdict:
 
 @contextmanager
 def open_units() -> Iterator[None]:
-    """Gated linear units as a product that the graph shows."""
-    functional = torch.nn.functional
-    glu = functional.glu
+    """Gated linear units as a product that the graph shows, and units that are never closed."""
 
     def by_product(x: Tensor, dim: int = -1) -> Tensor:
         a, b = x.chunk(2, dim)
         return a * b.sigmoid()
 
-    functional.glu = by_product
-    try:
+    def smooth(x: Tensor, inplace: bool = False) -> Tensor:
+        return nn.functional.softplus(x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "glu", by_product)
+        for owner in (nn.functional, torch, Tensor):
+            patch.setattr(owner, "relu", smooth)
         yield
-    finally:
-        functional.glu = glu
 
 
 def loss_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -379,24 +408,12 @@ def judge(model: nn.Module, batch: Mapping[str, Tensor], norms: Mapping[str, Nor
         graph = Graph(loss_of(model, inputs), {n: p for n, p in model.named_parameters() if p.requires_grad})
         moved = meetings(graph)
         verdict = Verdict()
-        logits = _logits(graph)
         for name in norms:
             if name in graph.leaf_of:
-                _judge_weight(graph, name, norms[name], moved[name], logits, list(notes), verdict)
+                _judge_weight(graph, name, norms[name], moved[name], list(notes), verdict)
             else:
                 verdict.nature[name] = "unused"
     return verdict
-
-
-def _logits(graph: Graph) -> list[Edge]:
-    """The operands of cross-entropies: what is normalized into probabilities and meets nothing after."""
-    edges = []
-    for node in graph.order:
-        if one_of(node, LOGITS):
-            users = [kind_of(c) for c, _ in graph.consumers[node]]
-            if any(u.startswith(("NllLoss", "CtcLoss", "Gather", "View", "Neg", "Sum", "Mean", "Transpose", "Select", "Slice", "ToCopy")) for u in users) or not users or "BinaryCross" in kind_of(node):
-                edges.append(node.next_functions[0])
-    return [e for e in edges if e[0] is not None]
 
 
 class _Rows:
@@ -406,6 +423,7 @@ class _Rows:
         self.row = torch.full((numel,), -1)
         self.leaf = torch.full((numel,), -1)
         self.size: list[int] = []
+        self.first: list[int] = []  # row of each block
         self.factor: list[float] = []
         rows = blocks = 0
         for part in parts:
@@ -416,6 +434,7 @@ class _Rows:
             self.leaf[part.places.flatten()] = owners.flatten()
             self.size += [i] * (n * o)
             self.factor += [part.factor] * n
+            self.first += [rows + b * o for b in range(n)]
             rows, blocks = rows + n * o, blocks + n
         columns = []
         for mask in moved.values():
@@ -430,7 +449,7 @@ class _Rows:
         self.leaf_of_row = leaf_of_row.tolist()
 
 
-def _judge_weight(graph, name, norm, moved, logits, notes, verdict) -> None:
+def _judge_weight(graph, name, norm, moved, notes, verdict) -> None:
     W = graph.weights[name]
     places = torch.arange(W.numel(), dtype=torch.float64).view(1, *W.shape)
     parts = leaves(norm, places)
@@ -438,7 +457,7 @@ def _judge_weight(graph, name, norm, moved, logits, notes, verdict) -> None:
     rows = _Rows(parts, W.numel(), moved)
     wrong: list[str] = []
     if kinds <= {"matrix", "vector"}:
-        wrong += _mixed(rows)
+        wrong += _mixed(rows, kinds == {"vector"})
     if W.ndim < 2 or min(W.numel(), 2) < 2:
         verdict.nature[name] = "vector"
     else:
@@ -448,23 +467,30 @@ def _judge_weight(graph, name, norm, moved, logits, notes, verdict) -> None:
         for end in ends:
             probe(graph, end, target, W.numel())
         nature = _nature(graph, ends)
-        if nature == "map" and _is_head(graph, target, ends, logits):
-            nature = "head"
+        if nature == "map":
+            last, of_logits = _is_last(graph, every)
+            nature = "head" if of_logits else "last map" if last else "map"
         verdict.nature[name] = nature
         wrong += _wrong_nature(nature, kinds, ends, name, notes)
         if kinds & {"matrix", "table", "head"} and not wrong:
             wrong += _wrong_orientation(rows, ends, nature)
-            if nature in ("map", "head"):
+            if nature in ("map", "head", "last map"):
                 wrong += _wrong_inputs(rows, ends, kinds)
     if wrong:
         verdict.wrong[name] = list(dict.fromkeys(wrong))
 
 
-def _mixed(rows: _Rows) -> list[str]:
+def _within(a: bytes, b: bytes) -> bool:
+    return a != b and all(y or not x for x, y in zip(a, b, strict=True))
+
+
+def _mixed(rows: _Rows, vector: bool) -> list[str]:
     signatures = defaultdict(lambda: defaultdict(int))
     for r, leaf in enumerate(rows.leaf_of_row):
         if rows.live[r]:
             signatures[leaf][rows.signature[r]] += 1
+    if vector:  # entries that change nothing after their first meeting, as keys' biases, are of any map
+        signatures = {leaf: {a: n for a, n in s.items() if not any(_within(a, b) for b in s)} for leaf, s in signatures.items()}
     mixed = [sorted(s.values(), reverse=True) for s in signatures.values() if len(s) > 1]
     return [f"one block holds rows of {len(mixed[0])} maps ({mixed[0][:6]} rows), in {len(mixed)} of {len(signatures)} blocks"] if mixed else []
 
@@ -484,22 +510,47 @@ def _nature(graph: Graph, ends: list[Contact]) -> str:
     return "other"
 
 
-def _is_head(graph: Graph, target: Any, ends: list[Contact], logits: list[Edge]) -> bool:
-    for edge in logits:
-        place = _influenced(graph, edge, target)
-        if place is None:
-            continue
-        (g,) = graph.pull(edge, graph.one(edge, place), [target])
-        if len(support(g)) <= max(len(p.weight) for e in ends for p in e.probes):
-            return True
-    return False
+def _is_last(graph: Graph, ends: list[Contact]) -> tuple[bool, bool]:
+    """Do results go to the loss without meeting other weights than vectors; and are they its logits?"""
+    logits = False
+    seen, stack = set(), [(end.node, graph.mask[end.node]) for end in ends]
+    for end in ends:
+        if not all(f is None or k == end.operand or graph.data[f] or _is_vector(graph, f) for k, (f, _) in enumerate(end.node.next_functions)):
+            return False, False
+    while stack:
+        node, mask = stack.pop()
+        for user, k in graph.consumers[node]:
+            if user in seen:
+                continue
+            seen.add(user)
+            if shape_of((user, 0)) == ():
+                logits |= kind_of(user).startswith("NllLoss")
+                continue
+            others = [f for f, _ in user.next_functions if f is not None and f is not node]
+            if not one_of(user, JOINS) and any(graph.mask[f] & ~mask and not _is_vector(graph, f) for f in others):
+                return False, False
+            logits |= kind_of(user).startswith(("NllLoss", "CtcLoss", "BinaryCross"))
+            for f in others:
+                mask |= graph.mask[f]
+            stack.append((user, mask))
+    return True, logits
+
+
+def _is_vector(graph: Graph, node: Any) -> bool:
+    """Is it a vector among weights, or a view of one?"""
+    while one_of(node, VIEWS) and node.next_functions[0][0] is not None:
+        node = node.next_functions[0][0]
+    variable = getattr(node, "variable", None)
+    return variable is not None and variable.ndim < 2
 
 
 def _wrong_nature(nature: str, kinds: set[str], ends: list[Contact], name: str, notes: list[str]) -> list[str]:
+    looked_up = any(e.looked_up for e in ends)
     allowed = {
         "map": {"matrix", "whole"},
+        "last map": {"matrix", "head"},
         "head": {"head"},
-        "table": {"table", "entries"},
+        "table": {"table", "entries"} | (set() if looked_up else {"vector"}),
         "bias of scores": {"table", "entries"},
         "other": {"entries", "table", "matrix", "whole", "vector"},
         "unseen": kinds,
@@ -522,7 +573,7 @@ def _wrong_orientation(rows: _Rows, ends: list[Contact], nature: str) -> list[st
                 wrong.append(f"one result of {kind_of(end.node)} depends on {len(hit)} rows of {len(owners)} block")
             elif len(owners) > factor + 1e-9 and nature != "table":
                 wrong.append(f"one result of {kind_of(end.node)} is a sum over {len(owners)} blocks")
-            covered = max(covered, len(p.weight) / sum(rows.size[r] for r in hit))
+            covered = max(covered, (p.fan_in or len(p.weight)) / sum(rows.size[r] for r in hit))
     if not wrong and ends and covered < 0.5:
         wrong.append(f"one result depends on {covered:.0%} of a row")
     return wrong
@@ -546,18 +597,18 @@ def _wrong_inputs(rows: _Rows, ends: list[Contact], kinds: set[str]) -> list[str
             if p.inputs is not None:
                 lines[p.line].append(p)
         for line in lines.values():
-            seen = [(rows.leaf_of_row[r], r, p.inputs) for p in line for r in torch.unique(rows.row[p.weight]).tolist()]
-            for leaf, r, x in seen:
-                for other, q, y in seen:
-                    if kinds != {"matrix"} or r == q:
-                        continue
-                    if leaf == other and x != y:
+            hits = [({rows.leaf_of_row[r]: r for r in torch.unique(rows.row[p.weight]).tolist()}, p.inputs) for p in line]
+            for a, (one, x) in enumerate(hits):
+                for other, y in hits[:a] if kinds == {"matrix"} else ():
+                    if x != y and any(other.get(leaf, r) != r for leaf, r in one.items()):
                         wrong.append("one block holds rows with other inputs")
-                    if leaf < other and x == y and rows.signature[r] == rows.signature[q] and not _summed(line, rows, leaf, other):
+                    if x == y and not set(one) & set(other) and _are_one_map(rows, one, other):
                         wrong.append("one map is cut into blocks")
     return wrong
 
 
-def _summed(line: list[Probe], rows: _Rows, leaf: int, other: int) -> bool:
-    """Does one result depend on both blocks? They are positions of a kernel."""
-    return any({leaf, other} <= set(rows.leaf[p.weight].tolist()) for p in line)
+def _are_one_map(rows: _Rows, one: dict[int, int], other: dict[int, int]) -> bool:
+    """Have these rows of two blocks one signature? The same row of both may be one at two positions of a kernel."""
+    (leaf, r), (other_leaf, q) = next(iter(one.items())), next(iter(other.items()))
+    apart = r - rows.first[leaf] != q - rows.first[other_leaf]
+    return apart and rows.signature[r] == rows.signature[q]
