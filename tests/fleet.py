@@ -6,15 +6,23 @@ that a shape says which dimension it is. `python -m tests.fleet [name…]` judge
 
 import contextlib
 import dataclasses
-import importlib
 import os
+import re
+import sys
+import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import optim
+import optim.norms
+import optim.views
 import torch
 import transformers
+from optim import Dualized, ModularNorm, Rule, metrize
+from optim.errors import CoverageError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
@@ -322,3 +330,91 @@ add("whisper", "WhisperForConditionalGeneration", "whisper", lambda: {"input_fea
 add("ast", "ASTForAudioClassification", "audio-spectrogram-transformer", lambda: {"input_values": noise(B, 24, 16), "labels": labels()}, patch_size=8, frequency_stride=4, time_stride=4, max_length=24, num_mel_bins=16)
 add("moonshine", "MoonshineForConditionalGeneration", "moonshine", lambda: {"input_values": noise(B, 1100), "labels": tokens(1, 6)}, encoder_num_hidden_layers=1, decoder_num_hidden_layers=1, encoder_num_attention_heads=HEADS, decoder_num_attention_heads=HEADS, encoder_num_key_value_heads=HEADS, decoder_num_key_value_heads=HEADS)
 add("speech_to_text", "Speech2TextForConditionalGeneration", "speech_to_text", lambda: {"input_features": noise(B, 24, 10), "labels": tokens(1, 6)}, input_feat_per_channel=10, conv_channels=20, max_source_positions=24, max_target_positions=16)
+
+
+# ---- what metrize makes of an entry
+
+ROUNDS = 4  # of pasting rules, before we give up
+STEPS = 20
+
+
+@dataclasses.dataclass
+class Placement:
+    """The norm of a model, by rules that were pasted from error messages; or the last message."""
+
+    norm: ModularNorm | None
+    rules: list[Rule]
+    pastes: int
+    message: str
+
+
+def rules_in(message: str) -> list[Rule]:
+    """The rules that an error message prints, read as Python with the names of optim."""
+    names = {**vars(optim.norms), **vars(optim.views), **vars(optim)}
+    lists = re.findall(r"rules=(\[.*?\])\)", message, re.DOTALL)
+    return [rule for text in lists for rule in eval(text, dict(names))]
+
+
+def place(model: nn.Module) -> Placement:
+    """Metrize a model, with the rules of its error messages where it asks for some."""
+    rules: list[Rule] = []
+    for pastes in range(ROUNDS):
+        try:
+            return Placement(metrize(model, rules=rules), rules, pastes, "")
+        except CoverageError as error:
+            message = str(error)
+            try:
+                rules = rules_in(message) + rules
+            except Exception as wrong:
+                return Placement(None, rules, pastes, f"{message}\n{wrong!r}")
+    return Placement(None, rules, ROUNDS, message)
+
+
+def train(model: nn.Module, batch: Batch, norm: ModularNorm) -> tuple[float, float]:
+    """(first, last) loss of some steps on one batch, lr 1 decaying to 0."""
+    optimizer = Dualized(model, lr=1.0, norm=norm)
+    losses = []
+    for step in range(STEPS + 1):
+        torch.manual_seed(0)
+        loss = model(**batch).loss
+        losses.append(loss.item())
+        for group in optimizer.param_groups:
+            group["lr"] = 1 - step / STEPS
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses[0], losses[-1]
+
+
+def row(name: str, *, details: bool = True) -> str:
+    """A line of the table, and a line for each wrong placement."""
+    from tests.perturbation import judge
+
+    start = time.perf_counter()
+    model, batch = FLEET[name]()
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    placement = place(model)
+    if placement.norm is None:
+        return f"{name:24s} {len(placement.rules):2d} rules  NOT PLACED\n{placement.message}"
+    losses = train(*FLEET[name](), placement.norm)
+    verdict = judge(model, batch, placement.norm.norms, placement.norm.notes)
+    seconds = time.perf_counter() - start
+    head = f"{name:24s} {len(placement.rules):2d} rules  {len(verdict.wrong):2d} wrong  {losses[0]:8.3f} -> {losses[1]:8.3f}  {seconds:5.1f} s"
+    up = "  LOSS ROSE" if not losses[1] < losses[0] else ""
+    lines = [
+        f"    {n} {shapes[n]} {str(placement.norm.norms[n]).replace('[polar_express]', '')}: {'; '.join(why)}"
+        for n, why in verdict.wrong.items()
+    ]
+    rules = [f"    needs {r.pattern} {r.role or r.norm}" for r in placement.rules]
+    return "\n".join([head + up, *rules, *(lines if details else ())])
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    for name in sys.argv[1:] or FLEET:
+        try:
+            print(row(name), flush=True)
+        except Exception as error:
+            print(f"{name:24s} FAILED {type(error).__name__}: {str(error)[:300]}", flush=True)

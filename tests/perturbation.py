@@ -288,7 +288,7 @@ def target_of(graph: Graph, name: str) -> tuple[Any, Any]:
         if graph.data[node] or not any(f in reached for f, _ in node.next_functions):
             continue
         reached.add(node)
-        if shape_of((node, 0)) and prod(shape_of((node, 0))) == W.numel() and not one_of(node, VIEWS):
+        if shape_of((node, 0)) and prod(shape_of((node, 0))) == W.numel() and not one_of(node, VIEWS + PRODUCTS):
             place = _influenced(graph, (node, 0), W)
             (g,) = graph.pull((node, 0), graph.one((node, 0), place or 0), [W])
             if len(support(g)) > 1:
@@ -527,7 +527,8 @@ def _is_last(graph: Graph, ends: list[Contact]) -> tuple[bool, bool]:
                 logits |= kind_of(user).startswith("NllLoss")
                 continue
             others = [f for f, _ in user.next_functions if f is not None and f is not node]
-            if not one_of(user, JOINS) and any(graph.mask[f] & ~mask and not _is_vector(graph, f) for f in others):
+            known = 0 if one_of(user, PRODUCTS) else mask
+            if not one_of(user, JOINS) and any(graph.mask[f] & ~known and not _is_vector(graph, f) for f in others):
                 return False, False
             logits |= kind_of(user).startswith(("NllLoss", "CtcLoss", "BinaryCross"))
             for f in others:
