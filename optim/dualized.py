@@ -30,6 +30,7 @@ from .stacks import Radii, Stack, clip_factor, precise
 from .state import (
     LOW,
     SCHEMA,
+    Group,
     by_name,
     check_group,
     check_pairs,
@@ -126,7 +127,8 @@ class Dualized(torch.optim.Optimizer):
         # calls: of step() with gradients and an lr; here, as checkpoint libraries keep only groups.
         known("Dualized", settings, defaults_of(StepSettings))
         defaults = defaults_of(StepSettings) | {"lr": 1.0 if self.escape else lr} | settings
-        super().__init__(groups, check_group(defaults, auto=self.escape is not None) | {"calls": 0})
+        settings = check_group(defaults, auto=self.escape is not None)
+        super().__init__(groups, Group(settings, calls=0))
 
     def _forget_step(self) -> None:
         self._watch, self._radii = Watch(self._ranks), Radii()
@@ -136,7 +138,7 @@ class Dualized(torch.optim.Optimizer):
 
         A parameter that the modular norm does not know needs the group's "norm" and "radius".
         """
-        group = {k: v for k, v in param_group.items() if k not in ("norm", "radius")}
+        group = Group((k, v) for k, v in param_group.items() if k not in ("norm", "radius"))
         group |= check_group(self.defaults | group, auto=self.escape is not None)
         pairs = check_pairs(self.norm, param_group, members(self.param_groups))
         group["params"] = pairs
@@ -186,6 +188,7 @@ class Dualized(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # load_state_dict() ends here, too: a step before it is over
+        self.param_groups = list(map(Group, self.param_groups))
         self._forget_step()
 
     @property
