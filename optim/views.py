@@ -137,11 +137,15 @@ class View(Norm):
 class Blocks(View):
     """The maximum over blocks of rows: heads, fused queries, keys and values, the gates of an LSTM.
 
-    sizes: a number of equal blocks, or the rows of each. A fused weight of n maps side by side is
-    one atom of n maps' mass behind a bond of sensitivity n: the same radii as n atoms in concat().
+    sizes: a number of equal blocks, or the rows of each. turns: how often they come in turn, their
+    rows then counted within one turn; a block is its rows of all turns. Queries, keys and values
+    that stand head by head are Blocks(inner, 3, turns=heads), and gates that alternate with what
+    they gate Blocks(inner, (1, 1), turns=gates). A fused weight of n maps is one atom of n maps'
+    mass behind a bond of sensitivity n: the same radii as n atoms in concat().
     """
 
     sizes: int | tuple[int, ...] = 1
+    turns: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,7 +160,10 @@ class Blocks(View):
         return self.inner.ndim
 
     def _runs(self, rows: int) -> list[tuple[int, int]]:
-        """Return (blocks, rows of each) for every run of equal sizes, each one batched call."""
+        """Return (blocks, rows of each) for every run of equal sizes, each one batched call.
+
+        rows: of one turn.
+        """
         if isinstance(self.sizes, int):
             if self.sizes < 1 or rows % self.sizes:
                 raise ValueError(f"{rows} rows in {self.sizes} blocks")
@@ -166,18 +173,22 @@ class Blocks(View):
         return [(len(list(run)), size) for size, run in groupby(self.sizes)]
 
     def split(self, W: Tensor) -> list[Tensor]:
-        runs = self._runs(W.shape[-self.ndim])
-        stacks = W.split([count * size for count, size in runs], dim=-self.ndim)
-        return [s.unflatten(-self.ndim, run) for s, run in zip(stacks, runs, strict=True)]
+        k = self.ndim
+        turns = W.unflatten(-k, (self.turns, -1))
+        runs = self._runs(turns.shape[-k])
+        stacks = turns.split([count * size for count, size in runs], dim=-k)
+        blocks = (s.unflatten(-k, run) for s, run in zip(stacks, runs, strict=True))
+        return [s.movedim(-k - 2, -k - 1).flatten(-k - 1, -k) for s in blocks]
 
     def join(self, parts: list[Tensor], shape: Sequence[int]) -> Tensor:
-        return (
-            torch.cat([p.flatten(-self.ndim - 1, -self.ndim) for p in parts], dim=-self.ndim)
-            if len(parts) > 1
-            else parts[0].reshape(shape)
-        )
+        k = self.ndim
+        blocks = (p.unflatten(-k, (self.turns, -1)).movedim(-k - 1, -k - 2) for p in parts)
+        turns = [s.flatten(-k - 1, -k) for s in blocks]
+        return (torch.cat(turns, dim=-k) if len(turns) > 1 else turns[0]).reshape(shape)
 
     def live(self, G: Tensor) -> Tensor:
+        if self.turns > 1:
+            return super().live(G)
         masks, k = [], self.ndim  # a block's mask stands for each of its rows
         for part in self.split(G):
             mask = self.inner.live(part)
@@ -188,20 +199,20 @@ class Blocks(View):
         return torch.cat(rows, dim=-k)
 
     def _fits(self) -> str:
-        return (
-            f"rows in {self.sizes} equal blocks"
-            if isinstance(self.sizes, int)
-            else f"{sum(self.sizes)} rows"
-        )
+        in_turn = f", {self.turns} times in turn" if self.turns != 1 else ""
+        if isinstance(self.sizes, int):
+            return f"rows in {self.sizes} equal blocks{in_turn}"
+        return f"{self.turns * sum(self.sizes)} rows"
 
     def __str__(self) -> str:
+        in_turn = f" in {self.turns} turns" if self.turns != 1 else ""
         if isinstance(self.sizes, int):
-            return f"{self.sizes} × {self.inner}"
+            return f"{self.sizes} × {self.inner}{in_turn}"
         runs = " + ".join(
             f"{count} × {size}" if count > 1 else f"{size}"
             for count, size in self._runs(sum(self.sizes))
         )
-        return f"({runs}) × {self.inner}"
+        return f"({runs}) × {self.inner}{in_turn}"
 
 
 class _One(View):

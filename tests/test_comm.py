@@ -1149,6 +1149,7 @@ def test_flops_of_a_polar_factor_are_those_of_its_products(schedule: str, form: 
     [
         (lambda inner: Blocks(inner, 3), (12, 5)),
         (lambda inner: Blocks(inner, (4, 4, 2)), (10, 6)),
+        (lambda inner: Blocks(inner, (2, 1, 1), turns=3), (12, 6)),
         (lambda inner: Blocks(Transposed(inner), 2), (6, 8)),
         (lambda inner: Experts(inner), (3, 4, 6)),
         (lambda inner: Experts(Blocks(inner, 2)), (3, 4, 6)),

@@ -159,6 +159,7 @@ NORMS = {
     "muon": (Spectral(EXACT, "sqrt(max(1, O/I))"), (4, 6)),
     "equal blocks": (Blocks(RMSToRMS(EXACT), 2), (6, 5)),
     "uneven blocks": (Blocks(RMSToRMS(EXACT), (2, 2, 7)), (11, 5)),
+    "blocks in turn": (Blocks(RMSToRMS(EXACT), (2, 1), turns=2), (6, 5)),
     "transposed": (Transposed(RMSToRMS(EXACT)), (6, 4)),
     "transposed blocks": (Transposed(Blocks(RMSToRMS(EXACT), 3)), (5, 9)),
     "flattened": (Flattened(RMSToRMS(EXACT), 4), (6, 2, 2, 2)),
