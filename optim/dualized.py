@@ -11,13 +11,13 @@ Sources: [MD] Bernstein, Newhouse, arXiv 2410.21265; [MN] Large et al., arXiv 24
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .errors import CopyError, PlacementError, require
-from .finite import Watch
+from .finite import Watch, eager
 from .metrize import metrize
 from .modular import ModularNorm
 from .norms import Norm
@@ -30,7 +30,7 @@ from .stacks import Radii, Stack, clip_factor, precise
 from .state import (
     LOW,
     SCHEMA,
-    Group,
+    Defaults,
     by_name,
     check_group,
     check_pairs,
@@ -40,16 +40,11 @@ from .state import (
     grouped,
     members,
     new_buffers,
+    take_momentum,
 )
 from .update import by_rows
 
-F = TypeVar("F", bound=Callable[..., Any])
 Entry = tuple[dict[str, Any], str, Tensor]  # (group, name, parameter)
-
-
-def eager(function: F) -> F:
-    """Leave a function out of torch.compile's graphs: what the host learns later is not traced."""
-    return torch.compiler.disable(function)  # type: ignore[return-value]
 
 
 class Dualized(torch.optim.Optimizer):
@@ -128,7 +123,7 @@ class Dualized(torch.optim.Optimizer):
         known("Dualized", settings, defaults_of(StepSettings))
         defaults = defaults_of(StepSettings) | {"lr": 1.0 if self.escape else lr} | settings
         settings = check_group(defaults, auto=self.escape is not None)
-        super().__init__(groups, Group(settings, calls=0))
+        super().__init__(groups, Defaults(settings, calls=0))
 
     def _forget_step(self) -> None:
         self._watch, self._radii = Watch(self._ranks), Radii()
@@ -138,7 +133,7 @@ class Dualized(torch.optim.Optimizer):
 
         A parameter that the modular norm does not know needs the group's "norm" and "radius".
         """
-        group = Group((k, v) for k, v in param_group.items() if k not in ("norm", "radius"))
+        group = {k: v for k, v in param_group.items() if k not in ("norm", "radius")}
         group |= check_group(self.defaults | group, auto=self.escape is not None)
         pairs = check_pairs(self.norm, param_group, members(self.param_groups))
         group["params"] = pairs
@@ -188,7 +183,6 @@ class Dualized(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # load_state_dict() ends here, too: a step before it is over
-        self.param_groups = list(map(Group, self.param_groups))
         self._forget_step()
 
     @property
@@ -257,6 +251,7 @@ class Dualized(torch.optim.Optimizer):
     @eager
     def _moving(self) -> list[Entry]:
         """Return the parameters that may move in this step, each with its state made."""
+        take_momentum(self.param_groups)
         entries: list[Entry] = []
         for group, name, p in members(self.param_groups):
             apart = self.placement_of(p).rows_are_apart(p)

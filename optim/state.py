@@ -24,23 +24,22 @@ IN_GROUPS = (
 LOW = (torch.bfloat16, torch.float16)  # dtypes of weights that may have float32 masters
 
 
-class Group(dict[str, Any]):
-    """A group of parameters in which "momentum" is another name of "beta".
+class Defaults(dict[str, Any]):
+    """The settings of groups to come, of which "momentum" is said to be one.
 
-    torch's OneCycleLR and CyclicLR look for "momentum" in an optimizer's defaults, and cycle it in
-    its groups. It is not a key of its own: iteration, copies and state_dict() have "beta" alone.
+    torch's OneCycleLR and CyclicLR look for it here, then write group["momentum"] before each step:
+    take_momentum() makes that the step's beta. So it is never a second setting beside beta.
     """
 
     def __contains__(self, key: object) -> bool:
-        return super().__contains__("beta" if key == "momentum" else key)
+        return key == "momentum" or super().__contains__(key)
 
-    def __missing__(self, key: str) -> Any:
-        if key == "momentum":
-            return self["beta"]
-        raise KeyError(key)
 
-    def __setitem__(self, key: str, value: Any) -> None:
-        super().__setitem__("beta" if key == "momentum" else key, value)
+def take_momentum(groups: Iterable[dict[str, Any]]) -> None:
+    """Set the beta of each group to the momentum that a scheduler has written there, if one has."""
+    for group in groups:
+        if "momentum" in group:
+            group["beta"] = group.pop("momentum")
 
 
 def check_group(settings: Mapping[str, Any], *, auto: bool) -> dict[str, Any]:
@@ -256,7 +255,9 @@ def check_trainable(every: Collection[Any], trainable: Collection[Any]) -> None:
         "Dualized",
         got=f"{len(every)} parameters, all frozen" if every else "no parameters",
         allowed="one or more that require gradients",
-        fix="requires_grad_(True) on what is to be trained" if every else "a model that has weights",
+        fix="requires_grad_(True) on what is to be trained"
+        if every
+        else "a model that has weights",
         error=CoverageError,
     )
 
