@@ -13,6 +13,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -207,6 +208,16 @@ def train(
     return loss if math.isfinite(loss) else math.inf, f"{found:.3g}" if found else ""
 
 
+def dualized(settings: dict[str, Any], model: nn.Module, norm: ModularNorm) -> Dualized:
+    """Return our optimizer with these settings."""
+    return Dualized(model, norm=norm, **settings)
+
+
+def adamw(model: nn.Module, norm: ModularNorm) -> torch.optim.Optimizer:
+    """Return the AdamW whose settings are converted."""
+    return torch.optim.AdamW(model.parameters(), **ADAMW)
+
+
 def matched(task: Task) -> dict[str, Any]:
     """Return the settings of Dualized that convert gives for ADAMW's."""
     return convert(metrize(task.build(), rules=task.rules), "adamw", **ADAMW).settings
@@ -242,15 +253,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args(argv)
     for name in args.models:
-        settings = matched(TASKS[name]) if args.study == "rates" else {}
-        own = settings.pop("lr", "auto")
-        rates = {"auto" if own == "auto" else f"matched {own:.3g}": own}
-        entries = {
-            label: lambda model, norm, lr=lr: Dualized(model, lr, norm=norm, **settings)
-            for label, lr in (rates | {f"{lr:g}": lr for lr in args.rates}).items()
-        }
+        settings = matched(TASKS[name]) if args.study == "rates" else {"lr": "auto"}
+        own = settings["lr"]
+        rates = {own if own == "auto" else f"matched {own:.3g}": own}
+        rates |= {f"{lr:g}": lr for lr in args.rates}
+        entries = {label: partial(dualized, settings | {"lr": lr}) for label, lr in rates.items()}
         if args.study == "rates":
-            entries["AdamW"] = lambda model, norm: torch.optim.AdamW(model.parameters(), **ADAMW)
+            entries["AdamW"] = adamw
         for steps in args.steps:
             compare(name, steps, args.seeds, entries)
 
