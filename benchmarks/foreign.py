@@ -38,8 +38,9 @@ from optim.views import Blocks, Experts
 RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 BATCH = 16  # windows of text
 IMAGES = 64
-ADAMW = {"lr": 1e-3, "weight_decay": 0.01}
+ADAMW: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.01}
 MASK = 0  # a byte that the text does not have
+Build = Callable[[nn.Module, ModularNorm], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,11 @@ def of_classes(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     x, y = batch
     output = model(x)
     return F.cross_entropy(getattr(output, "logits", output), y)
+
+
+def language(name: str) -> nn.Module:
+    """Return a model of the examples, by the seed that was set."""
+    return language_model(name, seed=torch.initial_seed())
 
 
 def vit() -> nn.Module:
@@ -171,8 +177,8 @@ MIXTRAL = (
     Rule("*.down_proj", norm=Experts(RMSToRMS()), role="hidden", maps=4),
 )
 TASKS = {
-    "gpt2": Task(lambda: language_model("gpt2"), text, of_language),
-    "llama": Task(lambda: language_model("llama"), text, of_language),
+    "gpt2": Task(lambda: language("gpt2"), text, of_language),
+    "llama": Task(lambda: language("llama"), text, of_language),
     "mixtral": Task(mixtral, text, of_language, MIXTRAL),
     "bert": Task(bert, text, of_masked),
     "lstm": Task(LSTM, text, of_logits, HEAD),
@@ -182,12 +188,10 @@ TASKS = {
 }
 
 
-def train(
-    task: Task, *, steps: int, seed: int, make: Callable[[nn.Module, ModularNorm], Any]
-) -> tuple[float, str]:
+def train(task: Task, *, steps: int, seed: int, make: Build) -> tuple[float, str]:
     """Return the test loss after a run whose rate falls to 0 linearly, and the step size found.
 
-    make: of the optimizer. The loss is infinite where a number was not finite.
+    The loss is infinite where a number was not finite.
     """
     torch.manual_seed(seed)
     model = task.build()
@@ -223,9 +227,7 @@ def matched(task: Task) -> dict[str, Any]:
     return convert(metrize(task.build(), rules=task.rules), "adamw", **ADAMW).settings
 
 
-def compare(
-    name: str, steps: int, seeds: int, entries: dict[str, Callable[[nn.Module, ModularNorm], Any]]
-) -> None:
+def compare(name: str, steps: int, seeds: int, entries: dict[str, Build]) -> None:
     """Train with each entry, and print their mean test losses."""
     losses: dict[str, list[float]] = {}
     sizes: list[str] = []
@@ -257,7 +259,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         own = settings["lr"]
         rates = {own if own == "auto" else f"matched {own:.3g}": own}
         rates |= {f"{lr:g}": lr for lr in args.rates}
-        entries = {label: partial(dualized, settings | {"lr": lr}) for label, lr in rates.items()}
+        entries: dict[str, Build] = {
+            label: partial(dualized, settings | {"lr": lr}) for label, lr in rates.items()
+        }
         if args.study == "rates":
             entries["AdamW"] = adamw
         for steps in args.steps:

@@ -9,16 +9,17 @@ from .norms import L1ToRMS, MaxEntry, Norm, RMSToRMS
 from .sites import Place, Site
 from .views import Transposed
 
-# The role of each kind, and its norm, of gains MaxEntry: one number for each entry.
-KINDS: dict[str, tuple[str, Norm | None]] = {
-    "ia3_l": ("gain", None),  # IA3, on outputs (O, 1) or inputs (1, I), of convolutions (1, C, 1, 1)
-    "vera_lambda_b": ("gain", None),  # VeRA (O,)
-    "vera_lambda_d": ("gain", None),  # VeRA (r,)
-    "lora_E": ("gain", None),  # AdaLoRA, its singular values (r, 1)
-    "lora_A": ("hidden", RMSToRMS()),  # AdaLoRA (r, I); LoRA's are modules
-    "lora_B": ("hidden", RMSToRMS()),  # AdaLoRA (O, r)
+GAINS = ("gain", None)  # one number for each entry, in as many dimensions as there are
+MAP = ("hidden", RMSToRMS())
+KINDS: dict[str, tuple[str, Norm | None]] = {  # the role of each kind, and its norm
+    "ia3_l": GAINS,  # IA3: of outputs (O, 1), of inputs (1, I), of a convolution (1, C, 1, 1)
+    "vera_lambda_b": GAINS,  # VeRA (O,); its projections are frozen
+    "vera_lambda_d": GAINS,  # VeRA (r,)
+    "lora_E": GAINS,  # AdaLoRA: singular values (r, 1)
+    "lora_A": MAP,  # AdaLoRA (r, I); LoRA's are modules
+    "lora_B": MAP,  # AdaLoRA (O, r)
     "lora_embedding_A": ("embedding", Transposed(L1ToRMS())),  # LoRA of an embedding (r, V)
-    "lora_embedding_B": ("hidden", RMSToRMS()),  # LoRA of an embedding (O, r)
+    "lora_embedding_B": MAP,  # LoRA of an embedding (O, r)
     "trainable_tokens_delta": ("embedding", L1ToRMS()),  # rows of an embedding (tokens, O)
 }
 

@@ -280,7 +280,13 @@ def _ratio(rows: list[Row], above: list[Any], below: list[Any]) -> float:
 def _check(baseline: str, given: dict[str, Any]) -> None:
     """Raise Refusal for a setting that cannot be, or that the baseline does not have."""
     names = ", ".join(NAMES)
-    require(baseline in NAMES, "convert: baseline", got=repr(baseline), allowed=names, fix="one of those")
+    require(
+        baseline in NAMES,
+        "convert: baseline",
+        got=repr(baseline),
+        allowed=names,
+        fix="one of those",
+    )
     for name, setting in SETTINGS.items():
         value = given[name]
         if value is None and not setting.option.get("required"):

@@ -175,7 +175,9 @@ def test_what_muon_does_not_take_steps_by_its_adamw_where_that_is_given():
     without, given = (convert(norm, "muon", lr=0.02, weight_decay=0.0, adamw_lr=lr) for lr in (None, 3e-4))
     assert without.settings == given.settings
     for a, b in zip(without.rows, given.rows, strict=True):
-        assert (a.baseline, b.baseline) == ((b.baseline, a.baseline) if a.matched else (None, pytest.approx(0.2 * 3e-4)))
+        assert (a.baseline, b.baseline) == (
+            (b.baseline, a.baseline) if a.matched else (None, pytest.approx(0.2 * 3e-4))
+        )
     assert {r.role for r in given.rows if not r.matched} == {"embedding", "hidden", "head", "gain", "bias", "scalar"}
 
 

@@ -390,7 +390,7 @@ def test_a_sharded_model_keeps_its_names_and_takes_a_plain_models_state():
     assert all(torch.equal(whole[n]["momentum"], s["momentum"]) for n, s in buffers(saving).items())
 
 
-def _data_parallel(rank: int, world: int) -> tuple[str, list[Tensor], list[Tensor], int, int]:
+def _data_parallel(rank: int, world: int) -> tuple[str, list[Tensor], list[Tensor], list[int]]:
     """What ZeroRedundancyOptimizer meets; weights after DDP's way and after ours, and numbers of state in each."""
     a, b = small().double(), small().double()
     wrapped = nn.parallel.DistributedDataParallel(a)
@@ -405,17 +405,18 @@ def _data_parallel(rank: int, world: int) -> tuple[str, list[Tensor], list[Tenso
             nn.functional.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten()).backward()
             optimizer.step()
     sizes = [sum(t.numel() for state in o.state.values() for t in state.values()) for o in (reduced, local)]
-    return str(refusal.value), weights(a), weights(b), *sizes
+    return str(refusal.value), weights(a), weights(b), sizes
 
 
 def test_what_zero_redundancy_optimizer_is_told_shards_the_state_and_trains_as_ddp():
     one, two = ranks(2, _data_parallel)
-    for text, by_ddp, by_ours, *_ in (one, two):
+    for text, by_ddp, by_ours, _ in (one, two):
         assert text.startswith("Dualized of a list of tensors\n  got: tensors without names\n")
         assert 'in place of DDP with ZeroRedundancyOptimizer: Dualized(model, ..., grads="local") on the bare' in text
         assert max((p - q).abs().max() for p, q in zip(by_ddp, by_ours, strict=True)) < ROUNDING
     assert same(one[2], two[2])
-    assert one[4] + two[4] == one[3] == two[3] and min(one[4], two[4]) > 0
+    (whole, first), (again, second) = one[3], two[3]
+    assert first + second == whole == again and min(first, second) > 0
 
 
 @pytest.mark.parametrize("lazy", ["LazyLinear", "LazyConv2d", "LazyBatchNorm1d"])
