@@ -32,8 +32,6 @@ from examples.cnn import CLASSES, ResNet, textures
 from examples.tiny import LENGTH, language_model, train_and_test, windows
 from optim import Dualized, ModularNorm, Rule, metrize, schedule
 from optim.convert import convert
-from optim.norms import L1ToRMS, RMSToRMS
-from optim.views import Blocks, Experts
 
 RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 BATCH = 16  # windows of text
@@ -165,26 +163,16 @@ def perceptron() -> nn.Module:
 
 
 TEXT = train_and_test()
-HEAD = (Rule("head.weight", role="head"),)
-VIT = (
-    Rule("*.cls_token", norm=Experts(L1ToRMS()), role="embedding"),
-    Rule("*.position_embeddings", norm=Experts(L1ToRMS()), role="embedding"),
-    Rule("classifier.weight", role="head"),
-)
-MIXTRAL = (
-    Rule("*.mlp.gate.weight", norm=RMSToRMS(), role="hidden"),
-    Rule("*.gate_up_proj", norm=Experts(Blocks(RMSToRMS(), 2)), role="hidden", maps=8),
-    Rule("*.down_proj", norm=Experts(RMSToRMS()), role="hidden", maps=4),
-)
+HEAD = Rule("head.weight", role="head")  # as many classes as a convolution has channels
 TASKS = {
     "gpt2": Task(lambda: language("gpt2"), text, of_language),
     "llama": Task(lambda: language("llama"), text, of_language),
-    "mixtral": Task(mixtral, text, of_language, MIXTRAL),
+    "mixtral": Task(mixtral, text, of_language),
     "bert": Task(bert, text, of_masked),
-    "lstm": Task(LSTM, text, of_logits, HEAD),
-    "vit": Task(vit, images, of_classes, VIT),
-    "resnet": Task(ResNet, images, of_classes, HEAD),
-    "mlp": Task(perceptron, images, of_classes, (Rule("5.weight", role="head"),)),
+    "lstm": Task(LSTM, text, of_logits),
+    "vit": Task(vit, images, of_classes),
+    "resnet": Task(ResNet, images, of_classes, (HEAD,)),
+    "mlp": Task(perceptron, images, of_classes),
 }
 
 

@@ -10,7 +10,6 @@ import peft
 import pytest
 import torch
 from optim import Dualized, metrize
-from optim.errors import CoverageError
 from torch import Tensor, nn
 
 from tests.test_foreign import FORGETFUL, gpt2, llama, take_step, tokens

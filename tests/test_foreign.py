@@ -309,19 +309,15 @@ def test_tied_weights_that_are_frozen_need_no_fix():
 
 
 @FORGETFUL
-def test_adapters_without_a_module_type_are_refused_until_a_rule_places_them():
-    from peft import IA3Config, get_peft_model
+def test_adapters_of_an_unknown_kind_are_refused_until_a_rule_places_them():
+    from peft import LoHaConfig, get_peft_model
 
-    model = get_peft_model(
-        llama(), IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
-    )
-    with pytest.raises(
-        CoverageError,
-        match=r"ia3_l.default \(\d+, 1\) of a ParameterDict has no place(.|\n)*fix: metrize\(model, rules=\[Rule\('.*', norm=…, role=…\)\]\)",
-    ):
+    model = get_peft_model(llama(), LoHaConfig(r=4, target_modules=["q_proj"]))
+    name = "base_model.model.model.layers.0.self_attn.q_proj.hada_w1_a.default"
+    with pytest.raises(CoverageError, match=rf"^no place for 4 weights\n(.|\n)*{name}, 16×4, of a ParameterDict"):
         Dualized(model, LR)
-    norm = metrize(model, rules=[Rule("*.ia3_l.default", norm="L1ToLinf", role="gain")])
-    assert set(norm.roles.values()) == {"gain"} and len(norm.norms) == 2
+    norm = metrize(model, rules=[Rule("*.hada_w*.default", role="hidden")])
+    assert set(norm.roles.values()) == {"hidden"} and len(norm.norms) == 4
     train(model, Dualized(model, LR, norm=norm), 2)
 
 

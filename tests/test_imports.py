@@ -70,6 +70,7 @@ ORDER = (
         "roles",
         "drawing",
         "sites",
+        "adapters",
         "families",
         "fused",
         "module_types",
