@@ -26,7 +26,7 @@ from torch import nn
 from .errors import CoverageError, Refusal, require
 from .metrize import Rule, metrize
 from .modular import ModularNorm
-from .module_types import MASSES
+from .module_types import MASSES, MATRICES
 from .norms import NORMS, SCALES, Norm, Spectral
 from .plugins import load
 from .receipt import aligned, figure, spelled
@@ -348,11 +348,13 @@ def sketch(specs: list[str]) -> tuple[nn.Module, list[Rule]]:
     model, rules = nn.Module(), []
     for spec in specs:
         parts = re.fullmatch(r"([\w.]+)=(\d+(?:x\d+)*):(\w+)", spec)
-        if parts is None or parts[3] not in MASSES or parts[1] in model._parameters:
+        thin = parts is not None and parts[3] in MATRICES and "x" not in parts[2]
+        if parts is None or parts[3] not in MASSES or thin or parts[1] in model._parameters:
             raise Refusal(
                 "--shapes",
                 got=repr(spec),
-                allowed=f"name=OxI:role, each name once, role one of {', '.join(MASSES)}",
+                allowed=f"name=OxI:role, each name once, role one of {', '.join(MASSES)}; "
+                f"{', '.join(MATRICES)} of two dimensions or more",
                 fix="for instance h.0.up=3072x768:hidden",
             )
         weight = torch.empty(*map(int, parts[2].split("x")), device="meta")

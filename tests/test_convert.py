@@ -204,7 +204,8 @@ def test_in_a_declared_structure_the_spectral_weights_that_move_are_matched():
 
 def test_the_table_reads_so():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 16, bias=False), nn.LayerNorm(16))
-    assert str(convert(metrize(model), "muon", lr=0.02, weight_decay=0.1, adamw_lr=1e-3)) == (
+    norm = metrize(model, rules=[Rule("1.weight", role="hidden")])
+    assert str(convert(norm, "muon", lr=0.02, weight_decay=0.1, adamw_lr=1e-3)) == (
         "Dualized(…, lr, direction='nesterov', beta=0.95, weight_decay=0.1)\n"
         "lr 0.02667: takes Muon's steps (matched)\n"
         "lr 0.125 to 4: recommended, the best rates of models of all kinds (measured)\n"
@@ -287,6 +288,11 @@ class Outer:
             super().__init__()
             self.embed, self.up = nn.Embedding(5, 4), nn.Linear(4, 16, bias=False)
             self.head = nn.Linear(16, 5, bias=False)
+
+class Unplaced(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mixing = nn.Parameter(torch.empty(3, 4, 5))
 
 def reads_its_weights():
     model = nn.Linear(4, 4)
@@ -411,7 +417,7 @@ def test_shapes_tell_a_heads_bias_by_its_name(capsys: pytest.CaptureFixture[str]
             "--model convertible:needs_more\n  got: TypeError: needs_more() missing 1 required",
         ),
         (["--model", "convertible:other"], "--model convertible:other\n  got: a str\n  allowed: an nn.Module\n"),
-        (["--model", "convertible:Outer.Small"], "head.weight (5, 16) looks like the head\n"),
+        (["--model", "convertible:Unplaced"], "no place for 1 weight\n"),
         (
             ["--model", "convertible:large", "--rule", "0.*"],
             "--rule\n  got: '0.*'\n  allowed: pattern,key=value,… with the keys role, mass",
@@ -430,7 +436,7 @@ def test_shapes_tell_a_heads_bias_by_its_name(capsys: pytest.CaptureFixture[str]
         ),
         (["--shapes", "up=16x4:mlp"], "--shapes\n  got: 'up=16x4:mlp'\n"),
         (["--shapes", "up=4x4:hidden", "up=8x4:hidden"], "--shapes\n  got: 'up=8x4:hidden'\n"),
-        (["--shapes", "up=4:hidden"], "up (4,) of a Module has no place\n"),
+        (["--shapes", "up=4:hidden"], "--shapes\n  got: 'up=4:hidden'\n"),
         (["--shapes", "up=4x4:hidden", "--rule", "up,mass=2"], "--rule\n  got: --shapes as well\n"),
         (["--shapes", "up=4x4:hidden", "--betas", "0.9", "2"], "convert: betas\n  got: [0.9, 2.0]\n"),
     ],
