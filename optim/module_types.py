@@ -13,7 +13,7 @@ from .adapters import place_adapter
 from .families import place_by_family
 from .fused import ONE, divide
 from .norms import L1ToRMS, MaxEntry, Norm, RMSToLinf, RMSToRMS, VectorRMS
-from .sites import Map, Place, Readers, Site, is_vector
+from .sites import WEIGHTS, Map, Place, Readers, Site, is_vector
 from .views import Blocks, ConvRMSToRMS, Experts, Flattened, Transposed
 
 # Masses of a model that declares no structure: each role's total, shared equally by its maps (fused
@@ -72,9 +72,11 @@ def _vector(ndim: int) -> Norm:
 def map_of(site: Site) -> Map | None:
     """Return a weight as a map, where its module's type or its shape says that it is one."""
     module, shape, own = site.module, site.shape, site.own
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention):
+        return Map(shape[0], shape[1], "gates") if len(shape) == 2 else None
     if site.part == "original0" and _is_weight_norm(site):
         return None
-    if own not in ("weight", "weight_v", "weight_orig"):
+    if own not in WEIGHTS:
         return _stack(site) if len(shape) == 3 and is_stack(site) else None
     if isinstance(module, nn.modules.conv._ConvNd):
         return Map(module.out_channels, module.in_channels, "convolution", module.transposed)
