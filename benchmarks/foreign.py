@@ -68,8 +68,8 @@ class LSTM(nn.Module):
 
 def text(seed: int | None) -> Tensor:
     """Return windows of bytes (batch, LENGTH), for training or of the text left out."""
-    train, test = TEXT
-    return test if seed is None else windows(train, BATCH, seed=seed)
+    kept, left_out = TEXT
+    return left_out if seed is None else windows(kept, BATCH, seed=seed)
 
 
 def images(seed: int | None) -> tuple[Tensor, Tensor]:
@@ -177,7 +177,7 @@ TASKS = {
 
 
 def train(task: Task, *, steps: int, seed: int, make: Build) -> tuple[float, str]:
-    """Return the test loss after a run whose rate falls to 0 linearly, and the step size found.
+    """Return the test loss after a run whose rate falls to 0 linearly, and auto's step size.
 
     The loss is infinite where a number was not finite.
     """
@@ -196,8 +196,8 @@ def train(task: Task, *, steps: int, seed: int, make: Build) -> tuple[float, str
     model.eval()
     with torch.no_grad():
         loss = task.loss(model, task.batch(None)).item()
-    found = getattr(optimizer, "step_size", None)
-    return loss if math.isfinite(loss) else math.inf, f"{found:.3g}" if found else ""
+    step_size = getattr(optimizer, "step_size", None)
+    return loss if math.isfinite(loss) else math.inf, f"{step_size:.3g}" if step_size else ""
 
 
 def dualized(settings: dict[str, Any], model: nn.Module, norm: ModularNorm) -> Dualized:
@@ -227,8 +227,8 @@ def compare(name: str, steps: int, seeds: int, entries: dict[str, Build]) -> Non
     means = {label: sum(values) / seeds for label, values in losses.items()}
     best = min((x, label) for label, x in means.items() if label != "AdamW")[1]
     cells = (f"{label} {x:.3f}{'*' * (label == best)}" for label, x in means.items())
-    found = f"  η {', '.join(sizes)}" if sizes else ""
-    print(f"{name:8} {steps:4} steps  {'  '.join(cells)}{found}", flush=True)
+    tail = f"  η {', '.join(sizes)}" if sizes else ""
+    print(f"{name:8} {steps:4} steps  {'  '.join(cells)}{tail}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -32,9 +32,9 @@ from .plugins import load
 from .receipt import aligned, figure, spelled
 
 NAMES = {"adamw": "AdamW", "muon": "Muon"}
-# The rates in which the best of eight small models lay (docs/log.md, 2026-11-28, "Which learning
-# rates for models of other people?"; python -m benchmarks.foreign rates).
-RECOMMENDED = (0.25, 4.0)
+# The best rates of eight small models lay in it (docs/log.md, 2026-11-28, "Which learning rates for
+# other people's models?"; python -m benchmarks.foreign rates).
+RECOMMENDED = (0.125, 4.0)
 SCAN = 4  # the factor between two rates of a scan, about
 # torch.optim.Muon's adjust_lr_fn: the singular values of its step, in units of lr [MU; LI, §2.2].
 ADJUST = {"original": SCALES["sqrt(max(1, O/I))"], "match_rms_adamw": SCALES["0.2 sqrt(max(O, I))"]}
@@ -171,8 +171,8 @@ class Conversion:
         return [
             f"Dualized(…, lr, {others})",
             f"lr {self.lr:.4g}: takes {NAMES[self.baseline]}'s steps (matched)",
-            f"lr {low:g} to {high:g}: recommended, the best rates of models of all kinds (measured)",
-            f"scan lr = {', '.join(f'{lr:.3g}' for lr in self.scan)}, falling to 0 over each run; "
+            f"lr {low:g} to {high:g}: recommended, as the best of eight small models lay there",
+            f"scan lr = {', '.join(f'{lr:.3g}' for lr in self.scan)}, falling to 0 in each run; "
             "then halve and double the best",
         ]
 
@@ -223,8 +223,8 @@ def convert(
         fix="name them, metrize(model, rules=[Rule(pattern, role='hidden')])",
     )
     scale = _ratio(matched, [row.baseline for row in matched], [row.ours for row in matched])
-    # A step's decay is lr · weight_decay · W for both baselines (torch's Muon does not adjust it), and
-    # ours lr · radius · weight_decay · W.
+    # A step's decay is lr · weight_decay · W for both baselines (torch's Muon does not adjust it),
+    # and ours lr · radius · weight_decay · W.
     radii = [scale * norm.radii[row.name] for row in matched]
     decay = weight_decay and _ratio(matched, [lr * weight_decay] * len(matched), radii)
     scaled = (replace(r, ours=None if r.ours is None else scale * r.ours) for r in rows)

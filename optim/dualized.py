@@ -52,8 +52,9 @@ class Dualized(torch.optim.Optimizer):
 
     model_or_named_parameters: a module (see metrize), or (name, parameter) pairs with `norm`.
     lr: modular norm of one step, before decay; 0 makes step() an exact no-op. A tensor is allowed.
-    "auto", or an EscapeVelocity, finds it: the groups' lr is then a multiplier, 1 at first, for
-    schedules; one more copy of the weights is kept; 16-bit weights need master_weights for it.
+    "auto", or an EscapeVelocity, finds it, in runs of 500 steps or more: the groups' lr is then a
+    multiplier, 1 at first, for schedules; one more copy of the weights is kept; 16-bit weights need
+    master_weights for it.
     norm: the ModularNorm; by default metrize(model).
     grads: "reduced": p.grad is the same on all processes, or there is one; nothing is communicated.
     "local": every process of the default process group has the gradient of its own share of the
