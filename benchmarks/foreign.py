@@ -163,13 +163,13 @@ def perceptron() -> nn.Module:
 
 
 TEXT = train_and_test()
-HEAD = Rule("head.weight", role="head")  # as many classes as a convolution has channels
+HEAD = Rule("head.weight", role="head")  # as many outputs as other maps have inputs, or twice
 TASKS = {
     "gpt2": Task(lambda: language("gpt2"), text, of_language),
     "llama": Task(lambda: language("llama"), text, of_language),
     "mixtral": Task(mixtral, text, of_language),
     "bert": Task(bert, text, of_masked),
-    "lstm": Task(LSTM, text, of_logits),
+    "lstm": Task(LSTM, text, of_logits, (HEAD,)),
     "vit": Task(vit, images, of_classes),
     "resnet": Task(ResNet, images, of_classes, (HEAD,)),
     "mlp": Task(perceptron, images, of_classes),
