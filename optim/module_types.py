@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from .adapters import place_adapter
 from .families import heads, place_by_family
 from .fused import ONE, divide
 from .norms import L1ToRMS, MaxEntry, Norm, RMSToLinf, RMSToRMS, VectorRMS
@@ -215,6 +216,8 @@ def place_by_type(
     """
     if (site.part == "original0" and _is_weight_norm(site)) or site.own == "weight_g":
         return Place("gain", MaxEntry(site.weight.ndim))
+    if (adapter := place_adapter(site)) is not None:
+        return adapter
     known = place_by_family(site)
     if known is not None and (fitting := _fitting(known, site, own)) is not None:
         return fitting
