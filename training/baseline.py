@@ -135,13 +135,7 @@ class Baseline:
         """
         self.check_finite()
         if self._ranks.size > 1:
-            weights = [p for _, p in self._weights()]
-            has_grad = torch.tensor(
-                [p.grad is not None for p in weights], dtype=torch.float32, device=weights[0].device
-            )
-            for p, somewhere in zip(weights, self._ranks.maximum(has_grad).tolist(), strict=True):
-                if somewhere:
-                    p.grad = self._ranks.average(torch.zeros_like(p) if p.grad is None else p.grad)
+            self._join_ranks()
         gated = {n: p.grad for n, p in self._weights() if p.grad is not None}
         if loss is not None:
             gated = {"the loss": self._ranks.average(loss.detach().clone()), **gated}
@@ -151,6 +145,25 @@ class Baseline:
             return
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_([p for _, p in self._weights()], self.max_grad_norm)
+        self._update()
+        if self._unchecked:
+            self._unchecked = False
+            self.state.pack()
+
+    def _join_ranks(self) -> None:
+        """Average the gradients of all ranks, and have all draw the same random numbers."""
+        weights = [p for _, p in self._weights()]
+        has_grad = torch.tensor(
+            [p.grad is not None for p in weights], dtype=torch.float32, device=weights[0].device
+        )
+        for p, somewhere in zip(weights, self._ranks.maximum(has_grad).tolist(), strict=True):
+            if somewhere:
+                p.grad = self._ranks.average(torch.zeros_like(p) if p.grad is None else p.grad)
+        seed = torch.randint(2**62, (1,)).to(weights[0].device)
+        torch.manual_seed(int(self._ranks.broadcast(seed, source=0)))
+
+    def _update(self) -> None:
+        """Step with each group's own multiple of lr."""
         lrs = [g["lr"] for g in self.param_groups]
         try:
             for group in self.param_groups:
@@ -163,9 +176,6 @@ class Baseline:
         finally:
             for group, lr in zip(self.param_groups, lrs, strict=True):
                 group["lr"] = lr
-        if self._unchecked:
-            self._unchecked = False
-            self.state.pack()
 
     def check_finite(self) -> None:
         """Raise NonFiniteError if the last step met a loss or gradient that was not finite.

@@ -1,8 +1,8 @@
 """A torch optimizer's state, as JSON and tensors: what a checkpoint keeps of a baseline.
 
 State is what an optimizer holds by parameter, in its groups and in attributes of its own: numbers,
-texts, tensors, and lists, tuples, deques and dicts of these. In the JSON a tensor's place says its
-name, shape and type. The tensors themselves go into safetensors files.
+texts, tensors, random generators, and lists, tuples, deques and dicts of these. In the JSON a
+tensor's place says its name, shape and type. The tensors themselves go into safetensors files.
 """
 
 from collections import deque
@@ -10,15 +10,16 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from optim.errors import Refusal
+from optim.errors import Refusal, require
 
 Json = Any
 SCALARS = (type(None), bool, int, float, str)
 # The keys of a group that the training loop sets, or that are no state.
 NO_STATE = ("lr", "beta", "betas", "momentum", "dampening")
 NO_STATE += ("params", "param_names", "lr_scale", "auxiliary")
+NO_CHECKPOINTS = "keep it as that, or save no checkpoints: --train.keep-checkpoints 0"
 
 
 def parts_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
@@ -60,9 +61,11 @@ class OptimizerState:
             by_parameter.append(named)
             shared = {k: v for k, v in owner.state.items() if not isinstance(k, Tensor)}
             others.append(pack(shared, f"(state {i})", tensors, self.device))
+        names = [f"(group {i})" for i in range(len(self.groups))]
+        names += [f"({type(part).__name__})" for part in self.parts]
         changes = [
-            self._changes(entries, was, f"(settings {i})", tensors)
-            for i, (entries, was) in enumerate(zip(self._settings(), self.settings, strict=True))
+            self._changes(entries, was, name, tensors)
+            for entries, was, name in zip(self._settings(), self.settings, names, strict=True)
         ]
         return {"by_parameter": by_parameter, "others": others, "settings": changes}, tensors
 
@@ -79,7 +82,15 @@ class OptimizerState:
                 if was.get(key) == {"object": id(value)}:
                     continue
                 raise
-            if len(tensors) > before or key not in was or packed != was[key]:
+            held = len(tensors) > before
+            require(
+                not held or "params" in entries or isinstance(value, Tensor),
+                f"the optimizer's attribute {key}",
+                got="tensors that are in none of its groups, and in its state of no weight",
+                allowed="self.state[weight] for what belongs to a weight",
+                fix=NO_CHECKPOINTS,
+            )
+            if held or key not in was or packed != was[key]:
                 changes[key] = packed
         return changes
 
@@ -118,10 +129,7 @@ def _own(entries: Mapping[str, Any]) -> dict[str, Any]:
     """Return what may be state of a group, or of an optimizer's attributes."""
     if "params" in entries:
         return {k: v for k, v in entries.items() if k not in NO_STATE}
-    kinds = (*SCALARS, Tensor)
-    return {
-        k: v for k, v in entries.items() if isinstance(v, kinds) and not isinstance(v, nn.Parameter)
-    }
+    return {k: v for k, v in entries.items() if k not in ("state", "param_groups", "defaults")}
 
 
 def _snapshot(entries: Mapping[str, Any]) -> dict[str, Json]:
@@ -143,7 +151,7 @@ def pack(value: Any, name: str, tensors: dict[str, Tensor], device: torch.device
     """
     if isinstance(value, SCALARS):
         return value
-    if type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided:
+    if type(value) is Tensor and value.layout is torch.strided:
         return _pack_tensor(value, name, tensors, device)
     if type(value) in (list, tuple, deque):
         items = [pack(x, f"{name}.{i}", tensors, device) for i, x in enumerate(value)]
@@ -158,11 +166,14 @@ def pack(value: Any, name: str, tensors: dict[str, Tensor], device: torch.device
                 for k, v in pairs
             ]
         }
+    if type(value) is torch.Generator:
+        state = bytes(value.get_state().tolist()).hex()
+        return {"generator": state, "host": value.device.type == "cpu"}
     raise Refusal(
         f"the optimizer's state {name}",
         got=f"a {type(value).__module__}.{type(value).__qualname__}, which no checkpoint can hold",
         allowed="numbers, texts, tensors, and lists, tuples, deques and dicts of these",
-        fix="keep it as these, or save no checkpoints: --train.keep-checkpoints 0",
+        fix=NO_CHECKPOINTS,
     )
 
 
@@ -194,10 +205,13 @@ def unpack(packed: Json, device: torch.device) -> Any:
         return [unpack(x, device) for x in packed]
     if not isinstance(packed, dict):
         return packed
+    place = torch.device("cpu") if packed.get("host") else device
+    if "generator" in packed:
+        state = torch.tensor(list(bytes.fromhex(packed["generator"])), dtype=torch.uint8)
+        return torch.Generator(place).set_state(state)
     if "tensor" in packed:
         shape = packed["shape"]
         stride = packed.get("stride", torch.empty(shape, device="meta").stride())
-        place = torch.device("cpu") if packed.get("host") else device
         return torch.empty_strided(
             shape, stride, dtype=getattr(torch, packed["dtype"]), device=place
         )
