@@ -56,7 +56,7 @@ def script(run: Run, *, track: bool = False) -> str:
         filled=filled_in(config, model, norm, data=data, track=track),
         packages=("optim", "model", "models"),
         whole=("optim/update.py",),
-        unregistered=("register_schedule",),  # whose SCHEDULES would be a second one
+        unregistered="register_(norm|schedule)$",  # a script names none of them by text
     )
     order = "the optimization track's order" if track else "the run's order"
     return (
