@@ -23,7 +23,7 @@ NOT_CARRIED, OF_STORAGE = ("momentum_dtype",), ("master_weights",)  # of a step
 STEP = [f.name for f in fields(StepSettings) if f.name not in (*NOT_CARRIED, *OF_STORAGE)]
 CARRIED = re.compile(
     r"(model|schedule|baseline|optim\.polar|optim\.norms|optim\.masses)\..*"
-    r"|run\.(seed|device|precision|compile|threads)|data\.dataset"
+    r"|run\.(seed|device|precision|compile|threads|plugins)|data\.dataset"
     rf"|optim\.(name|composition)|optim\.(roles\.\w+\.)?({'|'.join(STEP)})"
     r"|train\.(steps|batch_size|gradient_accumulation_steps|eval_every|eval_tokens"
     r"|eval_batch_size|log_every)"
@@ -106,21 +106,24 @@ def resolved(run: Run) -> Config:
 
 def check(config: Config) -> None:
     """Raise ExportError for a setting that a script does not carry out."""
-    default, o = configuration.flat(Config()), config.optim
+    default, o = configuration.flat(type(config)()), config.optim
     for key, value in configuration.flat(config).items():
         if value != default[key] and not CARRIED.fullmatch(key) and not NEUTRAL.fullmatch(key):
             raise refusal(key, value, f"{default[key]!r}")
     exported = ("dualized", *(name for name, recipe in BASELINES.items() if not recipe.normed))
-    ours = (ROOT / "optim/directions.py").read_text(encoding="utf-8")
-    directions = {s.get("direction", o.direction) for s in (vars(o), *o.roles.given().values())}
-    direction = next((d for d in directions if f'\n    "{d}": ' not in ours), None)
+    direction = next(iter(own_directions(config)), None)
     shape, vocabulary = config.schedule.shape, config.model.vocab_size
     of_optim = SCHEDULES[shape].__module__ == "optim.schedules"
     muon = o.name != "muon_adamw" or o.polar.dtype == "bfloat16"
     for key, value, fine, allowed in (
         ("optim.lr", o.lr, not isinstance(o.lr, str), "a number"),
         ("optim.name", o.name, o.name in exported, ", ".join(exported)),
-        ("optim.direction", direction, not direction, "those of optim/directions.py"),
+        (
+            "optim.direction",
+            direction,
+            not direction or bool(config.run.plugins),
+            "those of optim/directions.py and of run.plugins",
+        ),
         ("schedule.shape", shape, of_optim, "those of optim/schedules.py"),
         ("optim.polar.dtype", o.polar.dtype, muon, "'bfloat16', in which torch's Muon iterates"),
         ("run.device", config.run.device, config.run.device in ("cpu", "cuda"), "cpu, cuda"),
@@ -129,6 +132,14 @@ def check(config: Config) -> None:
     ):
         if not fine:
             raise refusal(key, value, allowed)
+
+
+def own_directions(config: Config) -> list[str]:
+    """Return the directions of a run, by name, that optim/directions.py does not define."""
+    ours = (ROOT / "optim/directions.py").read_text(encoding="utf-8")
+    settings = (vars(config.optim), *config.optim.roles.given().values())
+    used = {s.get("direction", config.optim.direction) for s in settings}
+    return sorted(d for d in used if f'\n    "{d}": ' not in ours)
 
 
 def refusal(key: str, value: object, allowed: str) -> ExportError:
