@@ -19,6 +19,7 @@ from .errors import require
 from .metrize import canonical
 from .modular import ModularNorm
 from .normalized import Normalized
+from .plugins import require_free
 from .polar import Polar, plain
 from .settings import (
     Help,
@@ -90,8 +91,8 @@ def register_baseline(name: str, *, normed: bool = False) -> Callable[[Build], B
 
     The function takes (model, norm), then keywords: settings of StepSettings, polar, and its own,
     each of these with a default and a Help text. It returns a torch optimizer of named parameters
-    whose defaults have "lr"; a group's "lr_scale", if any, multiplies the loop's lr. Write it in
-    this file: studies train in processes of their own, which import no other.
+    whose defaults have "lr"; a group's "lr_scale", if any, multiplies the loop's lr. It
+    may stand in a plugin (optim/plugins.py).
     """
 
     def register(build: Build) -> Build:
@@ -102,6 +103,8 @@ def register_baseline(name: str, *, normed: bool = False) -> Callable[[Build], B
             allowed="a name that is not the dualized optimizer's own",
             fix="another name",
         )
+        present = BASELINES[name].build if name in BASELINES else None
+        require_free("register_baseline", name, build, present)
         recipe = Recipe(name, build, normed)
         for key, (hint, default) in recipe.own.items():
             texts = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Help)]

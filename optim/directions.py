@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .plugins import require_free
+
 Buffers = dict[str, Tensor]
 
 
@@ -241,6 +243,8 @@ def register_direction(name: str) -> Callable[[type[Direction]], type[Direction]
     """
 
     def register(cls: type[Direction]) -> type[Direction]:
+        present = DIRECTIONS.get(name)
+        require_free("register_direction", name, cls, present and type(present))
         DIRECTIONS[name] = cls()
         return cls
 

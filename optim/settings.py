@@ -10,7 +10,7 @@ import inspect
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from functools import cache
 from itertools import pairwise
 from numbers import Integral, Real
@@ -115,6 +115,26 @@ class StepSettings:
     """Keep 16-bit weights in float32 besides, and step there."""
 
 
+def settings_class(
+    name: str,
+    doc: str | None,
+    declared: Mapping[str, tuple[Any, Any, str]],
+    *,
+    module: str,
+    bases: tuple[type, ...] = (),
+) -> type:
+    """Return a class of settings, made of {setting: (type, default, help text)}.
+
+    module: where it is made. bases: classes whose settings it has besides.
+    """
+    rows = [
+        (key, Annotated[hint, Help(text)], field(default=default))
+        for key, (hint, default, text) in declared.items()
+    ]
+    namespace = {"__doc__": doc, "__module__": module}
+    return make_dataclass(name, rows, kw_only=True, bases=bases, namespace=namespace)
+
+
 def hints_of(cls: type) -> dict[str, Any]:
     """Return {setting: its type with range and marks}."""
     return get_type_hints(cls, include_extras=True)
@@ -157,6 +177,8 @@ def fits(hint: Any, value: Any) -> bool:
         return (
             isinstance(value, numbers[hint]) and type(value) is not bool and abs(value) < math.inf
         )
+    if origin is list:
+        return isinstance(value, list) and all(fits(args[0], item) for item in value)
     return hint is Any or isinstance(value, hint)
 
 
@@ -179,6 +201,8 @@ def allowed(hint: Any) -> str:
         return f"{text}; or left out" if "," in text or " or " in text else f"{text} or left out"
     if origin is Literal:
         return ", ".join(f'"{a}"' for a in args)
+    if origin is list:
+        return f"a list of {allowed(args[0])}"
     words = {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}
     return words.get(hint, "left out" if hint is NoneType else str(hint))
 
