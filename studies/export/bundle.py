@@ -35,7 +35,8 @@ def bundle(
     packages: Sequence[str],
     whole: Sequence[str] = (),
     unregistered: str = "(?!)",
-    plugins: Mapping[str, str] | None = None,
+    modules: Mapping[str, str] | None = None,
+    plugins: Sequence[str] = (),
     named: Mapping[str, str] | None = None,
 ) -> str:
     """Return the last file with all that it needs of the files, {file: a title for its part}.
@@ -43,13 +44,14 @@ def bundle(
     A file may need earlier ones alone when it is imported. known: by file, see Specialise; a file
     that is not among them comes as it stands. filled: statements that stand for those of these
     names in the last file. packages: whose names are among the files. whole: files that come whole,
-    if at all. unregistered: a pattern of decorators that are left out. plugins: {file: its module}
-    of the files that are a user's own. named: {name: its module} of what `filled` and `known` name.
+    if at all. unregistered: a pattern of decorators that are left out. modules: {file: its module}
+    where its path does not say it. plugins: the files that are a user's own. named: {name: its
+    module} of what `filled` and `known` name.
     Raises BundleError for a name that is in none of the files, or twice in what is left, and for
     what a plugin cannot hand on.
     """
     constants: dict[str, int | float] = {}
-    plugins = plugins or {}
+    modules = modules or {}
     sources, last = [], [*files][-1]
     for file in files:
         text = (root / file).read_text(encoding="utf-8")
@@ -60,8 +62,8 @@ def bundle(
             items = [without_imports(text)]
         else:
             pattern = REGISTRATION if file in plugins else unregistered
-            items = as_it_stands(text, unregistered=pattern)
-        module = plugins.get(file, module_of(file))
+            items = as_it_stands(text, unregistered=pattern, whole=file in plugins)
+        module = modules.get(file, module_of(file))
         sources.append(Source(file, module, items, text, plugin=file in plugins))
     reach = Reach(sources, packages, named or {})
     parts = {s: [i for i in s.items if i in reach.items and i.nodes] for s in sources}

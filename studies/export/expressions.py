@@ -102,7 +102,7 @@ def arguments(value: Any) -> dict[str, Any]:
         by_name = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters = inspect.signature(type(value)).parameters.values()
         defaults = {p.name: p.default for p in parameters if p.kind in by_name}
-        defaults = {k: d for k, d in defaults.items() if hasattr(value, k)}
+        defaults = {k: d for k, d in defaults.items() if k in vars(value)}
     given = {k: getattr(value, k) for k in defaults}
     return {k: v for k, v in given.items() if not _equal(v, defaults[k])}
 

@@ -1,11 +1,10 @@
 """Code that is filled into a script: its weights, a baseline's optimizers, settings, data."""
 
-from dataclasses import fields
 from pathlib import Path
 
 from data.shards import read_manifest
 from model import GPT
-from models import MODELS
+from models import own_settings
 from optim import ModularNorm
 from optim.baselines import BASELINES
 from optim.directions import DIRECTIONS
@@ -14,6 +13,7 @@ from training.config import Config
 from .expressions import Expressions
 from .optimizers import base_optimizers
 from .run import STEP, own_directions
+from .values import is_own
 
 
 def filled_in(
@@ -46,18 +46,18 @@ def filled_in(
         splits = read_manifest(Path(config.data.dataset)).splits
         shards = {k: {s.file: s.sha256 for s in splits[k].shards} for k in ("train", "val")}
         code["SHARDS"] = f"SHARDS = {shards!r}"
-    return code
+    return code | (own_model(config, type(model), write) if is_own(type(model)) else {})
 
 
-def own_model(config: Config, write: Expressions) -> dict[str, str]:
+def own_model(config: Config, model: type[GPT], write: Expressions) -> dict[str, str]:
     """Return {name in script.py: the statement that defines it} for the model of a plugin.
 
     It is not specialised: it takes its settings, and its norms by role.
     """
-    _, kind = MODELS[config.model.name]
-    settings = kind(**{f.name: getattr(config.model, f.name) for f in fields(kind)})
+    write.name(model)
+    settings = own_settings(config.model)
     norms = config.optim.norms.build(config.optim.polar, config.model.n_head)
-    return {"MODEL": f"MODEL = {write.of(settings)}", "NORMS": f"NORMS = {write.of(norms)}"}
+    return {"MODEL": f"MODEL = {write.of(settings)}", "NORMS_BY_ROLE": f"NORMS_BY_ROLE = {write.of(norms)}"}
 
 
 # ---- weights

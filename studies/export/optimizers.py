@@ -50,7 +50,7 @@ def built_optimizers(config: Config, write: Expressions) -> str:
     """Return the function that builds a baseline's optimizer by the function that registered it."""
     recipe, o = BASELINES[config.optim.name], config.optim
     settings = {**o.step_settings(), **vars(config.baseline), "lr": o.lr, "polar": o.polar}
-    arguments = ["model", _norm(recipe.build, config)]
+    arguments = ["model", _norm(recipe.build, config, write)]
     arguments += [f"{k}={write.of(settings[k])}" for k in recipe.hints]
     return (
         "def base_optimizers(model: GPT) -> list[torch.optim.Optimizer]:\n"
@@ -62,7 +62,7 @@ def built_optimizers(config: Config, write: Expressions) -> str:
     )
 
 
-def _norm(build: Build, config: Config) -> str:
+def _norm(build: Build, config: Config, write: Expressions) -> str:
     """Return the code of a baseline's second argument: what it asks of the modular norm."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(build)))
     name = [*inspect.signature(build).parameters][1]
@@ -73,8 +73,9 @@ def _norm(build: Build, config: Config) -> str:
     if other:
         allowed = f"a function that asks {', '.join(OF_NORM)} of its norm, and not {other}"
         raise refusal("optim.name", config.optim.name, allowed)
-    given = {k: f"{{w.name: w.{OF_NORM[k]} for w in WEIGHTS}}" for k in OF_NORM if k in asked}
-    return f"SimpleNamespace({', '.join(f'{k}={v}' for k, v in given.items())})" if given else "None"
+    given = {k: f"{{w.name: w.{v} for w in WEIGHTS}}" for k, v in OF_NORM.items() if asked}
+    parts = ", ".join(f"{k}={v}" for k, v in given.items())
+    return f"{write.name(ModularNorm)}({parts})" if given else "None"
 
 
 def names_by_options(optimizer: torch.optim.Optimizer) -> dict[str, list[str]]:

@@ -52,7 +52,7 @@ def source(name: str) -> str:
         ) from error
 
 
-def check_named(named: Mapping[str, str], packages: Sequence[str]) -> None:
+def check_parts(named: Mapping[str, str], packages: Sequence[str]) -> None:
     """Raise ExportError for a part of a run, {its name: its module}, that no plugin has.
 
     packages: whose files a script has. Parts of installed libraries are imported.

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from itertools import accumulate
 from pathlib import Path
-from types import SimpleNamespace  # noqa: F401 - a baseline's, where it is filled in
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +58,7 @@ SETTINGS: Group = {}  # of a step, as optim/settings.py explains them
 ROLES: dict[str, Group] = {}  # what the weights of a role have of their own
 OWN_DIRECTIONS: dict[str, Direction] = {}  # of plugins
 MODEL: Any = config.model  # a plugin's: its settings, and its norms by role
-NORMS: dict[str, Norm] = {}
+NORMS_BY_ROLE: dict[str, Norm] = {}
 CODE = ""
 
 
@@ -380,7 +379,7 @@ def train(seed: int) -> None:
     else:
         batches = Batches(read_split("train"), seed)
     val_shards = read_split("val")
-    model = build(config.model, NORMS, generator=torch.Generator().manual_seed(seed)).to(device)
+    model = build(config.model, NORMS_BY_ROLE, generator=torch.Generator().manual_seed(seed)).to(device)
     forward = torch.compile(model, dynamic=False) if config.run.compile else model
     optimizer = Dualized(model) if config.optim.name == "dualized" else Baseline(model)
     steps, seconds, since = config.train.steps, 0.0, now()

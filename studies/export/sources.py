@@ -59,9 +59,10 @@ def defined(node: ast.stmt) -> list[str]:
 
 
 def does_nothing(node: ast.stmt) -> bool:
-    """Return whether a statement is a text, an import, or what a script does when it is run."""
+    """Return whether a statement is a text, an import, or a block that a type checker, or
+    `python FILE`, alone sees."""
     if isinstance(node, ast.If):
-        return ast.unparse(node.test) == "__name__ == '__main__'"
+        return ast.unparse(node.test) in ("__name__ == '__main__'", "TYPE_CHECKING")
     text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     return text or isinstance(node, ast.Import | ast.ImportFrom | ast.Pass)
 
@@ -74,20 +75,25 @@ def bound(node: ast.stmt) -> list[str]:
     return [s.get_name() for s in symbols if s.is_assigned() or s.is_imported()]
 
 
-def as_it_stands(text: str, *, unregistered: str = "(?!)") -> list[Item]:
+def as_it_stands(text: str, *, unregistered: str = "(?!)", whole: bool = True) -> list[Item]:
     """Return the top-level statements of a file, each with the comments that touch it.
 
-    unregistered: a pattern of decorators that are left out, and of calls that are no effect.
+    unregistered: a pattern of decorators that are left out, and of calls that are no effect. whole:
+    with the methods that import a neighbouring file when they are called, which no script can.
     """
     lines, items = text.splitlines(), []
     for node in ast.parse(text).body:
         decorators = getattr(node, "decorator_list", [])
         dropped = [d for d in decorators if re.match(unregistered, ast.unparse(d))]
         first = min(n.lineno for n in (node, *decorators))
-        out = {n for d in dropped for n in range(d.lineno, (d.end_lineno or 0) + 1)}
+        methods = [] if whole else importing_methods(node)
+        out = {n for d in (*dropped, *methods) for n in range(d.lineno, (d.end_lineno or 0) + 1)}
+        out |= {m.lineno - 1 for m in methods}  # the empty line before it
         while first > 1 and lines[first - 2].startswith("#"):
             first -= 1
         decorators[:] = [d for d in decorators if d not in dropped]
+        if methods:
+            node.body = [n for n in node.body if n not in methods]  # type: ignore[attr-defined]
         numbers = range(first, (node.end_lineno or 0) + 1)
         kept = "\n".join(lines[n - 1] for n in numbers if n not in out)
         registers = isinstance(node, ast.Expr) and re.match(unregistered, ast.unparse(node))
@@ -95,6 +101,13 @@ def as_it_stands(text: str, *, unregistered: str = "(?!)") -> list[Item]:
         others = [] if nothing else bound(node)
         items.append(Item(names or others, [node], kept, effect=not (nothing or names)))
     return items
+
+
+def importing_methods(node: ast.stmt) -> list[ast.stmt]:
+    """Return the methods of a class in which a relative import stands."""
+    members = node.body if isinstance(node, ast.ClassDef) else []
+    inner = {m: [n for n in ast.walk(m) if isinstance(n, ast.ImportFrom)] for m in members}
+    return [m for m, imports in inner.items() if any(n.level for n in imports)]
 
 
 def without_imports(text: str) -> Item:
@@ -133,8 +146,9 @@ def imports_of(text: str, package: str) -> dict[str, tuple[str, str]]:
 
     package: to which relative imports are relative. What is "nanodual" elsewhere is "optim" here.
     """
-    imports = {}
-    for node in ast.parse(text).body:
+    body, imports = ast.parse(text).body, {}
+    typing = [n for n in body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    for node in [*body, *(n for block in typing for n in block.body)]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             origin = absolute(node, package) if isinstance(node, ast.ImportFrom) else ""
             parts = {a.asname or a.name.split(".")[0]: ast.unparse(a) for a in node.names}

@@ -90,7 +90,7 @@ def values_of_script(
     if config.run.plugins:  # any part of them may draw random numbers
         values["config.model.dropout"] = True
     if not is_own(model):  # it is specialised to its settings, and its weights have their norms
-        values |= dict.fromkeys(("config.model", "NORMS"), ERASED)
+        values |= dict.fromkeys(("config.model", "NORMS_BY_ROLE"), ERASED)
     if not own_directions(config):
         values |= dict.fromkeys(("OWN_DIRECTIONS", "DIRECTIONS.update(OWN_DIRECTIONS)"), ERASED)
     return values
