@@ -217,7 +217,8 @@ def tokenizer_class(name: str) -> type[Tokenizer]:
 
 def get_tokenizer(name: str, characters: str | None = None) -> Tokenizer:
     """Return a tokenizer by name. characters: its vocabulary, if that was taken from a text."""
-    return tokenizer_class(name)(characters)
+    cls = tokenizer_class(name)
+    return cls() if characters is None else cls(characters)
 
 
 def tokenizer_of(manifest: Manifest) -> Tokenizer:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .plugins import require_free
+from .plugins import require_free, require_part
 
 Buffers = dict[str, Tensor]
 
@@ -245,7 +245,7 @@ def register_direction(name: str) -> Callable[[type[Direction]], type[Direction]
     def register(cls: type[Direction]) -> type[Direction]:
         present = DIRECTIONS.get(name)
         require_free("register_direction", name, cls, present and type(present))
-        DIRECTIONS[name] = cls()
+        DIRECTIONS[name] = require_part("register_direction", cls, Direction)
         return cls
 
     return register

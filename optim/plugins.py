@@ -9,6 +9,7 @@ import importlib
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import is_dataclass, replace
 from keyword import iskeyword
 from pathlib import Path
 from typing import Any
@@ -92,9 +93,11 @@ def _refusal(name: str, failure: BaseException, option: str, error: type[Refusal
     missing = failure.name or "" if isinstance(failure, ModuleNotFoundError) else ""
     if missing and f"{name}.".startswith(f"{missing}."):
         file = Path.cwd().joinpath(*name.split(".")).with_suffix(".py")
+        top = sys.modules.get(name.split(".")[0])
+        known = f", as {top.__name__} is {top.__file__}" if top else ""
         return error(
             option,
-            got=f"{name!r}, and there is no such module",
+            got=f"{name!r}, and there is no such module{known}",
             allowed=f"a module that can be imported: {file}, or one that is installed",
             fix="run in the folder of the module, or set PYTHONPATH to it",
         )
@@ -134,3 +137,23 @@ def require_free(function: str, name: str, definition: Any, present: Any) -> Non
         allowed="a name that is free",
         fix="another name",
     )
+
+
+def require_part(function: str, cls: type, base: type) -> Any:
+    """Return an object of a class that is made without arguments.
+
+    Raise Refusal unless it is a `base`, can be hashed and, if it is a dataclass, copied with other
+    values; a TypeError that names the arguments that it lacks.
+    """
+    part, what = cls(), f"{function}: {cls.__name__}"
+    got, fix = f"a class without {base.__name__}", f"class {cls.__name__}({base.__name__})"
+    require(isinstance(part, base), what, got=got, allowed=f"a {base.__name__}", fix=fix)
+    allowed, fix = "a plain class, or a frozen dataclass", "@dataclass(frozen=True) above it"
+    hashed = type(part).__hash__ is not None
+    require(hashed, what, got="a class that cannot be hashed", allowed=allowed, fix=fix)
+    try:
+        replace(part) if is_dataclass(part) else None
+    except TypeError as error:
+        got = "an __init__ that does not take the fields of its base"
+        raise Refusal(what, got=got, allowed=allowed, fix=fix) from error
+    return part

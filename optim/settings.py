@@ -202,7 +202,7 @@ def allowed(hint: Any) -> str:
     if origin is Literal:
         return ", ".join(f'"{a}"' for a in args)
     if origin is list:
-        return f"a list of {allowed(args[0])}"
+        return f"a list of {allowed(args[0])}" + ', as ["a", "b"]' * (args[0] is str)
     words = {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}
     return words.get(hint, "left out" if hint is NoneType else str(hint))
 
@@ -214,10 +214,22 @@ def wrong(cls: type, values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]
             yield key, values[key], allowed(hint)
 
 
+def choices(hint: Any) -> list[str]:
+    """Return the names of the registry that a hint names, none where it names no registry."""
+    marks = [m for part in (hint, *get_args(hint)) for m in getattr(part, "__metadata__", ())]
+    return [name for m in marks if isinstance(m, OneOf) for name in m.registry]
+
+
+def nearest_choice(hint: Any, value: Any, *, otherwise: str) -> str:
+    """Return how to fix a value that a hint refuses: the nearest name of its registry, if any."""
+    return nearest(value, choices(hint), otherwise=otherwise) if type(value) is str else otherwise
+
+
 def check(cls: type, values: Mapping[str, Any], *, owner: str) -> None:
     """Raise Refusal for the first value that cannot be. owner: whose argument it is, "Dualized"."""
     for key, value, words in wrong(cls, values):
-        raise Refusal(f"{owner}: {key}", got=repr(value), allowed=words, fix=f"{owner}(…, {key}=…)")
+        fix = nearest_choice(hints_of(cls)[key], value, otherwise=f"{owner}(…, {key}=…)")
+        raise Refusal(f"{owner}: {key}", got=repr(value), allowed=words, fix=fix)
 
 
 def known(owner: str, given: Iterable[str], names: Iterable[str]) -> None:

@@ -125,7 +125,7 @@ def test_the_text_of_a_polar_schedule_has_all_names():
         (Annotated[str, OneOf({"a": 1})] | None, '"a" or left out'),  # type: ignore[operator]
         (Literal["a", "b"] | None, '"a", "b"; or left out'),
         (bool, "true or false"),
-        (list[str], "a list of text"),
+        (list[str], 'a list of text, as ["a", "b"]'),
         (bool | None, "true or false; or left out"),
         (bool | Literal["auto"], 'true, false or "auto"'),
         (Annotated[int, Range(1)] | None, "an integer >= 1 or left out"),  # type: ignore[operator]

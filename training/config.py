@@ -26,7 +26,7 @@ from optim.schedules import Schedule
 from optim.settings import Range
 
 from . import sections
-from .errors import ConfigError
+from .errors import ConfigError, RankError
 from .help import described
 from .migrate import migrate
 from .optimizers import (
@@ -37,7 +37,7 @@ from .optimizers import (
     require_default,
 )
 from .runtime import RunConfig
-from .sections import check_ranges, flat, flat_hints, put, set_it
+from .sections import check_ranges, flat_hints, put, set_it
 
 __all__ = ["Config", "ConfigError", "OptimConfig", "TrainConfig", "flat", "flat_hints", "from_dict"]
 __all__ += ["load", "of_file", "put", "read_options", "to_toml"]
@@ -198,6 +198,11 @@ def _config_class(model: type[ModelConfig], baseline: type) -> type[Config]:
     return make_dataclass("Config", rows, bases=(Config,), namespace=namespace)
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """Return {"section.key": value}, with the defaults of what was registered after it was read."""
+    return sections.flat(config_class()()) | sections.flat(config)
+
+
 def to_toml(config: Config) -> str:
     """Return a configuration as TOML.
 
@@ -230,7 +235,9 @@ def load_plugins(raw: Mapping[str, Any]) -> None:
     section = raw.get("run")
     names = section.get("plugins") if isinstance(section, dict) else None
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
-        plugins.load(names, error=ConfigError)
+        # Only rank 0 prints a ConfigError, and another machine may lack the file: it says so too.
+        first_of_another = os.environ.get("RANK", "0") != "0" == os.environ.get("LOCAL_RANK")
+        plugins.load(names, error=RankError if first_of_another else ConfigError)
 
 
 def of_file(path: Path) -> Config:

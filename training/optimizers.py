@@ -11,7 +11,7 @@ from optim.baselines import BASELINES, Recipe
 from optim.errors import require
 from optim.polar import Polar
 from optim.roles import RoleMasses, RoleNorms
-from optim.settings import OneOf, StepSettings, by_role, help_texts, hints_of, settings_class
+from optim.settings import Help, OneOf, StepSettings, by_role, help_texts, hints_of, settings_class
 
 from .errors import ConfigError
 from .sections import flat, set_it
@@ -54,7 +54,7 @@ def own_settings(recipes: Iterable[Recipe]) -> dict[str, tuple[Any, Any, str]]:
     """Return {setting: (type, default, help text)} of the settings that baselines alone have."""
     declared = {key: row for recipe in recipes for key, row in recipe.own.items()}
     return {
-        key: (hint, default, hint.__metadata__[-1].text)
+        key: (hint, default, next(m.text for m in hint.__metadata__ if isinstance(m, Help)))
         for key, (hint, default) in declared.items()
     }
 

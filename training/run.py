@@ -63,6 +63,7 @@ class Run:
         self.config, self.runtime, self.folder, self.data = config, runtime, start.folder, data
         self.model, self.optimizer, self.progress = model, optimizer, progress
         self.first, self.steps = start.step, config.train.steps
+        self.plugins = start.plugins
         self.tokens_per_step = config.train.batch_size * config.model.block_size
         self.source = git_state()  # at the start: files may change while it trains
         self.texts = texts_of_run(config, norm, optimizer)
@@ -233,6 +234,8 @@ class Run:
                 "shards": self.data.shards,
                 "tokenizer": {"name": tokenizer.name, "characters": tokenizer.characters},
             }
+            if self.plugins:
+                state["plugins"] = self.plugins
             self._wait_for_checkpoint()
             self.saver.save(done, self.model, self.optimizer, state, self.texts)
 
@@ -318,6 +321,7 @@ class Run:
             self.model,
             self.progress,
             source=self.source,
+            plugins=self.plugins,
             wall_seconds=time.perf_counter() - self.wall_start,
             optimizer_state_bytes=held,
         )

@@ -14,11 +14,14 @@ from typing import Any, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from optim.errors import Refusal, nearest
-from optim.settings import allowed, hints_of, wrong
+from optim.settings import allowed, choices, hints_of, nearest_choice, wrong
 
 from .errors import ConfigError
 from .migrate import DROPPED, RENAMED
 from .synonyms import SYNONYMS, key_meant
+
+OPEN_SECTIONS = ("model.", "baseline.")  # to which plugins add settings
+OF_PLUGIN = ", or name the plugin that has it in run.plugins"
 
 
 def set_it(key: str) -> str:
@@ -30,7 +33,11 @@ def check_ranges(config: Any, prefix: str = "") -> None:
     """Raise ConfigError for the first value, in any section, that its declaration refuses."""
     for name, value, words in wrong(type(config), vars(config)):
         key = f"{prefix}{name}"
-        raise ConfigError(key, got=repr(value), allowed=words, fix=set_it(key))
+        hint = hints_of(type(config))[name]
+        fix = nearest_choice(
+            hint, value, otherwise=f"{set_it(key)}{OF_PLUGIN * bool(choices(hint))}"
+        )
+        raise ConfigError(key, got=repr(value), allowed=words, fix=fix)
     for f in fields(config):
         if is_dataclass(value := getattr(config, f.name)):
             check_ranges(value, f"{prefix}{f.name}.")
@@ -43,7 +50,8 @@ def from_dict(cls: type, raw: dict[str, Any], path: str = "") -> Any:
     for key, value in raw.items():
         dotted = f"{path}{key}"
         if key not in hints:
-            fix = nearest(key, hints, otherwise="leave it out", prefix=path)
+            otherwise = f"leave it out{OF_PLUGIN * (path in OPEN_SECTIONS)}"
+            fix = nearest(key, hints, otherwise=otherwise, prefix=path)
             if key in SYNONYMS and path.count(".") < 2:
                 fix = f"it is {SYNONYMS[key]}"
             raise ConfigError(f"unknown key {dotted}", got=key, allowed=", ".join(hints), fix=fix)
