@@ -88,7 +88,7 @@ def script(run: Run, *, track: bool = False) -> str:
         named=write.named,
     )
     order = "the optimization track's order" if track else "the run's order"
-    own = f"Parts of {', '.join(config.run.plugins)}, as its file is now.\n" if plugins else ""
+    own = f"With parts of {', '.join(config.run.plugins)}.\n" if plugins else ""
     return (
         f'"""{run.name}: {run.origin}\n\n{own}Data: {data}/, in {order}.\n'
         f'Alone, or under torchrun with a number of processes that divides {slots}.\n"""\n\n{code}'

@@ -57,7 +57,10 @@ def own_model(config: Config, model: type[GPT], write: Expressions) -> dict[str,
     write.name(model)
     settings = own_settings(config.model)
     norms = config.optim.norms.build(config.optim.polar, config.model.n_head)
-    return {"MODEL": f"MODEL = {write.of(settings)}", "NORMS_BY_ROLE": f"NORMS_BY_ROLE = {write.of(norms)}"}
+    return {
+        "MODEL": f"MODEL = {write.of(settings)}",
+        "NORMS_BY_ROLE": f"NORMS_BY_ROLE = {write.of(norms)}",
+    }
 
 
 # ---- weights

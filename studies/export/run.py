@@ -8,11 +8,13 @@ from typing import Any
 
 from optim.baselines import BASELINES
 from optim.errors import require
+from optim.plugins import digests
 from optim.schedules import SCHEDULES
 from optim.settings import StepSettings
 from training import config as configuration
 from training.config import Config
 from training.provenance import git_state
+from training.resume import TOLD
 
 from ..runs import ROOT, summary
 from .specialise import ExportError
@@ -28,6 +30,7 @@ CARRIED = re.compile(
     r"|train\.(steps|batch_size|gradient_accumulation_steps|eval_every|eval_tokens"
     r"|eval_batch_size|log_every)"
 )
+ONLY_ROUNDING = ("run.threads", "train.gradient_accumulation_steps", "run.plugins")
 NEUTRAL = re.compile(
     r"run\.(name|dir|resume|parallel|shard_size|timeout)|data\.verify"
     rf"|optim\.({'|'.join(OF_STORAGE)}|auto\..*)"
@@ -75,8 +78,27 @@ def read(source: Path) -> Run:
     if end is None:
         allowed, fix = "a run that came to its end", "train_gpt.py … --run.resume"
         raise ExportError(source, got="no summary.json", allowed=allowed, fix=fix)
+    check_resumed(source, config)
     origin = f"Exported from the run {source.name} of {commit_text(end['commit'], end['dirty'])}."
+    now, before = digests(config.run.plugins), end.get("plugins", {})
+    changed = [name for name in now if now[name] != before.get(name)]
+    if changed:
+        origin += f"\nFiles of plugins that have changed since: {', '.join(changed)}."
     return Run(source.name, config, end["world_size"], origin, source)
+
+
+def check_resumed(folder: Path, config: Config) -> None:
+    """Raise ExportError for a run that was resumed with settings that change what it computes."""
+    first = configuration.flat(config)
+    for file in sorted(folder.glob("resumed_*_config.toml")):
+        for key, value in configuration.flat(configuration.of_file(file)).items():
+            if value != first.get(key) and key.startswith(TOLD) and key not in ONLY_ROUNDING:
+                raise ExportError(
+                    f"{key} of an exported run",
+                    got=f"{first.get(key)!r}, and {value!r} when it was resumed",
+                    allowed="a run with one value from its first to its last step",
+                    fix=f"export {folder / 'config.toml'} or {file}, as a configuration",
+                )
 
 
 def commit_text(commit: str | None, dirty: bool | None) -> str:

@@ -379,7 +379,9 @@ def train(seed: int) -> None:
     else:
         batches = Batches(read_split("train"), seed)
     val_shards = read_split("val")
-    model = build(config.model, NORMS_BY_ROLE, generator=torch.Generator().manual_seed(seed)).to(device)
+    model = build(config.model, NORMS_BY_ROLE, generator=torch.Generator().manual_seed(seed)).to(
+        device
+    )
     forward = torch.compile(model, dynamic=False) if config.run.compile else model
     optimizer = Dualized(model) if config.optim.name == "dualized" else Baseline(model)
     steps, seconds, since = config.train.steps, 0.0, now()
