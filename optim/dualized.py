@@ -108,7 +108,7 @@ class Dualized(torch.optim.Optimizer):
             error=PlacementError,
         )
         if isinstance(model, nn.Module):
-            norm = norm or metrize(model)
+            norm = norm or metrize(model, tell=True)
         norm, groups = grouped(model, norm, roles or {})
         # Copied: groups added later bring norms and radii of their own.
         own = ("norms", "radii", "roles", "masses", "shapes")

@@ -76,3 +76,7 @@ class CopyError(Refusal, TypeError):
 
 class NonFiniteError(ValueError):
     """A NaN or an infinity, with the name of its tensor."""
+
+
+class GuessWarning(UserWarning):
+    """A guess at a weight's place, in a model that declares no structure."""

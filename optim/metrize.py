@@ -5,6 +5,7 @@ receipt of the result is ModularNorm.receipt().
 """
 
 import difflib
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -14,13 +15,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .errors import CoverageError, require
+from .errors import CoverageError, GuessWarning, require
+from .heads import declared_head, guessed_heads
 from .modular import Atom, ModularNorm, Module, atom, bond, concat
-from .module_types import MASSES, Place, norm_of_role, place_by_type
+from .module_types import MASSES, experts_around, map_of, norm_of_role, place_by_type
 from .norms import NORMS, MaxEntry, Norm
-
-# The parts of a name that torch.compile, DDP, checkpointing and FSDP add.
-WRAPPERS = ("_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+from .sites import Map, Place, Readers, Site, canonical, sites_of
+from .unplaced import summary, unplaced
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,6 @@ def _rule(fields: Mapping[str, Any]) -> Rule:
         raise CoverageError("rule", got=dict(fields), allowed=allowed, fix=fix) from error
 
 
-def canonical(name: str) -> str:
-    """Return a parameter's name without the prefixes that torch's wrappers add."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-
 def check_distinct(names: Iterable[str]) -> None:
     """Raise CoverageError for a name that stands twice."""
     for name, count in Counter(names).items():
@@ -92,6 +88,8 @@ def metrize(
     model: nn.Module,
     structure: Module | None = None,
     rules: Iterable[Rule | Mapping[str, Any]] = (),
+    *,
+    tell: bool = False,
 ) -> ModularNorm:
     """Return the modular norm of a model, by canonical parameter names.
 
@@ -99,10 +97,11 @@ def metrize(
     the types of its modules, its weights side by side with the shares of MASSES: nothing is assumed
     of its forward pass. rules: Rule, or a mapping of its fields; the first that matches a name wins
     over structure and types.
-    Every trainable parameter is placed exactly once. Raises CoverageError, and names it, for one
-    that is not, that is tied to another without a rule that gives the two one norm, of a shape that
-    its norm does not fit, complex, or with sparse gradients; for a rule without a parameter; for an
-    atom without one.
+    tell: warn once of what was guessed, which is in the notes of the result and in its receipt.
+    Every trainable parameter is placed exactly once. Raises CoverageError for those that are not,
+    all of them named, each with a rule that places it; for one that is tied to another without a
+    rule that gives the two one norm, of a shape that its norm does not fit, complex, or with sparse
+    gradients; for a rule without a parameter; for an atom without one.
     """
     rules = [r if isinstance(r, Rule) else _rule(r) for r in rules]
     every: list[tuple[str, Tensor]] = [
@@ -116,16 +115,20 @@ def metrize(
     chosen: dict[str, Rule] = {}  # by every name of a tensor: the first rule that matches one
     for rule in reversed(rules):
         chosen |= {n: rule for group in names.values() if rule.matches(*group) for n in group}
-    _check_tensors(model, every, chosen)
-    firsts = {group[0] for group in names.values()}
-    trainable = {name: p for name, p in every if name in firsts and p.requires_grad}
-
     plain, notes = _unwrapped(model), []
     declare: Callable[[], Module] | None = getattr(plain, "structure", None)
     if structure is None and declare is not None and not isinstance(declare, nn.Module):
         structure = declare()
+    _check_tensors(model, every, chosen, declared=structure is not None)
+    firsts = {group[0] for group in names.values()}
+    trainable = {name: p for name, p in every if name in firsts and p.requires_grad}
+
     if structure is None:
-        structure, notes = _by_type(plain, trainable, chosen, _heads(plain, every, chosen))
+        structure, notes = _by_type(plain, trainable, chosen)
+        if tell and notes:
+            lines = "\n  ".join(notes)
+            text = f"metrize guessed, as metrize(model, rules=…) can correct:\n  {lines}"
+            warnings.warn(text, GuessWarning, stacklevel=3)
     elif rules:
         structure = structure.unrolled().mapped(lambda leaf: _ruled(leaf, chosen))
     norm = ModularNorm.of(structure)
@@ -163,44 +166,83 @@ def _ruled(leaf: Atom, chosen: dict[str, Rule]) -> Module:
 
 
 def _by_type(
-    model: nn.Module, trainable: dict[str, Tensor], chosen: dict[str, Rule], heads: set[str]
+    model: nn.Module, trainable: dict[str, Tensor], chosen: dict[str, Rule]
 ) -> tuple[Module, list[str]]:
     """Return the tree of a model that declares none, its weights side by side, and its notes."""
-    owners = {
-        canonical(f"{path}.{own}" if path else own): (module, own, path.rpartition(".")[2])
-        for path, module in model.named_modules()
-        for own in module._parameters
-    }
+    sites = sites_of(model)
+    maps = {name: map_of(site) for name, site in sites.items()}
+    readers = Readers({sites[name].key: own for name, own in maps.items() if own is not None})
+    heads = _heads(model, sites, maps, readers, chosen)
+    on_logits = _biases_of_heads(sites, maps, heads)
+    weights = {site.key: name for name, site in sites.items() if maps[name] is not None}
     places: dict[str, Place] = {}
-    for name, p in trainable.items():
-        module, own, label = owners[name]
-        default = place_by_type(module, own, label, p)
-        places[name] = _placed(name, p, module, chosen.get(name, Rule(name)), default, heads)
-    notes = [f"{name}: {place.note}" for name, place in places.items() if place.note]
+    left: dict[str, Site] = {}
+    for name in sorted(trainable, key=lambda n: sites[n].own == "bias"):  # behind their weights
+        site, rule = sites[name], chosen.get(name, Rule(name))
+        weight = weights.get(site.path, "") if site.own == "bias" else name
+        if weight in left:
+            continue  # until its weight is placed
+        beside = places.get(weight) if weight != name else None
+        own = maps.get(weight)
+        default = place_by_type(site, own, readers, beside)
+        place = _placed(site, own, rule, default, heads.get(name), name in on_logits)
+        if place is None:
+            left[name] = site
+        else:
+            places[name] = place
+    if left:
+        raise unplaced(left, maps)
+    places = {name: places[name] for name in trainable}
+    notes = summary({name: place.note for name, place in places.items() if place.note})
     if not any(place.role == "head" for place in places.values()):
-        _check_no_head(model, trainable, places, chosen)
         notes.append(
             "no head: every linear map is a hidden one; "
             "Rule(pattern, role='head') names one that ends in logits"
         )
-    maps: dict[str, int] = defaultdict(int)  # that share the mass of a role
-    for place in places.values():
-        maps[place.role] += place.maps if place.mass is None else 0
+    return _side_by_side(places, sites), notes
+
+
+def _side_by_side(places: dict[str, Place], sites: dict[str, Site]) -> Module:
+    """Return the tree of weights side by side, each role's mass in equal parts on its maps.
+
+    Experts in a list of modules are one module together, as a stack of them is: their outputs are
+    combined convexly.
+    """
+    experts = {name: experts_around(sites[name]) for name in places}
+    maps: dict[str, float] = defaultdict(float)  # that share the mass of a role
+    for name, place in places.items():
+        maps[place.role] += place.maps / experts[name] if place.mass is None else 0
     atoms = []
     for name, place in places.items():
-        n, mass = place.maps, place.mass
+        n, E, mass = place.maps, experts[name], place.mass
         if mass is None:
-            mass = n * MASSES.get(place.role, MASSES["hidden"]) / maps[place.role]
+            mass = n / E * MASSES.get(place.role, MASSES["hidden"]) / maps[place.role]
         leaf = atom(name, place.norm, mass=mass, role=place.role)
-        atoms.append(leaf if n == 1 else bond(f"{n} maps", sensitivity=n, sharpness=0) @ leaf)
-    return bond("any network", typical=True) @ concat(*atoms), notes
+        label = (
+            f"{n} maps"
+            if E == 1
+            else f"{n} of {E} experts"
+            if n == 1
+            else f"{n} maps of {E} experts"
+        )
+        atoms.append(leaf if n == E == 1 else bond(label, sensitivity=n / E, sharpness=0) @ leaf)
+    return bond("any network", typical=True) @ concat(*atoms)
 
 
 def _placed(
-    name: str, p: Tensor, module: nn.Module, rule: Rule, default: Place | None, heads: set[str]
-) -> Place:
-    """Return the place of a weight: by its rule, its role, then its module's type."""
-    role = rule.role or ("head" if name in heads else default.role if default else None)
+    site: Site,
+    own: Map | None,
+    rule: Rule,
+    default: Place | None,
+    head: str | None,
+    on_logits: bool,
+) -> Place | None:
+    """Return the place of a weight: by its rule, its role, then its module's type.
+
+    head: why it is a head, which is a note. on_logits: it is added to logits. None where the weight
+    has no place.
+    """
+    role = rule.role or ("head" if head is not None else default.role if default else None)
     nearest = _nearest(role, MASSES) if role and role not in MASSES else ""
     require(
         not nearest,
@@ -211,74 +253,53 @@ def _placed(
         error=CoverageError,
     )
     norm = rule.norm
-    if norm is None and role in ("bias", "head") and _weight_beside(name) in heads:
-        norm = MaxEntry(p.ndim)  # it is added to logits, whose norm is the largest entry
+    if norm is None and on_logits and role in ("bias", "head"):
+        norm = MaxEntry(site.weight.ndim)  # the norm of logits is their largest entry
+    elif norm is None and default and role == default.role and rule.maps in (None, default.maps):
+        norm = default.norm
     elif norm is None:
-        norm = default.norm if default and role == default.role else norm_of_role(role, p, default)
+        norm = norm_of_role(role, site, own, default)
     if norm is None or isinstance(norm, str):
-        raise _unplaced(name, module, p)
+        return None
     as_default = default and (norm is default.norm or (rule.norm is not None and rule.role is None))
     maps = rule.maps or (default.maps if default and as_default else 1)
-    guessed = default and rule.mass is None and rule.norm is None and rule.role is None
-    role = role or ("hidden" if p.ndim >= 2 else "bias")
-    return Place(role, norm, maps, mass=rule.mass, note=default.note if default and guessed else "")
-
-
-def _unplaced(name: str, module: nn.Module, p: Tensor) -> CoverageError:
-    hints = {
-        2: "; several maps fused in one weight are "
-        "norm=Blocks(RMSToRMS(), (rows of each, …)), maps=…",
-        3: "; for experts norm=Experts(RMSToRMS()), stored (E, in, out) "
-        "Experts(Transposed(RMSToRMS())); for vectors (1, T, D) Experts(L1ToRMS())",
-    }
-    rule = f"metrize(model, rules=[Rule({name!r}, norm=…, role=…)])"
-    return CoverageError(
-        f"{name} {tuple(p.shape)} of a {type(module).__name__} has no place",
-        got="a weight whose role its module's type and its name do not tell",
-        allowed="one that a rule places",
-        fix=f"{rule}, or freeze it{hints.get(p.ndim, '')}",
+    guessed = rule.mass is None and rule.norm is None and rule.role is None
+    note = (head if head is not None else default.note if default else "") if guessed else ""
+    return Place(
+        role or ("hidden" if site.weight.ndim >= 2 else "bias"), norm, maps, rule.mass, note
     )
 
 
-# ---- heads
-
-
-def _heads(model: nn.Module, every: list[tuple[str, Tensor]], chosen: dict[str, Rule]) -> set[str]:
-    """Return the names of the weights whose role is "head": by rule, or as transformers declare."""
-    get: Callable[[], Any] | None = getattr(model, "get_output_embeddings", None)
-    declared = getattr(get() if get is not None else None, "weight", None)
-    roles = {name: rule.role for name, rule in chosen.items() if rule.role}
-    return {n for n, p in every if roles.get(n, "head" if p is declared else None) == "head"}
-
-
-def _weight_beside(name: str) -> str | None:
-    """Return the name of the weight that a bias belongs to, by its name."""
-    path, dot, own = name.rpartition(".")
-    return f"{path}{dot}weight" if own == "bias" else None
-
-
-def _check_no_head(
+def _heads(
     model: nn.Module,
-    trainable: dict[str, Tensor],
-    places: dict[str, Place],
+    sites: dict[str, Site],
+    maps: dict[str, Map | None],
+    readers: Readers,
     chosen: dict[str, Rule],
-) -> None:
-    """Raise CoverageError for a map to a vocabulary that nobody called the head, nor hidden."""
-    vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
-    for name, place in places.items():
-        shape = tuple(trainable[name].shape)
-        inside = any(part.isdigit() for part in name.split(".")[:-2])  # a layer's map is no head
-        square = len(set(shape)) == 1
-        candidate = place.role == "hidden" and place.maps == 1 and len(shape) == 2 and not square
-        require(
-            not candidate or inside or shape[0] not in vocabularies or name in chosen,
-            f"{name} {shape} looks like the head",
-            got="a map to as many outputs as an embedding has rows, and no head",
-            allowed="a head by rule",
-            fix=f"metrize(model, rules=[Rule({name!r}, role='head')]), or role='hidden' if it is "
-            "not",
-            error=CoverageError,
-        )
+) -> dict[str, str]:
+    """Return {name: why} of the heads: by rule, as transformers declare them, or guessed."""
+    declared = declared_head(model)
+    heads = guessed_heads(model, sites, maps, readers)
+    heads |= {name: "" for name, site in sites.items() if site.weight is declared}
+    roles = {name: rule.role or (rule.norm and "hidden") for name, rule in chosen.items()}
+    kept = {name: why for name, why in heads.items() if roles.get(name) in (None, "", "head")}
+    return kept | {name: "" for name, role in roles.items() if role == "head"}
+
+
+def _biases_of_heads(
+    sites: dict[str, Site], maps: dict[str, Map | None], heads: dict[str, str]
+) -> set[str]:
+    """Return the names of the biases of heads: beside one, or alone and of as many entries."""
+    paths = {sites[name].path for name in heads}
+    logits = {own.O for name in heads if (own := maps[name]) is not None}
+    alone = {
+        name
+        for name, site in sites.items()
+        if site.own == "bias"
+        and site.weight.numel() in logits
+        and not hasattr(site.module, "weight")
+    }
+    return alone | {n for n, site in sites.items() if site.own == "bias" and site.path in paths}
 
 
 # ---- what cannot be placed
@@ -302,7 +323,7 @@ def _check_rules(rules: list[Rule], names: list[str]) -> None:
 
 
 def _check_tensors(
-    model: nn.Module, every: list[tuple[str, Tensor]], chosen: dict[str, Rule]
+    model: nn.Module, every: list[tuple[str, Tensor]], chosen: dict[str, Rule], *, declared: bool
 ) -> None:
     """Raise CoverageError for weights that share memory, are complex or get sparse gradients."""
     tables = {
@@ -310,7 +331,13 @@ def _check_tensors(
         for path, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, nn.Embedding | nn.EmbeddingBag)
     }
-    _check_ties(every, chosen, {n for n, m in tables.items() if isinstance(m, nn.Embedding)})
+    owners = {
+        canonical(f"{path}.{own}".lstrip(".")): module
+        for path, module in model.named_modules(remove_duplicate=False)
+        for own in module._parameters
+    }
+    alone = (nn.Embedding,) if declared else (nn.Module,)  # what may share a weight by its type
+    _check_ties(every, chosen, {n: m for n, m in owners.items() if isinstance(m, alone)})
     for name, module in tables.items():
         require(
             not (module.sparse and module.weight.requires_grad),
@@ -332,17 +359,19 @@ def _check_tensors(
 
 
 def _check_ties(
-    every: list[tuple[str, Tensor]], chosen: dict[str, Rule], embeddings: set[str]
+    every: list[tuple[str, Tensor]], chosen: dict[str, Rule], owners: dict[str, nn.Module]
 ) -> None:
     """Raise CoverageError for weights that share memory.
 
-    Two names of one tensor may stand where both are embeddings, or a rule gives them one norm.
+    Two names of one tensor may stand where modules of one type have it under one name, where both
+    are biases, and where a rule gives them one norm. owners: the module of each name, if its type
+    may decide.
     """
     spans: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
-    owners: dict[int, str] = {}
+    first: dict[int, str] = {}
     tensors = dict(every)
     for name, p in every:
-        owner = owners.setdefault(id(p), name)
+        owner = first.setdefault(id(p), name)
         if owner == name and p.numel() and p.device.type != "meta" and p.data_ptr():
             reach = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
             begin, end = p.data_ptr(), p.data_ptr() + (1 + reach) * p.element_size()
@@ -351,7 +380,10 @@ def _check_ties(
             memory.append((begin, end, name))
         twin = tensors[owner]
         ruled = name in chosen and chosen[name].norm is not None
-        one_norm = ruled or {name, owner} <= embeddings
+        own, twins_own = name.rpartition(".")[2], owner.rpartition(".")[2]
+        kinds = owners.get(name), owners.get(owner)
+        alike = None not in kinds and (type(kinds[0]) is type(kinds[1]) or p.ndim == 1)
+        one_norm = ruled or (alike and own == twins_own)
         moves = p.requires_grad or twin.requires_grad
         norm = "VectorRMS" if p.ndim == 1 else "RMSToRMS"
         require(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import is_dataclass, replace
 from keyword import iskeyword
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .errors import Refusal, require
 
@@ -152,7 +152,8 @@ def require_part(function: str, cls: type, base: type) -> Any:
     hashed = type(part).__hash__ is not None
     require(hashed, what, got="a class that cannot be hashed", allowed=allowed, fix=fix)
     try:
-        replace(part) if is_dataclass(part) else None
+        if is_dataclass(part):
+            replace(cast(Any, part))
     except TypeError as error:
         got = "an __init__ that does not take the fields of its base"
         raise Refusal(what, got=got, allowed=allowed, fix=fix) from error

@@ -1,0 +1,65 @@
+"""Names by patterns, and the one error for all weights that have no place."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from .errors import CoverageError
+from .module_types import MASSES
+from .receipt import spelled
+from .sites import Map, Site
+
+
+def by_pattern(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return {pattern: names}: layers are one pattern, with * where they have their numbers."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append(name)
+    return groups
+
+
+def summary(notes: Mapping[str, str]) -> list[str]:
+    """Return one line for every note of a pattern of names: {name: note} → "pattern: note"."""
+    lines = dict.fromkeys(
+        f"{pattern if len(names) > 1 else names[0]}: {notes[name]}"
+        for pattern, names in by_pattern(notes).items()
+        for name in names
+    )
+    return list(lines)
+
+
+def unplaced(sites: Mapping[str, Site], maps: Mapping[str, Map | None]) -> CoverageError:
+    """Return the error that names all weights without a place, each group with a rule for it.
+
+    The rules work as they are printed; what else the weights might be stands beside them.
+    """
+    groups = by_pattern(sites)
+    weights, rules = [], []
+    for pattern, names in groups.items():
+        site, several = sites[names[0]], len(names) > 1
+        pattern = pattern if several else names[0]
+        weights.append(f"{pattern}, {spelled(site.shape)}, of a {site.kind}")
+        weights[-1] += f", {len(names)} of them" if several else ""
+        rules.append(f"Rule({pattern!r}, role='hidden'),  # {_alternatives(site, maps[names[0]])}")
+    return CoverageError(
+        f"no place for {len(sites)} weight{'s' * (len(sites) > 1)}",
+        got="\n    ".join(["weights that no type, shape or name tells", *weights]),
+        allowed=f"a rule for each; the roles are {', '.join(MASSES)}",
+        fix="\n    ".join(["metrize(model, rules=[", *rules]) + "\n  ]), or requires_grad=False",
+    )
+
+
+def _alternatives(site: Site, own: Map | None) -> str:
+    """Return what role='hidden' makes of a weight, and what it might be else."""
+    ndim, fused = site.weight.ndim, "Blocks(RMSToRMS(), (rows of each, …))"
+    if own is not None and own.stored == "matrix":
+        fused = f"Transposed({fused})" if own.transposed else fused
+        return f"one map; several: norm={fused}, maps=…, head by head with turns=heads"
+    if ndim == 3:
+        return (
+            f"{site.shape[0]} maps (out, in), of experts or groups; stored (in, out):"
+            " norm=Experts(Transposed(RMSToRMS())); rows of a table: role='embedding'"
+        )
+    return (
+        "maps (out, in); rows of a table: role='embedding'; numbers that multiply or add one by"
+        " one: role='gain', role='bias'"
+    )
