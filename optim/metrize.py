@@ -172,7 +172,7 @@ def _by_type(
     sites = sites_of(model)
     maps = {name: map_of(site) for name, site in sites.items()}
     readers = Readers({sites[name].key: own for name, own in maps.items() if own is not None})
-    heads = _heads(model, sites, maps, readers, chosen)
+    heads = _heads(model, sites, maps, chosen)
     on_logits = _biases_of_heads(sites, maps, heads)
     weights = {site.key: name for name, site in sites.items() if maps[name] is not None}
     places: dict[str, Place] = {}
@@ -274,12 +274,11 @@ def _heads(
     model: nn.Module,
     sites: dict[str, Site],
     maps: dict[str, Map | None],
-    readers: Readers,
     chosen: dict[str, Rule],
 ) -> dict[str, str]:
     """Return {name: why} of the heads: by rule, as transformers declare them, or guessed."""
     declared = declared_head(model)
-    heads = guessed_heads(model, sites, maps, readers)
+    heads = guessed_heads(model, sites, maps)
     heads |= {name: "" for name, site in sites.items() if site.weight is declared}
     roles = {name: rule.role or (rule.norm and "hidden") for name, rule in chosen.items()}
     kept = {name: why for name, why in heads.items() if roles.get(name) in (None, "", "head")}

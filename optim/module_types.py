@@ -178,7 +178,7 @@ def _divide_stack(site: Site, own: Map) -> tuple[Any, str] | None:
     fan_ins = {s[1] if own.transposed else s[2] for s in others if tuple(s) != site.shape}
     fan_ins |= {m.input_size for m in _beside(site) if hasattr(m, "input_size")}
     if own.O not in fan_ins and own.O % 2 == 0 and own.O // 2 in fan_ins:
-        return (2, 1), f"2 maps fused in every expert: {own.O // 2} of {own.O} outputs are read"
+        return (2, 1), f"2 maps fused in every expert: {own.O // 2} of its {own.O} outputs are read"
     return ONE, ""
 
 
