@@ -169,7 +169,7 @@ def server_key() -> object:
 
 
 def _run(script: str, argv: list[str], cwd: str, env: dict[str, str], suffix: str, key: object) -> None:
-    """In a child: the script, or the module, as __main__, its output in <cwd>/stdout<suffix> and <cwd>/stderr<suffix>."""
+    """In a child: the script or module as __main__, its output in <cwd>/stdout<suffix> and <cwd>/stderr<suffix>."""
     share_server(key)
     os.chdir(cwd)
     os.environ.update(env)

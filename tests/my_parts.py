@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 """A plugin: a norm, a direction, a baseline, a tokenizer and a model of one's own. Tests copy it beside their runs."""
 
 import math

@@ -51,8 +51,7 @@ def bundle(
     what a plugin cannot hand on.
     """
     constants: dict[str, int | float] = {}
-    modules = modules or {}
-    sources, last = [], [*files][-1]
+    titles, last = {}, [*files][-1]
     for file in files:
         text = (root / file).read_text(encoding="utf-8")
         if file in known:
@@ -63,18 +62,27 @@ def bundle(
         else:
             pattern = REGISTRATION if file in plugins else unregistered
             items = as_it_stands(text, unregistered=pattern, whole=file in plugins)
-        module = modules.get(file, module_of(file))
-        sources.append(Source(file, module, items, text, plugin=file in plugins))
-    reach = Reach(sources, packages, named or {})
-    parts = {s: [i for i in s.items if i in reach.items and i.nodes] for s in sources}
+        module = (modules or {}).get(file, module_of(file))
+        titles[Source(file, module, items, text, plugin=file in plugins)] = files[file]
+    reach = Reach([*titles], packages, named or {})
+    return written(titles, reach, constants, packages)
+
+
+def written(
+    titles: Mapping[Source, str],
+    reach: "Reach",
+    constants: Mapping[str, int | float],
+    packages: Sequence[str],
+) -> str:
+    """Return the text of what is reached of files, {file: the title of its part}, once checked."""
+    parts = {s: [i for i in s.items if i in reach.items and i.nodes] for s in titles}
     texts = {s: _text(items, reach) for s, items in parts.items() if items}
-    sections = [f"# ---- {files[s.file]}\n\n{text}" for s, text in texts.items()]
-    body = "\n\n\n".join(sections)
+    body = "\n\n\n".join(f"# ---- {titles[s]}\n\n{text}" for s, text in texts.items())
     used = {n.id for n in ast.walk(ast.parse(body)) if isinstance(n, ast.Name)}
     numbers = {k: v for k, v in constants.items() if k in used}
     imports = {name: origins for name, origins in reach.imports.items() if name in used}
     names = [*(n for items in parts.values() for i in items for n in i.names), *numbers]
-    check(texts, [*names, *(name for name, _ in targets(imports))], used, packages)
+    check(texts, [*names, *(name for name, _ in meanings(imports))], used, packages)
     top = _imports({origin for origins in imports.values() for origin in origins})
     future = ("__future__", "annotations")
     if any(s.imports.get("annotations") == future for s in texts):
@@ -102,19 +110,16 @@ def formatted(text: str) -> str:
 Origin = tuple[str, str]  # a module, and what of it is imported; "" and a module
 
 
-def targets(imports: Mapping[str, Iterable[Origin]]) -> set[tuple[str, str]]:
+def meanings(imports: Mapping[str, Iterable[Origin]]) -> set[tuple[str, str]]:
     """Return (name, what it stands for) of imports: two of a name are two meanings of it."""
-    return {(name, _target(*origin)) for name, origins in imports.items() for origin in origins}
-
-
-def _target(module: str, part: str) -> str:
-    what, renamed, _ = part.partition(" as ")
-    return f"{module}.{what}" if module else what if renamed else what.partition(".")[0]
+    return {_meaning(*origin) for origins in imports.values() for origin in origins}
 
 
 def _meaning(module: str, part: str) -> tuple[str, str]:
-    """Return the name that an import gives, and what it stands for."""
-    return part.rpartition(" as ")[2], _target(module, part)
+    what, renamed, name = part.partition(" as ")
+    if module:
+        return name or what, f"{module}.{what}"
+    return (name, what) if renamed else (what.partition(".")[0],) * 2
 
 
 def _imports(origins: set[Origin]) -> str:

@@ -1,4 +1,4 @@
-"""What would make a script fail or mean something else, found before it is written."""
+"""Code that would fail or mean something else in a script is refused before it is written."""
 
 import ast
 import builtins

@@ -1,4 +1,4 @@
-"""What stands in a script for optim/modular.py, which a script needs no more than this of."""
+"""The part of optim/modular.py that a script needs. It stands there for the whole file."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ from optim.norms import Norm
 
 @dataclass(frozen=True)
 class ModularNorm:
-    """What a baseline asks of the modular norm: the norm, radius and role of each weight."""
+    """The modular norm as far as a baseline may ask: each weight's norm, radius and role."""
 
     norms: dict[str, Norm] = field(default_factory=dict)
     radii: dict[str, float] = field(default_factory=dict)
