@@ -28,7 +28,7 @@ from .shards import (
     sha256_of,
     write_manifest,
 )
-from .tokenizer import FIXED, NAMES, Tokenizer, get_tokenizer, tokenizer_class
+from .tokenizer import TOKENIZERS, Tokenizer, get_tokenizer, tokenizer_class
 from .writer import Splits, is_prepared, report, write_dataset, write_stream
 
 CORPORA = Path("corpora")
@@ -66,23 +66,28 @@ class Recipe:
     tokenizer: str
     """The default of --tokenizer."""
 
-    tokenizers: tuple[str, ...]
-    """The names that --tokenizer takes."""
+    streams: bool
+    """The text is not read as a whole first: --tokenizer takes those of a fixed vocabulary."""
 
     options: tuple[Option, ...]
     """All other options."""
+
+    @property
+    def tokenizers(self) -> list[str]:
+        """Return the names that --tokenizer takes."""
+        return [name for name, cls in TOKENIZERS.items() if cls.fixed or not self.streams]
 
 
 RECIPES: dict[str, Recipe] = {}  # by command
 
 
 def recipe(
-    command: str, *options: Option, tokenizer: str, tokenizers: tuple[str, ...] = NAMES
+    command: str, *options: Option, tokenizer: str, streams: bool = False
 ) -> Callable[[Callable[[Namespace], None]], Callable[[Namespace], None]]:
     """Make a function the recipe of a command of data.prepare."""
 
     def register(prepare: Callable[[Namespace], None]) -> Callable[[Namespace], None]:
-        RECIPES[command] = Recipe(prepare, tokenizer, tokenizers, options)
+        RECIPES[command] = Recipe(prepare, tokenizer, streams, options)
         return prepare
 
     return register
@@ -306,7 +311,7 @@ def download_shakespeare() -> bytes:
         help="the first documents, up to so many tokens, validate",
     ),
     tokenizer="gpt2",
-    tokenizers=FIXED,
+    streams=True,
 )
 def prepare_hub(args: Namespace) -> None:
     """Prepare a dataset that the library `datasets` loads: it streams, and may exceed the memory.
@@ -391,7 +396,7 @@ def next_row(rows: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
 # ---- adopt: shards that another program made
 
 
-@recipe("adopt", option("folder", type=Path), tokenizer="gpt2", tokenizers=FIXED)
+@recipe("adopt", option("folder", type=Path), tokenizer="gpt2", streams=True)
 def adopt(args: Namespace) -> None:
     """Write a manifest for shards that llm.c or modded-nanogpt made, in their own folder.
 

@@ -6,9 +6,19 @@ alone. A dataset appears whole or not at all.
 
 import argparse
 import sys
+from typing import Any
+
+from optim.plugins import load
 
 from .corpora import RECIPES
 from .shards import DataError
+
+PLUGIN: dict[str, Any] = {
+    "action": "append",
+    "default": [],
+    "metavar": "MODULE",
+    "help": "a Python module of your own that registers tokenizers; may be repeated",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=escaped, description=about)
         command.set_defaults(prepare=recipe.prepare)
         command.add_argument("--tokenizer", choices=recipe.tokenizers, default=recipe.tokenizer)
+        command.add_argument("--plugin", **PLUGIN)
         for names, settings in recipe.options:
             command.add_argument(*names, **settings)
     return top
@@ -32,8 +43,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Prepare the corpus that a command line asks for; return the exit code."""
-    args = parser().parse_args(argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--plugin", **PLUGIN)  # which decides what --tokenizer takes
     try:
+        load(first.parse_known_args(argv)[0].plugin, option="--plugin", error=DataError)
+        args = parser().parse_args(argv)
         args.prepare(args)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)

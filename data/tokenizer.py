@@ -1,14 +1,18 @@
 """Tokenizers: bytes, characters, GPT-2.
 
-To add one, write a class and add it to TOKENIZERS. vocab_size is the tokenizer's own; padding it
-(50304) is the model's option.
+To add one, decorate its class with register_tokenizer, here or in a plugin (docs/extend.md).
+vocab_size is the tokenizer's own; padding it (50304) is the model's option.
 """
 
+import re
 from collections.abc import Iterable
 from functools import cached_property
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
+
+from optim.errors import require
+from optim.plugins import require_free
 
 from .shards import DataError, Manifest
 
@@ -69,6 +73,35 @@ class Tokenizer:
         raise NotImplementedError
 
 
+TOKENIZERS: dict[str, type[Tokenizer]] = {}
+LARGEST = 2**16  # shards hold 16 bits a token
+NAMED = "a name of letters, digits, '_' and '-'"
+T = TypeVar("T", bound=type[Tokenizer])
+
+
+def register_tokenizer(cls: T) -> T:
+    """Make a subclass of Tokenizer known by its `name`, so that datasets can name it.
+
+    Raises Refusal for a class without a name of its own or of too large a vocabulary.
+    """
+    name = getattr(cls, "name", None)
+    size = getattr(cls, "vocab_size", None)
+    for fine, got, allowed in (
+        (issubclass(cls, Tokenizer), cls.__name__, "a subclass of Tokenizer"),
+        (isinstance(name, str) and re.fullmatch(r"\w[\w-]*", name), f"name = {name!r}", NAMED),
+        (
+            not isinstance(size, int) or 2 <= size <= LARGEST,
+            f"vocab_size = {size!r}",
+            f"2 to {LARGEST:,} tokens, as shards hold 16 bits a token",
+        ),
+    ):
+        require(fine, f"register_tokenizer: {cls.__name__}", got=got, allowed=allowed)
+    require_free("register_tokenizer", cls.name, cls, TOKENIZERS.get(cls.name))
+    TOKENIZERS[cls.name] = cls
+    return cls
+
+
+@register_tokenizer
 class Bytes(Tokenizer):
     """UTF-8 bytes. Documents are separated by a NUL byte, which counts as a byte of text."""
 
@@ -84,6 +117,7 @@ class Bytes(Tokenizer):
         return np.ones(256, dtype=np.int64)
 
 
+@register_tokenizer
 class Characters(Tokenizer):
     """One token a character of the text, numbered in code point order.
 
@@ -128,6 +162,7 @@ class Characters(Tokenizer):
         return np.array([len(c.encode()) for c in self.characters or ""], dtype=np.int64)
 
 
+@register_tokenizer
 class GPT2(Tokenizer):
     """GPT-2's byte pairs, by tiktoken, which fetches its two vocabulary files once.
 
@@ -168,26 +203,22 @@ class GPT2(Tokenizer):
         )
 
 
-TOKENIZERS: dict[str, type[Tokenizer]] = {t.name: t for t in (Bytes, Characters, GPT2)}
-NAMES = tuple(TOKENIZERS)
-FIXED = tuple(name for name, tokenizer in TOKENIZERS.items() if tokenizer.fixed)
-
-
 def tokenizer_class(name: str) -> type[Tokenizer]:
     """Return the class of this name. Raises DataError for an unknown name."""
     if name not in TOKENIZERS:
         raise DataError(
             "tokenizer",
             got=repr(name),
-            allowed=", ".join(NAMES),
-            fix="--tokenizer NAME, one of those",
+            allowed=", ".join(TOKENIZERS),
+            fix="one of those, or the plugin that registers it in run.plugins (--plugin)",
         )
     return TOKENIZERS[name]
 
 
 def get_tokenizer(name: str, characters: str | None = None) -> Tokenizer:
     """Return a tokenizer by name. characters: its vocabulary, if that was taken from a text."""
-    return tokenizer_class(name)(characters)
+    cls = tokenizer_class(name)
+    return cls() if characters is None else cls(characters)
 
 
 def tokenizer_of(manifest: Manifest) -> Tokenizer:

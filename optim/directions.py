@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .plugins import require_free, require_part
+
 Buffers = dict[str, Tensor]
 
 
@@ -241,7 +243,9 @@ def register_direction(name: str) -> Callable[[type[Direction]], type[Direction]
     """
 
     def register(cls: type[Direction]) -> type[Direction]:
-        DIRECTIONS[name] = cls()
+        present = DIRECTIONS.get(name)
+        require_free("register_direction", name, cls, present and type(present))
+        DIRECTIONS[name] = require_part("register_direction", cls, Direction)
         return cls
 
     return register

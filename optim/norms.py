@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import Refusal
+from .plugins import require_free, require_part
 from .polar import SCHEDULES, Polar, plain
 
 
@@ -123,7 +124,8 @@ def register_norm(cls: N) -> N:
 
     It must be constructible without arguments.
     """
-    cls()  # raises a TypeError that names what it lacks
+    require_free("register_norm", cls.__name__, cls, NORMS.get(cls.__name__))
+    require_part("register_norm", cls, Norm)
     NORMS[cls.__name__] = cls
     return cls
 

@@ -10,8 +10,9 @@ import inspect
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from functools import cache
+from copy import copy
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from functools import cache, partial
 from itertools import pairwise
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -116,6 +117,28 @@ class StepSettings:
     """Keep 16-bit weights in float32 besides, and step there."""
 
 
+def settings_class(
+    name: str,
+    doc: str | None,
+    declared: Mapping[str, tuple[Any, Any, str]],
+    *,
+    module: str,
+    bases: tuple[type, ...] = (),
+) -> type:
+    """Return a class of settings, made of {setting: (type, default, help text)}.
+
+    module: where it is made. bases: classes whose settings it has besides.
+    """
+    rows = [
+        (key, Annotated[hint, Help(text)], field(default_factory=partial(copy, default)))
+        if isinstance(default, list)
+        else (key, Annotated[hint, Help(text)], field(default=default))
+        for key, (hint, default, text) in declared.items()
+    ]
+    namespace = {"__doc__": doc, "__module__": module}
+    return make_dataclass(name, rows, kw_only=True, bases=bases, namespace=namespace)
+
+
 def hints_of(cls: type) -> dict[str, Any]:
     """Return {setting: its type with range and marks}."""
     return get_type_hints(cls, include_extras=True)
@@ -158,7 +181,9 @@ def fits(hint: Any, value: Any) -> bool:
         return (
             isinstance(value, numbers[hint]) and type(value) is not bool and abs(value) < math.inf
         )
-    return hint is Any or isinstance(value, hint)
+    if origin is list:
+        return isinstance(value, list) and all(fits(args[0], item) for item in value)
+    return hint is Any or (isinstance(hint, type) and isinstance(value, hint))
 
 
 def allowed(hint: Any) -> str:
@@ -180,6 +205,8 @@ def allowed(hint: Any) -> str:
         return f"{text}; or left out" if "," in text or " or " in text else f"{text} or left out"
     if origin is Literal:
         return ", ".join(f'"{a}"' for a in args)
+    if origin is list:
+        return f"a list of {allowed(args[0])}" + ', as ["a", "b"]' * (args[0] is str)
     words = {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}
     return words.get(hint, "left out" if hint is NoneType else str(hint))
 
@@ -191,10 +218,23 @@ def wrong(cls: type, values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]
             yield key, values[key], allowed(hint)
 
 
+def choices(hint: Any) -> list[str]:
+    """Return the names of the registry that a hint names, none where it names no registry."""
+    marks = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, OneOf)]
+    names = [name for m in marks for name in m.registry]
+    return names + [name for part in get_args(hint) for name in choices(part)]
+
+
+def nearest_choice(hint: Any, value: Any, *, otherwise: str) -> str:
+    """Return how to fix a value that a hint refuses: the nearest name of its registry, if any."""
+    return nearest(value, choices(hint), otherwise=otherwise) if type(value) is str else otherwise
+
+
 def check(cls: type, values: Mapping[str, Any], *, owner: str) -> None:
     """Raise Refusal for the first value that cannot be. owner: whose argument it is, "Dualized"."""
     for key, value, words in wrong(cls, values):
-        raise Refusal(f"{owner}: {key}", got=repr(value), allowed=words, fix=f"{owner}(…, {key}=…)")
+        fix = nearest_choice(hints_of(cls)[key], value, otherwise=f"{owner}(…, {key}=…)")
+        raise Refusal(f"{owner}: {key}", got=repr(value), allowed=words, fix=fix)
 
 
 def known(owner: str, given: Iterable[str], names: Iterable[str]) -> None:

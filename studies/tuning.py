@@ -23,7 +23,6 @@ import numpy as np
 from scipy.stats import qmc
 
 from training import config as configuration
-from training.config import Config
 
 from .runs import StudyError
 
@@ -85,7 +84,7 @@ def typed(key: str, text: str, *, whole: bool = False) -> Any:
 
     whole: round to the nearest integer if the key takes integers.
     """
-    if whole and configuration.flat_hints(Config).get(key) is int:
+    if whole and configuration.flat_hints(configuration.config_class()).get(key) is int:
         text = str(round(float(text)))
     return configuration.read_options([f"--{key}", text])[key]
 

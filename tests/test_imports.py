@@ -16,7 +16,7 @@ ARROWS = {
     "nanodual.py": {"optim"},
     "model.py": {"optim"},
     "models": {"models", "model", "optim"},
-    "data": {"data", "optim.errors", "optim.settings"},
+    "data": {"data", "optim.errors", "optim.plugins", "optim.settings"},
     "training": {"training", *BELOW_TRAINING},
     "train_gpt.py": {"training", *BELOW_TRAINING},
     "sample.py": {"training", *BELOW_TRAINING},
@@ -59,7 +59,19 @@ COMMUNICATES = {
 
 # Each file of optim/ may import those before it.
 ORDER = (
-    *("errors", "receipt", "ranks", "polar", "norms", "views", "directions", "settings", "schedules", "update"),
+    *(
+        "errors",
+        "plugins",
+        "receipt",
+        "ranks",
+        "polar",
+        "norms",
+        "views",
+        "directions",
+        "settings",
+        "schedules",
+        "update",
+    ),
     *(
         "placement",
         "replicas",
@@ -81,7 +93,7 @@ ORDER = (
     *("state", "normalized", "dualized", "baselines", "convert", "curvature", "__init__"),
 )
 # Arithmetic, state and communication live apart: what a file may import at most.
-ARITHMETIC = {"polar", "norms", "views", "directions", "update", "schedules", "settings", "errors"}
+ARITHMETIC = {"polar", "norms", "views", "directions", "update", "schedules", "settings", "errors", "plugins"}
 COMMUNICATION = {"ranks", "placement", "replicas", "errors"}
 
 # Private names of Python and of torch that we use, for want of public ones.

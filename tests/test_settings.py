@@ -94,6 +94,7 @@ def parts(hint: Any) -> Iterator[Any]:
 FREE = {
     "run.name": "a name that is made where none is given",
     "run.dir": "any folder",
+    "run.plugins": "any modules",
     "data.dataset": "any folder",
     "train.sample_prompt": "any text",
     "optim.polar.schedule": "polar.py stands in exported scripts without settings.py: its text has the names",
@@ -124,6 +125,7 @@ def test_the_text_of_a_polar_schedule_has_all_names():
         (Annotated[str, OneOf({"a": 1})] | None, '"a" or left out'),  # type: ignore[operator]
         (Literal["a", "b"] | None, '"a", "b"; or left out'),
         (bool, "true or false"),
+        (list[str], 'a list of text, as ["a", "b"]'),
         (bool | None, "true or false; or left out"),
         (bool | Literal["auto"], 'true, false or "auto"'),
         (Annotated[int, Range(1)] | None, "an integer >= 1 or left out"),  # type: ignore[operator]

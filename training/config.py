@@ -9,170 +9,38 @@ import re
 import sys
 import time
 import tomllib
-from collections import ChainMap
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, make_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, make_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any
 
 import tyro
 
 from data.loader import DataConfig
-from models import ModelConfig
-from optim import Dualized, EscapeVelocity
+from models import ModelConfig, model_config, settings_of_others
+from optim import plugins
 from optim.baselines import BASELINES
 from optim.errors import Refusal, require
-from optim.polar import Polar
-from optim.roles import RoleMasses, RoleNorms
 from optim.schedules import Schedule
-from optim.settings import Help, OneOf, Range, StepSettings, by_role, help_texts, hints_of
+from optim.settings import Range, defaults_of
 
 from . import sections
-from .errors import ConfigError
+from .errors import ConfigError, RankError
 from .help import described
 from .migrate import migrate
+from .optimizers import (
+    BaselineSettings,
+    OptimConfig,
+    baseline_settings,
+    own_settings_of,
+    require_default,
+)
 from .runtime import RunConfig
-from .sections import check_ranges, flat, flat_hints, put, set_it, to_toml
+from .sections import check_ranges, flat_hints, put, set_it
 
 __all__ = ["Config", "ConfigError", "OptimConfig", "TrainConfig", "flat", "flat_hints", "from_dict"]
 __all__ += ["load", "of_file", "put", "read_options", "to_toml"]
-
-
-def settings_class(name: str, doc: str, declared: Iterable[tuple[str, Any, Any, str]]) -> type:
-    """Return a class of settings, made of (setting, type, default, help text)."""
-    rows = [
-        (key, Annotated[hint, Help(text)], field(default=default))
-        for key, hint, default, text in declared
-    ]
-    namespace = {"__doc__": doc, "__module__": __name__}
-    return make_dataclass(name, rows, kw_only=True, namespace=namespace)
-
-
-RoleSettings = settings_class(
-    "RoleSettings",
-    "Settings for the weights of one role alone. What is left out is as [optim] says.",
-    (
-        (key, hints_of(StepSettings)[key] | None, None, help_texts(StepSettings)[key])
-        for key in by_role()
-    ),
-)
-
-
-class _Roles:
-    """The methods of Roles, whose fields are made from the roles below."""
-
-    def given(self) -> dict[str, dict[str, Any]]:
-        """Return {role: {setting: value}} of what is set."""
-        given = {
-            role: {key: value for key, value in vars(settings).items() if value is not None}
-            for role, settings in vars(self).items()
-        }
-        return {role: settings for role, settings in given.items() if settings}
-
-
-Roles = make_dataclass(
-    "Roles",
-    [(f.name, RoleSettings, field(default_factory=RoleSettings)) for f in fields(RoleMasses)],
-    bases=(_Roles,),
-    namespace={
-        "__doc__": "Settings for the weights of one role, [optim.roles.<role>].",
-        "__module__": __name__,
-    },
-)
-
-BaselineSettings = settings_class(
-    "BaselineSettings",
-    "Settings of the baselines, the optimizers we are compared with. Each says whose it is.",
-    (
-        (key, hint, default, hint.__metadata__[-1].text)
-        for key, (hint, default) in {
-            k: declared for recipe in BASELINES.values() for k, declared in recipe.own.items()
-        }.items()
-    ),
-)
-
-# A file may set these for every optimizer, so that the entries of a comparison can share it: most
-# take them, and the loop itself clips to max_grad_norm.
-SHARED = ("lr", "beta", "beta2", "weight_decay", "max_grad_norm")
-
-OPTIMIZERS = cast(Mapping[str, Any], ChainMap(cast(dict, BASELINES), {"dualized": Dualized}))
-
-
-@dataclass(kw_only=True)
-class Chosen:
-    """Which optimizer."""
-
-    name: Annotated[str, OneOf(OPTIMIZERS)] = "dualized"
-    """The optimizer. All but "dualized" are baselines, torch's own (optim/baselines.py), and take
-    few of these settings; normalized_adam and normalized_sgd step in the modular norm."""
-
-
-@dataclass(kw_only=True)
-class OptimConfig(StepSettings, Chosen):
-    """The optimizer. Settings of a step are those of Dualized; lr is at the top of the schedule."""
-
-    composition: Literal["modular", "max"] = "modular"
-    """How the norms of weights make one norm: the network's modular norm, or the plain maximum."""
-
-    param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Type of the weights in memory; float64 is for checks."""
-
-    auto: EscapeVelocity = field(default_factory=EscapeVelocity)
-    polar: Polar = field(default_factory=Polar)
-    norms: RoleNorms = field(default_factory=RoleNorms)
-    masses: RoleMasses = field(default_factory=RoleMasses)
-    roles: Roles = field(default_factory=Roles)  # type: ignore[valid-type]  # which is made
-
-    def step_settings(self) -> dict[str, Any]:
-        """Return {setting: value} of a step, without lr."""
-        return {f.name: getattr(self, f.name) for f in fields(StepSettings) if f.name != "lr"}
-
-    def check(self) -> None:
-        """Raise ConfigError for values that cannot be together, Refusal where all masses are 0."""
-        if self.name != "dualized":
-            self._check_baseline()
-        require(
-            self.scale == "unit" or self.lr != "auto",
-            "optim.scale",
-            got=repr(self.scale),
-            allowed='"unit" where lr is "auto"',
-            fix=set_it("optim.scale"),
-            error=ConfigError,
-        )
-        self.masses.check()
-
-    def _check_baseline(self) -> None:
-        """Raise ConfigError for a setting that this baseline does not take.
-
-        Those that are SHARED may stay.
-        """
-        taken = (*SHARED, *BASELINES[self.name].hints)
-        untaken = [f.name for f in fields(StepSettings) if f.name not in taken]
-        defaults = flat(OptimConfig())
-        for key, value in flat(self).items():
-            if key in untaken or key.startswith(("auto.", "roles.")):
-                require_default(f"optim.{key}", value, defaults[key], self.name)
-        require(
-            not isinstance(self.lr, str),
-            "optim.lr",
-            got=repr(self.lr),
-            allowed=f"a number for {self.name}",
-            fix=set_it("optim.lr"),
-            error=ConfigError,
-        )
-
-
-def require_default(key: str, value: Any, default: Any, name: str) -> None:
-    """Raise ConfigError unless a setting that this optimizer does not take is at its default."""
-    only = "left out" if default is None else repr(default)
-    require(
-        value == default,
-        key,
-        got=repr(value),
-        allowed=f"{only} with optim.name = {name!r}, which does not take it",
-        fix=set_it(key),
-        error=ConfigError,
-    )
 
 
 @dataclass(kw_only=True)
@@ -287,16 +155,17 @@ class Config:
             raise ConfigError(
                 error.what, got=error.got, allowed=error.allowed, fix=error.fix
             ) from error
-        own = BASELINES[self.optim.name].own if self.optim.name in BASELINES else {}
+        own, defaults = own_settings_of(self.optim.name), defaults_of(type(self.baseline))
         for key, value in vars(self.baseline).items():
             if key not in own:
-                default = getattr(BaselineSettings, key)
-                require_default(f"baseline.{key}", value, default, self.optim.name)
+                require_default(f"baseline.{key}", value, defaults[key], self.optim.name)
+        baseline = BASELINES.get(self.optim.name)
         require(
-            not (self.train.sharpness_every and self.optim.name == "muon_adamw"),
+            not self.train.sharpness_every or baseline is None or baseline.scaling is not None,
             "train.sharpness_every",
             got=self.train.sharpness_every,
-            allowed='never (0) with optim.name = "muon_adamw", which has no coordinates of its own',
+            allowed=f'never (0) with optim.name = "{self.optim.name}", which has no coordinates of'
+            " its own",
             fix=set_it("train.sharpness_every"),
             error=ConfigError,
         )
@@ -312,15 +181,64 @@ class Config:
         )
 
 
+# ---- the settings of what plugins have registered
+
+
+def config_class() -> type[Config]:
+    """Return Config with the settings of every model and baseline that is registered now."""
+    return _config_class(model_config(), baseline_settings(tuple(BASELINES.values())))
+
+
+@cache
+def _config_class(model: type[ModelConfig], baseline: type) -> type[Config]:
+    """Return Config with these sections [model] and [baseline]."""
+    if (model, baseline) == (ModelConfig, BaselineSettings):
+        return Config
+    rows = [(k, c, field(default_factory=c)) for k, c in (("model", model), ("baseline", baseline))]
+    namespace = {"__doc__": Config.__doc__, "__module__": __name__}
+    return make_dataclass("Config", rows, bases=(Config,), namespace=namespace)
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Return {"section.key": value}, with the defaults of what was registered after it was read."""
+    return sections.flat(config_class()()) | sections.flat(config)
+
+
+def to_toml(config: Config) -> str:
+    """Return a configuration as TOML.
+
+    Settings of plugins' parts that it does not name are left out, as the plugins that it names may
+    not declare them.
+    """
+    own = own_settings_of(config.optim.name)
+    foreign = {f"model.{f.name}" for f in settings_of_others(config.model.name, type(config.model))}
+    foreign |= {f"baseline.{k}" for k in vars(config.baseline) if k not in own}
+    return sections.to_toml(config, leave_out=foreign - flat_hints(Config).keys())
+
+
 # ---- reading
 
 
 def from_dict(cls: type, raw: dict[str, Any]) -> Any:
     """Return a dataclass made of nested dicts, every key and type checked.
 
-    Of a Config the keys of earlier versions are read too (training/migrate.py).
+    Of a Config the plugins are loaded first, and the keys of earlier versions are read too
+    (training/migrate.py).
     """
-    return sections.from_dict(cls, migrate(raw)[0] if cls is Config else raw)
+    if not issubclass(cls, Config):
+        return sections.from_dict(cls, raw)
+    load_plugins(raw)
+    return sections.from_dict(config_class(), migrate(raw)[0])
+
+
+def load_plugins(raw: Mapping[str, Any]) -> None:
+    """Load the plugins that a configuration names; what is no list of names is refused later."""
+    section = raw.get("run")
+    names = section.get("plugins") if isinstance(section, dict) else None
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        # Only rank 0 prints a ConfigError, and another machine may lack the file: it says so too.
+        first_of_another = os.environ.get("RANK", "0") != "0" == os.environ.get("LOCAL_RANK")
+        plugins.load(names, error=RankError if first_of_another else ConfigError)
 
 
 def of_file(path: Path) -> Config:
@@ -357,6 +275,8 @@ def load(argv: list[str]) -> Config:
     options = argv[1:] if path else argv
     raw, older = migrate(_read(path)) if path is not None else ({}, [])
     note(older, f"{path} is of an earlier version: ")
+    if (named := plugins_of(options)) is not None:
+        put(raw, "run.plugins", named)
     # The file's own mistakes first; and its model.
     raw.setdefault("model", {})["name"] = from_dict(Config, raw).model.name
     if "--help" in options or "-h" in options:
@@ -372,7 +292,7 @@ def load(argv: list[str]) -> Config:
     if "model.name" not in values:  # options can imply another model than the file's, told so
         raw, implied = migrate(raw)
         note(implied)
-    config = sections.from_dict(Config, raw)
+    config = sections.from_dict(config_class(), raw)
     if config.run.name is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         raise ConfigError(
             "run.name",
@@ -394,7 +314,18 @@ def note(lines: list[str], about: str = "") -> None:
 
 def read_options(options: list[str]) -> dict[str, Any]:
     """Return {"section.key": typed value} of ["--section.key", "value", …]."""
-    return sections.read_options(Config, options)
+    return sections.read_options(config_class(), options)
+
+
+def plugins_of(options: list[str]) -> list[str] | None:
+    """Return the plugins that options name, None where none does: they declare other options."""
+    flag = "--run.plugins"
+    starts = [i for i, option in enumerate(options) if option.partition("=")[0] == flag]
+    if not starts:
+        return None
+    rest = options[starts[-1] :]
+    end = next((i for i, option in enumerate(rest) if i and option.startswith("--")), len(rest))
+    return sections.read_options(Config, rest[:end])["run.plugins"]
 
 
 def check_placement(config: Config, *, ranks: int, parallel: str) -> None:

@@ -7,7 +7,9 @@ import inspect
 import json
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import field, fields, is_dataclass, make_dataclass
+from functools import partial
 from typing import Annotated, Any, get_type_hints
 
 import tyro
@@ -27,7 +29,8 @@ def described(config: Any) -> type:
             rows.append((f.name, section, field(default_factory=section)))
         else:
             arg = tyro.conf.arg(help=texts[f.name])
-            rows.append((f.name, Annotated[plain[f.name], arg], field(default=value)))
+            default = field(default_factory=partial(deepcopy, value))  # a list must be a factory's
+            rows.append((f.name, Annotated[plain[f.name], arg], default))
     return make_dataclass(cls.__name__, rows, namespace={"__doc__": cls.__doc__})
 
 

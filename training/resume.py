@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from optim.errors import require
+from optim.plugins import digests
 from optim.polar import Polar
 from optim.settings import BUFFERS, StepSettings, marked
 
@@ -39,7 +41,8 @@ class Start:
     """Where a run starts: its folder, and of a resumed run its newest whole checkpoint.
 
     saved: the checkpoint's state, without tensors. damage: a line for each damaged checkpoint.
-    changes: a line for each setting that a resumed run has otherwise than before.
+    changes: a line for each setting that a resumed run has otherwise than before. plugins: the
+    SHA-256 of each plugin's file.
     """
 
     folder: RunFolder
@@ -48,6 +51,7 @@ class Start:
     saved: dict[str, Any] | None = None
     damage: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
+    plugins: dict[str, str | None] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -107,10 +111,35 @@ def open_run(config: Config, runtime: Runtime) -> Start:
             allowed=f"{start.step} or more, the steps taken",
             fix="--train.steps",
         )
+    start.plugins = check_plugins(config, runtime, start.saved)
     config.run.device = runtime.device.type  # type: ignore[assignment]
     config.run.precision = runtime.precision
     check_placement(config, ranks=runtime.size, parallel=runtime.parallel)
     return start
+
+
+def check_plugins(
+    config: Config, runtime: Runtime, saved: dict[str, Any] | None
+) -> dict[str, str | None]:
+    """Return the SHA-256 of each plugin's file, and note which are others than a run began with.
+
+    Raises ConfigError where the ranks have different files.
+    """
+    own = digests(config.run.plugins)
+    everywhere = runtime.gather(own)
+    differing = [name for name in own if len({digest.get(name) for digest in everywhere}) > 1]
+    require(
+        not differing,
+        "run.plugins",
+        got=f"{', '.join(differing)}, with different files on different ranks",
+        allowed="the same file for every rank",
+        fix="copy it to all machines",
+        error=ConfigError,
+    )
+    before = (saved or {}).get("plugins", {})
+    changed = [name for name in own if before.get(name, own[name]) != own[name]]
+    configuration.note([f"{name} is another file than this run has had so far" for name in changed])
+    return own
 
 
 def remember(config: Config) -> None:
@@ -129,7 +158,7 @@ def remember(config: Config) -> None:
 KEPT = ("optim.name", "optim.param_dtype", "run.seed", "train.batch_size", "data.holdout")
 # These may differ and are told: other keys change nothing that is computed.
 TOLD = ("optim.", "schedule.", "baseline.", "data.", "run.device", "run.precision", "run.threads")
-TOLD += ("train.steps", "train.gradient_accumulation_steps")
+TOLD += ("run.plugins", "train.steps", "train.gradient_accumulation_steps")
 
 
 def keep_choices(config: Config, folder: Path, saved: dict[str, Any] | None) -> list[str]:

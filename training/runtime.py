@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -62,6 +62,10 @@ class RunConfig:
 
     timeout: Annotated[float, Range(0, above=True)] = 600.0
     """Seconds without progress until the run ends and names the process it waits for."""
+
+    plugins: list[str] = field(default_factory=list)
+    """Python modules of your own, imported first, that register parts (docs/extend.md). Naming one
+    runs its code: read a stranger's configuration before you run it."""
 
 
 # Dense bf16 peaks in FLOP/s, by the device's full name, from NVIDIA's data sheets.

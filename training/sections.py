@@ -6,18 +6,22 @@ text and TOML into types. Nothing that is read is executed.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import fields, is_dataclass
-from typing import Any, get_args, get_type_hints
+from itertools import takewhile
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from optim.errors import Refusal, nearest
-from optim.settings import allowed, hints_of, wrong
+from optim.settings import allowed, choices, hints_of, nearest_choice, wrong
 
 from .errors import ConfigError
 from .migrate import DROPPED, RENAMED
 from .synonyms import SYNONYMS, key_meant
+
+OPEN_SECTIONS = ("model.", "baseline.")  # to which plugins add settings
+OF_PLUGIN = ", or name the plugin that has it in run.plugins"
 
 
 def set_it(key: str) -> str:
@@ -29,7 +33,11 @@ def check_ranges(config: Any, prefix: str = "") -> None:
     """Raise ConfigError for the first value, in any section, that its declaration refuses."""
     for name, value, words in wrong(type(config), vars(config)):
         key = f"{prefix}{name}"
-        raise ConfigError(key, got=repr(value), allowed=words, fix=set_it(key))
+        hint = hints_of(type(config))[name]
+        fix = nearest_choice(
+            hint, value, otherwise=f"{set_it(key)}{OF_PLUGIN * bool(choices(hint))}"
+        )
+        raise ConfigError(key, got=repr(value), allowed=words, fix=fix)
     for f in fields(config):
         if is_dataclass(value := getattr(config, f.name)):
             check_ranges(value, f"{prefix}{f.name}.")
@@ -42,7 +50,8 @@ def from_dict(cls: type, raw: dict[str, Any], path: str = "") -> Any:
     for key, value in raw.items():
         dotted = f"{path}{key}"
         if key not in hints:
-            fix = nearest(key, hints, otherwise="leave it out", prefix=path)
+            otherwise = f"leave it out{OF_PLUGIN * (path in OPEN_SECTIONS)}"
+            fix = nearest(key, hints, otherwise=otherwise, prefix=path)
             if key in SYNONYMS and path.count(".") < 2:
                 fix = f"it is {SYNONYMS[key]}"
             raise ConfigError(f"unknown key {dotted}", got=key, allowed=", ".join(hints), fix=fix)
@@ -98,16 +107,19 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def to_toml(config: Any, prefix: str = "") -> str:
-    """Return it as TOML, without keys that are None, which means the same, and empty sections."""
+def to_toml(config: Any, prefix: str = "", *, leave_out: Container[str] = ()) -> str:
+    """Return it as TOML, without keys that are None or an empty list, and empty sections.
+
+    leave_out: further keys that are not written, as "section.key".
+    """
     lines, tables = [], []
     for f in fields(config):
         value = getattr(config, f.name)
         if is_dataclass(value):
-            text = to_toml(value, f"{prefix}{f.name}.")
+            text = to_toml(value, f"{prefix}{f.name}.", leave_out=leave_out)
             header = f"\n[{prefix}{f.name}]\n" if text and not text.startswith("[") else "\n"
             tables += [header + text] if text else []
-        elif value is not None:
+        elif value not in (None, []) and f"{prefix}{f.name}" not in leave_out:
             lines.append(f"{f.name} = {json.dumps(value, ensure_ascii=False)}\n")
     return "".join([*lines, *tables]).lstrip("\n")
 
@@ -144,6 +156,11 @@ def _named(hints: dict[str, Any], rest: list[str]) -> Iterator[tuple[str, str, s
                 allowed="--section.key, with the keys of the configuration file",
                 fix=_nearest(key, hints),
             )
+        if get_origin(hints[key]) is list and not equals:
+            values = list(takewhile(lambda option: not option.startswith("--"), rest))
+            del rest[: len(values)]
+            yield flag, key, ",".join(values)
+            continue
         alone = not equals and (not rest or rest[0].startswith("--"))
         if alone and bool in (hints[key], *get_args(hints[key])):
             yield flag, key, True
@@ -171,7 +188,19 @@ def _typed(flag: str, value: str | bool, hint: Any, declared: Any) -> Any:
     if value == "None" and type(None) in get_args(hint):
         return None
     try:
+        if get_origin(hint) is list:
+            return TypeAdapter(hint).validate_python(_items(value), strict=True)
         return TypeAdapter(hint).validate_strings(value)
     except ValidationError as error:
         words = allowed(declared)
         raise ConfigError(flag, got=repr(value), allowed=words, fix=f"{flag} VALUE") from error
+
+
+def _items(value: str) -> Any:
+    """Return what a list on the command line holds: a, b or ["a", "b"]."""
+    if value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value  # refused as it stands
+    return [item.strip() for item in value.split(",") if item.strip()]

@@ -1,5 +1,6 @@
 """summary.json: the facts of a run that has ended. Its keys are documented here alone."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ def summary(
     progress: Progress,
     *,
     source: tuple[str | None, bool | None],
+    plugins: Mapping[str, str | None],
     wall_seconds: float,
     optimizer_state_bytes: int,
 ) -> dict[str, Any]:
@@ -31,6 +33,7 @@ def summary(
     peak is not known. peak_memory_bytes, optimizer_state_bytes: of the rank that has most. target:
     the first evaluation at or under train.target_loss. seed, world_size, device, hardware, torch:
     what computed it. commit, dirty: source, which git_state() said at the start; null outside git.
+    plugins: the SHA-256 of each one's file at the start; left out where there are none.
     """
     tokens = config.train.steps * config.train.batch_size * config.model.block_size
     seconds, peak = progress.train_seconds, runtime.peak_flops()
@@ -61,4 +64,5 @@ def summary(
         "torch": torch.__version__,
         "commit": commit,
         "dirty": dirty,
+        **({"plugins": dict(plugins)} if plugins else {}),
     }
