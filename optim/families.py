@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from .norms import Norm, RMSToRMS
+from .norms import Norm, RMSToLinf, RMSToRMS
 from .sites import Place, Site
-from .views import Blocks, Experts, Flattened, Transposed
+from .views import Blocks, Experts, Transposed
 
-MATRIX = RMSToRMS()
+MATRIX, LOGITS = RMSToRMS(), RMSToLinf()
 
 
 def place_by_family(site: Site) -> Place | None:
@@ -47,9 +47,9 @@ def number(module: Any, *names: str) -> int | None:
     return None
 
 
-def heads(module: nn.Module) -> int | None:
-    """Return the number of an attention's heads, None where it does not say it."""
-    return number(module, "num_attention_heads", "num_heads", "n_heads", "n_head")
+def heads(module: nn.Module) -> int:
+    """Return the number of an attention's heads, 0 where it does not say it."""
+    return number(module, "num_attention_heads", "num_heads", "n_heads", "n_head") or 0
 
 
 def fused(*rows: int, turns: int = 1, inner: Norm = MATRIX) -> Place:
@@ -114,7 +114,7 @@ def _mamba_x(m: Any) -> Place:
     return fused(m.time_step_rank, m.ssm_state_size, m.ssm_state_size)
 
 
-def _mamba_x_heads(m: Any) -> Place:
+def _mamba_x_of_heads(m: Any) -> Place:
     of_one = _mamba_x(m)
     return Place("hidden", Experts(of_one.norm), of_one.maps)
 
@@ -123,26 +123,25 @@ def _mlstm(m: Any) -> Place:
     return fused(m.qk_dim, m.qk_dim, m.v_dim, m.v_dim)
 
 
+def _dbrx(stored: Norm) -> Callable[[Any], Place]:
+    return lambda m: Place("hidden", Blocks(stored, m.moe_num_experts))
+
+
 # Class of a module, weight below it, place. Patterns are those of file names.
 FAMILIES: tuple[tuple[str, str, Callable[[Any], Place | None]], ...] = (
     ("FalconAttention", "query_key_value.weight", _falcon),
     ("CodeGenAttention", "qkv_proj.weight", lambda m: head_by_head(m.embed_dim // 4, 4)),
     ("GPTBigCodeAttention", "c_attn.weight", _bigcode),
-    (
-        "MiniMaxLightningAttention",
-        "qkv_proj.weight",
-        lambda m: head_by_head(m.head_dim, m.num_attention_heads),
-    ),
+    ("MiniMaxLightningAttention", "qkv_proj.weight", lambda m: head_by_head(m.head_dim, heads(m))),
     (
         "DisentangledSelfAttention",
         "in_proj.weight",
-        lambda m: head_by_head(m.attention_head_size, m.num_attention_heads),
+        lambda m: head_by_head(m.attention_head_size, heads(m)),
     ),
     ("LevitAttention*", "*keys_values.linear.weight", _levit),
     ("Qwen3Next*", "in_proj_qkvz.weight", _gated_delta_net),
     ("Qwen3Next*", "in_proj_ba.weight", _gated_delta_net_scalars),
-    ("Qwen3NextAttention", "q_proj.weight", _gated_queries),
-    ("Qwen3_5*Attention", "q_proj.weight", _gated_queries),
+    ("Qwen3*Attention", "q_proj.weight", _gated_queries),
     (
         "FocalNetModulation",
         "projection_in.weight",
@@ -150,27 +149,12 @@ FAMILIES: tuple[tuple[str, str, Callable[[Any], Place | None]], ...] = (
     ),
     ("*", "in_proj.weight", _mamba_in),
     ("*", "x_proj.weight", _mamba_x),
-    ("ZambaMambaMixer", "x_proj_weight", _mamba_x_heads),
+    ("ZambaMambaMixer", "x_proj_weight", _mamba_x_of_heads),
     ("xLSTMLayer", "qkv_opreact.weight", _mlstm),
-    (
-        "*",
-        "kv_a_proj_with_mqa.weight",
-        lambda m: fused(m.kv_lora_rank, m.qk_rope_head_dim),
-    ),
-    (
-        "*",
-        "kv_b_proj.weight",
-        lambda m: fused(m.qk_nope_head_dim, m.v_head_dim, turns=heads(m) or 1),
-    ),
-    (
-        "DbrxExpertGLU",
-        "[wv]1",
-        lambda m: Place("hidden", Blocks(MATRIX, m.moe_num_experts)),
-    ),
-    (
-        "DbrxExpertGLU",
-        "w2",
-        lambda m: Place("hidden", Blocks(Transposed(MATRIX), m.moe_num_experts)),
-    ),
-    ("XLNetRelativeAttention", "[qkvor]", lambda m: Place("hidden", Flattened(MATRIX, 3))),
+    ("*", "kv_a_proj_with_mqa.weight", lambda m: fused(m.kv_lora_rank, m.qk_rope_head_dim)),
+    ("*", "kv_b_proj.weight", lambda m: fused(m.qk_nope_head_dim, m.v_head_dim, turns=heads(m))),
+    ("DbrxExpertGLU", "[wv]1", _dbrx(MATRIX)),
+    ("DbrxExpertGLU", "w2", _dbrx(Transposed(MATRIX))),
+    ("MobileBertLMPredictionHead", "dense.weight", lambda m: Place("head", Transposed(LOGITS))),
+    ("WavLMAttention", "gru_rel_pos_linear.weight", lambda m: fused(4, 4)),
 )

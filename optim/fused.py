@@ -15,6 +15,9 @@ QUERIES_KEYS_VALUES = re.compile(r"qkv|query_key_value|queries_keys_values|c_att
 HEAD_BY_HEAD = "query_key_value"  # GPT-NeoX's name, and that of the models that descend from it
 KEYS_VALUES = re.compile(r"(^|_|to)kv(_|$)|keys?_values?")
 GATED = re.compile(r"gate_(and_)?up|up_gate|gate_up|w12|w13")
+# Names of one map alone: queries, keys or values; and of a path around wider ones.
+SINGLE = re.compile(r"(q|k|v|query|key|value|queries|keys|values)(_[ab])?(_(proj|linear|lin))?")
+SHORTCUT = re.compile(r"downsample|shortcut|skip|residual")
 FUSED = re.compile(r"fused|in_proj|packed|(^|_)qk(_|$)|x_proj|zx|xbc")
 
 Division = tuple[int | tuple[int, ...], int]  # sizes and turns of Blocks
@@ -28,6 +31,8 @@ def divide(site: Site, own: Map, readers: Readers) -> tuple[Division, str] | Non
     says in what order.
     """
     label, read = site.label, _read_beside(site, own.O, readers)
+    if SINGLE.fullmatch(label) or SHORTCUT.search(site.path):
+        return ONE, ""
     fused = QUERIES_KEYS_VALUES.search(label) or KEYS_VALUES.search(label)
     if (own.O == own.I and (fused or FUSED.search(label))) or (read == 1 and not fused):
         return ONE, ""
@@ -38,8 +43,11 @@ def divide(site: Site, own: Map, readers: Readers) -> tuple[Division, str] | Non
     if GATED.search(label):
         return ((2, 1), _note(site, 2)) if own.O % 2 == 0 else None
     if read is not None and read > 1:
-        text = f"{read} maps fused in one weight: {read} × {own.O // read} rows, read beside it by"
-        return (read, 1), f"{text} maps of {own.O // read} columns"
+        width = own.O // read
+        beside = f"{width} of its {own.O} outputs are read by a map that follows"
+        if own.O > own.I:
+            return (read, 1), f"{read} maps fused in one weight: {beside}"
+        return ONE, f"one map, though {beside}"
     return None if FUSED.search(label) else (ONE, "")
 
 
@@ -52,7 +60,7 @@ def _queries_keys_values(site: Site, own: Map, read: int | None) -> tuple[Divisi
     attention = site.parents[1][1] if len(site.parents) > 1 else site.module
     H, note = heads(attention), _note(site, 3)
     if site.label == HEAD_BY_HEAD:
-        if H is None or own.O % (3 * H):
+        if H == 0 or own.O % (3 * H):
             return None
         return (3, H), _note(site, 3, f", head by head of {H}")
     K = number(attention, "num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_n_heads")

@@ -14,6 +14,7 @@ from math import inf
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .errors import CoverageError, GuessWarning, require
 from .heads import declared_head, guessed_heads
@@ -84,6 +85,19 @@ def check_distinct(names: Iterable[str]) -> None:
         )
 
 
+def check_built(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise CoverageError for a parameter of a lazy module, which has no shape yet."""
+    for name, p in named:
+        require(
+            not is_lazy(p),
+            name,
+            got="a parameter of a lazy module, whose shape is not known yet",
+            allowed="parameters with shapes",
+            fix="call the model once on an input before",
+            error=CoverageError,
+        )
+
+
 def metrize(
     model: nn.Module,
     structure: Module | None = None,
@@ -107,6 +121,7 @@ def metrize(
     every: list[tuple[str, Tensor]] = [
         (canonical(n), p) for n, p in model.named_parameters(remove_duplicate=False)
     ]
+    check_built(every)
     check_distinct(canonical(n) for n, _ in model.named_parameters())
     _check_rules(rules, [name for name, _ in every])
     names: dict[int, list[str]] = defaultdict(list)  # of each tensor
@@ -115,14 +130,14 @@ def metrize(
     chosen: dict[str, Rule] = {}  # by every name of a tensor: the first rule that matches one
     for rule in reversed(rules):
         chosen |= {n: rule for group in names.values() if rule.matches(*group) for n in group}
-    _check_tensors(model, every, chosen)
-    firsts = {group[0] for group in names.values()}
-    trainable = {name: p for name, p in every if name in firsts and p.requires_grad}
-
     plain, notes = _unwrapped(model), []
     declare: Callable[[], Module] | None = getattr(plain, "structure", None)
     if structure is None and declare is not None and not isinstance(declare, nn.Module):
         structure = declare()
+    _check_tensors(model, every, chosen, declared=structure is not None)
+    firsts = {group[0] for group in names.values()}
+    trainable = {name: p for name, p in every if name in firsts and p.requires_grad}
+
     if structure is None:
         structure, notes = _by_type(plain, trainable, chosen)
         if tell and notes:
@@ -172,7 +187,8 @@ def _by_type(
     sites = sites_of(model)
     maps = {name: map_of(site) for name, site in sites.items()}
     readers = Readers({sites[name].key: own for name, own in maps.items() if own is not None})
-    heads = _heads(model, sites, maps, readers, chosen)
+    heads = _heads(model, sites, maps, chosen)
+    on_logits = _biases_of_heads(sites, maps, heads)
     weights = {site.key: name for name, site in sites.items() if maps[name] is not None}
     places: dict[str, Place] = {}
     left: dict[str, Site] = {}
@@ -184,7 +200,7 @@ def _by_type(
         beside = places.get(weight) if weight != name else None
         own = maps.get(weight)
         default = place_by_type(site, own, readers, beside)
-        place = _placed(name, site, own, rule, default, heads)
+        place = _placed(site, own, rule, default, heads.get(name), name in on_logits)
         if place is None:
             left[name] = site
         else:
@@ -229,19 +245,19 @@ def _side_by_side(places: dict[str, Place], sites: dict[str, Site]) -> Module:
 
 
 def _placed(
-    name: str,
     site: Site,
     own: Map | None,
     rule: Rule,
     default: Place | None,
-    heads: dict[str, str],
+    head: str | None,
+    on_logits: bool,
 ) -> Place | None:
     """Return the place of a weight: by its rule, its role, then its module's type.
 
-    heads: the reason of each, which is a note. None where the weight has no place.
+    head: why it is a head, which is a note. on_logits: it is added to logits. None where the weight
+    has no place.
     """
-    head = "head" if name in heads else None
-    role = rule.role or head or (default.role if default else None)
+    role = rule.role or ("head" if head is not None else default.role if default else None)
     nearest = _nearest(role, MASSES) if role and role not in MASSES else ""
     require(
         not nearest,
@@ -252,8 +268,8 @@ def _placed(
         error=CoverageError,
     )
     norm = rule.norm
-    if norm is None and role in ("bias", "head") and _weight_beside(name) in heads:
-        norm = MaxEntry(site.weight.ndim)  # it is added to logits, whose norm is the largest entry
+    if norm is None and on_logits and role in ("bias", "head"):
+        norm = MaxEntry(site.weight.ndim)  # the norm of logits is their largest entry
     elif norm is None and default and role == default.role and rule.maps in (None, default.maps):
         norm = default.norm
     elif norm is None:
@@ -263,7 +279,7 @@ def _placed(
     as_default = default and (norm is default.norm or (rule.norm is not None and rule.role is None))
     maps = rule.maps or (default.maps if default and as_default else 1)
     guessed = rule.mass is None and rule.norm is None and rule.role is None
-    note = heads.get(name, default.note if default else "") if guessed else ""
+    note = (head if head is not None else default.note if default else "") if guessed else ""
     return Place(
         role or ("hidden" if site.weight.ndim >= 2 else "bias"), norm, maps, rule.mass, note
     )
@@ -273,22 +289,31 @@ def _heads(
     model: nn.Module,
     sites: dict[str, Site],
     maps: dict[str, Map | None],
-    readers: Readers,
     chosen: dict[str, Rule],
 ) -> dict[str, str]:
     """Return {name: why} of the heads: by rule, as transformers declare them, or guessed."""
     declared = declared_head(model)
-    heads = guessed_heads(model, sites, maps, readers)
+    heads = guessed_heads(model, sites, maps)
     heads |= {name: "" for name, site in sites.items() if site.weight is declared}
     roles = {name: rule.role or (rule.norm and "hidden") for name, rule in chosen.items()}
     kept = {name: why for name, why in heads.items() if roles.get(name) in (None, "", "head")}
     return kept | {name: "" for name, role in roles.items() if role == "head"}
 
 
-def _weight_beside(name: str) -> str | None:
-    """Return the name of the weight that a bias belongs to, by its name."""
-    path, dot, own = name.rpartition(".")
-    return f"{path}{dot}weight" if own == "bias" else None
+def _biases_of_heads(
+    sites: dict[str, Site], maps: dict[str, Map | None], heads: dict[str, str]
+) -> set[str]:
+    """Return the names of the biases of heads: beside one, or alone and of as many entries."""
+    paths = {sites[name].path for name in heads}
+    logits = {own.O for name in heads if (own := maps[name]) is not None}
+    alone = {
+        name
+        for name, site in sites.items()
+        if site.own == "bias"
+        and site.weight.numel() in logits
+        and not hasattr(site.module, "weight")
+    }
+    return alone | {n for n, site in sites.items() if site.own == "bias" and site.path in paths}
 
 
 # ---- what cannot be placed
@@ -312,7 +337,7 @@ def _check_rules(rules: list[Rule], names: list[str]) -> None:
 
 
 def _check_tensors(
-    model: nn.Module, every: list[tuple[str, Tensor]], chosen: dict[str, Rule]
+    model: nn.Module, every: list[tuple[str, Tensor]], chosen: dict[str, Rule], *, declared: bool
 ) -> None:
     """Raise CoverageError for weights that share memory, are complex or get sparse gradients."""
     tables = {
@@ -320,7 +345,13 @@ def _check_tensors(
         for path, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, nn.Embedding | nn.EmbeddingBag)
     }
-    _check_ties(every, chosen, {n for n, m in tables.items() if isinstance(m, nn.Embedding)})
+    owners = {
+        canonical(f"{path}.{own}".lstrip(".")): module
+        for path, module in model.named_modules(remove_duplicate=False)
+        for own in module._parameters
+    }
+    alone = (nn.Embedding,) if declared else (nn.Module,)  # what may share a weight by its type
+    _check_ties(every, chosen, {n: m for n, m in owners.items() if isinstance(m, alone)})
     for name, module in tables.items():
         require(
             not (module.sparse and module.weight.requires_grad),
@@ -342,17 +373,19 @@ def _check_tensors(
 
 
 def _check_ties(
-    every: list[tuple[str, Tensor]], chosen: dict[str, Rule], embeddings: set[str]
+    every: list[tuple[str, Tensor]], chosen: dict[str, Rule], owners: dict[str, nn.Module]
 ) -> None:
     """Raise CoverageError for weights that share memory.
 
-    Two names of one tensor may stand where both are embeddings, or a rule gives them one norm.
+    Two names of one tensor may stand where modules of one type have it under one name, where both
+    are biases, and where a rule gives them one norm. owners: the module of each name, if its type
+    may decide.
     """
     spans: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
-    owners: dict[int, str] = {}
+    first: dict[int, str] = {}
     tensors = dict(every)
     for name, p in every:
-        owner = owners.setdefault(id(p), name)
+        owner = first.setdefault(id(p), name)
         if owner == name and p.numel() and p.device.type != "meta" and p.data_ptr():
             reach = sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
             begin, end = p.data_ptr(), p.data_ptr() + (1 + reach) * p.element_size()
@@ -361,7 +394,10 @@ def _check_ties(
             memory.append((begin, end, name))
         twin = tensors[owner]
         ruled = name in chosen and chosen[name].norm is not None
-        one_norm = ruled or {name, owner} <= embeddings
+        own, twins_own = name.rpartition(".")[2], owner.rpartition(".")[2]
+        kinds = owners.get(name), owners.get(owner)
+        alike = None not in kinds and (type(kinds[0]) is type(kinds[1]) or p.ndim == 1)
+        one_norm = ruled or (alike and own == twins_own)
         moves = p.requires_grad or twin.requires_grad
         norm = "VectorRMS" if p.ndim == 1 else "RMSToRMS"
         require(

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from .families import place_by_family
+from .adapters import place_adapter
+from .families import heads, place_by_family
 from .fused import ONE, divide
 from .norms import L1ToRMS, MaxEntry, Norm, RMSToLinf, RMSToRMS, VectorRMS
-from .sites import Map, Place, Readers, Site, is_vector
+from .sites import WEIGHTS, Map, Place, Readers, Site, is_vector
 from .views import Blocks, ConvRMSToRMS, Experts, Flattened, Transposed
 
 # Masses of a model that declares no structure: each role's total, shared equally by its maps (fused
@@ -71,9 +72,11 @@ def _vector(ndim: int) -> Norm:
 def map_of(site: Site) -> Map | None:
     """Return a weight as a map, where its module's type or its shape says that it is one."""
     module, shape, own = site.module, site.shape, site.own
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.MultiheadAttention):
+        return Map(shape[0], shape[1], "gates") if len(shape) == 2 else None
     if site.part == "original0" and _is_weight_norm(site):
         return None
-    if own not in ("weight", "weight_v", "weight_orig"):
+    if own not in WEIGHTS:
         return _stack(site) if len(shape) == 3 and is_stack(site) else None
     if isinstance(module, nn.modules.conv._ConvNd):
         return Map(module.out_channels, module.in_channels, "convolution", module.transposed)
@@ -176,7 +179,7 @@ def _divide_stack(site: Site, own: Map) -> tuple[Any, str] | None:
     fan_ins = {s[1] if own.transposed else s[2] for s in others if tuple(s) != site.shape}
     fan_ins |= {m.input_size for m in _beside(site) if hasattr(m, "input_size")}
     if own.O not in fan_ins and own.O % 2 == 0 and own.O // 2 in fan_ins:
-        return (2, 1), f"2 maps fused in every expert: {own.O // 2} of {own.O} outputs are read"
+        return (2, 1), f"2 maps fused in every expert: {own.O // 2} of its {own.O} outputs are read"
     return ONE, ""
 
 
@@ -213,6 +216,8 @@ def place_by_type(
     """
     if (site.part == "original0" and _is_weight_norm(site)) or site.own == "weight_g":
         return Place("gain", MaxEntry(site.weight.ndim))
+    if (adapter := place_adapter(site)) is not None:
+        return adapter
     known = place_by_family(site)
     if known is not None and (fitting := _fitting(known, site, own)) is not None:
         return fitting
@@ -299,6 +304,9 @@ def _place_table(site: Site) -> Place | None:
         return Place("gain", MaxEntry(ndim), note=f"named {own}: taken for gains")
     if own == "weight" and ndim == 2:
         return Place("hidden", MATRIX, note=f"a map, stored (out, in), of a {site.kind}")
+    if ndim == 3 and heads(site.module) == shape[1]:
+        note = f"a map, stored (in, heads, out of each), of a {site.kind}"
+        return Place("hidden", Flattened(Transposed(MATRIX), 3), note=note)
     if ndim == 3 and shape[1] == shape[2]:
         note = f"{shape[0]} square maps side by side, of a {site.kind}"
         return Place("hidden", Experts(MATRIX), note=note)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import is_dataclass, replace
 from keyword import iskeyword
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .errors import Refusal, require
 
@@ -24,7 +24,7 @@ OURS += ("examples", "tests", "train_gpt", "sample")
 def load(
     names: Sequence[str], *, option: str = "run.plugins", error: type[Refusal] = Refusal
 ) -> None:
-    """Import these modules, each once. The working directory is the last place that is searched.
+    """Load these modules, each once. The working directory is the last place that is searched.
 
     option: the setting that named them. Raises `error` for a name that is not a module's, for one
     that does not exist or is hidden by another module, and where the module itself raises.
@@ -152,7 +152,8 @@ def require_part(function: str, cls: type, base: type) -> Any:
     hashed = type(part).__hash__ is not None
     require(hashed, what, got="a class that cannot be hashed", allowed=allowed, fix=fix)
     try:
-        replace(part) if is_dataclass(part) else None
+        if is_dataclass(part):
+            replace(cast(Any, part))
     except TypeError as error:
         got = "an __init__ that does not take the fields of its base"
         raise Refusal(what, got=got, allowed=allowed, fix=fix) from error

@@ -16,6 +16,12 @@ from .norms import Norm
 # The parts of a name that torch.compile, DDP, checkpointing and FSDP add.
 WRAPPERS = ("_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
+WEIGHTS = (
+    "weight",
+    "weight_v",
+    "weight_orig",
+)  # the others of torch's older weight_norm and spectral_norm
+
 
 def canonical(name: str) -> str:
     """Return a parameter's name without the prefixes that torch's wrappers add."""
@@ -63,13 +69,13 @@ class Site:
 
     @property
     def label(self) -> str:
-        """Return the name of the module in its parent."""
-        return self.path.rpartition(".")[2]
+        """Return the name of the module in its parent; in a list, the name of the list."""
+        return next((part for part in self.path.split(".")[::-1] if not part.isdigit()), "")
 
     @property
     def key(self) -> str:
         """Return the module's path, with the weight's own name where it may have several maps."""
-        return self.path if self.own.startswith("weight") else f"{self.path}.{self.own}"
+        return self.path if self.own in WEIGHTS else f"{self.path}.{self.own}"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -80,7 +86,8 @@ class Site:
 class Map:
     """A weight as one linear map, or a stack of them: fan-out, fan-in, and how it is stored.
 
-    stored: "matrix" (O, I) or, transposed, (I, O); "stack" (E, O, I); "convolution".
+    stored: "matrix" (O, I) or, transposed, (I, O); "stack" (E, O, I); "convolution"; "gates", the
+    weights of torch's recurrent and attention modules.
     """
 
     O: int  # noqa: E741

@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from itertools import takewhile
 
 from .errors import CoverageError
 from .module_types import MASSES
@@ -14,13 +16,35 @@ def by_pattern(names: Iterable[str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", name), []).append(name)
+    return {pattern if len(g) > 1 else g[0]: g for pattern, g in groups.items()}
+
+
+def by_kind(sites: Mapping[str, Site], every: Iterable[str]) -> dict[str, list[str]]:
+    """Return {pattern: names} of weights: one pattern for those that look alike, if it can be.
+
+    every: the names of all weights of the model, of which a pattern may match no other.
+    """
+    kinds: dict[tuple[str, str, int], list[str]] = {}
+    for name, site in sites.items():
+        kinds.setdefault((site.kind, f"{site.label}.{site.own}", len(site.shape)), []).append(name)
+    groups: dict[str, list[str]] = {}
+    for names in kinds.values():
+        own = by_pattern(names)
+        one = f"{_common_start(names)}*{_common_start(n[::-1] for n in names)[::-1]}"
+        alone = {n for n in every if fnmatchcase(n, one)} == set(names)
+        groups |= {one: names} if len(own) > 1 and alone else own
     return groups
+
+
+def _common_start(texts: Iterable[str]) -> str:
+    columns = takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False))
+    return "".join(letters[0] for letters in columns)
 
 
 def summary(notes: Mapping[str, str]) -> list[str]:
     """Return one line for every note of a pattern of names: {name: note} → "pattern: note"."""
     lines = dict.fromkeys(
-        f"{pattern if len(names) > 1 else names[0]}: {notes[name]}"
+        f"{pattern}: {notes[name]}"
         for pattern, names in by_pattern(notes).items()
         for name in names
     )
@@ -32,11 +56,9 @@ def unplaced(sites: Mapping[str, Site], maps: Mapping[str, Map | None]) -> Cover
 
     The rules work as they are printed; what else the weights might be stands beside them.
     """
-    groups = by_pattern(sites)
     weights, rules = [], []
-    for pattern, names in groups.items():
+    for pattern, names in by_kind(sites, maps).items():
         site, several = sites[names[0]], len(names) > 1
-        pattern = pattern if several else names[0]
         weights.append(f"{pattern}, {spelled(site.shape)}, of a {site.kind}")
         weights[-1] += f", {len(names)} of them" if several else ""
         rules.append(f"Rule({pattern!r}, role='hidden'),  # {_alternatives(site, maps[names[0]])}")

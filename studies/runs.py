@@ -14,6 +14,7 @@ import platform
 import re
 import shutil
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -352,7 +353,8 @@ def machines(summaries: Sequence[Mapping[str, Any]]) -> str:
 def versions(summaries: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
     """Return the versions of the program and of torch that made the runs, by their summaries.
 
-    note: which commit ran with which torch, if there is more than one pair.
+    note: which commit ran with which torch, if there is more than one pair, and which plugins
+    changed between runs.
     """
     pairs = sorted({(s["commit"] or "no commit", bool(s["dirty"]), s["torch"]) for s in summaries})
     torches = [version for *_, version in pairs]
@@ -362,13 +364,19 @@ def versions(summaries: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
     ]
     listed = "; ".join(f"{c} with torch {t}" for c, t in zip(commits, torches, strict=True))
     known = {commit for commit, *_ in pairs} - {"no commit"}
+    notes = [f"the judged runs are of {len(pairs)} versions: {listed}"] if len(pairs) > 1 else []
+    files = {item for s in summaries for item in s.get("plugins", {}).items()}
+    counts = Counter(name for name, _ in files)
+    notes += [
+        f"the judged runs are of {count} versions of the plugin {name}"
+        for name, count in sorted(counts.items())
+        if count > 1
+    ]
     return {
         "python": platform.python_version(),
         "torch": ", ".join(dict.fromkeys(torches)) or torch.__version__,
         "nanodual": ", ".join(dict.fromkeys(commits)) if known else None,
-        "note": f"the judged runs are of {len(pairs)} versions: {listed}"
-        if len(pairs) > 1
-        else None,
+        "note": "; ".join(notes) or None,
     }
 
 

@@ -169,7 +169,7 @@ def server_key() -> object:
 
 
 def _run(script: str, argv: list[str], cwd: str, env: dict[str, str], suffix: str, key: object) -> None:
-    """In a child: the script as __main__, its output in <cwd>/stdout<suffix> and <cwd>/stderr<suffix>."""
+    """In a child: the script or module as __main__, its output in <cwd>/stdout<suffix> and <cwd>/stderr<suffix>."""
     share_server(key)
     os.chdir(cwd)
     os.environ.update(env)
@@ -177,12 +177,23 @@ def _run(script: str, argv: list[str], cwd: str, env: dict[str, str], suffix: st
         file = open(stream + suffix, "w", buffering=1)  # noqa: SIM115 - open as long as the process is
         os.dup2(file.fileno(), getattr(sys, stream).fileno())
     sys.argv = [script, *argv]
-    runpy.run_path(script, run_name="__main__")
+    if script.endswith(".py"):
+        runpy.run_path(script, run_name="__main__")
+    else:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
 
 
 def _start(cwd: Path, argv: Sequence[str], script: str, env: dict[str, str] | None, suffix: str = "") -> BaseProcess:
     process = _context.Process(
-        target=_run, args=(str(ROOT / script), list(argv), str(cwd), env or {}, suffix, server_key())
+        target=_run,
+        args=(
+            str(ROOT / script) if script.endswith(".py") else script,
+            list(argv),
+            str(cwd),
+            env or {},
+            suffix,
+            server_key(),
+        ),
     )
     process.start()
     return process
@@ -199,7 +210,7 @@ def _finish(cwd: Path, processes: Sequence[BaseProcess], suffixes: Sequence[str]
 def start(cwd: Path, *argv: str, script: str = "train_gpt.py", env: dict[str, str] | None = None) -> BaseProcess:
     """`python train_gpt.py argv…` in cwd, in a real process that is forked from one with torch imported.
 
-    env: added to the environment.
+    script: a file, or a module as `python -m` takes it. env: added to the environment.
     """
     return _start(cwd, argv, script, env)
 

@@ -2,9 +2,12 @@
 
 import ast
 import json
+import math
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import MODELS
 from optim.directions import DIRECTIONS
+from optim.norms import Frobenius, Norm, RMSToRMS
+from optim.polar import Polar
 from optim.schedules import SCHEDULES
+from optim.views import Blocks
 from studies.export import bundle, command, compose, pcg64, script, specialise
 from studies.export import run as exported_run
+from studies.export.expressions import Expressions
 from studies.export.log import LINE
 from studies.export.specialise import ERASED, BundleError, Code, ExportError, Specialise
 from training import config as configuration
@@ -214,7 +221,7 @@ def assert_close(found: dict[tuple[int, str], float], wanted: dict[tuple[int, st
 
 def sections(text: str) -> dict[str, str]:
     """{file: what a script has of it}."""
-    files = {file: title for name in MODELS for file, title in compose.files(name).items()}
+    files = {file: title for model, _ in MODELS.values() for file, title in compose.files(model, {}).items()}
     titles = {f"# ---- {title}\n\n": file for file, title in files.items()}
     found = re.split(f"^({'|'.join(map(re.escape, titles))})", text, flags=re.MULTILINE)
     return {titles[title]: section.strip() for title, section in zip(found[1::2], found[2::2], strict=True)}
@@ -301,6 +308,212 @@ def test_other_data_is_refused_by_the_script(root: Path, monkeypatch: pytest.Mon
         (file.parent / "corpora/small" / shard.name).write_bytes(content)
     code, _, err = run(file.parent, script=str(file))
     assert code == 1 and "other data than the run's" in err
+
+
+# ---- parts of plugins
+
+PARTS = {
+    "norm and direction": (
+        *("--optim.norms.mlp", "Half", "--optim.norms.attention", "Half", "--optim.norms.per-head"),
+        *("--optim.roles.mlp.direction", "forgetful", "--model.bias"),
+    ),
+    "baseline": ("--optim.name", "sign_sgd", "--optim.lr", "0.003", "--baseline.slow", "0.25"),
+    "model and baseline": ("--model.name", "gated", "--optim.name", "sign_sgd", "--optim.lr", "0.003"),
+    "library": (
+        *("--run.plugins", '["my_lion"]', "--optim.name", "lion", "--optim.lr", "0.003"),
+        *("--optim.max-grad-norm", "0.5", "--schedule.beta-warmup", "0.3"),
+    ),
+}
+LION = """
+from nanodual import register_baseline
+from pytorch_optimizer import Lion
+from torch import nn
+
+
+@register_baseline("lion")
+def lion(model: nn.Module, norm: object, *, lr: float, beta: float, beta2: float) -> Lion:
+    return Lion(model.named_parameters(), lr=lr, betas=(beta, beta2))
+"""
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_a_script_has_the_parts_of_plugins_in_it_and_gives_every_loss(case: str, root: Path):
+    shutil.copy(ROOT / "tests/my_parts.py", root)
+    (root / "my_lion.py").write_text(LION)
+    folder = trained(root, case.replace(" ", "_"), "--run.plugins", '["my_parts"]', *PARTS[case])
+    bare = root / f"bare {case}"
+    bare.mkdir()
+    (bare / "corpora").symlink_to(root / "corpora")
+    options = "--out", str(bare / "script.py")
+    code, _, err = run(root, f"runs/{folder.name}", *options, script="studies.export")
+    assert code == 0, err
+    text = (bare / "script.py").read_text(encoding="utf-8")
+    done = subprocess.run([sys.executable, "-I", "script.py"], cwd=bare, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_close(lines(logged(bare)), recorded(folder))
+    imports = {str(n.module) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom)}
+    imports |= {a.name for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import) for a in n.names}
+    libraries = {"torch", "pytorch_optimizer"} if case == "library" else {"torch"}
+    assert {name.split(".")[0] for name in imports} - sys.stdlib_module_names == libraries
+    used = {"Half": "norm", "Forgetful": "direction", "SignSGD": "baseline", "GatedGPT": "model"}
+    kinds = {kind for name, kind in used.items() if f"\nclass {name}(" in text}
+    assert kinds == {kind for kind in used.values() if kind in case}, "what is used, and nothing else"
+    assert "Letters" not in text, "shards are tokens: a script needs no tokenizer"
+    assert not re.search("^@register_(baseline|model|direction)", text, re.MULTILINE)
+    if case == "norm and direction":
+        for code, _, err in run_ranks(bare, 2, script=str(bare / "script.py")):
+            assert code == 0, err
+        (other,) = {*bare.glob("logs/*.txt")} - {next(bare.glob("logs/*.txt"))}
+        assert_close(lines(other.read_text(encoding="utf-8")), recorded(folder))
+
+
+def test_a_run_whose_plugin_has_changed_or_that_was_resumed_otherwise_says_so(root: Path):
+    """The script has the plugin's text of now, and one value of a setting."""
+    shutil.copy(ROOT / "tests/my_parts.py", root)
+    options = "--run.plugins", '["my_parts"]', "--optim.direction", "forgetful", "--train.steps", "4"
+    folder = trained(root, "changed", *options, "--train.keep-checkpoints", "2")
+    (root / "my_parts.py").write_text((root / "my_parts.py").read_text() + "\nLATER = 1\n")
+    code, out, err = run(root, "runs/changed", "--out", "-", script="studies.export")
+    assert code == 0 and "\nFiles of plugins that have changed since: my_parts.\n" in out, err
+    trained(root, "changed", *options[:-1], "6", "--train.keep-checkpoints", "2", "--run.resume")
+    code, _, err = run(root, "runs/changed", "--out", "-", script="studies.export")
+    wanted = "error: train.steps of an exported run\n  got: 4, and 6 when it was resumed\n"
+    assert code == 2 and err.startswith(wanted) and "config.toml" in err
+    code, _, err = run(root, str(next(folder.glob("resumed_*_config.toml"))), "--out", "-", script="studies.export")
+    assert code == 0, err
+
+
+class Plain(Norm):
+    """No dataclass: its arguments are attributes."""
+
+    def __init__(self, ndim: int = 2, sizes: tuple[float, ...] = (1.0,)) -> None:
+        self.ndim, self.sizes = ndim, sizes
+
+
+@dataclass(frozen=True)
+class Fields(Norm):
+    inner: Norm = Plain()  # noqa: RUF009 - norms are constants
+    bound: float = math.inf
+    dtype: torch.dtype = torch.float32
+    shares: tuple[float, ...] = ()
+
+
+class Hidden(Norm):
+    """One that keeps its argument under another name."""
+
+    def __init__(self, size: float = 1.0) -> None:
+        self.kept = size
+
+
+def test_a_norm_is_written_as_what_makes_it_again():
+    write = Expressions(Polar())
+    for norm, code in (
+        (Plain(), "Plain()"),
+        (Plain(sizes=(0.5,)), "Plain(sizes=(0.5,))"),
+        (Blocks(Plain(3), 4), "Blocks(inner=Plain(ndim=3), sizes=4)"),
+        (Fields(bound=2.0), "Fields(bound=2.0)"),
+        (Fields(Frobenius(1), dtype=torch.float64), "Fields(inner=Frobenius(ndim=1), dtype=torch.float64)"),
+        (Hidden(), "Hidden()"),
+        (RMSToRMS(Polar("you")), "RMSToRMS(polar=Polar(schedule='you'))"),
+        ({"head": RMSToRMS(Polar())}, "{'head': RMSToRMS()}"),
+    ):
+        assert write.of(norm) == code
+    assert write.named["Blocks"] == "optim.views" and write.named["Plain"] == __name__
+
+
+def test_an_object_that_its_class_does_not_make_again_is_refused():
+    class Local(Norm):
+        """Made in a function."""
+
+    changed = Plain()
+    changed.extra = 1  # type: ignore[attr-defined]
+    for norm, got in (
+        (Hidden(2.0), "attributes that its constructor's arguments do not give it"),
+        (changed, "attributes that its constructor's arguments do not give it"),
+        (Local(), "a definition that does not stand at the top level of its file"),
+        (Plain(sizes=(Local(),)), "a definition that does not stand at the top level of its file"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ExportError, match=f"in a script\n  got: {got}\n"):
+            Expressions(Polar()).of(norm)
+
+
+OURS = "class Norm:\n    pass\ndef helper():\n    pass\n"
+
+
+def with_plugin(root: Path, text: str, last: str = "Mine()\n") -> str:
+    """A script of a plugin's Mine and of one file of ours."""
+    (root / "optim").mkdir(exist_ok=True)
+    (root / "optim/norms.py").write_text(OURS)
+    (root / "my_norms.py").write_text(text)
+    (root / "end.py").write_text(f'"""end"""\n{last}')
+    plugin = str(root / "my_norms.py")
+    return bundle.bundle(
+        root,
+        {"optim/norms.py": "norms", plugin: "plugin", "end.py": "end"},
+        known={"end.py": {}},
+        filled={},
+        packages=("optim", "my_norms"),
+        modules={plugin: "my_norms"},
+        plugins=[plugin],
+        named={"Mine": "my_norms"},
+    )
+
+
+def test_of_a_plugin_comes_what_is_reached_as_it_stands(tmp_path: Path):
+    kept = """# why
+@cache  # once
+class Mine(Norm):
+    size = {"a":SIZE}  # of it
+    def f(self) -> "Mine":
+        return table[0], np.pi, F, nn, fast
+"""
+    text = with_plugin(
+        tmp_path,
+        '"""Mine."""\nfrom __future__ import annotations\n'
+        "from functools import cache\nimport numpy as np\nimport torch.nn as nn\n"
+        "from torch.nn import functional as F\nfrom nanodual.norms import Norm, helper\n"
+        "from nanodual import register_norm\nimport optim\n\n"
+        f"SIZE = 2\ntable = []\ntable.append(SIZE)\nunused = []\nunused.append(helper())\n"
+        "try:\n    import fast\nexcept ImportError:\n    fast = None\n"
+        "np.seterr(all='raise')\n"
+        f"@register_norm\n{kept.replace('# why', '')}\n\n@optim.register_direction('x')\nclass Other:\n    pass\n"
+        "register_norm(Other)\nif __name__ == '__main__':\n    print(Mine)\n",
+    )
+    assert kept.partition("\n")[2] in text and "class Norm:" in text
+    assert text.startswith("from __future__ import annotations\n")
+    for wanted in ("SIZE = 2", "table.append(SIZE)", "    import fast", "np.seterr(all='raise')", "import numpy as np"):
+        assert wanted in text
+    assert not re.search("register|Other|unused|helper|__main__|nanodual", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("exec('class Mine: pass')\n", "Mine, which end.py needs\n  got: 0 definitions"),
+        ("def make():\n    class Mine: pass\n    return Mine\nMine = make()\nsetattr(make, 'x', exec)\n", "got: exec"),
+        ("class Mine:\n    x = open(__file__)\n", "in a script\n  got: __file__"),
+        ("globals()['x'] = 3\nclass Mine:\n    y = x\n", "got: globals|x, which .* needs"),
+        ("class Mine:\n    y = late\n", "late, which .*my_norms.py needs\n  got: no definition that can be read"),
+        ("from optim.norms import *\nclass Mine:\n    y = helper\n", "helper, which .* needs\n  got: no definition"),
+        ("class Norm:\n    pass\nclass Mine(Norm):\n    pass\n", "Norm\n  got: a second definition"),
+        ("class Mine:\n    pass\nclass Mine:\n    pass\n", "Mine\n  got: a second definition"),
+        ("import optim.norms\nclass Mine(optim.norms.Norm):\n    pass\n", "optim, which .*\n  got: import optim.norms"),
+        (
+            "from optim.norms import Norm as N\nclass Mine(N):\n    pass\n",
+            "N, which .*got: from optim.norms import Norm as N",
+        ),
+        (
+            "from optim.stacks import Stack\nclass Mine(Stack):\n    pass\n",
+            "Stack, which .*got: from optim.stacks import",
+        ),
+        ("class Mine:\n    def f(self):\n        from optim.norms import Norm\n", "got: from optim.norms import Norm"),
+        ("def sum(x):\n    return x\nclass Mine:\n    y = sum\n", "sum\n  got: a definition of the name of a builtin"),
+    ],
+)
+def test_what_a_script_cannot_have_of_a_plugin_is_refused(text: str, message: str, tmp_path: Path):
+    last = "from optim.norms import Norm\nMine(Norm())\n"
+    with pytest.raises(ExportError, match=f"(?s){message}"):
+        with_plugin(tmp_path, text, last)
 
 
 # ---- the optimization track's form

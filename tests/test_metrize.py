@@ -761,6 +761,8 @@ def test_the_map_whose_outputs_nothing_reads_is_taken_for_a_classifiers_last():
     norm = metrize(model)
     assert [n for n, role in norm.roles.items() if role == "head"] == ["4.weight"]
     assert norm.notes == ("4.weight: taken for a head: no map reads its 5 outputs",)
+    recurrent = holding(features=nn.Linear(5, 8), lstm=nn.LSTM(8, 6), out=nn.Linear(6, 3))
+    assert [n for n, role in metrize(recurrent).roles.items() if role == "head"] == ["out.weight"]
     autoencoder = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 16))
     assert metrize(autoencoder).notes == (NO_HEAD,), "its last outputs are as wide as its inputs"
     layers = nn.ModuleList(holding(gate=nn.Linear(8, 3, bias=False)) for _ in range(2))
@@ -854,6 +856,14 @@ def test_tied_weights_are_refused_by_identity(device: str):
         "head.weight shares its storage with embed.weight\n  got: one tensor in two roles\n  allowed: one role a tensor, or one norm by rule\n"
         "  fix: untie them (transformers: tie_word_embeddings=False in the config, before the model is built), or metrize(model, rules=[Rule('embed.weight', norm='RMSToRMS')])"
     )
+
+
+def test_modules_of_one_type_may_share_a_weight():
+    model = holding(a=nn.Linear(3, 3), b=nn.Linear(3, 3))
+    model.b.weight, model.b.bias = model.a.weight, model.a.bias  # type: ignore[union-attr, assignment]
+    assert places(model) == {"a.weight": f"hidden {R}", "a.bias": "bias VectorRMS"}
+    model.c = model.a  # one module under two names
+    assert len(places(model)) == 2
 
 
 def test_tied_weights_of_a_declared_structure_are_refused():

@@ -49,7 +49,7 @@ def build_baseline(config: Config, model: nn.Module, norm: ModularNorm) -> "Base
 
 
 def evaluating(optimizer: "Dualized | Baseline") -> AbstractContextManager[None]:
-    """Put the weights that are evaluated, sampled from and saved into the model, for a while.
+    """Keep the weights that are evaluated, sampled from and saved in the model, for a while.
 
     They are those of training but for optimizers that have two sets, as schedule-free ones.
     """
@@ -189,7 +189,7 @@ class Baseline:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Put the weights that are evaluated into the model; see the function of this name.
+        """Keep the weights that are evaluated in the model; see the function of this name.
 
         Those of training are put back as they were, to the bit.
         """

@@ -1,4 +1,5 @@
-"""Our own modules as one file, made on syntax trees alone: nothing is executed.
+"""Our own modules, and a user's plugins, as one file, made on syntax trees alone: nothing is
+executed.
 
 Files come in three ways. Some come whole, but for their imports. Of others every definition that
 something names comes as it stands, byte for byte. The rest is specialised to a run: what is known
@@ -6,118 +7,23 @@ is written in, what that decides is decided, and only what is then used is left.
 
 The last file is the script's end. Its statements stay in their order. Its definitions, and those of
 the other files, come along where something that is left names them; of a specialised class the
-methods come that something left mentions.
+methods come that something left mentions. Of a plugin the statements that define nothing come too,
+unless they concern nothing but definitions that stay behind.
 """
 
 import ast
 import copy
-import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from .specialise import GONE, BundleError, Known, Specialise, is_comment, parse, unparse
+from .check import check
+from .sources import Item, Source, as_it_stands, defined, module_of, specialised, without_imports
+from .specialise import BundleError, Known, Specialise, is_comment, unparse
 
-# ---- files, and what they define
-
-
-@dataclass(eq=False)
-class Item:
-    """A top-level statement with the comments before it, or a file that comes whole.
-
-    names: what it defines; none for an effect. text: as it stands; None if it is specialised.
-    """
-
-    names: list[str]
-    nodes: list[ast.stmt]
-    text: str | None = None
-
-
-@dataclass(eq=False)
-class Source:
-    """One file: its items in order, and what it imports, {name: (module, part of it)}."""
-
-    file: str
-    items: list[Item]
-    imports: dict[str, tuple[str, str]]
-
-    def definition(self, name: str) -> Item | None:
-        """Return the item that defines a name."""
-        return next((i for i in self.items if name in i.names), None)
-
-
-def _defined(node: ast.stmt) -> list[str]:
-    if isinstance(node, ast.FunctionDef | ast.ClassDef):
-        return [node.name]
-    targets = node.targets if isinstance(node, ast.Assign) else []
-    targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
-    names = [n for t in targets for n in (t.elts if isinstance(t, ast.Tuple) else [t])]
-    return [n.id for n in names if isinstance(n, ast.Name)]
-
-
-def as_it_stands(text: str, *, unregistered: Sequence[str] = ()) -> list[Item]:
-    """Return the top-level statements of a file, each with the comments that touch it.
-
-    unregistered: decorators that are left out.
-    """
-    lines, items = text.splitlines(), []
-    for node in ast.parse(text).body:
-        decorators = getattr(node, "decorator_list", [])
-        dropped = [d for d in decorators if ast.unparse(d) in unregistered]
-        decorators[:] = [d for d in decorators if d not in dropped]
-        first = min(n.lineno for n in (node, *decorators))
-        while first > 1 and not dropped and lines[first - 2].startswith("#"):
-            first -= 1
-        items.append(Item(_defined(node), [node], "\n".join(lines[first - 1 : node.end_lineno])))
-    return items
-
-
-def without_imports(text: str) -> Item:
-    """Return a file as one item, all of it but its top-level imports."""
-    body = ast.parse(text).body
-    imports = [n for n in body if isinstance(n, ast.Import | ast.ImportFrom)]
-    imported = {line for n in imports for line in range(n.lineno, (n.end_lineno or 0) + 1)}
-    others = [x for number, x in enumerate(text.splitlines(), start=1) if number not in imported]
-    left = [n for n in body if n not in imports]
-    names = [name for n in left for name in _defined(n)]
-    return Item(names, left, re.sub("\n{4,}", "\n\n\n", "\n".join(others)))
-
-
-def specialised(text: str, special: Specialise, filled: Mapping[str, str]) -> list[Item]:
-    """Return the top-level statements of a file, as they are when what is known is written in.
-
-    filled: statements that stand for those that define these names.
-    """
-    items, waiting = [], []
-    for node in parse(text).body[1:]:  # behind the docstring
-        waiting.append(node)
-        if not is_comment(node):
-            names = _defined(node)
-            given = [filled[n] for n in names if n in filled]
-            nodes = ast.parse(given[0]).body if given else waiting
-            if not isinstance(node, ast.Import | ast.ImportFrom):
-                items.append(Item(names, special.statements(nodes)))
-            waiting = []
-    return items
-
-
-def imports_of(text: str) -> dict[str, tuple[str, str]]:
-    """Return {name: (module, part of it)} of a file's top-level imports; ("", module) of a module.
-
-    A relative import's module begins with its dots.
-    """
-    imports = {}
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            module = "." * getattr(node, "level", 0) + (getattr(node, "module", None) or "")
-            parts = {a.asname or a.name.split(".")[0]: ast.unparse(a) for a in node.names}
-            imports |= {name: (module, part) for name, part in parts.items()}
-    return imports
-
-
-# ---- one file of several
+# Decorators and calls by which a plugin's part gets its name.
+REGISTRATION = r"([\w.]+\.)?register_(norm|direction|baseline|tokenizer|model)\b"
 
 
 def bundle(
@@ -128,18 +34,24 @@ def bundle(
     filled: Mapping[str, str],
     packages: Sequence[str],
     whole: Sequence[str] = (),
-    unregistered: Sequence[str] = (),
+    unregistered: str = "(?!)",
+    modules: Mapping[str, str] | None = None,
+    plugins: Sequence[str] = (),
+    named: Mapping[str, str] | None = None,
 ) -> str:
     """Return the last file with all that it needs of the files, {file: a title for its part}.
 
     A file may need earlier ones alone when it is imported. known: by file, see Specialise; a file
     that is not among them comes as it stands. filled: statements that stand for those of these
     names in the last file. packages: whose names are among the files. whole: files that come whole,
-    if at all. unregistered: decorators that are left out. Raises BundleError for a name that is in
-    none of the files, or twice in what is left.
+    if at all. unregistered: a pattern of decorators that are left out. modules: {file: its module}
+    where its path does not say it. plugins: the files that are a user's own. named: {name: its
+    module} of what `filled` and `known` name.
+    Raises BundleError for a name that is in none of the files, or twice in what is left, and for
+    what a plugin cannot hand on.
     """
     constants: dict[str, int | float] = {}
-    sources, last = [], [*files][-1]
+    titles, last = {}, [*files][-1]
     for file in files:
         text = (root / file).read_text(encoding="utf-8")
         if file in known:
@@ -148,33 +60,35 @@ def bundle(
         elif file in whole:
             items = [without_imports(text)]
         else:
-            items = as_it_stands(text, unregistered=unregistered)
-        sources.append(Source(file, items, imports_of(text)))
-    reach = Reach(sources, packages)
-    parts = {s.file: [i for i in s.items if i in reach.items and i.nodes] for s in sources}
-    sections = [
-        f"# ---- {files[file]}\n\n{_text(items, reach)}" for file, items in parts.items() if items
-    ]
-    body = "\n\n\n".join(sections)
+            pattern = REGISTRATION if file in plugins else unregistered
+            items = as_it_stands(text, unregistered=pattern, whole=file in plugins)
+        module = (modules or {}).get(file, module_of(file))
+        titles[Source(file, module, items, text, plugin=file in plugins)] = files[file]
+    reach = Reach([*titles], packages, named or {})
+    return written(titles, reach, constants, packages)
+
+
+def written(
+    titles: Mapping[Source, str],
+    reach: "Reach",
+    constants: Mapping[str, int | float],
+    packages: Sequence[str],
+) -> str:
+    """Return the text of what is reached of files, {file: the title of its part}, once checked."""
+    parts = {s: [i for i in s.items if i in reach.items and i.nodes] for s in titles}
+    texts = {s: _text(items, reach) for s, items in parts.items() if items}
+    body = "\n\n\n".join(f"# ---- {titles[s]}\n\n{text}" for s, text in texts.items())
     used = {n.id for n in ast.walk(ast.parse(body)) if isinstance(n, ast.Name)}
     numbers = {k: v for k, v in constants.items() if k in used}
-    imports = [(name, origin) for name, origin in reach.imports if name in used]
+    imports = {name: origins for name, origins in reach.imports.items() if name in used}
     names = [*(n for items in parts.values() for i in items for n in i.names), *numbers]
-    _check([*names, *(name for name, _ in imports)], used)
-    top = _imports({origin for _, origin in imports})
+    check(texts, [*names, *(name for name, _ in meanings(imports))], used, packages)
+    top = _imports({origin for origins in imports.values() for origin in origins})
+    future = ("__future__", "annotations")
+    if any(s.imports.get("annotations") == future for s in texts):
+        top = f"from __future__ import annotations\n\n{top}"
     header = "".join(f"{k} = {v!r}\n" for k, v in numbers.items())
     return f"{top}\n# ---- Hyperparameters\n\n{header}\n\n{body}\n"
-
-
-def _check(names: list[str], used: set[str]) -> None:
-    """Raise BundleError for a name that has two definitions, and for one that should be gone."""
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        got, fix = "a second definition", "rename one of them"
-        raise BundleError(twice, got=got, allowed="one in a file", fix=fix)
-    if GONE in used:
-        got, allowed = "a use of it that is left", "as an argument, a parameter, a statement"
-        raise BundleError("an erased name", got=got, allowed=allowed, fix="what is known")
 
 
 def _text(items: Sequence[Item], reach: "Reach") -> str:
@@ -191,12 +105,30 @@ def formatted(text: str) -> str:
     return done.stdout if done.returncode == 0 else text
 
 
-def _imports(origins: set[tuple[str, str]]) -> str:
-    """Return import statements, the standard library's first."""
-    lines = [f"import {part}" for module, part in sorted(origins) if not module]
+# ---- imports
+
+Origin = tuple[str, str]  # a module, and what of it is imported; "" and a module
+
+
+def meanings(imports: Mapping[str, Iterable[Origin]]) -> set[tuple[str, str]]:
+    """Return (name, what it stands for) of imports: two of a name are two meanings of it."""
+    return {_meaning(*origin) for origins in imports.values() for origin in origins}
+
+
+def _meaning(module: str, part: str) -> tuple[str, str]:
+    what, renamed, name = part.partition(" as ")
+    if module:
+        return name or what, f"{module}.{what}"
+    return (name, what) if renamed else (what.partition(".")[0],) * 2
+
+
+def _imports(origins: set[Origin]) -> str:
+    """Return import statements, the standard library's first; one where two mean the same."""
+    lines = [f"import {part}" for part in sorted(p for m, p in origins if not m)]
+    renamed = {_meaning(m, part) for m, part in origins if not m and " as " in part}
     for module in sorted({module for module, _ in origins if module}):
-        parts = ", ".join(part for origin, part in sorted(origins) if origin == module)
-        lines.append(f"from {module} import {parts}")
+        parts = [p for m, p in sorted(origins) if m == module and _meaning(m, p) not in renamed]
+        lines += [f"from {module} import {', '.join(parts)}"] if parts else []
     own = [line for line in lines if line.split()[1].split(".")[0] in sys.stdlib_module_names]
     return "\n".join([*own, "", *(line for line in lines if line not in own), ""])
 
@@ -204,15 +136,23 @@ def _imports(origins: set[tuple[str, str]]) -> str:
 class Reach:
     """The definitions that the last file's effects name, those that these name, and so on."""
 
-    def __init__(self, sources: list[Source], packages: Sequence[str]) -> None:
-        """Find it. packages: those whose names are among the files."""
-        self.sources, self.packages = sources, packages
+    def __init__(
+        self, sources: list[Source], packages: Sequence[str], named: Mapping[str, str]
+    ) -> None:
+        """Find it. packages: those whose names are among the files. named: see bundle."""
+        self.sources, self.packages, self.named = sources, packages, named
         self.items: set[Item] = set()
         self.left: set[ast.stmt] = set()  # specialised code, of classes what is mentioned
         self.mentions = {"forward"}  # which torch calls
-        self.imports: set[tuple[str, tuple[str, str]]] = set()  # of what is not among the files
-        self.todo = [(sources[-1], i) for i in sources[-1].items if not i.names]
-        members: list[tuple[Source, ast.stmt]] = []  # of classes, that nothing mentions so far
+        self.imports: dict[str, set[Origin]] = {}  # of what is not among the files
+        self.members: list[tuple[Source, ast.stmt]] = []  # of classes, that nothing mentions so far
+        self.todo = [(sources[-1], i) for i in sources[-1].items if i.effect]
+        while self.todo:
+            self._follow_items()
+            self.todo = [(s, i) for s in sources if s.plugin for i in s.items if self._acts(s, i)]
+
+    def _follow_items(self) -> None:
+        """Take the items that wait, and all that they name."""
         while self.todo:
             source, item = self.todo.pop()
             if item in self.items:
@@ -221,21 +161,29 @@ class Reach:
             for node in item.nodes:
                 if item.text is not None:
                     self._follow(source, node)
+                    self.mentions |= attributes(node) if source.plugin else set()
                 elif isinstance(node, ast.ClassDef):
                     self._follow(source, *node.bases, *node.decorator_list)
-                    members += [(source, m) for m in node.body]
+                    self.members += [(source, m) for m in node.body]
                 else:
                     self._leave(source, node)
-            while mentioned := [x for x in members if self._mentioned(x[1])]:
-                members = [x for x in members if x not in mentioned]
+            while mentioned := [x for x in self.members if self._mentioned(x[1])]:
+                self.members = [x for x in self.members if x not in mentioned]
                 for owner, member in mentioned:
                     self._leave(owner, member)
+
+    def _acts(self, source: Source, item: Item) -> bool:
+        """Return whether an effect is to be taken: of what is left of its file, or of none of it."""
+        if not item.effect or item in self.items:
+            return False
+        names = {n.id for node in item.nodes for n in ast.walk(node) if isinstance(n, ast.Name)}
+        concerned = {i for name in {*names, *item.names} for i in source.definitions(name)}
+        return not concerned or not concerned.isdisjoint(self.items)
 
     def _leave(self, source: Source, node: ast.stmt) -> None:
         """Note that specialised code is left, and what it mentions."""
         self.left.add(node)
-        loads = (n for n in ast.walk(node) if isinstance(n, ast.Attribute))
-        self.mentions |= {n.attr for n in loads if isinstance(n.ctx, ast.Load)}
+        self.mentions |= attributes(node)
         self._follow(source, node)
 
     def _follow(self, source: Source, *nodes: ast.AST) -> None:
@@ -246,29 +194,44 @@ class Reach:
     def _definitions(self, source: Source, name: str) -> list[tuple[Source, Item]]:
         """Return where a name is defined: nowhere if Python has it, if it is a local name, and if
         it comes from elsewhere, which is noted."""
-        own, imported = source.definition(name), source.imports.get(name)
-        module, _ = imported or ("", "")
-        if own is not None:
-            return [(source, own)]
-        if imported and not module.startswith(".") and module.split(".")[0] not in self.packages:
-            self.imports.add((name, imported))
+        imported = source.imports.get(name)
+        if source is self.sources[-1] and name in self.named:
+            imported = self.named[name], name
+        elif own := source.definitions(name):
+            return [(source, i) for i in own]
+        module, part = imported or ("", "")
+        if imported and (module or part).split(".")[0] not in self.packages:
+            self.imports.setdefault(name, set()).add(imported)
             return []
         # Where a package hands names on, the file is the one that has it. What known values name
         # in a specialised file is not imported there.
-        items = [(s, i) for s in self.sources if (i := s.definition(name)) is not None]
-        exact = [(s, i) for s, i in items if Path(s.file).stem == module.split(".")[-1]]
-        items = exact or items
+        items = [(s, i) for s in self.sources for i in s.definitions(name)]
         if imported is None:
             return items if source.items[0].text is None and len(items) == 1 else []
-        if len(items) != 1:
-            what, got = f"{name}, which {source.file} needs", f"{len(items)} definitions of it"
-            allowed = f"one in {', '.join(s.file for s in self.sources)}"
-            fix = "decide the branch that needs it, or add its file"
-            raise BundleError(what, got=got, allowed=allowed, fix=fix)
+        exact = [(s, i) for s, i in items if s.module == module]
+        items = exact or [(s, i) for s, i in items if s.module.startswith(f"{module}.")]
+        if len({s.file for s, _ in items}) != 1 or part != name:
+            raise self._not_among_files(source, name, module, part)
         return items
 
+    def _not_among_files(self, source: Source, name: str, module: str, part: str) -> BundleError:
+        """Return the error for a name that is imported from a file that has no such definition."""
+        what, files = f"{name}, which {source.file} needs", ", ".join(s.file for s in self.sources)
+        if not source.plugin:
+            count = len([s for s in self.sources if s.definitions(name)])
+            got, allowed = f"{count} definitions of it", f"one in {files}"
+            fix = "decide the branch that needs it, or add its file"
+            return BundleError(what, got=got, allowed=allowed, fix=fix)
+        statement = f"from {module} import {part}" if module else f"import {part}"
+        return BundleError(
+            what,
+            got=statement,
+            allowed="definitions of optim, model, models and plugins, each by its own name",
+            fix="from MODULE import NAME, where MODULE is the file that defines it",
+        )
+
     def _mentioned(self, member: ast.stmt) -> bool:
-        names = _defined(member)
+        names = defined(member)
         if isinstance(member, ast.FunctionDef):
             return names[0].startswith("__") or names[0] in self.mentions
         return not names or bool(self.mentions.intersection(names))
@@ -285,3 +248,9 @@ class Reach:
                 comments = []
         node.body = body or [ast.Pass()]
         return node
+
+
+def attributes(node: ast.AST) -> set[str]:
+    """Return the attributes that code reads."""
+    loads = (n for n in ast.walk(node) if isinstance(n, ast.Attribute))
+    return {n.attr for n in loads if isinstance(n.ctx, ast.Load)}

@@ -1,38 +1,60 @@
 """One run as the text of one script: files, known values and filled-in code, put together."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from models import MODELS, build_model_and_norm
+from model import GPT
+from models import build_model_and_norm
 
 from ..runs import ROOT
 from .bundle import bundle
+from .expressions import Expressions
 from .fill import filled_in
+from .plugins import check_parts, files_of_plugins
 from .run import Run, check, refusal, resolved
-from .values import SCRIPT, known_values, model_files
+from .values import SCRIPT, is_own, known_values, model_files
 
+# Every definition that a run uses comes along. So a file's order is that of imports.
 OPTIMIZER = {
     "optim/errors.py": "Refusals",
     "optim/polar.py": "Polar factor",
     "optim/norms.py": "Norms, their duality maps, initial weights",
     "optim/views.py": "Norms of parts of a weight",
     "optim/directions.py": "Directions: what is dualized",
+    "optim/settings.py": "Settings",
     "optim/update.py": "The step",
     "optim/schedules.py": "Schedules",
+}
+STRUCTURE = {  # of a plugin's model, which makes its own
+    "optim/receipt.py": "Receipts",
+    "optim/smoothness.py": "Smoothness",
+    "optim/modular.py": "The modular norm",
+    "optim/roles.py": "Roles",
+}
+STAND_IN = "studies/export/modular.py"  # of optim/modular.py
+BASELINES = {
+    "optim/metrize.py": "Names of weights",
     "optim/baselines.py": "Schedules of torch's optimizers",
 }
 TRAINING = {
     "studies/export/pcg64.py": "Random numbers",
     SCRIPT: "Data, optimizer, training",
 }
+OURS = ("optim", "model", "models", "data", "training", "studies")  # that no script imports
 TRACK_SLOTS = 8  # micro-batches of 64 sequences: the track's scripts run on 1, 2, 4 or 8 GPUs
 TRACK_DATA = "data/fineweb10B"
 
 
-def files(model_name: str) -> dict[str, str]:
-    """Return {file: the title of its part} of a script, in its order."""
-    return OPTIMIZER | model_files(MODELS[model_name][0]) | TRAINING
+def files(model: type[GPT], plugins: Mapping[str, str]) -> dict[str, str]:
+    """Return {file: the title of its part} of a script, in its order.
+
+    plugins: {file: its module}.
+    """
+    structure = STRUCTURE if is_own(model) else {STAND_IN: "The modular norm, as far as it is used"}
+    own = {file: f"Plugin {module}" for file, module in plugins.items()}
+    return OPTIMIZER | structure | BASELINES | model_files(model) | own | TRAINING
 
 
 def script(run: Run, *, track: bool = False) -> str:
@@ -48,19 +70,27 @@ def script(run: Run, *, track: bool = False) -> str:
         raise refusal("train.batch_size", config.train.batch_size, allowed)
     with torch.device("meta"):
         model, norm = build_model_and_norm(config)
-    data = data_folder(run, track=track)
+    data, plugins = data_folder(run, track=track), files_of_plugins(config.run.plugins)
+    packages = (*OURS, *(module.split(".")[0] for module in plugins.values()))
+    write = Expressions(config.optim.polar)
+    filled = filled_in(config, model, norm, write, data=data, track=track)
+    check_parts(write.named, packages)
     code = bundle(
         ROOT,
-        files(config.model.name),
+        files(type(model), plugins),
         known=known_values(config, type(model), slots=slots, track=track),
-        filled=filled_in(config, model, norm, data=data, track=track),
-        packages=("optim", "model", "models"),
+        filled=filled,
+        packages=packages,
         whole=("optim/update.py",),
-        unregistered=("register_schedule",),  # whose SCHEDULES would be a second one
+        unregistered="register_(norm|schedule)$",  # a script names none of them by text
+        modules={STAND_IN: "optim.modular", **plugins},
+        plugins=[*plugins],
+        named=write.named,
     )
     order = "the optimization track's order" if track else "the run's order"
+    own = f"With parts of {', '.join(config.run.plugins)}.\n" if plugins else ""
     return (
-        f'"""{run.name}: {run.origin}\n\nData: {data}/, in {order}.\n'
+        f'"""{run.name}: {run.origin}\n\n{own}Data: {data}/, in {order}.\n'
         f'Alone, or under torchrun with a number of processes that divides {slots}.\n"""\n\n{code}'
     )
 

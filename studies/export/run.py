@@ -8,11 +8,13 @@ from typing import Any
 
 from optim.baselines import BASELINES, takes_polar
 from optim.errors import require
+from optim.plugins import digests
 from optim.schedules import SCHEDULES
 from optim.settings import StepSettings
 from training import config as configuration
 from training.config import Config
 from training.provenance import git_state
+from training.resume import TOLD
 
 from ..runs import ROOT, summary
 from .specialise import ExportError
@@ -23,11 +25,12 @@ NOT_CARRIED, OF_STORAGE = ("momentum_dtype",), ("master_weights",)  # of a step
 STEP = [f.name for f in fields(StepSettings) if f.name not in (*NOT_CARRIED, *OF_STORAGE)]
 CARRIED = re.compile(
     r"(model|schedule|baseline|optim\.polar|optim\.norms|optim\.masses)\..*"
-    r"|run\.(seed|device|precision|compile|threads)|data\.dataset"
+    r"|run\.(seed|device|precision|compile|threads|plugins)|data\.dataset"
     rf"|optim\.(name|composition)|optim\.(roles\.\w+\.)?({'|'.join(STEP)})"
     r"|train\.(steps|batch_size|gradient_accumulation_steps|eval_every|eval_tokens"
     r"|eval_batch_size|log_every)"
 )
+ONLY_ROUNDING = ("run.threads", "train.gradient_accumulation_steps", "run.plugins")
 NEUTRAL = re.compile(
     r"run\.(name|dir|resume|parallel|shard_size|timeout)|data\.verify"
     rf"|optim\.({'|'.join(OF_STORAGE)}|auto\..*)"
@@ -75,8 +78,27 @@ def read(source: Path) -> Run:
     if end is None:
         allowed, fix = "a run that came to its end", "train_gpt.py … --run.resume"
         raise ExportError(source, got="no summary.json", allowed=allowed, fix=fix)
+    check_resumed(source, config)
     origin = f"Exported from the run {source.name} of {commit_text(end['commit'], end['dirty'])}."
+    now, before = digests(config.run.plugins), end.get("plugins", {})
+    changed = [name for name in now if now[name] != before.get(name)]
+    if changed:
+        origin += f"\nFiles of plugins that have changed since: {', '.join(changed)}."
     return Run(source.name, config, end["world_size"], origin, source)
+
+
+def check_resumed(folder: Path, config: Config) -> None:
+    """Raise ExportError for a run that was resumed with settings that change what it computes."""
+    first = configuration.flat(config)
+    for file in sorted(folder.glob("resumed_*_config.toml")):
+        for key, value in configuration.flat(configuration.of_file(file)).items():
+            if value != first.get(key) and key.startswith(TOLD) and key not in ONLY_ROUNDING:
+                raise ExportError(
+                    f"{key} of an exported run",
+                    got=f"{first.get(key)!r}, and {value!r} when it was resumed",
+                    allowed="a run with one value from its first to its last step",
+                    fix=f"export {folder / 'config.toml'} or {file}, as a configuration",
+                )
 
 
 def commit_text(commit: str | None, dirty: bool | None) -> str:
@@ -106,21 +128,24 @@ def resolved(run: Run) -> Config:
 
 def check(config: Config) -> None:
     """Raise ExportError for a setting that a script does not carry out."""
-    default, o = configuration.flat(Config()), config.optim
+    default, o = configuration.flat(type(config)()), config.optim
     for key, value in configuration.flat(config).items():
         if value != default[key] and not CARRIED.fullmatch(key) and not NEUTRAL.fullmatch(key):
             raise refusal(key, value, f"{default[key]!r}")
     exported = ("dualized", *(name for name, recipe in BASELINES.items() if not recipe.normed))
-    ours = (ROOT / "optim/directions.py").read_text(encoding="utf-8")
-    directions = {s.get("direction", o.direction) for s in (vars(o), *o.roles.given().values())}
-    direction = next((d for d in directions if f'\n    "{d}": ' not in ours), None)
+    direction = next(iter(own_directions(config)), None)
     shape, vocabulary = config.schedule.shape, config.model.vocab_size
     of_optim = SCHEDULES[shape].__module__ == "optim.schedules"
     muon = not takes_polar(o.name) or o.polar.dtype == "bfloat16"
     for key, value, fine, allowed in (
         ("optim.lr", o.lr, not isinstance(o.lr, str), "a number"),
         ("optim.name", o.name, o.name in exported, ", ".join(exported)),
-        ("optim.direction", direction, not direction, "those of optim/directions.py"),
+        (
+            "optim.direction",
+            direction,
+            not direction or bool(config.run.plugins),
+            "those of optim/directions.py and of run.plugins",
+        ),
         ("schedule.shape", shape, of_optim, "those of optim/schedules.py"),
         ("optim.polar.dtype", o.polar.dtype, muon, "'bfloat16', in which torch's Muon iterates"),
         ("run.device", config.run.device, config.run.device in ("cpu", "cuda"), "cpu, cuda"),
@@ -129,6 +154,14 @@ def check(config: Config) -> None:
     ):
         if not fine:
             raise refusal(key, value, allowed)
+
+
+def own_directions(config: Config) -> list[str]:
+    """Return the directions of a run, by name, that optim/directions.py does not define."""
+    ours = (ROOT / "optim/directions.py").read_text(encoding="utf-8")
+    settings = (vars(config.optim), *config.optim.roles.given().values())
+    used = {s.get("direction", config.optim.direction) for s in settings}
+    return sorted(d for d in used if f'\n    "{d}": ' not in ours)
 
 
 def refusal(key: str, value: object, allowed: str) -> ExportError:

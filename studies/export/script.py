@@ -28,7 +28,7 @@ from torch import Tensor
 from model import GPT
 from models import build
 from optim.baselines import set_beta
-from optim.directions import DIRECTIONS
+from optim.directions import DIRECTIONS, Direction
 from optim.norms import Norm
 from optim.polar import Polar
 from optim.update import Group, step_, total_norm
@@ -56,7 +56,13 @@ POLAR = Polar()
 WEIGHTS: list[Weight] = []  # in the order in which they are initialized
 SETTINGS: Group = {}  # of a step, as optim/settings.py explains them
 ROLES: dict[str, Group] = {}  # what the weights of a role have of their own
+OWN_DIRECTIONS: dict[str, Direction] = {}  # of plugins
+MODEL: Any = config.model  # a plugin's: its settings, and its norms by role
+NORMS_BY_ROLE: dict[str, Norm] = {}
 CODE = ""
+
+
+DIRECTIONS.update(OWN_DIRECTIONS)
 
 
 # ---- data
@@ -373,7 +379,9 @@ def train(seed: int) -> None:
     else:
         batches = Batches(read_split("train"), seed)
     val_shards = read_split("val")
-    model = build(config.model, generator=torch.Generator().manual_seed(seed)).to(device)
+    model = build(config.model, NORMS_BY_ROLE, generator=torch.Generator().manual_seed(seed)).to(
+        device
+    )
     forward = torch.compile(model, dynamic=False) if config.run.compile else model
     optimizer = Dualized(model) if config.optim.name == "dualized" else Baseline(model)
     steps, seconds, since = config.train.steps, 0.0, now()

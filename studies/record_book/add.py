@@ -30,7 +30,7 @@ from .claims import (
     count_trials,
     summary_of,
 )
-from .provenance import check_clean
+from .provenance import check_clean, plugin_texts
 from .tracks import TRACKS, Track
 
 # Bytes of a record: text that a reader opens, and that a repository keeps.
@@ -218,6 +218,11 @@ def texts(record: dict[str, Any], evidence: Evidence) -> dict[str, str]:
     for name, run in evidence.configurations.items():
         files[f"{name}.toml"] = portable_toml(run.config)
         files[f"{name}.py"] = script(run, track=True)
+    sources = plugin_texts([*evidence.judged(), *evidence.configurations.values()])
+    for name in sources.keys() & files.keys():
+        got, allowed = "a file of the record", "a name of its own"
+        raise RecordError(f"the plugin {name}", got=got, allowed=allowed, fix="rename it")
+    files |= sources
     if evidence.results:
         for run in (r for e in evidence.results["entries"] for r in e["runs"]):
             run.pop("training", None)  # the logs have it

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
 
+from optim.errors import require
+from optim.plugins import digests, file_of
 from training.provenance import git_state
 
 from ..export.run import Run
@@ -41,6 +45,44 @@ def check_clean(judged: Sequence[Run], *, allow: bool) -> tuple[str | None, bool
             fix="commit, and run it again; --allow-dirty records it as it is",
         )
     return commit, got is not None
+
+
+def plugin_texts(judged: Sequence[Run]) -> dict[str, str]:
+    """Return {"<plugin>.py": its source} of the plugins of these runs, which a check imports.
+
+    Raise RecordError for one that is no single file, and for a file that has changed since a run.
+    """
+    texts: dict[str, str] = {}
+    for name, run in {n: r for r in judged for n in r.config.run.plugins}.items():
+        file = file_of(name)
+        require(
+            file is not None and file.name == f"{name}.py",
+            f"the plugin {name} of {run.name}",
+            got=str(file),
+            allowed="one file, which the record keeps",
+            fix=f"a {name}.py that has all that it needs",
+            error=RecordError,
+        )
+        now = digests([name])[name]
+        changed = [
+            r.name
+            for r in judged
+            if r.folder and name in r.config.run.plugins and _digest_then(r, name) != now
+        ]
+        require(
+            not changed,
+            f"the plugin {name}",
+            got=f"a file that has changed since {', '.join(changed)}",
+            allowed="the file that they were trained with",
+            fix="put it back, or train them again",
+            error=RecordError,
+        )
+        texts[f"{name}.py"] = cast(Path, file).read_text(encoding="utf-8")
+    return texts
+
+
+def _digest_then(run: Run, plugin: str) -> str | None:
+    return summary_of(run).get("plugins", {}).get(plugin)
 
 
 def _changes_since(commit: str) -> str | None:

@@ -14,6 +14,7 @@ from .. import runs
 
 OPTIMIZER = ("optim.", "schedule.", "baseline.")  # settings in which entries are meant to differ
 BY_STUDY = ("run.seed", "train.steps", "train.eval_every", *runs.NEUTRAL)  # set for each run
+BY_STUDY += ("run.plugins",)  # other keys name what they register
 
 
 def tokens_per_step(config: Config) -> int:
