@@ -173,7 +173,7 @@ class Reach:
                     self._leave(owner, member)
 
     def _acts(self, source: Source, item: Item) -> bool:
-        """Return whether an effect is to be taken: of what is left of its file, or of none of it."""
+        """Return whether an effect comes: of what is left of its file, or of none of its names."""
         if not item.effect or item in self.items:
             return False
         names = {n.id for node in item.nodes for n in ast.walk(node) if isinstance(n, ast.Name)}
