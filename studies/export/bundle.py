@@ -119,7 +119,8 @@ def _meaning(module: str, part: str) -> tuple[str, str]:
     what, renamed, name = part.partition(" as ")
     if module:
         return name or what, f"{module}.{what}"
-    return (name, what) if renamed else (what.partition(".")[0],) * 2
+    top = what.partition(".")[0]
+    return (name, what) if renamed else (top, top)
 
 
 def _imports(origins: set[Origin]) -> str:
