@@ -28,12 +28,12 @@ from data.shards import DataError
 from model import GPT
 from models import build_model_and_norm
 from optim import Dualized, ModularNorm, NonFiniteError
-from optim.baselines import BASELINES, set_beta
+from optim.baselines import set_beta, takes_polar
 from optim.errors import Refusal, require
 from optim.polar import Polar
 from training import checkpoint
 from training import config as configuration
-from training.baseline import Baseline
+from training.baseline import Baseline, build_baseline
 from training.config import Config
 from training.errors import ConfigError, RankError, Stopped
 from training.resume import Progress, Start, open_run, remember
@@ -198,22 +198,13 @@ def build_model(config: Config, runtime: Runtime) -> tuple[GPT, ModularNorm, Dua
             )
         lr = o.auto if isinstance(o.lr, str) else o.lr
         return model, norm, Dualized(model, lr, norm=norm, grads="local", roles=roles, **settings)
-    own = vars(config.baseline)
-    return (
-        model,
-        norm,
-        Baseline(
-            BASELINES[o.name](model, norm, lr=o.lr, polar=o.polar, **settings, **own),
-            max_grad_norm=o.max_grad_norm,
-            scaling=own["scaling"] if "scaling" in BASELINES[o.name].own else "modular",
-        ),
-    )
+    return model, norm, build_baseline(config, model, norm)
 
 
 def choose_polar_dtype(config: Config, runtime: Runtime) -> None:
-    """Set optim.polar.dtype where it is "auto": the run's precision, for Muon torch's bfloat16."""
+    """Set optim.polar.dtype where it is "auto": the run's precision, for a Muon torch's bfloat16."""
     low, why = runtime.precision == "bf16", "follows run.precision"
-    if config.optim.name == "muon_adamw":
+    if takes_polar(config.optim.name):
         low = not runtime.on_main(lambda: bfloat16_is_emulated(runtime.device))
         why = "Muon's iteration, as torch has it"
         if not low:

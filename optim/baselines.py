@@ -2,7 +2,8 @@
 
 A baseline is one function of a model and its norm. Its keyword parameters declare its settings:
 those that StepSettings has come from the section [optim], all others are its own and come from
-[baseline], with their default, range and help text here. Sources: [MN] arXiv 2405.14813.
+[baseline], with their default, range and help text here. training/published.py has more of them,
+from a library; a plugin may have others. Sources: [MN] arXiv 2405.14813.
 """
 
 import inspect
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import _muon
 
-from .errors import require
+from .errors import Refusal, require
 from .metrize import canonical
 from .modular import ModularNorm
 from .normalized import Normalized
@@ -39,19 +40,21 @@ GIVEN = ("polar",)  # what a run has besides, and a baseline may ask for
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a baseline is built, and the settings that it takes.
+    """How a baseline is built, the settings that it takes, and what else is known of it.
 
     normed: its steps have the modular norm lr, so that a run's receipt is that of the norm.
+    scaling: the coordinates in which it descends with one learning rate, None if there are none.
     """
 
     name: str
     build: Build
-    normed: bool
+    normed: bool = False
+    scaling: Scaling | None = None
 
     @cached_property
     def hints(self) -> dict[str, Any]:
         """Return {setting: its type with range and help text}."""
-        hints = get_type_hints(self.build, include_extras=True)
+        hints = hints_of(StepSettings) | get_type_hints(self.build, include_extras=True)
         keywords = inspect.signature(self.build).parameters.values()
         return {p.name: hints.get(p.name) for p in keywords if p.kind is p.KEYWORD_ONLY}
 
@@ -68,7 +71,8 @@ class Recipe:
         """Build the optimizer from those of the settings that it takes.
 
         Settings of other optimizers are left aside, so that the entries of a comparison can share
-        their settings.
+        their settings. A group whose average of gradients does not decay by `beta` is marked as
+        auxiliary, so that set_beta leaves it alone.
         """
         others = {k for baseline in BASELINES.values() for k in baseline.hints}
         known(self.name, settings, [*defaults_of(StepSettings), *others])
@@ -80,19 +84,38 @@ class Recipe:
                 allowed=allowed(hint),
                 fix=f"{self.name}(…, {key}=…)",
             )
-        return self.build(model, norm, **{k: v for k, v in settings.items() if k in self.hints})
+        taken = {k: v for k, v in settings.items() if k in self.hints}
+        optimizer = self.build(model, norm, **taken)
+        require(
+            isinstance(optimizer, torch.optim.Optimizer),
+            f"{self.name}: what its function returns",
+            got=f"a {type(optimizer).__name__}",
+            allowed="a torch optimizer",
+            fix="return torch.optim.SGD(model.named_parameters(), lr=lr), say",
+        )
+        for group in optimizer.param_groups:
+            if average_decay(group) != taken.get("beta"):
+                group["auxiliary"] = True
+        return optimizer
 
 
 BASELINES: dict[str, Recipe] = {}
 
 
-def register_baseline(name: str, *, normed: bool = False) -> Callable[[Build], Build]:
+def register_baseline(
+    name: str, *, normed: bool = False, scaling: Scaling | None = None
+) -> Callable[[Build], Build]:
     """Make an optimizer known by name, so that configurations can name it.
 
-    The function takes (model, norm), then keywords: settings of StepSettings, polar, and its own,
-    each of these with a default and a Help text. It returns a torch optimizer of named parameters
-    whose defaults have "lr"; a group's "lr_scale", if any, multiplies the loop's lr. It
-    may stand in a plugin (optim/plugins.py).
+    The function takes (model, norm), and after a * the settings of the optimizer. Settings that
+    StepSettings has come from [optim], `polar` from [optim.polar]. Any other is the baseline's own
+    and comes from [baseline]: it has a type, a default and a Help text. The function returns a
+    torch optimizer of the model's weights, each weight once.
+
+    The training loop sets the lr of every group. A group that was built with a multiple of the
+    others' lr keeps that multiple, and so does one with an "lr_scale". normed: its steps have the
+    modular norm lr. scaling: the coordinates in which it descends with one learning rate, for
+    train.sharpness_every; a setting of this name takes its place.
     """
 
     def register(build: Build) -> Build:
@@ -105,28 +128,58 @@ def register_baseline(name: str, *, normed: bool = False) -> Callable[[Build], B
         )
         present = BASELINES[name].build if name in BASELINES else None
         require_free("register_baseline", name, build, present)
-        recipe = Recipe(name, build, normed)
-        for key, (hint, default) in recipe.own.items():
-            texts = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Help)]
-            others = [b.own[key] for b in BASELINES.values() if b.name != name and key in b.own]
-            require(
-                texts and default is not inspect.Parameter.empty,
-                f"register_baseline: {key} of {name}",
-                got="a setting without default or help text",
-                allowed="a setting of Dualized, or one that says what it is",
-                fix=f'{key}: Annotated[float, Range(0), Help("…")] = …',
-            )
-            require(
-                all(other == recipe.own[key] for other in others),
-                f"register_baseline: {key} of {name}",
-                got="another declaration than another baseline's",
-                allowed="the same, or another name",
-                fix="rename it",
-            )
+        recipe = Recipe(name, build, normed, "modular" if normed else scaling)
+        _check_declaration(recipe)
         BASELINES[name] = recipe
         return build
 
     return register
+
+
+def _check_declaration(recipe: Recipe) -> None:
+    """Raise Refusal for a function whose parameters do not declare a baseline's settings."""
+    name, what = recipe.name, f"register_baseline: {recipe.name}"
+    parameters = list(inspect.signature(recipe.build).parameters.values())
+    require(
+        [p.kind for p in parameters[:2]] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 2
+        and all(p.kind is p.KEYWORD_ONLY for p in parameters[2:]),
+        what,
+        got=f"a function of ({', '.join(map(str, parameters))})",
+        allowed="(model, norm), then settings that are keywords only",
+        fix=f"def {name}(model, norm, *, lr: float, beta: float)",
+    )
+    try:
+        own = recipe.own
+    except (NameError, TypeError) as error:
+        raise Refusal(
+            what,
+            got=f"an annotation that cannot be read: {error}",
+            allowed="types that its module has imported",
+            fix="import them at the top of the module",
+        ) from error
+    for key, (hint, default) in own.items():
+        what = f"register_baseline: {key} of {name}"
+        texts = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Help)]
+        others = [b.own[key] for b in BASELINES.values() if b.name != name and key in b.own]
+        require(
+            texts and default is not inspect.Parameter.empty,
+            what,
+            got="a setting without default or help text",
+            allowed="a setting of Dualized, or one that says what it is",
+            fix=f'{key}: Annotated[float, Range(0), Help("…")] = …',
+        )
+        require(
+            all(other == own[key] for other in others),
+            what,
+            got="another declaration than another baseline's",
+            allowed="the same, or another name",
+            fix="rename it",
+        )
+        try:
+            fine, words = fits(hint, default), allowed(hint)
+        except TypeError:  # of a type that isinstance() does not take
+            fine, words = False, "a type of TOML: float, int, bool, str, Literal, list[…]"
+        require(fine, what, got=f"the default {default!r}", allowed=words, fix="another default")
 
 
 @register_baseline("normalized_adam", normed=True)
@@ -153,7 +206,7 @@ def normalized_sgd(
     return Normalized(base, norm, lr, weight_decay=weight_decay)
 
 
-@register_baseline("adamw")
+@register_baseline("adamw", scaling="standard")
 def adamw(
     model: nn.Module,
     norm: ModularNorm,
@@ -192,6 +245,13 @@ AUXILIARY_SETTINGS: dict[str, Any] = {"betas": (0.8, 0.95), "eps": 1e-10}
 AUXILIARY_DECAY = 0.001 / 0.05
 
 
+AuxiliaryLr = Annotated[
+    float,
+    Range(0, above=True),
+    Help("muon_adamw, normuon: a multiple of AdamW's learning rates; 1 is the track's beside lr."),
+]
+
+
 @register_baseline("muon_adamw")
 def muon_adamw(
     model: nn.Module,
@@ -200,11 +260,7 @@ def muon_adamw(
     lr: float,
     beta: float,
     weight_decay: float,
-    auxiliary_lr: Annotated[
-        float,
-        Range(0, above=True),
-        Help("muon_adamw: a multiple of AdamW's learning rates; 1 is the track's beside lr."),
-    ] = 1.0,
+    auxiliary_lr: AuxiliaryLr = 1.0,
     polar: Polar | None = None,
 ) -> torch.optim.Optimizer:
     """Build torch's Muon for the hidden matrices and AdamW for embeddings, head and vectors.
@@ -212,25 +268,39 @@ def muon_adamw(
     They are grouped as the optimization track's baseline. lr, beta, weight_decay: Muon's. polar:
     with its dtype "float32" Muon is Float32Muon.
     """
-    kinds: dict[str, list[tuple[str, Tensor]]] = {}
+    hidden, rest = split_hidden(model, norm)
+    kind = Float32Muon if polar is not None and polar.dtype == "float32" else torch.optim.Muon
+    muon = kind(hidden, lr=lr, momentum=beta, weight_decay=weight_decay)
+    return Several(
+        muon, auxiliary_adamw(model, rest, lr=lr, scale=auxiliary_lr, weight_decay=weight_decay)
+    )
+
+
+Named = list[tuple[str, Tensor]]
+
+
+def split_hidden(model: nn.Module, norm: ModularNorm) -> tuple[Named, dict[str, Named]]:
+    """Return the hidden matrices of a model, and its other weights by their kind in AUXILIARY."""
+    kinds: dict[str, Named] = {"hidden": []}
     for name, p in _named(model):
         role = norm.roles[canonical(name)]
         kind = "vectors" if p.ndim < 2 else role if role in AUXILIARY else "hidden"
         kinds.setdefault(kind, []).append((name, p))
-    muon = Float32Muon if polar is not None and polar.dtype == "float32" else torch.optim.Muon
-    hidden = muon(kinds.pop("hidden"), lr=lr, momentum=beta, weight_decay=weight_decay)
+    return kinds.pop("hidden"), kinds
+
+
+def auxiliary_adamw(
+    model: nn.Module, kinds: dict[str, Named], *, lr: float, scale: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """Build the track's AdamW beside a Muon. scale: of its learning rates; the rest are Muon's."""
     groups = [
-        {"params": named, "lr_scale": auxiliary_lr * AUXILIARY[kind], "auxiliary": True}
+        {"params": named, "lr_scale": scale * AUXILIARY[kind], "auxiliary": True}
         for kind, named in kinds.items()
     ]
-    others = torch.optim.AdamW(
-        groups,
-        lr=lr,
-        weight_decay=AUXILIARY_DECAY * weight_decay,
-        fused=_fused(model),
-        **AUXILIARY_SETTINGS,
+    decay = AUXILIARY_DECAY * weight_decay
+    return torch.optim.AdamW(
+        groups, lr=lr, weight_decay=decay, fused=_fused(model), **AUXILIARY_SETTINGS
     )
-    return Several(hidden, others)
 
 
 class Float32Muon(torch.optim.Muon):
@@ -242,7 +312,7 @@ class Float32Muon(torch.optim.Muon):
     def step(self, closure: Any = None) -> Any:
         theirs = _muon._zeropower_via_newtonschulz
         try:
-            _muon._zeropower_via_newtonschulz = _newton_schulz
+            _muon._zeropower_via_newtonschulz = newton_schulz
             with torch.no_grad():
                 # Without the hooks, which this class's own step has.
                 return inspect.unwrap(torch.optim.Muon.step)(self, closure)
@@ -250,7 +320,7 @@ class Float32Muon(torch.optim.Muon):
             _muon._zeropower_via_newtonschulz = theirs
 
 
-def _newton_schulz(
+def newton_schulz(
     grad: Tensor, ns_coefficients: tuple[float, float, float], ns_steps: int, eps: float
 ) -> Tensor:
     """Iterate as torch.optim.Muon on one matrix, in its own dtype instead of bfloat16."""
@@ -289,7 +359,7 @@ class Several(torch.optim.Optimizer):
 # ---- gradient descent, in three coordinates
 
 
-@register_baseline("sgd")
+@register_baseline("sgd", scaling="standard")
 def sgd(
     model: nn.Module,
     norm: ModularNorm,
@@ -337,19 +407,32 @@ def coordinates(model: nn.Module, norm: ModularNorm, scaling: Scaling) -> dict[s
     return {canonical(n): scale(canonical(n), p) for n, p in _named(model)}
 
 
+def takes_polar(name: str) -> bool:
+    """Return whether an optimizer is a baseline with Muon's iteration, which takes [optim.polar]."""
+    return name in BASELINES and "polar" in BASELINES[name].hints
+
+
+def average_decay(group: dict[str, Any]) -> float | None:
+    """Return the decay of a group's average of gradients, None where it has no such setting."""
+    average = group.get("beta", group.get("momentum"))
+    return average if average is not None else (group.get("betas") or (None,))[0]
+
+
 def set_beta(group: dict[str, Any], beta: float) -> None:
     """Set the decay of a parameter group's average of gradients, by its optimizer's name for it.
 
-    Auxiliary groups keep theirs.
+    Auxiliary groups keep theirs, and so do groups that have none.
     """
+    if group.get("auxiliary"):
+        return
     if "beta" in group:
         group["beta"] = beta
     elif "momentum" in group:
+        if group.get("dampening") == group["momentum"]:  # where the momentum is an average
+            group["dampening"] = beta
         group["momentum"] = beta
-        if "dampening" in group:
-            group["dampening"] = beta  # the baselines' momentum is an average
-    elif not group.get("auxiliary"):
-        group["betas"] = (beta, group["betas"][1])
+    elif group.get("betas"):
+        group["betas"] = (beta, *group["betas"][1:])
 
 
 def _fused(model: nn.Module) -> bool:

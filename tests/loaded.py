@@ -21,6 +21,7 @@ for name in (
     "training.runtime",
     "model",
     "data.prepare",
+    "pytorch_optimizer",
     "studies.report.page",
     "studies.tuning",
     "studies.verdict",

@@ -129,7 +129,7 @@ def test_every_number_of_a_transformer_is_the_oracles(
         "Normalized": lambda: Normalized(adam, norm, 0.3, weight_decay=0.2),
         "AdamW": lambda: adam,
         "a baseline": lambda: Baseline(
-            Normalized(adam, norm, 0.3, weight_decay=0.2), max_grad_norm=None, scaling="modular"
+            Normalized(adam, norm, 0.3, weight_decay=0.2), model, max_grad_norm=None, scaling="modular"
         ),
     }[kind]()
     idx = backward(model)

@@ -127,6 +127,7 @@ def test_a_record_has_the_ends_of_the_spectrum_in_the_methods_own_coordinates(na
     else:
         optimizer = Baseline(
             BASELINES[name](model, norm, lr=0.1, beta=0.9, beta2=0.99, weight_decay=0.0, scaling=scaling),
+            model,
             max_grad_norm=None,
             scaling=scaling,  # type: ignore[arg-type]
         )
@@ -143,7 +144,7 @@ def test_adamw_has_its_preconditioned_curvature():
     model, batch = small()
     norm = metrize(model, model.structure())
     adamw = BASELINES["adamw"](model, norm, lr=0.01, beta=0.9, beta2=0.99, weight_decay=0.0)
-    optimizer = Baseline(adamw, max_grad_norm=None, scaling="modular")
+    optimizer = Baseline(adamw, model, max_grad_norm=None, scaling="modular")
     for _ in range(3):
         model(*batch)[1].backward()  # type: ignore[union-attr]
         optimizer.step()

@@ -5,5 +5,8 @@ runtime (ranks, watchdog)                   processes, device, precision
 run, run_folder, resume, checkpoint         a run's start, folder, and what it saves
 clock, evaluate, geometry, sharpness        what it measures
 summary, provenance, plots                  what it leaves
-baseline                                    a torch optimizer, as the loop uses Dualized
+baseline, optimizer_state                   a torch optimizer, as the loop uses Dualized
+published                                   baselines from a library
 """
+
+from . import published  # noqa: F401  # it registers baselines

@@ -2,7 +2,8 @@
 
 checkpoints/step_00000100/ holds
     model/*.safetensors       weights by parameter name, one file for each rank that wrote
-    optimizer/*.safetensors   "<parameter>.<buffer>", likewise
+    optimizer/*.safetensors   "<parameter>.<buffer>", likewise; of an optimizer with two sets of
+                              weights also those of training, as model/ has those of evaluation
     state.json                the rest, with size and sha256 of each file, and a digest of itself
     config.toml, receipt.txt
 
@@ -32,8 +33,8 @@ from optim.errors import Refusal
 from optim.metrize import canonical
 from optim.ranks import Piece, piece_of, sharded
 
-from .baseline import Baseline
-from .tensor_files import read_pieces, saved_shapes, write_pieces, written_by
+from .baseline import Baseline, evaluating
+from .tensor_files import read_pieces, saved_tensors, write_pieces, written_by
 
 SCHEMA = 2  # of state.json
 # The keys that state.json has at least.
@@ -116,11 +117,11 @@ class Saver:
             for g in optimizer.settings()
         ]
         content = {"schema": SCHEMA, "step": step, "param_groups": groups, **state}
-        parts = {"model": self._weights(model), "optimizer": self._buffers(optimizer)}
-        copies = {
-            part: {name: _copy(piece) for name, piece in pieces.items()}
-            for part, pieces in parts.items()
-        }
+        if isinstance(optimizer, Baseline):
+            content["optimizer"] = optimizer.packed()
+        with evaluating(optimizer):
+            weights = _copies(self._weights(model))
+        copies = {"model": weights, "optimizer": _copies(self._buffers(optimizer))}
         self.writing = self.thread.submit(self._write, step, copies, content, texts)
 
     def wait(self) -> None:
@@ -147,7 +148,9 @@ class Saver:
 
     def _buffers(self, optimizer: Dualized | Baseline) -> dict[str, Piece]:
         """Return what this rank writes of the optimizer: all ranks have a baseline's state."""
-        return {} if self.rank and isinstance(optimizer, Baseline) else optimizer.held()
+        if not isinstance(optimizer, Baseline):
+            return optimizer.held()
+        return {} if self.rank else optimizer.held() | optimizer.training_weights()
 
     def _write(
         self,
@@ -243,10 +246,13 @@ def signed(content: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _copy(piece: Piece) -> Piece:
-    """Return the piece in memory of its own on the host."""
-    tensor = piece.tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
-    return Piece(tensor, piece.row, piece.shape)
+def _copies(pieces: dict[str, Piece]) -> dict[str, Piece]:
+    """Return the pieces in memory of their own on the host."""
+    contiguous = torch.contiguous_format
+    return {
+        name: Piece(x.tensor.to("cpu", copy=True, memory_format=contiguous), x.row, x.shape)
+        for name, x in pieces.items()
+    }
 
 
 def _clear(partial: Path) -> None:
@@ -379,7 +385,7 @@ def load_model(checkpoint: Path, model: nn.Module) -> None:
     Raises CheckpointError for another architecture.
     """
     pieces = model_pieces(model)
-    saved = _shapes(checkpoint / "model")
+    saved = {name: shape for name, (shape, _) in _tensors(checkpoint / "model").items()}
     own = {k: x.shape for k, x in pieces.items()}
     if own != saved:
         name = sorted(k for k in own.keys() | saved.keys() if own.get(k) != saved.get(k))[0]
@@ -398,11 +404,16 @@ def load_optimizer(checkpoint: Path, state: dict[str, Any], optimizer: Dualized 
 
     state: of read_state(checkpoint). Raises CheckpointError for another optimizer.
     """
-    saved = _shapes(checkpoint / "optimizer")
+    tensors = _tensors(checkpoint / "optimizer")
+    saved = {name: shape for name, (shape, _) in tensors.items()}
     optimizer.load_state_dict({"state": {}, "param_groups": state["param_groups"]})
-    names = {k.rsplit(".", 1)[0] for k in saved}
-    optimizer.make_state(names.__contains__)
-    pieces = optimizer.held()
+    if isinstance(optimizer, Baseline):
+        optimizer.make_state(state.get("optimizer"), tensors)
+        pieces = optimizer.held() | optimizer.training_weights()
+    else:
+        names = {k.rsplit(".", 1)[0] for k in saved}
+        optimizer.make_state(names.__contains__)
+        pieces = optimizer.held()
     wrong = sorted(k for k, x in pieces.items() if saved.get(k) != x.shape)
     if wrong:
         raise CheckpointError(
@@ -414,12 +425,12 @@ def load_optimizer(checkpoint: Path, state: dict[str, Any], optimizer: Dualized 
     read_pieces(checkpoint / "optimizer", pieces)
 
 
-def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each whole tensor in a folder of a checkpoint.
+def _tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return the shape and the type of each whole tensor in a folder of a checkpoint.
 
     Raises CheckpointError for damaged files.
     """
     try:
-        return saved_shapes(folder)
+        return saved_tensors(folder)
     except (OSError, SafetensorError) as error:
         raise _damaged(folder, error, "whole safetensors files") from error

@@ -160,11 +160,13 @@ class Config:
             if key not in own:
                 default = getattr(type(self.baseline), key)
                 require_default(f"baseline.{key}", value, default, self.optim.name)
+        baseline = BASELINES.get(self.optim.name)
         require(
-            not (self.train.sharpness_every and self.optim.name == "muon_adamw"),
+            not self.train.sharpness_every or baseline is None or baseline.scaling is not None,
             "train.sharpness_every",
             got=self.train.sharpness_every,
-            allowed='never (0) with optim.name = "muon_adamw", which has no coordinates of its own',
+            allowed=f'never (0) with optim.name = "{self.optim.name}", which has no coordinates of'
+            " its own",
             fix=set_it("train.sharpness_every"),
             error=ConfigError,
         )

@@ -19,7 +19,7 @@ from optim import Dualized, ModularNorm, NonFiniteError
 from optim.baselines import BASELINES
 
 from . import checkpoint
-from .baseline import Baseline
+from .baseline import Baseline, evaluating
 from .clock import Clock, Stopwatch
 from .config import Config, to_toml
 from .errors import Stopped
@@ -194,14 +194,15 @@ class Run:
         progress, target_loss = self.progress, self.config.train.target_loss
         with self.clock.paused():
             seconds = self.clock.seconds()
-            loss, bpb = evaluate(
-                self.model,
-                self.runtime,
-                self.data.dataset,
-                self.config,
-                step=done,
-                say=self.folder.say,
-            )
+            with evaluating(self.optimizer):
+                loss, bpb = evaluate(
+                    self.model,
+                    self.runtime,
+                    self.data.dataset,
+                    self.config,
+                    step=done,
+                    say=self.folder.say,
+                )
             if not math.isfinite(loss):
                 raise NonFiniteError(f"the validation loss after step {done} is {loss}")
             tokens = done * self.tokens_per_step
@@ -294,7 +295,8 @@ class Run:
                 self.folder.metrics(), path / "geometry.png", band=self.config.optim.polar.band
             )
         if c.sample_tokens and self.looks:
-            say(f"sample:\n{self._sample()}\n")
+            with evaluating(self.optimizer):
+                say(f"sample:\n{self._sample()}\n")
         others = ", ".join(f"{name} {bits:.4f}" for name, bits in compressors.items())
         compared = f" ({others} of the same bytes)" if others else ""
         say(f"validation: {self.progress.val_bpb:.4f} bits per byte{compared}")

@@ -64,8 +64,8 @@ def read_pieces(folder: Path, pieces: dict[str, Piece]) -> None:
         )
 
 
-def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each whole tensor in a folder; none where it has no files.
+def saved_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return the shape and the type of each whole tensor in a folder; none where it has no files.
 
     Raises OSError or SafetensorError for files that are not whole.
     """
@@ -74,7 +74,7 @@ def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     saved: dict[str, Any] = (
         HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     )
-    return {name: tuple(entry.size) for name, entry in saved.items()}
+    return {name: (tuple(x.size), x.properties.dtype) for name, x in saved.items()}
 
 
 def written_by(folder: Path, rank: int) -> list[Path]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from optim.baselines import BASELINES
+from optim.baselines import BASELINES, takes_polar
 from optim.errors import require
 from optim.plugins import digests
 from optim.schedules import SCHEDULES
@@ -118,7 +118,7 @@ def resolved(run: Run) -> Config:
     if run.folder is None and config.run.device == "auto":
         config.run.device = "cuda"
     if config.optim.polar.dtype == "auto":
-        low = config.run.precision == "bf16" or config.optim.name == "muon_adamw"
+        low = config.run.precision == "bf16" or takes_polar(config.optim.name)
         config.optim.polar = replace(config.optim.polar, dtype="bfloat16" if low else "float32")
     return config
 
@@ -136,7 +136,7 @@ def check(config: Config) -> None:
     direction = next(iter(own_directions(config)), None)
     shape, vocabulary = config.schedule.shape, config.model.vocab_size
     of_optim = SCHEDULES[shape].__module__ == "optim.schedules"
-    muon = o.name != "muon_adamw" or o.polar.dtype == "bfloat16"
+    muon = not takes_polar(o.name) or o.polar.dtype == "bfloat16"
     for key, value, fine, allowed in (
         ("optim.lr", o.lr, not isinstance(o.lr, str), "a number"),
         ("optim.name", o.name, o.name in exported, ", ".join(exported)),

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from optim.baselines import takes_polar
 from training import config as configuration
 
 from .. import runs, statistics
@@ -242,7 +243,7 @@ def _notes(
     notes = list(entry.notes)
     if diverged := sum(r["loss"] is None for r in records):
         notes.append(f"{diverged} of {len(records)} runs diverged: infinite losses")
-    if resolved["optim.name"] == "muon_adamw" and resolved["optim.polar.dtype"] == "float32":
+    if takes_polar(resolved["optim.name"]) and resolved["optim.polar.dtype"] == "float32":
         notes.append("Muon's iteration in float32, torch's is in bfloat16")
     reached = judgement.reached[entry.name]
     if reached.steps:
