@@ -7,7 +7,7 @@ plugin, which uses register_model itself (docs/extend.md).
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields
 from functools import cache
 from typing import Annotated, Any, TypeVar
 
@@ -18,7 +18,7 @@ from optim import ModularNorm, metrize
 from optim.errors import require
 from optim.plugins import require_free
 from optim.roles import Norms
-from optim.settings import OneOf, fits, help_texts, hints_of, settings_class
+from optim.settings import OneOf, allowed, fits, help_texts, hints_of, settings_class
 
 from .ngram import NgramConfig, NgramGPT
 from .track3 import Track3Config, Track3GPT
@@ -36,47 +36,57 @@ def register_model(name: str, settings: type[GPTConfig]) -> Callable[[M], M]:
     """
 
     def register(cls: M) -> M:
+        what = f"register_model: {name}"
         present = MODELS[name][0] if name in MODELS else None
         require_free("register_model", name, cls, present)
-        for fine, got, allowed in (
-            (inspect.isclass(cls) and issubclass(cls, GPT), cls, "a subclass of GPT"),
-            (is_dataclass(settings), settings, "a dataclass that extends GPTConfig"),
-            (issubclass(settings, GPTConfig), settings, "a dataclass that extends GPTConfig"),
-        ):
-            require(fine, f"register_model: {name}", got=repr(got), allowed=allowed)
-        _check_settings(name, settings)
+        require(
+            inspect.isclass(cls) and issubclass(cls, GPT),
+            what,
+            got=repr(cls),
+            allowed="a subclass of GPT",
+            fix="class Mine(GPT)",
+        )
+        require(
+            inspect.isclass(settings)
+            and issubclass(settings, GPTConfig)
+            and "__dataclass_fields__" in vars(settings),
+            what,
+            got=f"settings that are {settings!r}",
+            allowed="a dataclass that extends GPTConfig",
+            fix=f'@register_model("{name}", GPTConfig), or @dataclass above your class of settings',
+        )
+        for f in fields(settings):
+            _check_setting(name, settings, f)
         MODELS[name] = cls, settings
         return cls
 
     return register
 
 
-def _check_settings(name: str, settings: type[GPTConfig]) -> None:
+def _check_setting(name: str, settings: type[GPTConfig], f: Field[Any]) -> None:
     """Raise Refusal for a setting without default or text, or declared otherwise elsewhere."""
-    hints, texts = hints_of(settings), help_texts(settings)
-    others = [other for key, (_, other) in MODELS.items() if key != name]
-    for f in fields(settings):
-        hint = hints[f.name]
-        declared = [
-            (hints_of(c)[f.name], g.default) for c in others for g in fields(c) if g.name == f.name
-        ]
-        for fine, got, allowed, fix in (
-            (f.name != "name", "a setting of this name", "another one", "rename it"),
-            (
-                f.default is not MISSING and f.name in texts,
-                "a setting without default or without a text under it",
-                "both",
-                f'{f.name}: int = 1, and """what it is""" on the line below',
-            ),
-            (fits(hint, f.default), f"the default {f.default!r}", "one of its own type", "another"),
-            (
-                all(other == (hint, f.default) for other in declared),
-                "another type or default than another model declares",
-                "the same",
-                "rename it",
-            ),
-        ):
-            require(fine, f"register_model: {f.name} of {name}", got=got, allowed=allowed, fix=fix)
+    hint = hints_of(settings)[f.name]
+    others = [
+        (hints_of(other)[f.name], g.default)
+        for model, (_, other) in MODELS.items()
+        for g in fields(other)
+        if g.name == f.name and model != name
+    ]
+    example = f'{f.name}: int = 1, and """what it is""" on the line below'
+    rows = (
+        (f.name != "name", "a name that [model] has", "another name", "rename it"),
+        (f.default is not MISSING, "no default", "a number, a text or a switch", example),
+        (f.name in help_texts(settings), "no text under it", "a text, for --help", example),
+        (fits(hint, f.default), f"the default {f.default!r}", allowed(hint), example),
+        (
+            all(other == (hint, f.default) for other in others),
+            f"{allowed(hint)}, by default {f.default!r}",
+            "the type and the default with which another model declares it",
+            "rename it",
+        ),
+    )
+    for fine, got, words, fix in rows:
+        require(fine, f"register_model: {f.name} of {name}", got=got, allowed=words, fix=fix)
 
 
 register_model("gpt", GPTConfig)(GPT)

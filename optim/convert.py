@@ -1,4 +1,4 @@
-"""From AdamW's or Muon's settings to Dualized's, with each layer's predicted step.
+"""From AdamW's or Muon's settings to Dualized's: rates to try, and each layer's predicted step.
 
     python -m optim.convert adamw --model module:callable --lr 6e-4 --weight-decay 0.1
     python -m optim.convert muon --shapes wte=50304x768:embedding h.{0..11}.up=3072x768:hidden … \
@@ -26,21 +26,26 @@ from torch import nn
 from .errors import CoverageError, Refusal, require
 from .metrize import Rule, metrize
 from .modular import ModularNorm
-from .module_types import MASSES
+from .module_types import MASSES, MATRICES
 from .norms import NORMS, SCALES, Norm, Spectral
+from .plugins import load
 from .receipt import aligned, figure, spelled
 
 NAMES = {"adamw": "AdamW", "muon": "Muon"}
+# The best rates of eight small models lay in it (docs/log.md, 2026-11-28, "Which learning rates for
+# other people's models?"; python -m benchmarks.foreign rates).
+RECOMMENDED = (0.125, 4.0)
+SCAN = 4  # the factor between two rates of a scan, about
 # torch.optim.Muon's adjust_lr_fn: the singular values of its step, in units of lr [MU; LI, §2.2].
 ADJUST = {"original": SCALES["sqrt(max(1, O/I))"], "match_rms_adamw": SCALES["0.2 sqrt(max(O, I))"]}
 FOOTER = """\
 update RMS: root mean square of a step's entries, predicted, before decay. Matched, in the geometric
 mean weighted by size: the steps of the rows marked yes, and their decay per step. The other rows
-differ by design: their steps follow from the modular norm.
-None of this is measured: scan lr around the value by factors of 2."""
+differ by design: their steps follow from the modular norm."""
 HERE = """\
   here: --rule PATTERN,role=ROLE or --rule PATTERN,norm=NAME; a norm with arguments needs Python: \
 convert(metrize(model, rules=…), …)"""
+PARSED: dict[str, Callable[[str], Any]] = {"role": str, "mass": float, "maps": int, "norm": str}
 DEFAULT = "by default %(default)s"
 CALLABLE = (
     "--model package.module:callable, which is called without arguments and returns an nn.Module"
@@ -49,12 +54,12 @@ CALLABLE = (
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting of a rival: what it may be, its option on the command line, and whose it is."""
+    """A setting of a baseline: what it may be, its option on the command line, and whose it is."""
 
     allowed: str
     fine: Callable[[Any], bool]
     option: dict[str, Any]
-    rivals: tuple[str, ...] = tuple(NAMES)
+    baselines: tuple[str, ...] = tuple(NAMES)
 
 
 def _below(x: Any, high: float = math.inf) -> bool:
@@ -103,52 +108,78 @@ SETTINGS = {
 class Row:
     """A parameter, and the predicted update RMS of its step.
 
-    rival, ours: None where it is not known. matched: lr and weight_decay were chosen on it.
+    baseline, ours: None where it is not known. matched: lr and weight_decay were chosen on it.
     """
 
     name: str
     shape: tuple[int, ...]
     role: str
-    rival: float | None
+    baseline: float | None
     ours: float | None
     matched: bool
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """Settings for Dualized, and the step of every parameter. str() is the table."""
+    """Settings for Dualized, and the step of every parameter. str() is all of it, in words.
 
-    rival: str
+    lr: takes the baseline's steps. recommended: the lowest and the highest rate of a range that is
+    the same for all models, and is measured. Scan between lr and it: the best is seldom lr itself.
+    """
+
+    baseline: str
     lr: float
     beta: float
     weight_decay: float
     direction: str
     rows: tuple[Row, ...]
+    recommended: tuple[float, float] = RECOMMENDED
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Return what Dualized(model, **settings) takes."""
+        """Return what Dualized(model, **settings) takes, with the matched lr."""
         return {k: getattr(self, k) for k in ("lr", "direction", "beta", "weight_decay")}
 
+    @property
+    def scan(self) -> tuple[float, ...]:
+        """Return the rates to try: from lr to the far end of the recommended range, in even ratios
+        of about 4."""
+        low, high = min(self.lr, self.recommended[0]), max(self.lr, self.recommended[1])
+        count = max(1, round(math.log(high / low, SCAN)))
+        return tuple(low * (high / low) ** (i / count) for i in range(count + 1))
+
     def __str__(self) -> str:
-        step = f"update RMS {NAMES[self.rival]}"
+        step = f"update RMS {NAMES[self.baseline]}"
         cells: list[tuple[str, ...]] = [
             ("parameter", "shape", "role", step, "Dualized", "ratio", "matched")
         ]
         for row in self.rows:
-            ratio = row.ours / row.rival if row.ours is not None and row.rival else None
-            steps = (figure(x, 3) for x in (row.rival, row.ours, ratio))
+            ratio = row.ours / row.baseline if row.ours is not None and row.baseline else None
+            steps = (figure(x, 3) for x in (row.baseline, row.ours, ratio))
             matched = "yes" if row.matched else ""
             cells.append((row.name, spelled(row.shape), row.role, *steps, matched))
-        settings = ", ".join(
-            f"{k}={v!r}" if isinstance(v, str) else f"{k}={v:.4g}" for k, v in self.settings.items()
+        return "\n".join([*self._advice(), "", *aligned(cells), "", FOOTER])
+
+    def _advice(self) -> list[str]:
+        """Return the settings in words, and the rates to scan."""
+        others = ", ".join(
+            f"{k}={v!r}" if isinstance(v, str) else f"{k}={v:.4g}"
+            for k, v in self.settings.items()
+            if k != "lr"
         )
-        return "\n".join([f"Dualized(…, {settings})", "", *aligned(cells), "", FOOTER])
+        low, high = self.recommended
+        return [
+            f"Dualized(…, lr, {others})",
+            f"lr {self.lr:.4g}: takes {NAMES[self.baseline]}'s steps (matched)",
+            f"lr {low:g} to {high:g}: recommended, as the best of eight small models lay there",
+            f"scan lr = {', '.join(f'{lr:.3g}' for lr in self.scan)}, falling to 0 in each run; "
+            "then halve and double the best",
+        ]
 
 
 def convert(
     norm: ModularNorm,
-    rival: Literal["adamw", "muon"],
+    baseline: Literal["adamw", "muon"],
     *,
     lr: float,
     weight_decay: float,
@@ -158,20 +189,20 @@ def convert(
     adjust_lr_fn: str | None = None,
     adamw_lr: float | None = None,
 ) -> Conversion:
-    """Return Dualized's settings for a network that trains well with the rival's.
+    """Return Dualized's settings for a network that trains well with the baseline's.
 
     norm: of the network, from metrize(). AdamW: betas, by default (0.9, 0.999). Muon: momentum
     (0.95), nesterov (True) and adjust_lr_fn ("original"), all as in torch.optim.Muon; adamw_lr: of
     the AdamW that steps what Muon does not take (embedding, head, vectors, convolutions), only for
-    the table. Raises Refusal for an impossible setting, one of the other rival, and a network
+    the table. Raises Refusal for an impossible setting, one of the other baseline, and a network
     without a hidden weight to match.
     """
     given = dict(betas=betas, momentum=momentum, nesterov=nesterov, adjust_lr_fn=adjust_lr_fn)
-    _check(rival, dict(lr=lr, weight_decay=weight_decay, adamw_lr=adamw_lr, **given))
+    _check(baseline, dict(lr=lr, weight_decay=weight_decay, adamw_lr=adamw_lr, **given))
     # β₂ has no counterpart: AdamW takes the sizes of entries from it, and the duality map decides
     # them here. torch.optim.Muon averages as we do, M ← β M + (1 − β) G, and looks ahead as our
     # "nesterov". A sum instead of an average has the same polar factor.
-    if rival == "adamw":
+    if baseline == "adamw":
         beta, direction = betas[0] if betas else 0.9, "momentum"
         muon, adamw = None, lr * _adamw_rms(beta)
     else:
@@ -185,19 +216,19 @@ def convert(
     matched = [row for row in rows if row.matched]
     require(
         matched,
-        f"convert from {NAMES[rival]}",
-        got=f"no hidden weight{' of 2 dimensions' * (rival == 'muon')} that moves, "
+        f"convert from {NAMES[baseline]}",
+        got=f"no hidden weight{' of 2 dimensions' * (baseline == 'muon')} that moves, "
         "so nothing to match",
         allowed="one or more",
         fix="name them, metrize(model, rules=[Rule(pattern, role='hidden')])",
     )
-    scale = _ratio(matched, [row.rival for row in matched], [row.ours for row in matched])
-    # A step's decay is lr · weight_decay · W for both rivals (torch's Muon does not adjust it), and
-    # ours lr · radius · weight_decay · W.
+    scale = _ratio(matched, [row.baseline for row in matched], [row.ours for row in matched])
+    # A step's decay is lr · weight_decay · W for both baselines (torch's Muon does not adjust it),
+    # and ours lr · radius · weight_decay · W.
     radii = [scale * norm.radii[row.name] for row in matched]
     decay = weight_decay and _ratio(matched, [lr * weight_decay] * len(matched), radii)
     scaled = (replace(r, ours=None if r.ours is None else scale * r.ours) for r in rows)
-    return Conversion(rival, scale, beta, decay, direction, tuple(scaled))
+    return Conversion(baseline, scale, beta, decay, direction, tuple(scaled))
 
 
 def _row(
@@ -246,19 +277,25 @@ def _ratio(rows: list[Row], above: list[Any], below: list[Any]) -> float:
     return math.exp(sum(logs) / sum(sizes))
 
 
-def _check(rival: str, given: dict[str, Any]) -> None:
-    """Raise Refusal for a setting that cannot be, or that the rival does not have."""
+def _check(baseline: str, given: dict[str, Any]) -> None:
+    """Raise Refusal for a setting that cannot be, or that the baseline does not have."""
     names = ", ".join(NAMES)
-    require(rival in NAMES, "convert: rival", got=repr(rival), allowed=names, fix="one of those")
+    require(
+        baseline in NAMES,
+        "convert: baseline",
+        got=repr(baseline),
+        allowed=names,
+        fix="one of those",
+    )
     for name, setting in SETTINGS.items():
         value = given[name]
         if value is None and not setting.option.get("required"):
             continue
         require(
-            rival in setting.rivals,
+            baseline in setting.baselines,
             f"convert: {name}",
-            got=f"{value!r}, with {NAMES[rival]}",
-            allowed="only with the other rival",
+            got=f"{value!r}, with {NAMES[baseline]}",
+            allowed="only with the other baseline",
             fix="leave it out",
         )
         require(
@@ -266,7 +303,7 @@ def _check(rival: str, given: dict[str, Any]) -> None:
             f"convert: {name}",
             got=repr(value),
             allowed=setting.allowed,
-            fix=f"{name}=… as the rival's run had it",
+            fix=f"{name}=… as the baseline's run had it",
         )
 
 
@@ -311,11 +348,13 @@ def sketch(specs: list[str]) -> tuple[nn.Module, list[Rule]]:
     model, rules = nn.Module(), []
     for spec in specs:
         parts = re.fullmatch(r"([\w.]+)=(\d+(?:x\d+)*):(\w+)", spec)
-        if parts is None or parts[3] not in MASSES or parts[1] in model._parameters:
+        thin = parts is not None and parts[3] in MATRICES and "x" not in parts[2]
+        if parts is None or parts[3] not in MASSES or thin or parts[1] in model._parameters:
             raise Refusal(
                 "--shapes",
                 got=repr(spec),
-                allowed=f"name=OxI:role, each name once, role one of {', '.join(MASSES)}",
+                allowed=f"name=OxI:role, each name once, role one of {', '.join(MASSES)}; "
+                f"{', '.join(MATRICES)} of two dimensions or more",
                 fix="for instance h.0.up=3072x768:hidden",
             )
         weight = torch.empty(*map(int, parts[2].split("x")), device="meta")
@@ -325,23 +364,23 @@ def sketch(specs: list[str]) -> tuple[nn.Module, list[Rule]]:
 
 
 def parsed(text: str) -> Rule:
-    """Return the Rule of 'pattern,role=head,mass=2,norm=RMSToRMS'."""
+    """Return the Rule of 'pattern,role=head,mass=2,norm=RMSToRMS,maps=3'."""
     pattern, *rest = text.split(",")
     pairs = dict(part.split("=", 1) for part in rest if "=" in part)
+    known = pairs.keys() <= PARSED.keys() and len(pairs) == len(rest) > 0
     try:
-        mass = float(pairs["mass"]) if "mass" in pairs else None
+        fields = {key: PARSED[key](value) for key, value in pairs.items()} if known else {}
     except ValueError:
-        mass = math.nan
-    known = pairs.keys() <= {"role", "mass", "norm"} and len(pairs) == len(rest) > 0
+        known = False
     require(
-        known and not (mass is not None and math.isnan(mass)),
+        known,
         "--rule",
         got=repr(text),
-        allowed="pattern,key=value,… with the keys role, mass (a number), "
+        allowed="pattern,key=value,… with the keys role, mass (a number), maps (an integer), "
         f"norm ({', '.join(NORMS)})",
         fix="for instance 'lm_head.weight,role=head'",
     )
-    return Rule(pattern, norm=pairs.get("norm"), mass=mass, role=pairs.get("role"))
+    return Rule(pattern, **fields)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -349,20 +388,22 @@ def _parser() -> argparse.ArgumentParser:
         prog=f"python -m {__package__}.convert",
         description="Settings of AdamW or Muon → those of Dualized.",
     )
-    rivals = parser.add_subparsers(dest="rival", required=True)
-    for rival, name in NAMES.items():
+    baselines = parser.add_subparsers(dest="baseline", required=True)
+    for baseline, name in NAMES.items():
         about = f"{name}'s settings → Dualized's; the predicted step of every layer."
-        own = rivals.add_parser(rival, help=f"from {name}'s settings", description=about)
+        own = baselines.add_parser(baseline, help=f"from {name}'s settings", description=about)
         network = own.add_mutually_exclusive_group(required=True)
         about = "called without arguments, on the meta device if that works; returns an nn.Module"
         network.add_argument("--model", metavar="MODULE:CALLABLE", help=about)
         about = f"the weights of a network without code; roles: {', '.join(MASSES)}"
         network.add_argument("--shapes", nargs="+", metavar="NAME=OxI:ROLE", help=about)
-        about = "as metrize's rules: role, mass, norm; may be repeated"
+        about = "a module that registers norms for --rule; may be repeated"
+        own.add_argument("--plugin", action="append", default=[], metavar="MODULE", help=about)
+        about = "as metrize's rules: role, norm, mass, maps; may be repeated"
         where = "PATTERN,role=ROLE"
         own.add_argument("--rule", action="append", default=[], metavar=where, help=about)
         for key, setting in SETTINGS.items():
-            if rival in setting.rivals:
+            if baseline in setting.baselines:
                 own.add_argument(f"--{key.replace('_', '-')}", **setting.option)
     return parser
 
@@ -372,6 +413,7 @@ def main(argv: list[str] | None = None) -> int:
     args = vars(_parser().parse_args(argv))
     spec, shapes, rules = args.pop("model"), args.pop("shapes"), args.pop("rule")
     try:
+        load(args.pop("plugin"), option="--plugin")
         require(
             not (shapes and rules),
             "--rule",
@@ -381,7 +423,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         model, rules = sketch(shapes) if shapes else (build(spec), [parsed(r) for r in rules])
         norm = metrize(model, rules=rules)
-        print(convert(norm, args.pop("rival"), **args))
+        print(convert(norm, args.pop("baseline"), **args))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         if isinstance(error, CoverageError) and not shapes:

@@ -11,13 +11,13 @@ Sources: [MD] Bernstein, Newhouse, arXiv 2410.21265; [MN] Large et al., arXiv 24
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .errors import CopyError, PlacementError, require
-from .finite import Watch
+from .finite import Watch, eager
 from .metrize import metrize
 from .modular import ModularNorm
 from .norms import Norm
@@ -30,6 +30,7 @@ from .stacks import Radii, Stack, clip_factor, precise
 from .state import (
     LOW,
     SCHEMA,
+    Defaults,
     by_name,
     check_group,
     check_pairs,
@@ -39,16 +40,11 @@ from .state import (
     grouped,
     members,
     new_buffers,
+    take_momentum,
 )
 from .update import by_rows
 
-F = TypeVar("F", bound=Callable[..., Any])
 Entry = tuple[dict[str, Any], str, Tensor]  # (group, name, parameter)
-
-
-def eager(function: F) -> F:
-    """Leave a function out of torch.compile's graphs: what the host learns later is not traced."""
-    return torch.compiler.disable(function)  # type: ignore[return-value]
 
 
 class Dualized(torch.optim.Optimizer):
@@ -56,8 +52,9 @@ class Dualized(torch.optim.Optimizer):
 
     model_or_named_parameters: a module (see metrize), or (name, parameter) pairs with `norm`.
     lr: modular norm of one step, before decay; 0 makes step() an exact no-op. A tensor is allowed.
-    "auto", or an EscapeVelocity, finds it: the groups' lr is then a multiplier, 1 at first, for
-    schedules; one more copy of the weights is kept; 16-bit weights need master_weights for it.
+    "auto", or an EscapeVelocity, finds it, in runs of 500 steps or more: the groups' lr is then a
+    multiplier, 1 at first, for schedules; one more copy of the weights is kept; 16-bit weights need
+    master_weights for it.
     norm: the ModularNorm; by default metrize(model).
     grads: "reduced": p.grad is the same on all processes, or there is one; nothing is communicated.
     "local": every process of the default process group has the gradient of its own share of the
@@ -126,7 +123,8 @@ class Dualized(torch.optim.Optimizer):
         # calls: of step() with gradients and an lr; here, as checkpoint libraries keep only groups.
         known("Dualized", settings, defaults_of(StepSettings))
         defaults = defaults_of(StepSettings) | {"lr": 1.0 if self.escape else lr} | settings
-        super().__init__(groups, check_group(defaults, auto=self.escape is not None) | {"calls": 0})
+        settings = check_group(defaults, auto=self.escape is not None)
+        super().__init__(groups, Defaults(settings, calls=0))
 
     def _forget_step(self) -> None:
         self._watch, self._radii = Watch(self._ranks), Radii()
@@ -254,6 +252,7 @@ class Dualized(torch.optim.Optimizer):
     @eager
     def _moving(self) -> list[Entry]:
         """Return the parameters that may move in this step, each with its state made."""
+        take_momentum(self.param_groups)
         entries: list[Entry] = []
         for group, name, p in members(self.param_groups):
             apart = self.placement_of(p).rows_are_apart(p)

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from .norms import Norm, RMSToRMS
+from .norms import Norm, RMSToLinf, RMSToRMS
 from .sites import Place, Site
-from .views import Blocks, Experts, Flattened, Transposed
+from .views import Blocks, Experts, Transposed
 
-MATRIX = RMSToRMS()
+MATRIX, LOGITS = RMSToRMS(), RMSToLinf()
 
 
 def place_by_family(site: Site) -> Place | None:
@@ -155,6 +155,6 @@ FAMILIES: tuple[tuple[str, str, Callable[[Any], Place | None]], ...] = (
     ("*", "kv_b_proj.weight", lambda m: fused(m.qk_nope_head_dim, m.v_head_dim, turns=heads(m))),
     ("DbrxExpertGLU", "[wv]1", _dbrx(MATRIX)),
     ("DbrxExpertGLU", "w2", _dbrx(Transposed(MATRIX))),
-    ("XLNetRelativeAttention", "[qkvor]", lambda m: Place("hidden", Flattened(MATRIX, 3))),
-    ("Funnel*Attention", "r_kernel", lambda m: Place("hidden", Flattened(Transposed(MATRIX), 3))),
+    ("MobileBertLMPredictionHead", "dense.weight", lambda m: Place("head", Transposed(LOGITS))),
+    ("WavLMAttention", "gru_rel_pos_linear.weight", lambda m: fused(4, 4)),
 )

@@ -4,8 +4,8 @@ A step never waits for the device to say that a gradient was a NaN. The device m
 and what it knows goes to the host meanwhile, which raises at the next step or at check_finite().
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,13 @@ from torch import Tensor
 from .errors import NonFiniteError
 from .ranks import Ranks
 
+F = TypeVar("F", bound=Callable[..., Any])
 norms_of = torch._foreach_norm  # one call for all tensors of a list
+
+
+def eager(function: F) -> F:
+    """Leave a function out of torch.compile's graphs: what the host learns later is not traced."""
+    return torch.compiler.disable(function)  # type: ignore[return-value]
 
 
 def are_finite(tensors: Sequence[Tensor]) -> list[Tensor]:

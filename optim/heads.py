@@ -46,6 +46,9 @@ def guessed_heads(
             continue
         if own.O in vocabularies:
             heads[name] = f"taken for a head: {own.O} outputs, as many as an embedding has rows"
-        elif declared_head(model) is None and not readers.reads(own.O):
+        elif declared_head(model) is None and not any(
+            own.O % parts == 0 and readers.reads(own.O // parts)
+            for parts in (1, 2, 3, 4)  # reshaped outputs are read in parts
+        ):
             heads[name] = f"taken for a head: no map reads its {own.O} outputs"
     return heads

@@ -14,6 +14,7 @@ from math import inf
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .errors import CoverageError, GuessWarning, require
 from .heads import declared_head, guessed_heads
@@ -84,6 +85,19 @@ def check_distinct(names: Iterable[str]) -> None:
         )
 
 
+def check_built(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise CoverageError for a parameter of a lazy module, which has no shape yet."""
+    for name, p in named:
+        require(
+            not is_lazy(p),
+            name,
+            got="a parameter of a lazy module, whose shape is not known yet",
+            allowed="parameters with shapes",
+            fix="call the model once on an input before",
+            error=CoverageError,
+        )
+
+
 def metrize(
     model: nn.Module,
     structure: Module | None = None,
@@ -107,6 +121,7 @@ def metrize(
     every: list[tuple[str, Tensor]] = [
         (canonical(n), p) for n, p in model.named_parameters(remove_duplicate=False)
     ]
+    check_built(every)
     check_distinct(canonical(n) for n, _ in model.named_parameters())
     _check_rules(rules, [name for name, _ in every])
     names: dict[int, list[str]] = defaultdict(list)  # of each tensor

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from .families import place_by_family
+from .adapters import place_adapter
+from .families import heads, place_by_family
 from .fused import ONE, divide
 from .norms import L1ToRMS, MaxEntry, Norm, RMSToLinf, RMSToRMS, VectorRMS
 from .sites import WEIGHTS, Map, Place, Readers, Site, is_vector
@@ -215,6 +216,8 @@ def place_by_type(
     """
     if (site.part == "original0" and _is_weight_norm(site)) or site.own == "weight_g":
         return Place("gain", MaxEntry(site.weight.ndim))
+    if (adapter := place_adapter(site)) is not None:
+        return adapter
     known = place_by_family(site)
     if known is not None and (fitting := _fitting(known, site, own)) is not None:
         return fitting
@@ -301,6 +304,9 @@ def _place_table(site: Site) -> Place | None:
         return Place("gain", MaxEntry(ndim), note=f"named {own}: taken for gains")
     if own == "weight" and ndim == 2:
         return Place("hidden", MATRIX, note=f"a map, stored (out, in), of a {site.kind}")
+    if ndim == 3 and heads(site.module) == shape[1]:
+        note = f"a map, stored (in, heads, out of each), of a {site.kind}"
+        return Place("hidden", Flattened(Transposed(MATRIX), 3), note=note)
     if ndim == 3 and shape[1] == shape[2]:
         note = f"{shape[0]} square maps side by side, of a {site.kind}"
         return Place("hidden", Experts(MATRIX), note=note)

@@ -65,7 +65,7 @@ class Normalized(torch.optim.Optimizer):
         for group in base_optimizer.param_groups:
             group["param_names"] = [canonical(n) for n in group["param_names"]]
             group["lr"] = lr
-        super().__init__(base_optimizer.param_groups, {"lr": lr})
+        super().__init__(base_optimizer.param_groups, base_optimizer.defaults | {"lr": lr})
         # One truth: schedulers, GradScaler and checkpoints see the base's groups and state.
         self.param_groups, self.state = base_optimizer.param_groups, base_optimizer.state
 

@@ -24,7 +24,7 @@ OURS += ("examples", "tests", "train_gpt", "sample")
 def load(
     names: Sequence[str], *, option: str = "run.plugins", error: type[Refusal] = Refusal
 ) -> None:
-    """Import these modules, each once. The working directory is the last place that is searched.
+    """Load these modules, each once. The working directory is the last place that is searched.
 
     option: the setting that named them. Raises `error` for a name that is not a module's, for one
     that does not exist or is hidden by another module, and where the module itself raises.

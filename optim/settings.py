@@ -10,8 +10,9 @@ import inspect
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import copy
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -77,7 +78,8 @@ class StepSettings:
 
     lr: Annotated[float | Literal["auto"], Range(0)] = 1.0
     """Modular norm of one step, at the top of the schedule and before decay. "auto" finds it while
-    training (EscapeVelocity): a group's lr is then a multiplier of it. Baselines: their own lr."""
+    training (EscapeVelocity): a group's lr is then a multiplier of it. It is for runs of 500 steps
+    or more: it may stay at 0.1 for the first hundred. Baselines: their own lr."""
 
     direction: Annotated[str, OneOf(DIRECTIONS), BY_ROLE, BUFFERS] = "nesterov"
     """The direction that is dualized, by name (optim/directions.py)."""
@@ -128,7 +130,9 @@ def settings_class(
     module: where it is made. bases: classes whose settings it has besides.
     """
     rows = [
-        (key, Annotated[hint, Help(text)], field(default=default))
+        (key, Annotated[hint, Help(text)], field(default_factory=partial(copy, default)))
+        if isinstance(default, list)
+        else (key, Annotated[hint, Help(text)], field(default=default))
         for key, (hint, default, text) in declared.items()
     ]
     namespace = {"__doc__": doc, "__module__": module}
@@ -179,7 +183,7 @@ def fits(hint: Any, value: Any) -> bool:
         )
     if origin is list:
         return isinstance(value, list) and all(fits(args[0], item) for item in value)
-    return hint is Any or isinstance(value, hint)
+    return hint is Any or (isinstance(hint, type) and isinstance(value, hint))
 
 
 def allowed(hint: Any) -> str:
@@ -216,8 +220,9 @@ def wrong(cls: type, values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]
 
 def choices(hint: Any) -> list[str]:
     """Return the names of the registry that a hint names, none where it names no registry."""
-    marks = [m for part in (hint, *get_args(hint)) for m in getattr(part, "__metadata__", ())]
-    return [name for m in marks if isinstance(m, OneOf) for name in m.registry]
+    marks = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, OneOf)]
+    names = [name for m in marks for name in m.registry]
+    return names + [name for part in get_args(hint) for name in choices(part)]
 
 
 def nearest_choice(hint: Any, value: Any, *, otherwise: str) -> str:

@@ -69,8 +69,8 @@ class Site:
 
     @property
     def label(self) -> str:
-        """Return the name of the module in its parent."""
-        return self.path.rpartition(".")[2]
+        """Return the name of the module in its parent; in a list, the name of the list."""
+        return next((part for part in self.path.split(".")[::-1] if not part.isdigit()), "")
 
     @property
     def key(self) -> str:

@@ -1,6 +1,6 @@
 """An optimizer's groups of parameters, and its saved state, by parameter name."""
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from math import inf
 from typing import Any
 
@@ -9,14 +9,37 @@ from torch import Tensor, nn
 
 from .directions import DIRECTIONS
 from .errors import CoverageError, PlacementError, Refusal, require
-from .metrize import canonical, check_distinct
+from .metrize import canonical, check_built, check_distinct
 from .modular import ModularNorm
 from .norms import Norm
 from .ranks import Ranks, check_sharded, sharded
 from .settings import StepSettings, by_role, check, known, wrong
 
 SCHEMA = 2  # of Dualized.state_dict()
+# A ZeroRedundancyOptimizer, too, passes groups of tensors, and keeps their names from us.
+IN_GROUPS = (
+    '; in place of DDP with ZeroRedundancyOptimizer: Dualized(model, ..., grads="local") on the '
+    "bare module, which averages gradients and shards the state"
+)
 LOW = (torch.bfloat16, torch.float16)  # dtypes of weights that may have float32 masters
+
+
+class Defaults(dict[str, Any]):
+    """The settings of groups to come, of which "momentum" is said to be one.
+
+    torch's OneCycleLR and CyclicLR look for it here, then write group["momentum"] before each step:
+    take_momentum() makes that the step's beta. So it is never a second setting beside beta.
+    """
+
+    def __contains__(self, key: object) -> bool:
+        return key == "momentum" or super().__contains__(key)
+
+
+def take_momentum(groups: Iterable[dict[str, Any]]) -> None:
+    """Set the beta of each group to the momentum that a scheduler has written there, if one has."""
+    for group in groups:
+        if "momentum" in group:
+            group["beta"] = group.pop("momentum")
 
 
 def check_group(settings: Mapping[str, Any], *, auto: bool) -> dict[str, Any]:
@@ -63,8 +86,15 @@ def grouped(
     if isinstance(model_or_named, nn.Module):
         model_or_named = model_or_named.named_parameters()
     listed = list(model_or_named)
-    if not listed or not all(isinstance(x, dict) for x in listed):
-        listed = [{"params": [x for x in named_pairs(listed) if x[1].requires_grad]}]
+    if listed and all(isinstance(x, dict) for x in listed):
+        listed = [{**group, "params": named_pairs(group["params"], IN_GROUPS)} for group in listed]
+        every = [x for group in listed for x in group["params"]]
+        check_trainable(every, every)
+    else:
+        every = named_pairs(listed)
+        listed = [{"params": [x for x in every if x[1].requires_grad]}]
+        check_trainable(every, listed[0]["params"])
+    check_built(every)
     if norm is None:
         raise CoverageError(
             "Dualized of named parameters",
@@ -90,7 +120,7 @@ def grouped(
             )
     groups: list[dict[str, Any]] = []
     for group in listed:
-        pairs = named_pairs(group["params"])
+        pairs = group["params"]
         for role in (None, *roles):  # None: whatever has no settings of its own
             owned = [(n, p) for n, p in pairs if own_role(norm, n, roles) == role]
             if role is None and (owned or not roles):
@@ -218,8 +248,25 @@ def check_step(name: str, p: Tensor, *, fits: bool) -> None:
         )
 
 
-def named_pairs(named: Any) -> list[tuple[str, Tensor]]:
-    """Return one (name, parameter) pair, or several, as a list."""
+def check_trainable(every: Collection[Any], trainable: Collection[Any]) -> None:
+    """Raise CoverageError where there is nothing to train."""
+    require(
+        trainable,
+        "Dualized",
+        got=f"{len(every)} parameters, all frozen" if every else "no parameters",
+        allowed="one or more that require gradients",
+        fix="requires_grad_(True) on what is to be trained"
+        if every
+        else "a model that has weights",
+        error=CoverageError,
+    )
+
+
+def named_pairs(named: Any, advice: str = "") -> list[tuple[str, Tensor]]:
+    """Return one (name, parameter) pair, or several, as a list.
+
+    advice: what the error for tensors without names says besides.
+    """
     one = isinstance(named, tuple) and len(named) == 2 and isinstance(named[0], str)
     pairs = [named] if one else list(named)
     require(
@@ -227,7 +274,8 @@ def named_pairs(named: Any) -> list[tuple[str, Tensor]]:
         "Dualized of a list of tensors",
         got="tensors without names",
         allowed="a module, or (name, parameter) pairs with norm=",
-        fix="Dualized(model, ...) or Dualized(model.named_parameters(), ..., norm=metrize(model))",
+        fix="Dualized(model, ...) or Dualized(model.named_parameters(), ..., norm=metrize(model))"
+        + advice,
         error=CoverageError,
     )
     return pairs

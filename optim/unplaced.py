@@ -26,8 +26,7 @@ def by_kind(sites: Mapping[str, Site], every: Iterable[str]) -> dict[str, list[s
     """
     kinds: dict[tuple[str, str, int], list[str]] = {}
     for name, site in sites.items():
-        label = "" if site.label.isdigit() else site.label
-        kinds.setdefault((site.kind, f"{label}.{site.own}", len(site.shape)), []).append(name)
+        kinds.setdefault((site.kind, f"{site.label}.{site.own}", len(site.shape)), []).append(name)
     groups: dict[str, list[str]] = {}
     for names in kinds.values():
         own = by_pattern(names)

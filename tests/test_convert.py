@@ -78,9 +78,9 @@ def test_adamw_steps_on_noise_in_proportion_to_the_prediction(betas: tuple[float
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, betas=betas)
     measured = [rms(stepped(model, optimizer, seed)["up.weight"]) for seed in range(100)][-1]
     assert measured == pytest.approx(1e-3 * ((1 - betas[0]) / (1 + betas[0])) ** 0.5, rel=0.03)
-    assert found.rows[0].rival == pytest.approx(0.87 * measured, rel=0.03)
+    assert found.rows[0].baseline == pytest.approx(0.87 * measured, rel=0.03)
     if betas[0] == 0.9:
-        assert found.rows[0].rival == pytest.approx(0.2 * 1e-3)
+        assert found.rows[0].baseline == pytest.approx(0.2 * 1e-3)
 
 
 @pytest.mark.parametrize("adjust", [None, "original", "match_rms_adamw"])
@@ -94,7 +94,7 @@ def test_muons_predicted_step_is_torchs(shape: tuple[int, int], adjust: str | No
         model = Hidden(*shape)
         found = convert(metrize(model), "muon", lr=0.02, weight_decay=0.0, adjust_lr_fn=adjust)
         optimizer = torch.optim.Muon(model.parameters(), lr=0.02, weight_decay=0.0, adjust_lr_fn=adjust, **settings)
-        assert found.rows[0].rival == pytest.approx(rms(stepped(model, optimizer)["up.weight"]), rel=tolerance)
+        assert found.rows[0].baseline == pytest.approx(rms(stepped(model, optimizer)["up.weight"]), rel=tolerance)
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
@@ -123,17 +123,17 @@ def test_in_muons_own_norm_its_settings_are_its_own_and_train_alike(adjust: str,
 
 
 @pytest.mark.parametrize(
-    ("rival", "settings"),
+    ("baseline", "settings"),
     [("adamw", dict(betas=(0.8, 0.95))), ("muon", {}), ("muon", dict(adjust_lr_fn="match_rms_adamw"))],
 )
-def test_hidden_steps_agree_in_the_geometric_mean_weighted_by_size(rival, settings):
-    found = convert(metrize(Net(), rules=HEAD), rival, lr=3e-3, weight_decay=0.0, **settings)
+def test_hidden_steps_agree_in_the_geometric_mean_weighted_by_size(baseline, settings):
+    found = convert(metrize(Net(), rules=HEAD), baseline, lr=3e-3, weight_decay=0.0, **settings)
     hidden = [r for r in found.rows if r.matched]
     names = {"up.weight", "down.weight", "gru.weight_ih_l0", "gru.weight_hh_l0"}
-    assert {r.name for r in hidden} == (names | {"conv.weight"} if rival == "adamw" else names), (
+    assert {r.name for r in hidden} == (names | {"conv.weight"} if baseline == "adamw" else names), (
         "torch's Muon takes matrices alone"
     )
-    logs = torch.cat([torch.full(r.shape, math.log(r.ours) - math.log(r.rival)).flatten() for r in hidden])  # type: ignore[arg-type]
+    logs = torch.cat([torch.full(r.shape, math.log(r.ours) - math.log(r.baseline)).flatten() for r in hidden])  # type: ignore[arg-type]
     assert logs.mean().abs() < 1e-5, "one entry, one vote"
 
 
@@ -175,7 +175,9 @@ def test_what_muon_does_not_take_steps_by_its_adamw_where_that_is_given():
     without, given = (convert(norm, "muon", lr=0.02, weight_decay=0.0, adamw_lr=lr) for lr in (None, 3e-4))
     assert without.settings == given.settings
     for a, b in zip(without.rows, given.rows, strict=True):
-        assert (a.rival, b.rival) == ((b.rival, a.rival) if a.matched else (None, pytest.approx(0.2 * 3e-4)))
+        assert (a.baseline, b.baseline) == (
+            (b.baseline, a.baseline) if a.matched else (None, pytest.approx(0.2 * 3e-4))
+        )
     assert {r.role for r in given.rows if not r.matched} == {"embedding", "hidden", "head", "gain", "bias", "scalar"}
 
 
@@ -202,8 +204,12 @@ def test_in_a_declared_structure_the_spectral_weights_that_move_are_matched():
 
 def test_the_table_reads_so():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 16, bias=False), nn.LayerNorm(16))
-    assert str(convert(metrize(model), "muon", lr=0.02, weight_decay=0.1, adamw_lr=1e-3)) == (
-        "Dualized(…, lr=0.02667, direction='nesterov', beta=0.95, weight_decay=0.1)\n"
+    norm = metrize(model, rules=[Rule("1.weight", role="hidden")])
+    assert str(convert(norm, "muon", lr=0.02, weight_decay=0.1, adamw_lr=1e-3)) == (
+        "Dualized(…, lr, direction='nesterov', beta=0.95, weight_decay=0.1)\n"
+        "lr 0.02667: takes Muon's steps (matched)\n"
+        "lr 0.125 to 4: recommended, as the best of eight small models lay there\n"
+        "scan lr = 0.0267, 0.0933, 0.327, 1.14, 4, falling to 0 in each run; then halve and double the best\n"
         "\n"
         "parameter  shape  role       update RMS Muon  Dualized  ratio  matched\n"
         "0.weight   5×4    embedding  0.0002           0.00333   16.7\n"
@@ -213,15 +219,23 @@ def test_the_table_reads_so():
         "\n"
         "update RMS: root mean square of a step's entries, predicted, before decay. Matched, in the geometric\n"
         "mean weighted by size: the steps of the rows marked yes, and their decay per step. The other rows\n"
-        "differ by design: their steps follow from the modular norm.\n"
-        "None of this is measured: scan lr around the value by factors of 2."
+        "differ by design: their steps follow from the modular norm."
     )
 
 
+@pytest.mark.parametrize("lr", [1e-6, 1e-3, 0.01, 0.3, 10.0])
+def test_a_scan_leads_from_the_matched_rate_over_the_recommended_range_in_even_ratios(lr: float):
+    found = convert(metrize(Net(), rules=HEAD), "adamw", lr=lr, weight_decay=0.0)
+    ends = (min(found.lr, found.recommended[0]), max(found.lr, found.recommended[1]))
+    assert (found.scan[0], found.scan[-1]) == pytest.approx(ends)
+    ratios = [b / a for a, b in zip(found.scan, found.scan[1:], strict=False)]
+    assert ratios == pytest.approx([ratios[0]] * len(ratios)) and 2.5 < ratios[0] < 5.7
+
+
 @pytest.mark.parametrize(
-    ("rival", "settings", "text"),
+    ("baseline", "settings", "text"),
     [
-        ("adam", {}, "convert: rival\n  got: 'adam'\n  allowed: adamw, muon\n"),
+        ("adam", {}, "convert: baseline\n  got: 'adam'\n  allowed: adamw, muon\n"),
         ("adamw", dict(lr=0.0), "convert: lr\n  got: 0.0\n  allowed: a finite number > 0\n"),
         ("adamw", dict(lr=math.nan), "convert: lr\n  got: nan"),
         ("adamw", dict(weight_decay=-0.1), "convert: weight_decay\n  got: -0.1\n  allowed: a finite number >= 0\n"),
@@ -239,14 +253,14 @@ def test_the_table_reads_so():
         (
             "adamw",
             dict(momentum=0.9),
-            "convert: momentum\n  got: 0.9, with AdamW\n  allowed: only with the other rival\n",
+            "convert: momentum\n  got: 0.9, with AdamW\n  allowed: only with the other baseline\n",
         ),
         ("muon", dict(betas=(0.9, 0.95)), "convert: betas\n  got: (0.9, 0.95), with Muon\n"),
     ],
 )
-def test_impossible_settings_are_refused_by_name(rival, settings, text):
+def test_impossible_settings_are_refused_by_name(baseline, settings, text):
     with pytest.raises(ValueError) as error:
-        convert(metrize(Hidden()), rival, **dict(lr=0.1, weight_decay=0.1) | settings)
+        convert(metrize(Hidden()), baseline, **dict(lr=0.1, weight_decay=0.1) | settings)
     assert str(error.value).startswith(text) and "\n  fix: " in str(error.value)
 
 
@@ -274,6 +288,11 @@ class Outer:
             super().__init__()
             self.embed, self.up = nn.Embedding(5, 4), nn.Linear(4, 16, bias=False)
             self.head = nn.Linear(16, 5, bias=False)
+
+class Unplaced(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mixing = nn.Parameter(torch.empty(3, 4, 5))
 
 def reads_its_weights():
     model = nn.Linear(4, 4)
@@ -310,9 +329,40 @@ def test_the_command_prints_the_table_and_the_guesses(module: str, capsys: pytes
         == 0
     )
     out, err = capsys.readouterr()
-    assert out.startswith("Dualized(…, lr=0.02167, direction='momentum', beta=0.95, weight_decay=0)\n")
+    assert out.startswith(
+        "Dualized(…, lr, direction='momentum', beta=0.95, weight_decay=0)\nlr 0.02167: takes Muon's steps (matched)\n"
+    )
     built, note = err.splitlines()
     assert built.startswith("note: built on the CPU; on the meta device: ") and note.startswith("note: no head: ")
+
+
+PLUGIN = """
+from dataclasses import dataclass
+
+from nanodual import register_norm
+from optim.norms import RMSToRMS
+
+
+@register_norm
+@dataclass(frozen=True)
+class OfAPlugin(RMSToRMS):
+    pass
+"""
+
+
+def test_a_norm_of_a_plugin_and_maps_are_named_on_the_command_line(
+    module: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+):
+    request.addfinalizer(lambda: NORMS.pop("OfAPlugin"))
+    (tmp_path / "own_norms.py").write_text(PLUGIN)
+    (tmp_path / "nothing_else.py").write_text("")
+    rules = ["--rule", "up.*,norm=OfAPlugin,maps=4", "--rule", "head.*,role=head"]
+    plugins = ["--plugin", "own_norms", "--plugin", "nothing_else"]
+    assert main(["adamw", "--model", f"{module}:Outer.Small", *plugins, *rules, *ADAMW]) == 0
+    from convertible import Outer  # type: ignore[import-not-found]
+
+    norm = metrize(Outer.Small(), rules=[Rule("up.*", norm=RMSToRMS(), maps=4), Rule("head.*", role="head")])
+    assert capsys.readouterr().out == f"{convert(norm, 'adamw', lr=6e-4, weight_decay=0.1)}\n"
 
 
 def test_a_model_that_fits_no_memory_is_built_on_the_meta_device(module: str, capsys: pytest.CaptureFixture[str]):
@@ -367,12 +417,16 @@ def test_shapes_tell_a_heads_bias_by_its_name(capsys: pytest.CaptureFixture[str]
             "--model convertible:needs_more\n  got: TypeError: needs_more() missing 1 required",
         ),
         (["--model", "convertible:other"], "--model convertible:other\n  got: a str\n  allowed: an nn.Module\n"),
-        (["--model", "convertible:Outer.Small"], "head.weight (5, 16) looks like the head\n"),
+        (["--model", "convertible:Unplaced"], "no place for 1 weight\n"),
         (
             ["--model", "convertible:large", "--rule", "0.*"],
             "--rule\n  got: '0.*'\n  allowed: pattern,key=value,… with the keys role, mass",
         ),
         (["--model", "convertible:large", "--rule", "0.*,role"], "--rule\n  got: '0.*,role'\n"),
+        (["--model", "convertible:large", "--rule", "0.*,maps=1.5"], "--rule\n  got: '0.*,maps=1.5'\n"),
+        (["--model", "convertible:large", "--rule", "0.*,maps=0"], "rule '0.*'\n  got: maps 0\n"),
+        (["--model", "convertible:large", "--plugin", "no_such_norms"], "--plugin\n  got: 'no_such_norms', and there "),
+        (["--model", "convertible:large", "--plugin", "broken"], "--plugin: broken raised while it was imported\n"),
         (["--model", "convertible:large", "--rule", "0.*,mass=much"], "--rule\n  got: '0.*,mass=much'\n"),
         (["--model", "convertible:large", "--rule", "0.*,rolle=head"], "--rule\n  got: '0.*,rolle=head'\n"),
         (["--model", "convertible:large", "--rule", "0.*,norm=L3"], "rule '0.*'\n  got: norm 'L3'\n"),
@@ -382,7 +436,7 @@ def test_shapes_tell_a_heads_bias_by_its_name(capsys: pytest.CaptureFixture[str]
         ),
         (["--shapes", "up=16x4:mlp"], "--shapes\n  got: 'up=16x4:mlp'\n"),
         (["--shapes", "up=4x4:hidden", "up=8x4:hidden"], "--shapes\n  got: 'up=8x4:hidden'\n"),
-        (["--shapes", "up=4:hidden"], "up (4,) of a Module has no place\n"),
+        (["--shapes", "up=4:hidden"], "--shapes\n  got: 'up=4:hidden'\n"),
         (["--shapes", "up=4x4:hidden", "--rule", "up,mass=2"], "--rule\n  got: --shapes as well\n"),
         (["--shapes", "up=4x4:hidden", "--betas", "0.9", "2"], "convert: betas\n  got: [0.9, 2.0]\n"),
     ],

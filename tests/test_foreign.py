@@ -24,6 +24,9 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from tests.helpers import ranks
 
 V, T, D = 32, 8, 16
 LR = 0.3
@@ -306,19 +309,15 @@ def test_tied_weights_that_are_frozen_need_no_fix():
 
 
 @FORGETFUL
-def test_adapters_without_a_module_type_are_refused_until_a_rule_places_them():
-    from peft import IA3Config, get_peft_model
+def test_adapters_of_an_unknown_kind_are_refused_until_a_rule_places_them():
+    from peft import LoHaConfig, get_peft_model
 
-    model = get_peft_model(
-        llama(), IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
-    )
-    with pytest.raises(
-        CoverageError,
-        match=r"ia3_l.default \(\d+, 1\) of a ParameterDict has no place(.|\n)*fix: metrize\(model, rules=\[Rule\('.*', norm=…, role=…\)\]\)",
-    ):
+    model = get_peft_model(llama(), LoHaConfig(r=4, target_modules=["q_proj"]))
+    name = "base_model.model.model.layers.0.self_attn.q_proj.hada_w1_a.default"
+    with pytest.raises(CoverageError, match=rf"^no place for 4 weights\n(.|\n)*{name}, 16×4, of a ParameterDict"):
         Dualized(model, LR)
-    norm = metrize(model, rules=[Rule("*.ia3_l.default", norm="L1ToLinf", role="gain")])
-    assert set(norm.roles.values()) == {"gain"} and len(norm.norms) == 2
+    norm = metrize(model, rules=[Rule("*.hada_w*.default", role="hidden")])
+    assert set(norm.roles.values()) == {"hidden"} and len(norm.norms) == 4
     train(model, Dualized(model, LR, norm=norm), 2)
 
 
@@ -376,6 +375,63 @@ def test_a_sharded_model_keeps_its_names_and_takes_a_plain_models_state():
     }
     assert whole.keys() == buffers(saving).keys()
     assert all(torch.equal(whole[n]["momentum"], s["momentum"]) for n, s in buffers(saving).items())
+
+
+def _data_parallel(rank: int, world: int) -> tuple[str, list[Tensor], list[Tensor], list[int]]:
+    """What ZeroRedundancyOptimizer meets; weights after DDP's way and after ours, and numbers of state in each."""
+    a, b = small().double(), small().double()
+    wrapped = nn.parallel.DistributedDataParallel(a)
+    with pytest.raises(CoverageError) as refusal:
+        ZeroRedundancyOptimizer(a.parameters(), optimizer_class=Dualized, lr=LR)
+    norm = metrize(a, rules=[Rule("4.weight", role="head")])
+    reduced, local = Dualized(wrapped, LR, norm=norm), Dualized(b, LR, norm=norm, grads="local")
+    for seed in range(3):
+        x = tokens(seed * world + rank)
+        for model, optimizer in ((wrapped, reduced), (b, local)):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten()).backward()
+            optimizer.step()
+    sizes = [sum(t.numel() for state in o.state.values() for t in state.values()) for o in (reduced, local)]
+    return str(refusal.value), weights(a), weights(b), sizes
+
+
+def test_what_zero_redundancy_optimizer_is_told_shards_the_state_and_trains_as_ddp():
+    one, two = ranks(2, _data_parallel)
+    for text, by_ddp, by_ours, _ in (one, two):
+        assert text.startswith("Dualized of a list of tensors\n  got: tensors without names\n")
+        assert 'in place of DDP with ZeroRedundancyOptimizer: Dualized(model, ..., grads="local") on the bare' in text
+        assert max((p - q).abs().max() for p, q in zip(by_ddp, by_ours, strict=True)) < ROUNDING
+    assert same(one[2], two[2])
+    (whole, first), (again, second) = one[3], two[3]
+    assert first + second == whole == again and min(first, second) > 0
+
+
+@pytest.mark.parametrize("lazy", ["LazyLinear", "LazyConv2d", "LazyBatchNorm1d"])
+def test_a_lazy_module_is_refused_until_it_has_seen_an_input(lazy: str):
+    sizes = {"LazyLinear": (3,), "LazyConv2d": (3, 2), "LazyBatchNorm1d": ()}[lazy]
+    model = nn.Sequential(getattr(nn, lazy)(*sizes))
+    for place in (metrize, Dualized, lambda m: Dualized(m.named_parameters(), norm=metrize(nn.Linear(2, 2)))):
+        with pytest.raises(
+            CoverageError, match=r"^0.weight\n  got: a parameter of a lazy module(.|\n)*fix: call the model once"
+        ):
+            place(model)
+    model(torch.ones(2, 2, 2, 2) if lazy == "LazyConv2d" else torch.ones(2, 2))
+    assert Dualized(model).norm.norms.keys() == {"0.weight", "0.bias"}
+
+
+NOTHING: dict[str, tuple[Callable[[], Any], str]] = {
+    "no weights": (lambda: Dualized(nn.ReLU()), "no parameters"),
+    "an empty list": (lambda: Dualized([], norm=metrize(nn.Linear(2, 2))), "no parameters"),
+    "an empty group": (lambda: Dualized([{"params": []}], norm=metrize(nn.Linear(2, 2))), "no parameters"),
+    "all frozen": (lambda: Dualized(small().requires_grad_(False)), "6 parameters, all frozen"),
+}
+
+
+@pytest.mark.parametrize("what", NOTHING)
+def test_nothing_to_train_is_refused(what: str):
+    make, got = NOTHING[what]
+    with pytest.raises(CoverageError, match=rf"^Dualized\n  got: {got}\n(.|\n)*fix: "):
+        make()
 
 
 def test_state_loads_into_reordered_parameters():
@@ -537,19 +593,40 @@ def test_scaled_losses_step_alike_and_an_overflow_is_left_out_without_an_error()
 def schedulers(optimizer: torch.optim.Optimizer) -> dict[str, Callable[[], Any]]:
     lr = torch.optim.lr_scheduler
     return {
-        "lambda": lambda: lr.LambdaLR(optimizer, lambda step: 0.5**step),
-        "cosine": lambda: lr.CosineAnnealingLR(optimizer, 4),
-        "warm restarts": lambda: lr.CosineAnnealingWarmRestarts(optimizer, 3),
-        "step": lambda: lr.StepLR(optimizer, 2, 0.1),
-        "one cycle": lambda: lr.OneCycleLR(optimizer, LR, total_steps=6, cycle_momentum=False),
-        "sequence": lambda: lr.SequentialLR(
+        "LambdaLR": lambda: lr.LambdaLR(optimizer, lambda step: 0.5**step),
+        "MultiplicativeLR": lambda: lr.MultiplicativeLR(optimizer, lambda step: 0.5),
+        "StepLR": lambda: lr.StepLR(optimizer, 2, 0.1),
+        "MultiStepLR": lambda: lr.MultiStepLR(optimizer, [1, 3]),
+        "ConstantLR": lambda: lr.ConstantLR(optimizer, total_iters=3),
+        "LinearLR": lambda: lr.LinearLR(optimizer),
+        "ExponentialLR": lambda: lr.ExponentialLR(optimizer, 0.5),
+        "PolynomialLR": lambda: lr.PolynomialLR(optimizer, 6),
+        "CosineAnnealingLR": lambda: lr.CosineAnnealingLR(optimizer, 4),
+        "CosineAnnealingWarmRestarts": lambda: lr.CosineAnnealingWarmRestarts(optimizer, 3),
+        "CyclicLR": lambda: lr.CyclicLR(optimizer, LR / 10, LR, step_size_up=3),
+        "OneCycleLR": lambda: lr.OneCycleLR(optimizer, LR, total_steps=6),
+        "OneCycleLR, no momentum": lambda: lr.OneCycleLR(optimizer, LR, total_steps=6, cycle_momentum=False),
+        "ReduceLROnPlateau": lambda: lr.ReduceLROnPlateau(optimizer, patience=0),
+        "ChainedScheduler": lambda: lr.ChainedScheduler(
+            [lr.ConstantLR(optimizer, 0.1, 2), lr.ExponentialLR(optimizer, 0.9)]
+        ),
+        "SequentialLR": lambda: lr.SequentialLR(
             optimizer, [lr.LinearLR(optimizer, 0.1, 1.0, 2), lr.CosineAnnealingLR(optimizer, 4)], [2]
         ),
+        "SWALR": lambda: torch.optim.swa_utils.SWALR(optimizer, LR / 10, anneal_epochs=3),
     }
 
 
+SCHEDULERS = schedulers(torch.optim.SGD([torch.zeros(1)], 0.1))
+
+
+def test_the_schedulers_below_are_all_of_torchs():
+    names = set(torch.optim.lr_scheduler.__all__) - {"LRScheduler"}
+    assert names <= set(SCHEDULERS)
+
+
 @pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
-@pytest.mark.parametrize("name", schedulers(torch.optim.SGD([torch.zeros(1)], 0.1)))
+@pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("kind", ["Dualized", "Normalized"])
 def test_a_scheduler_sets_the_modular_norm_of_every_step(name: str, kind: str):
     model = gpt2().double()
@@ -566,6 +643,7 @@ def test_a_scheduler_sets_the_modular_norm_of_every_step(name: str, kind: str):
         else Normalized(torch.optim.Adam(model.named_parameters()), norm, LR)
     )
     scheduler = schedulers(optimizer)[name]()
+    metric = [1.0] if name == "ReduceLROnPlateau" else []
     seen = set()
     for seed in range(5):
         lr = optimizer.param_groups[0]["lr"]
@@ -574,8 +652,49 @@ def test_a_scheduler_sets_the_modular_norm_of_every_step(name: str, kind: str):
         take_step(model, optimizer, seed)
         moved = {n: before[n] - p.detach() for n, p in model.named_parameters()}
         assert norm.norm(moved).item() == pytest.approx(lr, rel=1e-3, abs=1e-12)
-        scheduler.step()
+        scheduler.step(*metric)
     assert len(seen) > 1, "it acts"
+
+
+@pytest.mark.parametrize("name", ["OneCycleLR", "CyclicLR"])
+def test_a_scheduler_that_cycles_momentum_cycles_beta(name: str):
+    """As torch.optim.SGD's momentum, and with the weights that beta set by hand leads to."""
+    peer = torch.optim.SGD([torch.zeros(1)], LR, momentum=0.5)
+    theirs = schedulers(peer)[name]()
+    (a, one), (b, two) = build("default"), build("default")
+    scheduler = schedulers(one)[name]()
+    betas = []
+    for seed in range(5):
+        two.param_groups[0].update(lr=peer.param_groups[0]["lr"], beta=peer.param_groups[0]["momentum"])
+        assert take_step(a, one, seed) == take_step(b, two, seed)
+        assert same(weights(a), weights(b))
+        betas.append(one.param_groups[0]["beta"])
+        assert betas[-1] == peer.param_groups[0]["momentum"]
+        peer.step()
+        theirs.step()
+        scheduler.step()
+    assert len(set(betas)) >= 4
+    one.step()
+    assert "momentum" not in one.param_groups[0], "beta is its one name"
+
+
+def test_a_cycle_of_momentum_resumes_where_it_was():
+    def one_cycle() -> tuple[nn.Module, Dualized, Any]:
+        model, optimizer = build("default")
+        return model, optimizer, schedulers(optimizer)["OneCycleLR"]()
+
+    whole, saved, resumed = one_cycle(), one_cycle(), one_cycle()
+    for model, optimizer, scheduler in (whole, saved):
+        for seed in range(3):
+            take_step(model, optimizer, seed)
+            scheduler.step()
+    for ours, theirs in zip(resumed, saved, strict=True):
+        ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    for seed in range(3, 5):
+        assert take_step(*whole[:2], seed) == take_step(*resumed[:2], seed)
+        for _, _, scheduler in (whole, resumed):
+            scheduler.step()
+    assert same_state(whole[1], resumed[1]) and same(weights(whole[0]), weights(resumed[0]))
 
 
 EXACT = RMSToRMS(Polar("exact"))

@@ -21,7 +21,7 @@ ARROWS = {
     "train_gpt.py": {"training", *BELOW_TRAINING},
     "sample.py": {"training", *BELOW_TRAINING},
     "studies": {"studies", "training", *BELOW_TRAINING},
-    "benchmarks": {"benchmarks", "studies", "training", *BELOW_TRAINING},
+    "benchmarks": {"benchmarks", "examples", "studies", "training", *BELOW_TRAINING},
     "examples": {"examples", "nanodual"},
 }
 OURS = {name.removesuffix(".py") for name in ARROWS}
@@ -41,7 +41,7 @@ LIBRARIES = {
     "matplotlib": {"training", "studies"},
     "jinja2": {"studies/report"},
     "markupsafe": {"studies/report"},  # jinja2's own
-    "transformers": {"examples"},
+    "transformers": {"examples", "benchmarks/foreign.py"},
     "accelerate": {"examples"},
     "peft": {"examples"},
 }
@@ -82,6 +82,7 @@ ORDER = (
         "roles",
         "drawing",
         "sites",
+        "adapters",
         "families",
         "fused",
         "module_types",

@@ -23,7 +23,7 @@ from optim import plugins
 from optim.baselines import BASELINES
 from optim.errors import Refusal, require
 from optim.schedules import Schedule
-from optim.settings import Range
+from optim.settings import Range, defaults_of
 
 from . import sections
 from .errors import ConfigError, RankError
@@ -155,11 +155,10 @@ class Config:
             raise ConfigError(
                 error.what, got=error.got, allowed=error.allowed, fix=error.fix
             ) from error
-        own = own_settings_of(self.optim.name)
+        own, defaults = own_settings_of(self.optim.name), defaults_of(type(self.baseline))
         for key, value in vars(self.baseline).items():
             if key not in own:
-                default = getattr(type(self.baseline), key)
-                require_default(f"baseline.{key}", value, default, self.optim.name)
+                require_default(f"baseline.{key}", value, defaults[key], self.optim.name)
         baseline = BASELINES.get(self.optim.name)
         require(
             not self.train.sharpness_every or baseline is None or baseline.scaling is not None,
