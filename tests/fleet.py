@@ -240,7 +240,7 @@ lm("rwkv", "Rwkv", attention_hidden_size=D, num_hidden_layers=2, context_length=
 lm("qwen3_next", "Qwen3Next", num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=6, linear_value_head_dim=5)
 lm("lfm2", "Lfm2", num_hidden_layers=2, layer_types=["conv", "full_attention"])
 lm("xlstm", "xLSTM", num_heads=2, chunk_size=4, qk_dim_factor=0.5, v_dim_factor=1.0, mode="train", chunkwise_kernel="chunkwise--native_autograd", sequence_kernel="native_sequence__native", step_kernel="native")
-lm("falcon_h1", "FalconH1", mamba_d_ssm=48, mamba_n_heads=6, mamba_d_head=8, mamba_d_state=6, mamba_n_groups=1, mamba_chunk_size=4)
+lm("falcon_h1", "FalconH1", mamba_d_ssm=48, mamba_n_heads=6, mamba_d_head=8, mamba_d_state=6, mamba_n_groups=1, mamba_chunk_size=2)
 lm("granitemoehybrid", "GraniteMoeHybrid", num_hidden_layers=2, layer_types=["mamba", "attention"], mamba_n_heads=6, mamba_d_head=8, mamba_d_state=6, mamba_n_groups=1, mamba_chunk_size=4)
 lm("nemotron_h", "NemotronH", num_hidden_layers=..., layers_block_type=["mamba", "attention", "moe"], mamba_num_heads=6, mamba_head_dim=8, ssm_state_size=6, n_groups=2, chunk_size=4, head_dim=8, use_mamba_kernels=False, moe_shared_expert_intermediate_size=28, mlp_hidden_act="gelu")
 lm("olmo_hybrid", "OlmoHybrid", num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=6, linear_value_head_dim=5)

@@ -20,7 +20,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -256,10 +256,6 @@ class Probe:
     fan_in: int = 0
 
 
-def target_size(target: Any) -> int:
-    return target.numel() if isinstance(target, Tensor) else prod(shape_of((target.node, target.output_nr)))
-
-
 def _influenced(graph: Graph, edge: Edge, target: Any) -> int | None:
     """An entry of a result that the target moves, by bisection."""
     full = graph.random(edge)
@@ -324,7 +320,7 @@ def contacts(graph: Graph, name: str) -> tuple[Any, list[Contact]]:
     return target, ends
 
 
-def probe(graph: Graph, contact: Contact, target: Any, numel: int) -> None:
+def probe(graph: Graph, contact: Contact, target: Any) -> None:
     """Fill in the contact's probes: entries of its result along lines through one of them."""
     edge = (contact.node, 0)
     base = _influenced(graph, edge, target)
@@ -373,7 +369,10 @@ class Verdict:
 
 @contextmanager
 def open_units() -> Iterator[None]:
-    """Gated linear units as a product that the graph shows, and units that are never closed."""
+    """Gated linear units as a product that the graph shows, units that are never closed, and masks of numbers that
+    float32 has, in which some models build them whatever the model's own type.
+    """
+    of_type = torch.finfo
 
     def by_product(x: Tensor, dim: int = -1) -> Tensor:
         a, b = x.chunk(2, dim)
@@ -384,6 +383,8 @@ def open_units() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.functional, "glu", by_product)
+        patch.setattr(torch, "finfo", lambda dtype=torch.float32: of_type(torch.float32 if dtype == torch.float64 else dtype))
+        patch.setattr(nn.functional, "hardswish", smooth)
         for owner in (nn.functional, torch, Tensor):
             patch.setattr(owner, "relu", smooth)
         yield
@@ -402,10 +403,12 @@ def judge(model: nn.Module, batch: Mapping[str, Tensor], norms: Mapping[str, Nor
         for p in model.parameters():
             size = NOISE / max(8, *p.shape[:2], p.numel() // max(1, *p.shape[:1])) ** 0.5
             p.add_(size * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-    inputs = {k: x.double().requires_grad_() if x.is_floating_point() else x for k, x in batch.items()}
+    inputs = {k: x.double().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in batch.items()}
     with open_units(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        graph = Graph(loss_of(model, inputs), {n: p for n, p in model.named_parameters() if p.requires_grad})
+        loss = loss_of(model, inputs)
+        assert loss.isfinite(), f"a loss of {loss.item()} says nothing"
+        graph = Graph(loss, {n: p for n, p in model.named_parameters() if p.requires_grad})
         moved = meetings(graph)
         verdict = Verdict()
         for name in norms:
@@ -449,50 +452,64 @@ class _Rows:
         self.leaf_of_row = leaf_of_row.tolist()
 
 
-def _judge_weight(graph, name, norm, moved, notes, verdict) -> None:
+def _judge_weight(
+    graph: Graph,
+    name: str,
+    norm: Norm,
+    moved: Mapping[tuple[int, int], Tensor],
+    notes: list[str],
+    verdict: Verdict,
+) -> None:
     W = graph.weights[name]
-    places = torch.arange(W.numel(), dtype=torch.float64).view(1, *W.shape)
-    parts = leaves(norm, places)
-    kinds = {p.kind for p in parts}
-    rows = _Rows(parts, W.numel(), moved)
-    wrong: list[str] = []
-    if kinds <= {"matrix", "vector"}:
-        wrong += _mixed(rows, kinds == {"vector"})
-    if W.ndim < 2 or min(W.numel(), 2) < 2:
+    if sum(n > 1 for n in W.shape) < 2:  # one row, or one column: every norm sees all of it
         verdict.nature[name] = "vector"
-    else:
-        target, ends = contacts(graph, name)
-        every = ends
-        ends = ends if len(ends) <= CONTACTS else [ends[i * len(ends) // CONTACTS] for i in range(CONTACTS)]
-        for end in ends:
-            probe(graph, end, target, W.numel())
-        nature = _nature(graph, ends)
-        if nature == "map":
-            last, of_logits = _is_last(graph, every)
-            nature = "head" if of_logits else "last map" if last else "map"
-        verdict.nature[name] = nature
-        wrong += _wrong_nature(nature, kinds, ends, name, notes)
-        if kinds & {"matrix", "table", "head"} and not wrong:
-            wrong += _wrong_orientation(rows, ends, nature)
-            if nature in ("map", "head", "last map"):
-                wrong += _wrong_inputs(rows, ends, kinds)
+        return
+    parts = leaves(norm, torch.arange(W.numel(), dtype=torch.float64).view(1, *W.shape))
+    kinds = {p.kind for p in parts}
+    target, every = contacts(graph, name)
+    ends = every if len(every) <= CONTACTS else [every[i * len(every) // CONTACTS] for i in range(CONTACTS)]
+    for end in ends:
+        probe(graph, end, target)
+    nature = _nature(graph, ends)
+    if nature == "map":
+        last, of_logits = _is_last(graph, every)
+        nature = "head" if of_logits else "last map" if last else "map"
+    verdict.nature[name] = nature
+    wrong = _wrong_nature(nature, kinds, ends, name, notes)
+    if not wrong:
+        readings = [_Rows(either, W.numel(), moved) for either in _orientations(parts)]
+        wrong = min((_wrong_blocks(rows, ends, nature, kinds) for rows in readings), key=len)
     if wrong:
         verdict.wrong[name] = list(dict.fromkeys(wrong))
 
 
-def _within(a: bytes, b: bytes) -> bool:
-    return a != b and all(y or not x for x, y in zip(a, b, strict=True))
+def _orientations(parts: list[Leaves]) -> list[list[Leaves]]:
+    """Square matrices are judged either way: the spectral norm of a transpose is the same."""
+    if any(p.kind != "matrix" or p.places.shape[1] != p.places.shape[2] for p in parts):
+        return [parts]
+    return [parts, [replace(p, places=p.places.mT) for p in parts]]
 
 
-def _mixed(rows: _Rows, vector: bool) -> list[str]:
-    signatures = defaultdict(lambda: defaultdict(int))
+def _wrong_blocks(rows: "_Rows", ends: list[Contact], nature: str, kinds: set[str]) -> list[str]:
+    wrong = _mixed(rows) if kinds == {"matrix"} else []
+    if kinds & {"matrix", "table", "head"}:
+        wrong += _wrong_orientation(rows, ends, nature)
+        if nature in ("map", "head", "last map"):
+            wrong += _wrong_inputs(rows, ends, kinds)
+    return wrong
+
+
+def _mixed(rows: _Rows) -> list[str]:
+    """Rows of two maps in one block. Maps of one row each, such as gates of levels, may stand in one."""
+    signatures: dict[int, dict[bytes, int]] = defaultdict(lambda: defaultdict(int))
     for r, leaf in enumerate(rows.leaf_of_row):
         if rows.live[r]:
             signatures[leaf][rows.signature[r]] += 1
-    if vector:  # entries that change nothing after their first meeting, as keys' biases, are of any map
-        signatures = {leaf: {a: n for a, n in s.items() if not any(_within(a, b) for b in s)} for leaf, s in signatures.items()}
-    mixed = [sorted(s.values(), reverse=True) for s in signatures.values() if len(s) > 1]
-    return [f"one block holds rows of {len(mixed[0])} maps ({mixed[0][:6]} rows), in {len(mixed)} of {len(signatures)} blocks"] if mixed else []
+    mixed = [sorted(s.values(), reverse=True) for s in signatures.values() if len(s) > 1 and max(s.values()) > 1]
+    if not mixed:
+        return []
+    where = f"in {len(mixed)} of {len(signatures)} blocks"
+    return [f"one block holds rows of {len(mixed[0])} maps ({mixed[0][:6]} rows), {where}"]
 
 
 def _nature(graph: Graph, ends: list[Contact]) -> str:
@@ -554,7 +571,7 @@ def _wrong_nature(nature: str, kinds: set[str], ends: list[Contact], name: str, 
         "table": {"table", "entries"} | (set() if looked_up else {"vector"}),
         "bias of scores": {"table", "entries"},
         "other": {"entries", "table", "matrix", "whole", "vector"},
-        "unseen": kinds,
+        "unseen": set(),
     }[nature]
     noted = nature == "head" and kinds == {"matrix"} and any(name in note for note in notes)
     ops = sorted({kind_of(e.node) for e in ends})
