@@ -747,7 +747,8 @@ def test_dualized_says_once_what_was_guessed_and_metrize_puts_it_into_the_receip
 
 def test_a_map_to_a_vocabulary_is_taken_for_the_head_and_noted_wherever_it_stands():
     embedding, maps = nn.Embedding(7, 6), {"hidden": nn.Linear(6, 6), "words": nn.Linear(6, 7)}
-    for model in (holding(embed=embedding, **maps), holding(**dict(reversed(maps.items())), embed=embedding)):
+    first = holding(**dict(reversed(maps.items())), after=nn.Linear(7, 6), embed=embedding)
+    for model in (holding(embed=embedding, **maps), first):
         norm = metrize(model)
         assert norm.norms["words.weight"] == RMSToLinf() and norm.norms["words.bias"] == MaxEntry()
         assert norm.notes == ("words.weight: taken for a head: 7 outputs, as many as an embedding has rows",)
