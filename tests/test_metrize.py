@@ -1032,7 +1032,7 @@ def test_queries_keys_and_values_head_by_head_need_a_rule_where_nothing_tells_th
     model.query_key_value = nn.Linear(4, 12, bias=False)
     with pytest.raises(CoverageError, match="query_key_value.weight, 12×4, of a Linear"):
         metrize(model)
-    model.num_heads = 2
+    model.num_heads = 2  # type: ignore[assignment]
     assert str(metrize(model).norms["query_key_value.weight"]) == "3 × RMSToRMS[polar_express] in 2 turns"
     norm = metrize(model, rules=[Rule("query_key_value.weight", norm=Blocks(RMSToRMS(), 6), maps=3)])
     assert str(norm.norms["query_key_value.weight"]) == "6 × RMSToRMS[polar_express]"
