@@ -29,9 +29,11 @@ def guessed_heads(
     outputs that no map of it reads, convolutions apart; they are in no layer that is repeated, and
     not the only map.
     """
-    vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    vocabularies = {m.num_embeddings for m in tables}
     matrices = {n: m for n, m in maps.items() if m is not None and m.stored == "matrix"}
-    alone = sum(own is not None for own in maps.values()) == 1 and not vocabularies
+    others = any(isinstance(m, nn.Bilinear) for m in model.modules()) or bool(tables)
+    alone = sum(own is not None for own in maps.values()) == 1 and not others
     kinds = {sites[n].key: m for n, m in maps.items() if m is not None}
     readers = Readers({key: own for key, own in kinds.items() if own.stored != "convolution"})
     heads = {}

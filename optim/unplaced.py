@@ -26,7 +26,8 @@ def by_kind(sites: Mapping[str, Site], every: Iterable[str]) -> dict[str, list[s
     """
     kinds: dict[tuple[str, str, int], list[str]] = {}
     for name, site in sites.items():
-        kinds.setdefault((site.kind, f"{site.label}.{site.own}", len(site.shape)), []).append(name)
+        label = f"{site.label}.{'' if site.own.isdigit() else site.own}"  # of a ParameterList: numbers
+        kinds.setdefault((site.kind, label, len(site.shape)), []).append(name)
     groups: dict[str, list[str]] = {}
     for names in kinds.values():
         own = by_pattern(names)

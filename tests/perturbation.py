@@ -29,7 +29,7 @@ import torch
 from optim.norms import L1ToRMS, MaxEntry, Norm, RMSToLinf, Spectral, VectorRMS
 from optim.views import View
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 
 Edge = tuple[Any, int]  # a node of the graph, and which of its results
 # In a reverse pass, a weight that gets less than the first part of what any gets, and an entry of it that gets less than
@@ -92,7 +92,13 @@ def leaves(norm: Norm, places: Tensor, factor: float = 1.0) -> list[Leaves]:
         factor *= norm.factor(places.shape)
         parts = norm.split(places)
         return [leaf for p in parts for leaf in leaves(norm.inner, p.flatten(0, 1), factor)]
-    kinds = ((Spectral, "matrix"), (L1ToRMS, "table"), (RMSToLinf, "head"), (VectorRMS, "vector"), (MaxEntry, "entries"))
+    kinds = (
+        (Spectral, "matrix"),
+        (L1ToRMS, "table"),
+        (RMSToLinf, "head"),
+        (VectorRMS, "vector"),
+        (MaxEntry, "entries"),
+    )
     kind = next((name for of, name in kinds if isinstance(norm, of)), "whole")
     blocks = places.long()
     if kind in ("matrix", "table", "head"):
@@ -111,7 +117,10 @@ def _closed(to_operands: Any, of_results: Any) -> Any:
 
 def _opened(to_operands: Any, of_results: Any) -> Any:
     """A unit that is never open in a batch would hide all that goes through it."""
-    return tuple(None if g is None or of_results[0] is None or g.shape != of_results[0].shape else of_results[0] for g in to_operands)
+    return tuple(
+        None if g is None or of_results[0] is None or g.shape != of_results[0].shape else of_results[0]
+        for g in to_operands
+    )
 
 
 class Graph:
@@ -123,7 +132,7 @@ class Graph:
         self.bits = {name: 1 << i for i, name in enumerate(weights)}
         self.generator = torch.Generator().manual_seed(0)
         self.order = self._ordered(loss.grad_fn)
-        self.consumers: dict[Any, list[tuple[Any, int]]] = defaultdict(list)
+        self.consumers: dict[Any, list[Any]] = defaultdict(list)
         self.leaf_of: dict[str, Any] = {}
         self.mask: dict[Any, int] = {}  # the weights that a result depends on
         self.data: dict[Any, bool] = {}  # does it depend on the batch?
@@ -149,9 +158,9 @@ class Graph:
 
     def _describe(self, node: Any) -> None:
         operands = [(f, nr) for f, nr in node.next_functions]
-        for k, (f, _) in enumerate(operands):
+        for f, _ in operands:
             if f is not None:
-                self.consumers[f].append((node, k))
+                self.consumers[f].append(node)
         variable = getattr(node, "variable", None)
         if variable is not None:
             name = self.names.get(id(variable))
@@ -316,7 +325,11 @@ def contacts(graph: Graph, name: str) -> tuple[Any, list[Contact]]:
                 continue
         view = one_of(node, VIEWS) or (one_of(node, ("Cat", "Stack")) and not graph.data[node])
         scaled = one_of(node, ("Mul", "Div", "Pow")) and sum(f is not None for f in operands) == 1
-        chain[node] = (pure and view, chosen and (view or scaled or one_of(node, CHOICES)), looked_up or one_of(node, LOOKUPS))
+        chain[node] = (
+            pure and view,
+            chosen and (view or scaled or one_of(node, CHOICES)),
+            looked_up or one_of(node, LOOKUPS),
+        )
     return target, ends
 
 
@@ -345,7 +358,14 @@ def _lines(graph: Graph, edge: Edge, base: int, target: Any, others: list[Any]) 
             flat = sum(a * s for a, s in zip(at, _strides(shape), strict=True))
             g, *xs = graph.pull(edge, graph.one(edge, flat), [target, *others])
             if len(where := support(g)):
-                probes.append(Probe(axis, where, tuple(support(x).numpy().tobytes() for x in xs) if others else None, sum(len(support(x)) for x in xs)))
+                probes.append(
+                    Probe(
+                        axis,
+                        where,
+                        tuple(support(x).numpy().tobytes() for x in xs) if others else None,
+                        sum(len(support(x)) for x in xs),
+                    )
+                )
     return probes
 
 
@@ -383,7 +403,9 @@ def open_units() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.functional, "glu", by_product)
-        patch.setattr(torch, "finfo", lambda dtype=torch.float32: of_type(torch.float32 if dtype == torch.float64 else dtype))
+        patch.setattr(
+            torch, "finfo", lambda dtype=torch.float32: of_type(torch.float32 if dtype == torch.float64 else dtype)
+        )
         patch.setattr(nn.functional, "hardswish", smooth)
         for owner in (nn.functional, torch, Tensor):
             patch.setattr(owner, "relu", smooth)
@@ -395,7 +417,9 @@ def loss_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return output if isinstance(output, Tensor) else output.loss
 
 
-def judge(model: nn.Module, batch: Mapping[str, Tensor], norms: Mapping[str, Norm], notes: Iterable[str] = ()) -> Verdict:
+def judge(
+    model: nn.Module, batch: Mapping[str, Tensor], norms: Mapping[str, Norm], notes: Iterable[str] = ()
+) -> Verdict:
     """Compare norms, by the names of weights, with what the model does. The model is changed: float64, and noise."""
     generator = torch.Generator().manual_seed(1)
     model = model.double().eval()
@@ -403,7 +427,10 @@ def judge(model: nn.Module, batch: Mapping[str, Tensor], norms: Mapping[str, Nor
         for p in model.parameters():
             size = NOISE / max(8, *p.shape[:2], p.numel() // max(1, *p.shape[:1])) ** 0.5
             p.add_(size * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-    inputs = {k: x.double().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in batch.items()}
+    inputs = {
+        k: x.double().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for k, x in batch.items()
+    }
     with open_units(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loss = loss_of(model, inputs)
@@ -532,11 +559,14 @@ def _is_last(graph: Graph, ends: list[Contact]) -> tuple[bool, bool]:
     logits = False
     seen, stack = set(), [(end.node, graph.mask[end.node]) for end in ends]
     for end in ends:
-        if not all(f is None or k == end.operand or graph.data[f] or _is_vector(graph, f) for k, (f, _) in enumerate(end.node.next_functions)):
+        if not all(
+            f is None or k == end.operand or graph.data[f] or _is_vector(graph, f)
+            for k, (f, _) in enumerate(end.node.next_functions)
+        ):
             return False, False
     while stack:
         node, mask = stack.pop()
-        for user, k in graph.consumers[node]:
+        for user in graph.consumers[node]:
             if user in seen:
                 continue
             seen.add(user)
@@ -575,7 +605,11 @@ def _wrong_nature(nature: str, kinds: set[str], ends: list[Contact], name: str, 
     }[nature]
     noted = nature == "head" and kinds == {"matrix"} and any(name in note for note in notes)
     ops = sorted({kind_of(e.node) for e in ends})
-    return [] if kinds <= allowed or noted else [f"a {nature} (by {', '.join(ops)}) is placed as {', '.join(sorted(kinds))}"]
+    return (
+        []
+        if kinds <= allowed or noted
+        else [f"a {nature} (by {', '.join(ops)}) is placed as {', '.join(sorted(kinds))}"]
+    )
 
 
 def _wrong_orientation(rows: _Rows, ends: list[Contact], nature: str) -> list[str]:
@@ -615,7 +649,9 @@ def _wrong_inputs(rows: _Rows, ends: list[Contact], kinds: set[str]) -> list[str
             if p.inputs is not None:
                 lines[p.line].append(p)
         for line in lines.values():
-            hits = [({rows.leaf_of_row[r]: r for r in torch.unique(rows.row[p.weight]).tolist()}, p.inputs) for p in line]
+            hits = [
+                ({rows.leaf_of_row[r]: r for r in torch.unique(rows.row[p.weight]).tolist()}, p.inputs) for p in line
+            ]
             for a, (one, x) in enumerate(hits):
                 for other, y in hits[:a] if kinds == {"matrix"} else ():
                     if x != y and any(other.get(leaf, r) != r for leaf, r in one.items()):
