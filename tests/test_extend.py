@@ -1,4 +1,4 @@
-"""docs/extend.md: every block of Python is a plugin that trains with the TOML below it, and the race runs as printed."""
+"""docs/extend.md: each block of Python is a plugin that trains with the TOML below it; the race runs as printed."""
 
 import json
 import re
