@@ -41,16 +41,14 @@ def load(
         _check_place(name, option, error)
 
 
-def file_of(name: str) -> Path | None:
+def file_of(name: str) -> Path:
     """Return the file of a plugin that is loaded, of a package its __init__.py."""
-    file = getattr(sys.modules[name], "__file__", None)
-    return Path(file) if file else None
+    return Path(str(sys.modules[name].__file__))
 
 
-def digests(names: Sequence[str]) -> dict[str, str | None]:
+def digests(names: Sequence[str]) -> dict[str, str]:
     """Return {plugin: the SHA-256 of its file} of plugins that are loaded."""
-    files = {name: file_of(name) for name in names}
-    return {n: hashlib.sha256(f.read_bytes()).hexdigest() if f else None for n, f in files.items()}
+    return {name: hashlib.sha256(file_of(name).read_bytes()).hexdigest() for name in names}
 
 
 def _check_name(name: str, option: str, error: type[Refusal]) -> None:
@@ -75,15 +73,23 @@ def _check_name(name: str, option: str, error: type[Refusal]) -> None:
 
 
 def _check_place(name: str, option: str, error: type[Refusal]) -> None:
-    """Refuse a plugin of the working directory where a module of the same name came before it."""
-    stem, file = Path.cwd().joinpath(*name.split(".")), file_of(name)
-    wanted = next((p for p in (stem.with_suffix(".py"), stem / "__init__.py") if p.is_file()), None)
+    """Refuse a folder without code, and what is not the file of this name that stands here."""
     require(
-        wanted is None or file is None or wanted.samefile(file),
+        getattr(sys.modules[name], "__file__", None),
         option,
-        got=f"{name!r}, which is {file} and not {wanted}",
+        got=f"{name!r}, a folder without __init__.py",
+        allowed="a module that registers parts",
+        fix=f"the file in it: {name}.my_plugin, say",
+        error=error,
+    )
+    stem, file = Path.cwd().joinpath(*name.split(".")), file_of(name)
+    files = [p for p in (stem.with_suffix(".py"), stem / "__init__.py") if p.is_file()]
+    require(
+        not files or files[0].read_bytes() == file.read_bytes(),
+        option,
+        got=f"{name!r}, which is {file} and not {files[0] if files else None}",
         allowed="a name that no other module has",
-        fix=f"rename {wanted}",
+        fix=f"rename {files[0] if files else None}",
         error=error,
     )
 

@@ -208,6 +208,8 @@ def allowed(hint: Any) -> str:
     if origin is list:
         return f"a list of {allowed(args[0])}" + ', as ["a", "b"]' * (args[0] is str)
     words = {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}
+    if not isinstance(hint, type):
+        return "a type of TOML: float, int, bool, str, Literal, list[…]"
     return words.get(hint, "left out" if hint is NoneType else str(hint))
 
 

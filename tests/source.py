@@ -15,7 +15,8 @@ APART = {"tests", "records", "corpora", "runs", "build", ".venv"}
 
 
 def python_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*.py") if p.relative_to(folder).parts[0] not in APART)
+    files = (p for p in folder.rglob("*.py") if p.relative_to(folder).parts[0] not in APART)
+    return sorted(p for p in files if p.parent != folder or not p.name.startswith("my_"))  # a user's plugins
 
 
 def relative(path: Path) -> str:

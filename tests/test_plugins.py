@@ -205,7 +205,7 @@ def test_a_plugin_of_the_working_directory_is_imported_once(folder: Path):
         ("", "", "got: ''"),
         ("data", "", "got: 'data', the name of a module of nanodual\n  allowed: a module of another name\n"),
         ("json", "", "got: 'json', the name of a module of Python\n"),
-        ("torch", "", "not {folder}/torch.py\n  allowed: a name that no other module has\n  fix: rename "),
+        ("torch", "\n", "not {folder}/torch.py\n  allowed: a name that no other module has\n  fix: rename "),
         ("bad", "\n\n1 / 0\n", "bad raised while it was imported\n  got: ZeroDivisionError: division by zero\n"),
         ("bad", "\n\n1 / 0\n", "fix: see {folder}/bad.py, line 3"),
         ("bad", "x = 1\ndef f(:\n", "fix: see {folder}/bad.py, line 2"),
@@ -223,6 +223,14 @@ def test_a_plugin_that_cannot_be_imported_is_refused_with_the_place(
         from_dict(Config, {"run": {"plugins": [name]}})
     assert words.replace("{folder}", str(folder)) in str(error.value)
     assert str(error.value).startswith("run.plugins")
+
+
+def test_a_folder_without_code_is_no_plugin_and_one_with_code_is(folder: Path):
+    (folder / "mine").mkdir()
+    (folder / "mine/inner.py").write_text(OTHER)
+    with pytest.raises(ConfigError, match=r"'mine', a folder without __init__\.py\n.*\n  fix: the file in it: mine\."):
+        from_dict(Config, {"run": {"plugins": ["mine"]}})
+    assert vars(from_dict(Config, {"run": {"plugins": ["mine.inner"]}, "model": {"wave": 1}}).model)["wave"] == 1
 
 
 def test_a_part_that_is_refused_is_told_with_its_line(folder: Path):

@@ -1,7 +1,8 @@
 """One run's configuration: the owners' dataclasses composed.
 
 A TOML file sets values, the command line overrides them. Configuration files are data: nothing in
-them is executed. docs/settings.md lists every setting.
+them is executed. But [run] plugins names Python modules of this machine, which are imported first.
+docs/settings.md lists every setting.
 """
 
 import os

@@ -51,7 +51,7 @@ class Start:
     saved: dict[str, Any] | None = None
     damage: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
-    plugins: dict[str, str | None] = field(default_factory=dict)
+    plugins: dict[str, str] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -118,9 +118,7 @@ def open_run(config: Config, runtime: Runtime) -> Start:
     return start
 
 
-def check_plugins(
-    config: Config, runtime: Runtime, saved: dict[str, Any] | None
-) -> dict[str, str | None]:
+def check_plugins(config: Config, runtime: Runtime, saved: dict[str, Any] | None) -> dict[str, str]:
     """Return the SHA-256 of each plugin's file, and note which are others than a run began with.
 
     Raises ConfigError where the ranks have different files.

@@ -20,7 +20,7 @@ def summary(
     progress: Progress,
     *,
     source: tuple[str | None, bool | None],
-    plugins: Mapping[str, str | None],
+    plugins: Mapping[str, str],
     wall_seconds: float,
     optimizer_state_bytes: int,
 ) -> dict[str, Any]:

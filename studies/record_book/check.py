@@ -44,7 +44,7 @@ def check_record(
     commit, _ = git_state()
     out = out or Path("runs") / f"check-{folder.resolve().name}-{(commit or 'no-commit')[:8]}"
     passed = True
-    sys.path.append(str(folder.resolve()))  # where a record keeps its plugins
+    sys.path.insert(0, str(folder.resolve()))  # where a record keeps its plugins
     for recorded in record["entries"]:
         if entry not in (None, recorded["name"]):
             continue

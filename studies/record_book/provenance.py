@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Sequence
-from pathlib import Path
-from typing import cast
 
 from optim.errors import require
 from optim.plugins import digests, file_of
@@ -56,9 +54,9 @@ def plugin_texts(judged: Sequence[Run]) -> dict[str, str]:
     for name, run in {n: r for r in judged for n in r.config.run.plugins}.items():
         file = file_of(name)
         require(
-            file is not None and file.name == f"{name}.py",
+            file.name == f"{name}.py",
             f"the plugin {name} of {run.name}",
-            got=str(file),
+            got=file,
             allowed="one file, which the record keeps",
             fix=f"a {name}.py that has all that it needs",
             error=RecordError,
@@ -77,7 +75,7 @@ def plugin_texts(judged: Sequence[Run]) -> dict[str, str]:
             fix="put it back, or train them again",
             error=RecordError,
         )
-        texts[f"{name}.py"] = cast(Path, file).read_text(encoding="utf-8")
+        texts[f"{name}.py"] = file.read_text(encoding="utf-8")
     return texts
 
 
