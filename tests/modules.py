@@ -18,13 +18,13 @@ H = 10  # of a recurrent module's state
 class Network(nn.Module):
     """A module, the mean of its outputs over positions, and a classifier. axis: of the outputs' features."""
 
-    def __init__(self, module: nn.Module, width: int, axis: int) -> None:
+    def __init__(self, body: nn.Module, width: int, axis: int) -> None:
         super().__init__()
-        self.module, self.axis = module, axis
+        self.body, self.axis = body, axis
         self.classifier = nn.Linear(width, CLASSES)
 
     def forward(self, *, labels: Tensor, **inputs: Tensor) -> Tensor:
-        y = self.module(*inputs.values())
+        y = self.body(*inputs.values())
         y = y[0] if isinstance(y, tuple) else y
         y = y.movedim(self.axis, -1).reshape(len(labels), -1, self.classifier.in_features)
         return nn.functional.cross_entropy(self.classifier(y.tanh().mean(1)), labels)
@@ -43,19 +43,18 @@ class Loss(nn.Module):
 
 
 class Parameters(nn.Module):
-    """A linear map, then two that stand in a list of parameters, and a bias in a dict of them."""
+    """Two linear maps that stand in a list of parameters, a bias in a dict of them, and one more map."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Linear(D, 20)
-        self.maps = nn.ParameterList([torch.randn(12, 20) / 5, torch.randn(16, 12) / 5])
+        self.maps = nn.ParameterList([torch.randn(12, D) / 5, torch.randn(16, 12) / 5])
         self.shifts = nn.ParameterDict({"bias": torch.zeros(16)})
+        self.last = nn.Linear(16, 20)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
         for weight in self.maps:
-            x = x.tanh() @ weight.T
-        return x + self.shifts["bias"]
+            x = (x @ weight.T).tanh()
+        return self.last(x + self.shifts["bias"])
 
 
 def put(name: str, make: Callable[[], nn.Module], width: int, *inputs: Tensor, axis: int = -1) -> None:
@@ -95,7 +94,7 @@ put("Linear", lambda: nn.Linear(D, 20), 20, ROWS)
 put("Bilinear", lambda: nn.Bilinear(D, 12, 20), 20, ROWS, noise(B, 12, seed=1))
 put("Embedding", lambda: nn.Embedding(V, D), D, tokens())
 put("EmbeddingBag", lambda: nn.EmbeddingBag(V, D), D, tokens())
-put("ParameterList", Parameters, 16, ROWS)
+put("ParameterList", Parameters, 20, ROWS)
 
 for n, shape in ((1, (T,)), (2, (6, 5)), (3, (6, 5, 4))):
     x = noise(B, 12, *shape)
