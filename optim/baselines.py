@@ -175,11 +175,13 @@ def _check_declaration(recipe: Recipe) -> None:
             allowed="the same, or another name",
             fix="rename it",
         )
-        try:
-            fine, words = fits(hint, default), allowed(hint)
-        except TypeError:  # of a type that isinstance() does not take
-            fine, words = False, "a type of TOML: float, int, bool, str, Literal, list[…]"
-        require(fine, what, got=f"the default {default!r}", allowed=words, fix="another default")
+        require(
+            fits(hint, default),
+            what,
+            got=f"the default {default!r}",
+            allowed=allowed(hint),
+            fix="another default, or a type that TOML has: float, int, bool, str, Literal, list",
+        )
 
 
 @register_baseline("normalized_adam", normed=True)
