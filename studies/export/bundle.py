@@ -119,7 +119,8 @@ def _meaning(module: str, part: str) -> tuple[str, str]:
     what, renamed, name = part.partition(" as ")
     if module:
         return name or what, f"{module}.{what}"
-    return (name, what) if renamed else (what.partition(".")[0],) * 2
+    top = what.partition(".")[0]
+    return (name, what) if renamed else (top, top)
 
 
 def _imports(origins: set[Origin]) -> str:
@@ -173,7 +174,7 @@ class Reach:
                     self._leave(owner, member)
 
     def _acts(self, source: Source, item: Item) -> bool:
-        """Return whether an effect is to be taken: of what is left of its file, or of none of it."""
+        """Return whether an effect comes: of what is left of its file, or of none of its names."""
         if not item.effect or item in self.items:
             return False
         names = {n.id for node in item.nodes for n in ast.walk(node) if isinstance(n, ast.Name)}

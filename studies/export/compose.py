@@ -37,6 +37,7 @@ STAND_IN = "studies/export/modular.py"  # of optim/modular.py
 BASELINES = {
     "optim/metrize.py": "Names of weights",
     "optim/baselines.py": "Schedules of torch's optimizers",
+    "training/published.py": "Published optimizers",
 }
 TRAINING = {
     "studies/export/pcg64.py": "Random numbers",
@@ -74,15 +75,16 @@ def script(run: Run, *, track: bool = False) -> str:
     packages = (*OURS, *(module.split(".")[0] for module in plugins.values()))
     write = Expressions(config.optim.polar)
     filled = filled_in(config, model, norm, write, data=data, track=track)
+    modes = "set_mode(" in filled["base_optimizers"]
     check_parts(write.named, packages)
     code = bundle(
         ROOT,
         files(type(model), plugins),
-        known=known_values(config, type(model), slots=slots, track=track),
+        known=known_values(config, type(model), slots=slots, track=track, modes=modes),
         filled=filled,
         packages=packages,
         whole=("optim/update.py",),
-        unregistered="register_(norm|schedule)$",  # a script names none of them by text
+        unregistered=r"register_(norm|schedule|baseline)\b",  # a script names none by text
         modules={STAND_IN: "optim.modular", **plugins},
         plugins=[*plugins],
         named=write.named,

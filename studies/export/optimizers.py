@@ -5,13 +5,15 @@ import inspect
 import re
 import textwrap
 from fnmatch import fnmatch
+from typing import Any
 
 import torch
 
 from model import GPT
 from optim import ModularNorm
-from optim.baselines import BASELINES, Build
+from optim.baselines import BASELINES, Build, average_decay
 from training.config import Config
+from training.optimizer_state import parts_of
 
 from .expressions import Expressions
 from .run import refusal
@@ -24,17 +26,18 @@ def base_optimizers(model: GPT, norm: ModularNorm, config: Config, write: Expres
 
     torch's own of optim/baselines.py are written out by their groups; others are built as there.
     """
-    recipe = BASELINES[config.optim.name]
-    if recipe.build.__module__ != "optim.baselines":
-        return built_optimizers(config, write)
-    settings = config.optim.step_settings() | vars(config.baseline)
-    baseline = recipe(model.to_empty(device="cpu"), norm, lr=config.optim.lr, **settings)
+    recipe, o = BASELINES[config.optim.name], config.optim
+    settings = {**o.step_settings(), **vars(config.baseline), "lr": o.lr, "polar": o.polar}
+    taken = {k: settings[k] for k in recipe.hints}
+    baseline = recipe(model.to_empty(device="cpu"), norm, **taken)
+    parts = getattr(baseline, "optimizers", [baseline])
+    torchs = all(getattr(torch.optim, type(part).__name__, None) is type(part) for part in parts)
+    if recipe.build.__module__ != "optim.baselines" or not torchs:
+        return built_optimizers(baseline, recipe.build, taken, config, write)
     every = [n for n, _ in model.named_parameters()]
     built = []
-    for optimizer in getattr(baseline, "optimizers", [baseline]):
+    for optimizer in parts:
         kind = type(optimizer).__name__
-        if getattr(torch.optim, kind, None) is not type(optimizer):
-            return built_optimizers(config, write)
         groups = [
             f"dict(params=matching(model, {', '.join(map(repr, patterns(names, every)))}){options})"
             for options, names in names_by_options(optimizer).items()
@@ -46,20 +49,36 @@ def base_optimizers(model: GPT, norm: ModularNorm, config: Config, write: Expres
     )
 
 
-def built_optimizers(config: Config, write: Expressions) -> str:
-    """Return the function that builds a baseline's optimizer by the function that registered it."""
-    recipe, o = BASELINES[config.optim.name], config.optim
-    settings = {**o.step_settings(), **vars(config.baseline), "lr": o.lr, "polar": o.polar}
-    arguments = ["model", _norm(recipe.build, config, write)]
-    arguments += [f"{k}={write.of(settings[k])}" for k in recipe.hints]
-    return (
-        "def base_optimizers(model: GPT) -> list[torch.optim.Optimizer]:\n"
-        f"    optimizer = {write.name(recipe.build)}({', '.join(arguments)})\n"
-        "    for group in optimizer.param_groups:\n"
-        '        group["lr"] = optimizer.defaults["lr"] * group.get("lr_scale", 1.0)\n'
-        f"        set_beta(group, {o.beta!r})\n"
-        "    return [optimizer]"
-    )
+def built_optimizers(
+    baseline: torch.optim.Optimizer,
+    build: Build,
+    settings: dict[str, Any],
+    config: Config,
+    write: Expressions,
+) -> str:
+    """Return the function that builds a baseline's optimizer by the function that registered it.
+
+    Groups are then as the run has them: each with its own lr, auxiliary unless its average decays
+    by the setting beta (optim/baselines.py, Recipe; training/baseline.py, share_lr).
+    """
+    parts = getattr(baseline, "optimizers", [baseline])
+    modes = [p for p in parts_of(baseline) if hasattr(p, "train") and hasattr(p, "eval")]
+    if any(part not in [*parts] for part in modes):
+        allowed = "an optimizer with train() and eval() that no other optimizer wraps"
+        raise refusal("optim.name", config.optim.name, allowed)
+    arguments = ["model", _norm(build, config, write)]
+    arguments += [f"{k}={write.of(v)}" for k, v in settings.items()]
+    lines = [
+        "def base_optimizers(model: GPT) -> list[torch.optim.Optimizer]:",
+        f"    optimizer = {write.name(build)}({', '.join(arguments)})",
+        "    for group in optimizer.param_groups:",
+        f"        if {write.name(average_decay)}(group) != {settings.get('beta')!r}:",
+        '            group["auxiliary"] = True',
+        '        group["lr"] = float(group["lr"]) * group.get("lr_scale", 1.0)',
+        *(["    set_mode([optimizer], 'train')"] if modes else []),
+        "    return [optimizer]",
+    ]
+    return "\n".join(lines)
 
 
 def _norm(build: Build, config: Config, write: Expressions) -> str:

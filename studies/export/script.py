@@ -268,6 +268,14 @@ class Baseline:
             optimizer.step()
 
 
+def set_mode(optimizers: list[Any], mode: str) -> None:
+    """Put into the model the weights to "train", or those to "eval", where these are others."""
+    for optimizer in optimizers:
+        for part in getattr(optimizer, "optimizers", [optimizer]):
+            if hasattr(part, mode):
+                getattr(part, mode)()
+
+
 # ---- set-up: one process, or those of torchrun
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -383,12 +391,14 @@ def train(seed: int) -> None:
         device
     )
     forward = torch.compile(model, dynamic=False) if config.run.compile else model
-    optimizer = Dualized(model) if config.optim.name == "dualized" else Baseline(model)
+    optimizer: Any = Dualized(model) if config.optim.name == "dualized" else Baseline(model)
     steps, seconds, since = config.train.steps, 0.0, now()
     for step in range(steps + 1):
         if evaluates(step):
             seconds += now() - since
+            set_mode(optimizer.optimizers, "eval")
             val_loss = validate(model, val_shards)
+            set_mode(optimizer.optimizers, "train")
             times = f"train_time:{seconds:.3f}s step_avg:{1000 * seconds / max(1, step):.2f}ms"
             print0(f"step:{step}/{steps} val_loss:{val_loss:.5f} {times}", console=True)
             since = now()

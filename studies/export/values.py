@@ -38,13 +38,17 @@ def model_files(model: type[GPT]) -> dict[str, str]:
 
 
 def known_values(
-    config: Config, model: type[GPT], *, slots: int, track: bool
+    config: Config, model: type[GPT], *, slots: int, track: bool, modes: bool
 ) -> dict[str, dict[str, Any]]:
     """Return what is known in the files that are specialised, {file: {expression: value}}.
 
     slots: micro-batches of a step. track: with the optimization track's data order and evaluations.
+    modes: the optimizer has other weights for an evaluation than for a gradient.
     """
     of_script = values_of_script(config, model, slots=slots, track=track)
+    if not modes:
+        calls = (f"set_mode(optimizer.optimizers, '{mode}')" for mode in ("eval", "train"))
+        of_script |= dict.fromkeys(calls, ERASED)
     if is_own(model):
         return {SCRIPT: of_script}
     return {**dict.fromkeys(model_files(model), values_of_model(config)), SCRIPT: of_script}
