@@ -4,7 +4,6 @@ refused with words before it trains.
 
 import json
 import math
-import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -165,7 +164,6 @@ def test_set_beta_leaves_alone_what_it_does_not_know(group: dict[str, Any], afte
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("optim.baselines.BASELINES", dict(BASELINES))
-    monkeypatch.setattr("training.baseline.BASELINES", BASELINES)
 
 
 def add(monkeypatch: pytest.MonkeyPatch, name: str, build: Callable[..., Any]) -> None:
@@ -276,14 +274,12 @@ def test_state_of_any_kind_is_resumed_to_the_same_bits(name: str, tmp_path: Path
     data = batches(7)
     model, optimizer = adapted(OPTIMIZERS[name])
     torch.manual_seed(0)
-    random.seed(0)
     descend(model, optimizer, data[:3])
     checkpoint = save(tmp_path, model, optimizer)
     other, resumed = adapted(OPTIMIZERS[name], seed=1)
     load(checkpoint, other, resumed)
     for m, o in ((model, optimizer), (other, resumed)):
         torch.manual_seed(1)  # as the loop seeds every step
-        random.seed(1)
         descend(m, o, data[3:])
     assert_same(other.state_dict(), model.state_dict())
     assert_same(pieces(resumed), pieces(optimizer))

@@ -83,7 +83,6 @@ class Baseline:
         checkpoints, so that after the first step state is refused that these cannot hold.
         """
         self.optimizer, self.max_grad_norm, self.scaling = optimizer, max_grad_norm, scaling
-        self.kind = type(optimizer).__name__
         self.param_groups = optimizer.param_groups
         check_step(optimizer)
         name_parameters(optimizer, model)
