@@ -175,8 +175,13 @@ def _check_declaration(recipe: Recipe) -> None:
             allowed="the same, or another name",
             fix="rename it",
         )
-        got, words = f"the default {default!r}", allowed(hint)
-        require(fits(hint, default), what, got=got, allowed=words, fix="another default")
+        require(
+            fits(hint, default),
+            what,
+            got=f"the default {default!r}",
+            allowed=allowed(hint),
+            fix="another default, or a type that TOML has: float, int, bool, str, Literal, list",
+        )
 
 
 @register_baseline("normalized_adam", normed=True)
