@@ -202,7 +202,7 @@ def build_model(config: Config, runtime: Runtime) -> tuple[GPT, ModularNorm, Dua
 
 
 def choose_polar_dtype(config: Config, runtime: Runtime) -> None:
-    """Set optim.polar.dtype where it is "auto": the run's precision, for a Muon torch's bfloat16."""
+    """Set optim.polar.dtype where it is "auto": the run's precision, for Muon torch's bfloat16."""
     low, why = runtime.precision == "bf16", "follows run.precision"
     if takes_polar(config.optim.name):
         low = not runtime.on_main(lambda: bfloat16_is_emulated(runtime.device))

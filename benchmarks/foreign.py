@@ -6,7 +6,7 @@
 `rates` trains each model with the settings that optim/convert.py gives for AdamW's of lr 1e-3 and
 weight decay 0.01, at the rate that it matches and at those of RATES, and with that AdamW. `auto`
 trains with the defaults of Dualized, at lr="auto" and at those of RATES. All rates fall to 0
-linearly. Prints a line for each run, then the mean test loss of each rate (nats), and the best.
+linearly. Prints the mean test loss (nats) at each rate, the best with *, and where auto ended (η).
 """
 
 import argparse

@@ -408,7 +408,7 @@ def coordinates(model: nn.Module, norm: ModularNorm, scaling: Scaling) -> dict[s
 
 
 def takes_polar(name: str) -> bool:
-    """Return whether an optimizer is a baseline with Muon's iteration, which takes [optim.polar]."""
+    """Return whether an optimizer is a baseline with Muon's iteration, which [optim.polar] sets."""
     return name in BASELINES and "polar" in BASELINES[name].hints
 
 

@@ -51,6 +51,12 @@ def divide(site: Site, own: Map, readers: Readers) -> tuple[Division, str] | Non
     return None if FUSED.search(label) else (ONE, "")
 
 
+def names_several(label: str) -> bool:
+    """Return whether a name is one of weights that hold several maps."""
+    kinds = QUERIES_KEYS_VALUES, KEYS_VALUES, GATED, FUSED
+    return any(kind.search(label) for kind in kinds)
+
+
 def _note(site: Site, maps: int, order: str = "") -> str:
     return f"{maps} maps fused in one weight, by its name ({site.label}){order}"
 

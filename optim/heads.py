@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .fused import ONE, SINGLE, divide
+from .fused import ONE, SINGLE, divide, names_several
 from .sites import Map, Readers, Site
 
 ADAPTIVE = nn.AdaptiveLogSoftmaxWithLoss
@@ -42,13 +42,16 @@ def guessed_heads(
             heads[name] = ""
         inside = any(part.isdigit() for part in site.path.split(".")[:-1])
         square, single = own.O == own.I, SINGLE.fullmatch(site.label)
-        if inside or alone or square or single or divide(site, own, readers) != (ONE, ""):
+        if inside or alone or square or single or names_several(site.label):
             continue
         if own.O in vocabularies:
             heads[name] = f"taken for a head: {own.O} outputs, as many as an embedding has rows"
-        elif declared_head(model) is None and not any(
-            own.O % parts == 0 and readers.reads(own.O // parts)
-            for parts in (1, 2, 3, 4)  # reshaped outputs are read in parts
+        elif (
+            declared_head(model) is None
+            and divide(site, own, readers) == (ONE, "")
+            and not any(  # reshaped outputs are read in parts
+                own.O % parts == 0 and readers.reads(own.O // parts) for parts in (1, 2, 3, 4)
+            )
         ):
             heads[name] = f"taken for a head: no map reads its {own.O} outputs"
     return heads

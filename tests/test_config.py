@@ -92,7 +92,8 @@ def test_shipped_configurations_load(file: Path):
         (
             "[optim]\nname = 'adam'",
             'optim.name\n  got: \'adam\'\n  allowed: "dualized", "normalized_adam", '
-            '"normalized_sgd", "adamw", "muon_adamw", "sgd"\n  fix: ',
+            '"normalized_sgd", "adamw", "muon_adamw", "sgd", "schedule_free_adamw", "prodigy", "normuon", "soap", '
+            '"adafactor"\n  fix: ',
         ),
         ("[optim]\nname = 'adamw'\nlr = 'auto'", "optim.lr\n  got: 'auto'\n  allowed: a number for adamw\n  fix: "),
         (

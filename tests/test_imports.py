@@ -36,6 +36,7 @@ LIBRARIES = {
     "datasets": {"data/corpora.py"},
     "tiktoken": {"data/tokenizer.py"},
     "pydantic": {"training/sections.py"},
+    "pytorch_optimizer": {"training/published.py"},
     "tyro": {"training/config.py", "training/help.py", "sample.py"},
     "safetensors": {"training/checkpoint.py"},
     "matplotlib": {"training", "studies"},

@@ -747,7 +747,8 @@ def test_dualized_says_once_what_was_guessed_and_metrize_puts_it_into_the_receip
 
 def test_a_map_to_a_vocabulary_is_taken_for_the_head_and_noted_wherever_it_stands():
     embedding, maps = nn.Embedding(7, 6), {"hidden": nn.Linear(6, 6), "words": nn.Linear(6, 7)}
-    for model in (holding(embed=embedding, **maps), holding(**dict(reversed(maps.items())), embed=embedding)):
+    first = holding(**dict(reversed(maps.items())), after=nn.Linear(7, 6), embed=embedding)
+    for model in (holding(embed=embedding, **maps), first):
         norm = metrize(model)
         assert norm.norms["words.weight"] == RMSToLinf() and norm.norms["words.bias"] == MaxEntry()
         assert norm.notes == ("words.weight: taken for a head: 7 outputs, as many as an embedding has rows",)
@@ -1031,7 +1032,7 @@ def test_queries_keys_and_values_head_by_head_need_a_rule_where_nothing_tells_th
     model.query_key_value = nn.Linear(4, 12, bias=False)
     with pytest.raises(CoverageError, match="query_key_value.weight, 12×4, of a Linear"):
         metrize(model)
-    model.num_heads = 2
+    model.num_heads = 2  # type: ignore[assignment]
     assert str(metrize(model).norms["query_key_value.weight"]) == "3 × RMSToRMS[polar_express] in 2 turns"
     norm = metrize(model, rules=[Rule("query_key_value.weight", norm=Blocks(RMSToRMS(), 6), maps=3)])
     assert str(norm.norms["query_key_value.weight"]) == "6 × RMSToRMS[polar_express]"

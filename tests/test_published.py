@@ -212,7 +212,7 @@ def test_normuon_has_the_hidden_matrices_and_the_rest_is_as_beside_muon():
 
 
 def test_normuon_keeps_the_size_of_muons_step_and_evens_its_rows():
-    """Within 30%: of the size, as the iteration of five steps leaves singular values between 0.7 and 1.2; of the rows."""
+    """Within 30%: five steps of the iteration leave singular values between 0.7 and 1.2, and rows as even as that."""
     model = net()
     before = model.up.weight.detach().clone()  # (24, 8), whose rows have different gradients
     loss_of(model, batches(1)[0]).backward()

@@ -58,19 +58,27 @@ OTHERS = {
     ("scale", "optim/norms.py", "Spectral"),
     ("scale", "optim/norms.py", "RMSToRMS"),
     ("weight_decay", "optim/normalized.py", "Normalized"),
+    ("scaling", "optim/baselines.py", "Recipe"),
+    ("scaling", "optim/baselines.py", "register_baseline"),
 }
 
 
 def test_a_setting_of_a_step_or_of_a_baseline_has_one_declaration():
-    owner_of = {f.name: ("optim/settings.py", "StepSettings") for f in fields(StepSettings)}
-    owner_of |= {key: ("optim/baselines.py", name) for name, made in BASELINES.items() for key in made.own}
+    """Of a baseline's own: once in each that takes it, alike (register_baseline)."""
+    owners = {(f.name, "optim/settings.py", "StepSettings") for f in fields(StepSettings)}
+    owners |= {
+        (key, f"{made.build.__module__.replace('.', '/')}.py", name)
+        for name, made in BASELINES.items()
+        for key in made.own
+    }
+    names = {key for key, *_ in owners}
     found = {
         (name, str(path.relative_to(ROOT)), owner)
         for path in PRODUCT
         for owner, name in defaults(path)
-        if name in owner_of
+        if name in names
     }
-    assert found - OTHERS == {(name, *owner) for name, owner in owner_of.items()}
+    assert found - OTHERS == owners
 
 
 def declarations(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
@@ -351,8 +359,13 @@ def test_a_baselines_parameters_are_its_declaration(monkeypatch: pytest.MonkeyPa
         "adamw": {"lr", "beta", "beta2", "weight_decay"},
         "muon_adamw": {"lr", "beta", "weight_decay", "auxiliary_lr", "polar"},
         "sgd": {"lr", "beta", "weight_decay", "scaling"},
+        "schedule_free_adamw": {"lr", "beta", "beta2", "weight_decay"},
+        "prodigy": {"lr", "beta", "beta2", "weight_decay", "d_coef", "safeguard_warmup"},
+        "normuon": {"lr", "beta", "beta2", "weight_decay", "auxiliary_lr", "polar"},
+        "soap": {"lr", "beta", "beta2", "weight_decay", "refresh_every"},
+        "adafactor": {"lr", "weight_decay"},
     }
-    assert set(vars(Config().baseline)) == {"auxiliary_lr", "scaling"}
+    assert set(vars(Config().baseline)) == {"auxiliary_lr", "scaling", "d_coef", "safeguard_warmup"}
     monkeypatch.setattr("optim.baselines.BASELINES", dict(BASELINES))
     with pytest.raises(Refusal, match="register_baseline: rho of sam\n  got: a setting without default or help text"):
 

@@ -49,7 +49,7 @@ def build_baseline(config: Config, model: nn.Module, norm: ModularNorm) -> "Base
 
 
 def evaluating(optimizer: "Dualized | Baseline") -> AbstractContextManager[None]:
-    """Have the weights that are evaluated, sampled from and saved in the model, for a while.
+    """Keep the weights that are evaluated, sampled from and saved in the model, for a while.
 
     They are those of training but for optimizers that have two sets, as schedule-free ones.
     """
@@ -88,7 +88,7 @@ class Baseline:
         name_parameters(optimizer, model)
         lr = share_lr(optimizer)
         self.defaults = {**optimizer.defaults, "lr": lr}
-        # Of optimizers with two sets of weights: one to take gradients at, one to evaluate.
+        # They have two sets of weights: one to take gradients at, one to evaluate.
         self.with_modes: list[Any] = [
             part
             for part in parts_of(optimizer)
@@ -189,7 +189,7 @@ class Baseline:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Have the weights that are evaluated in the model; see evaluating().
+        """Keep the weights that are evaluated in the model; see the function of this name.
 
         Those of training are put back as they were, to the bit.
         """
@@ -246,7 +246,7 @@ class Baseline:
     def held(self) -> dict[str, Piece]:
         """Return {"<parameter>.<buffer>": piece} of what it keeps, counters as tensors (1,)."""
         return {
-            name: piece_of(b.view(1) if b.ndim == 0 else b)
+            name: piece_of(b.detach().view(1) if b.ndim == 0 else b.detach())
             for name, b in self.state.pack()[1].items()
         }
 
@@ -342,7 +342,7 @@ def share_lr(optimizer: torch.optim.Optimizer) -> float:
         group["lr"] = float(lr)
     lrs = [group["lr"] for group in groups]
     default = optimizer.defaults.get("lr")
-    shared = default if default in lrs else max(lrs)
+    shared = float(default) if default in lrs else max(lrs)
     for group in groups:
         if group["lr"] != shared:
             group["lr_scale"] = group["lr"] / shared * group.get("lr_scale", 1.0)

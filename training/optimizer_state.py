@@ -5,7 +5,7 @@ texts, tensors, random generators, and lists, tuples, deques and dicts of these.
 tensor's place says its name, shape and type. The tensors themselves go into safetensors files.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -53,59 +53,71 @@ class OptimizerState:
 
     def pack(self) -> tuple[Json, dict[str, Tensor]]:
         """Return (JSON, {name: tensor}). Raises Refusal for state that has no place in either."""
-        tensors: dict[str, Tensor] = {}
+        packer = Packer(self.device)
         by_parameter, others = [], []
         for i, owner in enumerate(self.owners):
             entries = {self.names[p]: x for p, x in owner.state.items() if isinstance(p, Tensor)}
-            named = {n: pack(x, n, tensors, self.device) for n, x in entries.items() if x}
-            by_parameter.append(named)
-            shared = {k: v for k, v in owner.state.items() if not isinstance(k, Tensor)}
-            others.append(pack(shared, f"(state {i})", tensors, self.device))
+            by_parameter.append({n: packer.pack(x, n) for n, x in entries.items() if x})
+            rest = {k: v for k, v in owner.state.items() if not isinstance(k, Tensor)}
+            others.append(packer.pack(rest, f"(state {i})"))
         names = [f"(group {i})" for i in range(len(self.groups))]
         names += [f"({type(part).__name__})" for part in self.parts]
         changes = [
-            self._changes(entries, was, name, tensors)
+            self._changes(entries, was, name, packer)
             for entries, was, name in zip(self._settings(), self.settings, names, strict=True)
         ]
-        return {"by_parameter": by_parameter, "others": others, "settings": changes}, tensors
+        self._check_shared(changes)
+        packed = {"by_parameter": by_parameter, "others": others, "settings": changes}
+        return packed, packer.tensors
 
-    def _changes(
-        self, entries: Mapping[str, Any], was: Json, name: str, tensors: dict[str, Tensor]
-    ) -> Json:
+    def _check_shared(self, changes: list[Json]) -> None:
+        """Raise Refusal where groups share a list that changes: it would be several, if resumed."""
+        of_groups = zip(self.groups, changes[: len(self.groups)], strict=True)
+        values = [(k, group[k]) for group, changed in of_groups for k in changed]
+        counts = Counter(id(v) for _, v in values if type(v) in (list, dict, deque))
+        shared = [k for k, v in values if counts[id(v)] > 1]
+        require(
+            not shared,
+            f"the optimizer's state {shared and shared[0]}",
+            got="one object that several groups share, and that steps change",
+            allowed="an object for each group",
+            fix=NO_CHECKPOINTS,
+        )
+
+    def _changes(self, entries: Mapping[str, Any], was: Json, name: str, packer: "Packer") -> Json:
         """Return {key: value} of what differs from a snapshot, packed."""
         changes = {}
         for key, value in _own(entries).items():
-            before = len(tensors)
+            before = packer.count
             try:
-                packed = pack(value, f"{name}.{key}", tensors, self.device)
+                packed = packer.pack(value, f"{name}.{key}")
             except Refusal:
                 if was.get(key) == {"object": id(value)}:
                     continue
                 raise
-            held = len(tensors) > before
+            has_tensors = packer.count > before
             require(
-                not held or "params" in entries or isinstance(value, Tensor),
+                not has_tensors or "params" in entries or isinstance(value, Tensor),
                 f"the optimizer's attribute {key}",
                 got="tensors that are in none of its groups, and in its state of no weight",
                 allowed="self.state[weight] for what belongs to a weight",
                 fix=NO_CHECKPOINTS,
             )
-            if held or key not in was or packed != was[key]:
+            if has_tensors or key not in was or packed != was[key]:
                 changes[key] = packed
         return changes
 
     def make(self, packed: Json) -> None:
         """Make the state anew as it was packed, with tensors whose entries are to be read yet."""
         parameters = {name: p for p, name in self.names.items()}
+        unpack = Unpacker(self.device).unpack
         for owner, named, others in zip(
             self.owners, packed["by_parameter"], packed["others"], strict=True
         ):
-            for name, entries in named.items():
-                p = parameters[name]
-                owner.state[p] = unpack(entries, p.device)
-            owner.state.update(unpack(others, self.device))
+            owner.state.update((parameters[n], unpack(entries)) for n, entries in named.items())
+            owner.state.update(unpack(others))
         for entries, changes in zip(self._settings(), packed["settings"], strict=True):
-            entries.update((k, unpack(v, self.device)) for k, v in changes.items())
+            entries.update((k, unpack(v)) for k, v in changes.items())
 
     def packed_before(self, saved: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> Json:
         """Return the JSON of a checkpoint that has none, with its tensors' shapes and types.
@@ -137,86 +149,101 @@ def _snapshot(entries: Mapping[str, Any]) -> dict[str, Json]:
     snapshot: dict[str, Json] = {}
     for key, value in _own(entries).items():
         try:
-            snapshot[key] = pack(value, key, {}, torch.device("cpu"))
+            snapshot[key] = Packer(torch.device("cpu")).pack(value, key)
         except Refusal:
             snapshot[key] = {"object": id(value)}
     return snapshot
 
 
-def pack(value: Any, name: str, tensors: dict[str, Tensor], device: torch.device) -> Json:
-    """Return a value as JSON. Its tensors are put into `tensors`, under names that begin with name.
+class Packer:
+    """Turns values into JSON, and keeps their tensors by name, each of them once.
 
-    device: of the weights, which a tensor follows unless it stays on the host. Raises Refusal for
-    any other kind of value.
+    device: of the weights, which a tensor follows unless it stays on the host. count: of tensors
+    so far, again and again.
     """
-    if isinstance(value, SCALARS):
-        return value
-    if type(value) is Tensor and value.layout is torch.strided:
-        return _pack_tensor(value, name, tensors, device)
-    if type(value) in (list, tuple, deque):
-        items = [pack(x, f"{name}.{i}", tensors, device) for i, x in enumerate(value)]
-        if type(value) is deque:
-            return {"deque": items, "maxlen": value.maxlen}
-        return items if type(value) is list else {"tuple": items}
-    if type(value) is dict:
-        pairs = value.items()
-        return {
-            "dict": [
-                [pack(k, name, tensors, device), pack(v, f"{name}.{k}", tensors, device)]
-                for k, v in pairs
-            ]
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.count = device, 0
+        self.tensors: dict[str, Tensor] = {}
+        self._names: dict[int, str] = {}
+
+    def pack(self, value: Any, name: str) -> Json:
+        """Return a value as JSON. Its tensors get names that begin with `name`.
+
+        Raises Refusal for what is none of the kinds of state.
+        """
+        if isinstance(value, SCALARS):
+            return value
+        if type(value) is Tensor and value.layout is torch.strided:
+            return self._pack_tensor(value, name)
+        if type(value) in (list, tuple, deque):
+            items = [self.pack(x, f"{name}.{i}") for i, x in enumerate(value)]
+            if type(value) is deque:
+                return {"deque": items, "maxlen": value.maxlen}
+            return items if type(value) is list else {"tuple": items}
+        if type(value) is dict:
+            pairs = [[self.pack(k, name), self.pack(v, f"{name}.{k}")] for k, v in value.items()]
+            return {"dict": pairs}
+        if type(value) is torch.Generator:
+            state = bytes(value.get_state().tolist()).hex()
+            return {"generator": state, "host": value.device.type == "cpu"}
+        raise Refusal(
+            f"the optimizer's state {name}",
+            got=f"a {type(value).__module__}.{type(value).__qualname__}, which no checkpoint holds",
+            allowed="numbers, texts, tensors, and lists, tuples, deques and dicts of these",
+            fix=NO_CHECKPOINTS,
+        )
+
+    def _pack_tensor(self, tensor: Tensor, name: str) -> Json:
+        self.count += 1
+        name = self._names.setdefault(id(tensor), name)
+        while self.tensors.get(name, tensor) is not tensor:
+            name = self._names[id(tensor)] = f"{name}'"
+        row: dict[str, Json] = {
+            "tensor": name,
+            "shape": [*tensor.shape],
+            "dtype": str(tensor.dtype).removeprefix("torch."),
         }
-    if type(value) is torch.Generator:
-        state = bytes(value.get_state().tolist()).hex()
-        return {"generator": state, "host": value.device.type == "cpu"}
-    raise Refusal(
-        f"the optimizer's state {name}",
-        got=f"a {type(value).__module__}.{type(value).__qualname__}, which no checkpoint can hold",
-        allowed="numbers, texts, tensors, and lists, tuples, deques and dicts of these",
-        fix=NO_CHECKPOINTS,
-    )
+        if not tensor.is_contiguous():  # products of other strides round otherwise
+            row["stride"] = [*torch.empty_like(tensor, device="meta").stride()]
+        if tensor.device.type == "cpu" != self.device.type:
+            row["host"] = True
+        if tensor.numel():
+            self.tensors[name] = tensor
+        return row
 
 
-def _pack_tensor(
-    tensor: Tensor, name: str, tensors: dict[str, Tensor], device: torch.device
-) -> Json:
-    while name in tensors:
-        name += "'"
-    row: dict[str, Json] = {
-        "tensor": name,
-        "shape": [*tensor.shape],
-        "dtype": str(tensor.dtype).removeprefix("torch."),
-    }
-    if not tensor.is_contiguous():  # products of other strides round otherwise
-        row["stride"] = [*torch.empty_like(tensor, device="meta").stride()]
-    if tensor.device.type == "cpu" != device.type:
-        row["host"] = True
-    if tensor.numel():
-        tensors[name] = tensor.detach()
-    return row
-
-
-def unpack(packed: Json, device: torch.device) -> Any:
-    """Return the value that was packed, its tensors with any entries.
+class Unpacker:
+    """Turns JSON of a Packer into values again, its tensors with any entries.
 
     device: of the weights.
     """
-    if isinstance(packed, list):
-        return [unpack(x, device) for x in packed]
-    if not isinstance(packed, dict):
-        return packed
-    place = torch.device("cpu") if packed.get("host") else device
-    if "generator" in packed:
-        state = torch.tensor(list(bytes.fromhex(packed["generator"])), dtype=torch.uint8)
-        return torch.Generator(place).set_state(state)
-    if "tensor" in packed:
-        shape = packed["shape"]
-        stride = packed.get("stride", torch.empty(shape, device="meta").stride())
-        return torch.empty_strided(
-            shape, stride, dtype=getattr(torch, packed["dtype"]), device=place
-        )
-    if "tuple" in packed:
-        return tuple(unpack(x, device) for x in packed["tuple"])
-    if "deque" in packed:
-        return deque((unpack(x, device) for x in packed["deque"]), packed["maxlen"])
-    return {unpack(k, device): unpack(v, device) for k, v in packed["dict"]}
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._tensors: dict[str, Tensor] = {}
+
+    def unpack(self, packed: Json) -> Any:
+        """Return the value that was packed."""
+        if isinstance(packed, list):
+            return [self.unpack(x) for x in packed]
+        if not isinstance(packed, dict):
+            return packed
+        if "tensor" in packed:
+            return self._tensors.setdefault(packed["tensor"], self._tensor(packed))
+        if "tuple" in packed:
+            return tuple(self.unpack(x) for x in packed["tuple"])
+        if "deque" in packed:
+            return deque((self.unpack(x) for x in packed["deque"]), packed["maxlen"])
+        if "generator" in packed:
+            state = torch.tensor(list(bytes.fromhex(packed["generator"])), dtype=torch.uint8)
+            return torch.Generator(self._place(packed)).set_state(state)
+        return {self.unpack(k): self.unpack(v) for k, v in packed["dict"]}
+
+    def _tensor(self, row: Json) -> Tensor:
+        stride = row.get("stride", torch.empty(row["shape"], device="meta").stride())
+        dtype = getattr(torch, row["dtype"])
+        return torch.empty_strided(row["shape"], stride, dtype=dtype, device=self._place(row))
+
+    def _place(self, row: Json) -> torch.device:
+        return torch.device("cpu") if row.get("host") else self.device
