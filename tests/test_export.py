@@ -337,12 +337,13 @@ LIBRARIES = ("library", "schedule-free", "adafactor")
 LION = """
 from nanodual import register_baseline
 from pytorch_optimizer import Lion
+from my_betas import pair
 from torch import nn
 
 
 @register_baseline("lion")
 def lion(model: nn.Module, norm: object, *, lr: float, beta: float, beta2: float) -> Lion:
-    return Lion(model.named_parameters(), lr=lr, betas=(beta, beta2))
+    return Lion(model.named_parameters(), lr=lr, betas=pair(beta, beta2))
 """
 
 
@@ -350,6 +351,7 @@ def lion(model: nn.Module, norm: object, *, lr: float, beta: float, beta2: float
 def test_a_script_has_the_parts_of_plugins_in_it_and_gives_every_loss(case: str, root: Path):
     shutil.copy(ROOT / "tests/my_parts.py", root)
     (root / "my_lion.py").write_text(LION)
+    (root / "my_betas.py").write_text("def pair(a, b):\n    return a, b\n")
     folder = trained(root, case.replace(" ", "_"), "--run.plugins", '["my_parts"]', *PARTS[case])
     bare = root / f"bare {case}"
     bare.mkdir()

@@ -230,7 +230,7 @@ class Reach:
             what,
             got=statement,
             allowed="definitions of optim, model, models and plugins, each by its own name",
-            fix="from MODULE import NAME, where MODULE is the file that defines it",
+            fix="from MODULE import NAME, with the MODULE that defines it and without `as`",
         )
 
     def _mentioned(self, member: ast.stmt) -> bool:
