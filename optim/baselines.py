@@ -425,7 +425,7 @@ def set_beta(group: dict[str, Any], beta: float) -> None:
 
     Auxiliary groups keep theirs, and so do groups that have none.
     """
-    if group.get("auxiliary"):
+    if group.get("auxiliary") or average_decay(group) is None:
         return
     if "beta" in group:
         group["beta"] = beta
@@ -433,7 +433,7 @@ def set_beta(group: dict[str, Any], beta: float) -> None:
         if group.get("dampening") == group["momentum"]:  # where the momentum is an average
             group["dampening"] = beta
         group["momentum"] = beta
-    elif group.get("betas"):
+    else:
         group["betas"] = (beta, *group["betas"][1:])
 
 

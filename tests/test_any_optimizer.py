@@ -152,6 +152,7 @@ def test_an_optimizer_that_draws_random_numbers_draws_the_same_on_all_ranks():
         ({"betas": (0.9, 0.95, 0.99)}, {"betas": (0.7, 0.95, 0.99)}),
         ({"beta": 0.9, "betas": (0.9, 0.99)}, {"beta": 0.7, "betas": (0.9, 0.99)}),
         ({"betas": None}, {"betas": None}),
+        ({"betas": (None, 0.99)}, {"betas": (None, 0.99)}),  # Adafactor without an average
         ({"alpha": 0.99}, {"alpha": 0.99}),
         ({"betas": (0.9, 0.99), "auxiliary": True}, {"betas": (0.9, 0.99), "auxiliary": True}),
     ],
