@@ -20,6 +20,9 @@ SINGLE = re.compile(r"(q|k|v|query|key|value|queries|keys|values)(_[ab])?(_(proj
 SHORTCUT = re.compile(r"downsample|shortcut|skip|residual")
 FUSED = re.compile(r"fused|in_proj|packed|(^|_)qk(_|$)|x_proj|zx|xbc")
 
+KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "num_heads_kv", "n_kv_heads", "kv_n_heads")
+KEY_HEADS += ("n_kv_head", "n_local_heads", "n_query_groups", "kv_heads")
+
 Division = tuple[int | tuple[int, ...], int]  # sizes and turns of Blocks
 ONE: Division = (1, 1)
 
@@ -69,12 +72,12 @@ def _queries_keys_values(site: Site, own: Map, read: int | None) -> tuple[Divisi
         if H == 0 or own.O % (3 * H):
             return None
         return (3, H), _note(site, 3, f", head by head of {H}")
-    K = number(attention, "num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_n_heads")
+    K = number(attention, *KEY_HEADS)
     if H and K and H != K:
-        d = number(attention, "head_dim") or own.I // H
+        d = number(attention, "head_dim", "head_size") or own.I // H
         whole = (H + 2 * K) * d == own.O
         return (((H * d, K * d, K * d), 1), note) if whole else None
-    if own.O == 2 * own.I:
+    if own.O == 2 * own.I and site.label == "c_attn":  # GPT-2's keys and values, of another text
         return (2, 1), _note(site, 2)
     if own.O == 3 * own.I or (read == 3 and own.O % 3 == 0):
         return (3, 1), note
@@ -84,7 +87,7 @@ def _queries_keys_values(site: Site, own: Map, read: int | None) -> tuple[Divisi
 def _keys_values(site: Site, own: Map, read: int | None) -> tuple[Division, str] | None:
     """Return the division of a weight that is named as keys and values."""
     attention = site.parents[1][1] if len(site.parents) > 1 else site.module
-    K = number(attention, "num_key_value_heads", "num_kv_heads", "n_kv_heads")
+    K = number(attention, *KEY_HEADS)
     d = number(attention, "head_dim", "kv_channels")
     if d == own.O:
         return ONE, ""

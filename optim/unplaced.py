@@ -20,19 +20,26 @@ def by_pattern(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def by_kind(sites: Mapping[str, Site], every: Iterable[str]) -> dict[str, list[str]]:
-    """Return {pattern: names} of weights: one pattern for those that look alike, if it can be.
+    """Return {pattern: names} of weights: those that look alike have one pattern, if it can be.
 
-    every: the names of all weights of the model, of which a pattern may match no other.
+    every: the names of all weights of the model. A pattern matches none that it does not stand for;
+    where that cannot be, each name stands for itself.
     """
     kinds: dict[tuple[str, str, int], list[str]] = {}
     for name, site in sites.items():
         kinds.setdefault((site.kind, f"{site.label}.{site.own}", len(site.shape)), []).append(name)
+
+    def is_exact(pattern: str, names: list[str]) -> bool:
+        return {n for n in every if fnmatchcase(n, pattern)} == set(names)
+
     groups: dict[str, list[str]] = {}
     for names in kinds.values():
-        own = by_pattern(names)
         one = f"{_common_start(names)}*{_common_start(n[::-1] for n in names)[::-1]}"
-        alone = {n for n in every if fnmatchcase(n, one)} == set(names)
-        groups |= {one: names} if len(own) > 1 and alone else own
+        layers = by_pattern(names)
+        if len(layers) > 1 and is_exact(one, names):
+            layers = {one: names}
+        for pattern, own in layers.items():
+            groups |= {pattern: own} if is_exact(pattern, own) else {n: [n] for n in own}
     return groups
 
 
@@ -82,6 +89,6 @@ def _alternatives(site: Site, own: Map | None) -> str:
             " norm=Experts(Transposed(RMSToRMS())); rows of a table: role='embedding'"
         )
     return (
-        "maps (out, in); rows of a table: role='embedding'; numbers that multiply or add one by"
-        " one: role='gain', role='bias'"
+        "maps (out, in); stored (in, out): norm=Transposed(RMSToRMS()); rows of a table:"
+        " role='embedding'; numbers that multiply or add one by one: role='gain', role='bias'"
     )

@@ -3,6 +3,7 @@
 Oracles: real steps of Dualized, and the same network built from separate maps.
 """
 
+import copy
 import re
 import warnings
 import xml.etree.ElementTree as ET
@@ -419,7 +420,8 @@ def test_scalars_have_a_role_of_their_own():
     [
         (
             parameter(3, 4),
-            "maps (out, in); rows of a table: role='embedding'; numbers that multiply or add one by one: role='gain', role='bias'",
+            "maps (out, in); stored (in, out): norm=Transposed(RMSToRMS()); rows of a table: role='embedding'; numbers that "
+            "multiply or add one by one: role='gain', role='bias'",
         ),
         (
             parameter(3, 4, 5),
@@ -428,7 +430,8 @@ def test_scalars_have_a_role_of_their_own():
         ),
         (
             parameter(3, 4, 5, 6),
-            "maps (out, in); rows of a table: role='embedding'; numbers that multiply or add one by one: role='gain', role='bias'",
+            "maps (out, in); stored (in, out): norm=Transposed(RMSToRMS()); rows of a table: role='embedding'; numbers that "
+            "multiply or add one by one: role='gain', role='bias'",
         ),
     ],
     ids=["2-D", "3-D", "4-D"],
@@ -462,6 +465,16 @@ def test_one_error_names_all_weights_without_a_place_by_patterns_and_its_rules_w
         "    layers.*.mix, 4×5, of a Module, 3 of them\n    layers.*.c_attn.weight, 12×8, of a Linear, 3 of them\n"
     )
     assert len(metrize(model, rules=pasted(message)).norms) == 10
+
+
+def test_the_patterns_of_an_error_match_no_other_weight():
+    layers = nn.ModuleList(holding(mix=parameter(4, 5), sub=holding(mix=parameter(4))) for _ in range(2))
+    model = holding(**{"layers": layers, "odd[1]": parameter(2, 3)})
+    with pytest.raises(CoverageError) as error:
+        metrize(model)
+    rules = pasted(str(error.value))
+    assert [rule.pattern for rule in rules] == ["odd[1]", "layers.0.mix", "layers.1.mix"]
+    assert metrize(model, rules=rules).roles["layers.0.sub.mix"] == "gain"
 
 
 # Rules.
@@ -651,6 +664,54 @@ def test_the_same_experts_have_the_same_radii_as_a_stack_and_as_a_list(transpose
     assert str(stack.norms["experts.up"]) == str(stack.norms["experts.down"]) == f"Experts({of_one})"
 
 
+def test_layers_that_are_named_after_a_mixture_are_no_experts():
+    class MoELayer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = nn.Linear(6, 6, bias=False)
+
+    radii = [metrize(holding(layers=nn.ModuleList(MoELayer() for _ in range(n)))).radii for n in (2, 8)]
+    assert radii[0]["layers.0.q.weight"] == pytest.approx(4 * radii[1]["layers.0.q.weight"])
+
+
+@pytest.mark.parametrize("order", [("w1", "w2", "w3"), ("gate", "up", "down")])
+def test_three_stacks_of_experts_are_told_apart_by_the_odd_one_and_the_router(order: tuple[str, ...]):
+    down = "w2" if "w2" in order else "down"
+    stacks = {name: parameter(3, 6, 8) if name == down else parameter(3, 8, 6) for name in order}
+    norm = metrize(holding(router=nn.Linear(6, 3, bias=False), experts=holding(**stacks)))
+    assert {str(norm.norms[f"experts.{name}"]) for name in order} == {f"Experts({R})"}
+    columns = {name: parameter(*w.shape[:1], *w.shape[:0:-1]) for name, w in stacks.items()}
+    norm = metrize(holding(router=nn.Linear(6, 3, bias=False), experts=holding(**columns)))
+    assert {str(norm.norms[f"experts.{name}"]) for name in order} == {f"Experts(Transposed({R}))"}
+
+
+def test_a_rule_of_several_maps_divides_the_weight_and_its_bias():
+    model = holding(first=nn.Linear(6, 12), after=nn.Linear(12, 6))
+    norm = metrize(model, rules=[Rule("first.weight", maps=3)])
+    assert (str(norm.norms["first.weight"]), str(norm.norms["first.bias"])) == (f"3 × {R}", "3 × VectorRMS")
+    whole = metrize(model).masses["after.weight"]
+    assert norm.masses["first.weight"] == pytest.approx(3 * norm.masses["after.weight"]) and whole == 3
+
+
+def test_a_role_keeps_what_a_convolution_and_a_bilinear_map_are():
+    model = holding(out=nn.Conv2d(8, 4, 3), pair=nn.Bilinear(2, 3, 4))
+    norms = metrize(model, rules=[Rule("*.weight", role="head")]).norms
+    assert str(norms["out.weight"]) == "Conv(RMSToLinf, 2d)" and str(norms["pair.weight"]) == "Flattened(RMSToLinf)"
+
+
+def test_grouped_queries_are_divided_by_whatever_names_the_attention_has_for_its_heads():
+    attention = holding(Wqkv=nn.Linear(64, 128, bias=False), out_proj=nn.Linear(64, 64))
+    attention.num_heads, attention.num_heads_kv = 4, 2  # type: ignore[assignment]
+    norm = metrize(holding(layers=nn.ModuleList([attention])))
+    assert str(norm.norms["layers.0.Wqkv.weight"]) == f"(64 + 2 × 32) × {R}"
+
+
+def test_a_map_that_nothing_reads_whole_is_noted():
+    layer = holding(modulation=nn.Linear(8, 48), up=nn.Linear(8, 8))
+    notes = metrize(holding(layers=nn.ModuleList([layer, copy.deepcopy(layer)]))).notes
+    assert notes[0] == "layers.*.modulation.weight: one map, though no map reads its 48 outputs whole"
+
+
 @pytest.mark.parametrize(
     ("weight", "after", "maps"),
     [
@@ -747,7 +808,7 @@ def test_dualized_says_once_what_was_guessed_and_metrize_puts_it_into_the_receip
 
 def test_a_map_to_a_vocabulary_is_taken_for_the_head_and_noted_wherever_it_stands():
     embedding, maps = nn.Embedding(7, 6), {"hidden": nn.Linear(6, 6), "words": nn.Linear(6, 7)}
-    first = holding(**dict(reversed(maps.items())), after=nn.Linear(7, 6), embed=embedding)
+    first = holding(**dict(reversed(maps.items())), after=nn.Linear(6, 6), embed=embedding)
     for model in (holding(embed=embedding, **maps), first):
         norm = metrize(model)
         assert norm.norms["words.weight"] == RMSToLinf() and norm.norms["words.bias"] == MaxEntry()
@@ -766,8 +827,20 @@ def test_the_map_whose_outputs_nothing_reads_is_taken_for_a_classifiers_last():
     assert [n for n, role in metrize(recurrent).roles.items() if role == "head"] == ["out.weight"]
     autoencoder = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 16))
     assert metrize(autoencoder).notes == (NO_HEAD,), "its last outputs are as wide as its inputs"
-    layers = nn.ModuleList(holding(gate=nn.Linear(8, 3, bias=False)) for _ in range(2))
-    assert metrize(holding(layers=layers)).notes == (NO_HEAD,), "a map of a repeated layer is none"
+    layers = [holding(score=nn.Linear(8, 3), up=nn.Linear(8, 9), down=nn.Linear(9, 8)) for _ in range(2)]
+    assert "head" not in metrize(holding(layers=nn.ModuleList(layers))).roles.values(), "a map inside a repeated layer"
+    critics = [nn.Sequential(nn.Linear(8, 9), nn.Linear(9, 1)) for _ in range(2)]
+    norm = metrize(holding(actor=nn.Linear(8, 3), critics=nn.ModuleList(critics)))
+    assert {n for n, role in norm.roles.items() if role == "head"} == {
+        "actor.weight",
+        "critics.0.1.weight",
+        "critics.1.1.weight",
+    }
+    experts = nn.ModuleList(Expert() for _ in range(3))
+    norm = metrize(holding(stem=nn.Linear(4, 6), router=nn.Linear(6, 3), experts=experts))
+    assert norm.roles["router.weight"] == "hidden", "one output for each expert"
+    generator = nn.Sequential(nn.Linear(5, 60), nn.Unflatten(1, (15, 2, 2)), nn.ConvTranspose2d(15, 3, 3))
+    assert metrize(generator).roles["0.weight"] == "hidden", "a convolution reads what was reshaped"
 
 
 def test_a_square_map_between_equal_sizes_does_not_look_like_the_head():
