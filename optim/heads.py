@@ -30,7 +30,8 @@ def guessed_heads(
     outputs that no map of it reads. They are not the model's only map and no router of experts, and
     of a repeated layer they are the last map.
     """
-    vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    vocabularies = {table.num_embeddings for table in tables}
     of_paths = {sites[n].key: own for n, own in maps.items() if own is not None}
     readers = Readers(of_paths)
     linear = Readers({k: own for k, own in of_paths.items() if own.stored != "convolution"})

@@ -27,7 +27,8 @@ def by_kind(sites: Mapping[str, Site], every: Iterable[str]) -> dict[str, list[s
     """
     kinds: dict[tuple[str, str, int], list[str]] = {}
     for name, site in sites.items():
-        kinds.setdefault((site.kind, f"{site.label}.{site.own}", len(site.shape)), []).append(name)
+        own = "" if site.own.isdigit() else site.own  # of a ParameterList
+        kinds.setdefault((site.kind, f"{site.label}.{own}", len(site.shape)), []).append(name)
 
     def is_exact(pattern: str, names: list[str]) -> bool:
         return {n for n in every if fnmatchcase(n, pattern)} == set(names)
@@ -38,8 +39,8 @@ def by_kind(sites: Mapping[str, Site], every: Iterable[str]) -> dict[str, list[s
         layers = by_pattern(names)
         if len(layers) > 1 and is_exact(one, names):
             layers = {one: names}
-        for pattern, own in layers.items():
-            groups |= {pattern: own} if is_exact(pattern, own) else {n: [n] for n in own}
+        for pattern, alike in layers.items():
+            groups |= {pattern: alike} if is_exact(pattern, alike) else {n: [n] for n in alike}
     return groups
 
 
