@@ -1,4 +1,4 @@
-"""What a model's weights must be so that each has one norm: distinct, dense, real, untied, placed."""
+"""Checks that every weight of a model can have one norm, and has it."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -136,7 +136,8 @@ def check_coverage(
     names = [name for name, _ in every]
     for name in sorted(norm.norms.keys() - set(names))[:1]:
         raise CoverageError(
-            f"the structure names {name!r}, which the model does not have{nearest_name(name, names)}",
+            f"the structure names {name!r}, which the model does not have"
+            f"{nearest_name(name, names)}",
             got=name,
             allowed="names of the model's parameters",
             fix="rename the atom",

@@ -28,24 +28,32 @@ def is_stack(site: Site) -> bool:
 
 def experts_around(site: Site) -> int:
     """Return how many experts stand side by side in the list that a weight is in, else 1."""
-    for path, module in site.parents[1:]:
-        if isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) > 1:
-            kind = type(next(iter(module.children())))
-            if LISTED.search(path) or ONE_EXPERT.search(kind.__name__):
-                alike = all(type(child) is kind for child in module.children())
-                return len(module) if alike else 1
-    return 1
+    lists = (module for path, module in site.parents[1:] if is_list(path, module))
+    return next((len(module) for module in lists), 1)  # type: ignore[arg-type]
 
 
 def routes(site: Site, outputs: int) -> bool:
     """Return whether a map beside so many experts has one output for each: their router."""
-    for _, around in site.parents[1:3]:
-        for module in around.modules():
-            listed = isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) == outputs
+    for path, around in site.parents[1:3]:
+        for below, module in around.named_modules(prefix=path):
+            if is_list(below, module) and len(module) == outputs:  # type: ignore[arg-type]
+                return True
+            named = STACKED.search(type(module).__name__) or STACKED.search(
+                below.rpartition(".")[2]
+            )
             stacks = (p for p in module._parameters.values() if p is not None and p.ndim == 3)
-            if listed or any(len(p) == outputs for p in stacks):
+            if named and any(len(p) == outputs for p in stacks):
                 return True
     return False
+
+
+def is_list(path: str, module: nn.Module) -> bool:
+    """Return whether a module is a list of experts, by its name or that of their class."""
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict) or len(module) < 2:
+        return False
+    kind = type(next(iter(module.children())))
+    named = LISTED.search(path) or ONE_EXPERT.search(kind.__name__)
+    return bool(named) and all(type(child) is kind for child in module.children())
 
 
 def stack(site: Site) -> Map | None:

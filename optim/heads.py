@@ -44,7 +44,9 @@ def guessed_heads(
         softmax = next((a for a, m in site.parents if isinstance(m, ADAPTIVE)), None)
         if softmax is not None and not linear.reads(own.O, below=softmax):
             heads[name] = ""
-        elif not _may_be_head(site, own, readers) or (len(of_paths) == 1 and not vocabularies):
+        elif not _may_be_head(site, own, linear, readers) or (
+            len(of_paths) == 1 and not vocabularies
+        ):
             continue
         elif own.O in vocabularies and not linear.reads(own.O, after=site.path):
             heads[name] = f"taken for a head: {own.O} outputs, as many as an embedding has rows"
@@ -53,14 +55,16 @@ def guessed_heads(
     return heads
 
 
-def _may_be_head(site: Site, own: Map, readers: Readers) -> bool:
+def _may_be_head(site: Site, own: Map, linear: Readers, readers: Readers) -> bool:
     """Return whether a map may be a head by where it stands, its name and its shape."""
     parts = site.path.split(".")
     first = next((i for i, part in enumerate(parts[:-1]) if part.isdigit()), None)
-    layer = ".".join(parts[: first + 1]) if first is not None else ""
-    inside = first is not None and not readers.is_last(site.path, layer)
+    if first is not None:  # in a list of layers, or of heads
+        last = readers.is_last(site.path, ".".join(parts[: first + 1]))
+        if not last or linear.reads(own.O):
+            return False
     named = SINGLE.fullmatch(site.label) or names_several(site.label)
-    return not (inside or own.O == own.I or named or routes(site, own.O))
+    return not (own.O == own.I or named or routes(site, own.O))
 
 
 def _is_read(site: Site, own: Map, linear: Readers, readers: Readers) -> bool:

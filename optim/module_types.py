@@ -12,7 +12,7 @@ from torch import nn
 from .adapters import place_adapter
 from .experts import divide_stack, halves, is_stack, stack
 from .families import MATRIX, heads, place_by_family
-from .fused import ONE, Division, divide
+from .fused import ONE, SINGLE, Division, divide
 from .norms import L1ToRMS, MaxEntry, Norm, RMSToLinf, RMSToRMS, VectorRMS
 from .sites import WEIGHTS, Map, Place, Readers, Site, is_vector
 from .views import Blocks, ConvRMSToRMS, Experts, Flattened, Transposed
@@ -121,8 +121,8 @@ def _place_map(site: Site, own: Map, readers: Readers) -> Place | None:
     norm = _blocks(inner, division)
     if own.stored != "convolution" and own.transposed:
         norm = Transposed(norm)
-    unread = own.stored == "matrix" and own.O > own.I and not readers.reads(own.O)
-    if division == ONE and not note and unread and not readers.has_one():
+    single = SINGLE.fullmatch(site.label) or own.O <= own.I or readers.has_one()
+    if division == ONE and own.stored == "matrix" and not (note or single or readers.reads(own.O)):
         note = f"one map, though no map reads its {own.O} outputs whole"
     norm = Experts(norm) if own.stored == "stack" else norm
     return Place("hidden", norm, _count(division), note=note)

@@ -54,7 +54,7 @@ class Rule:
 
 
 def as_rule(rule: Any) -> Rule:
-    """Return a rule that may be given as a mapping of its fields. Raises CoverageError for others."""
+    """Return a rule that may be a mapping of its fields. Raises CoverageError for others."""
     if isinstance(rule, Rule):
         return rule
     fix = "Rule('lm_head.weight', role='head'), say"
