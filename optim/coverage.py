@@ -76,7 +76,7 @@ def _check_ties(
     """Raise CoverageError for weights that share memory.
 
     Two names of one tensor may stand where modules of one type have it under one name, where both
-    are biases, and where a rule gives them one norm. owners: the module of each name, if its type
+    are biases, and where a rule gives them one norm or role. owners: the module of each name, if its type
     may decide.
     """
     spans: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
@@ -91,7 +91,8 @@ def _check_ties(
             owner = next((n for a, b, n in memory if a < end and begin < b), name)
             memory.append((begin, end, name))
         twin = tensors[owner]
-        ruled = name in chosen and chosen[name].norm is not None
+        rule = chosen.get(name)
+        ruled = rule is not None and (rule.norm or rule.role) is not None
         own, twins_own = name.rpartition(".")[2], owner.rpartition(".")[2]
         kinds = owners.get(name), owners.get(owner)
         alike = None not in kinds and (type(kinds[0]) is type(kinds[1]) or p.ndim == 1)

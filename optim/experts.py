@@ -34,8 +34,9 @@ def experts_around(site: Site) -> int:
 
 def routes(site: Site, outputs: int) -> bool:
     """Return whether a map beside so many experts has one output for each: their router."""
-    for path, around in site.parents[1:3]:
-        for below, module in around.named_modules(prefix=path):
+    around = site.parents[1:3] if site.own == "weight" else site.parents[:2]
+    for path, parent in around:
+        for below, module in parent.named_modules(prefix=path):
             if is_list(below, module) and len(module) == outputs:  # type: ignore[arg-type]
                 return True
             named = STACKED.search(type(module).__name__) or STACKED.search(
@@ -61,7 +62,9 @@ def stack(site: Site) -> Map | None:
     _, a, b = site.shape
     transposed = getattr(site.module, "is_transposed", None)
     if transposed is None:
-        transposed = False if a == b else _is_stored_as_columns(site)
+        transposed = _is_stored_as_columns(site)
+    if transposed is None and a == b:
+        transposed = False  # the norm of a square map is that of its transpose
     if transposed is None:
         return None
     return Map(b, a, "stack", True) if transposed else Map(a, b, "stack")

@@ -124,10 +124,6 @@ def _mamba_x_of_heads(m: Any) -> Place | None:
     return of_one and Place("hidden", Experts(of_one.norm), of_one.maps)
 
 
-def _mlstm(m: Any) -> Place:
-    return fused(m.qk_dim, m.qk_dim, m.v_dim, m.v_dim)
-
-
 def _dbrx(stored: Norm) -> Callable[[Any], Place]:
     return lambda m: Place("hidden", Blocks(stored, m.moe_num_experts))
 
@@ -155,7 +151,11 @@ FAMILIES: tuple[tuple[str, str, Callable[[Any], Place | None]], ...] = (
     ("*", "in_proj.weight", _mamba_in),
     ("*", "x_proj.weight", _mamba_x),
     ("ZambaMambaMixer", "x_proj_weight", _mamba_x_of_heads),
-    ("xLSTMLayer", "qkv_opreact.weight", _mlstm),
+    (
+        "MobileViTV2LinearSelfAttention",
+        "qkv_proj.convolution.weight",
+        lambda m: fused(1, m.embed_dim, m.embed_dim),
+    ),
     ("*", "*kv_a*.weight", lambda m: fused(m.kv_lora_rank, m.qk_rope_head_dim)),
     ("*", "*kv_b*.weight", lambda m: fused(m.qk_nope_head_dim, m.v_head_dim, turns=heads(m))),
     ("DbrxExpertGLU", "[wv]1", _dbrx(MATRIX)),

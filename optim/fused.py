@@ -1,7 +1,7 @@
 """Several maps stored as one weight: how its rows are divided, by names and shapes.
 
 Names are those that many models share. Shapes tell more: the outputs of one map are read, whole, by
-a map beside it; where only a half or a third of them is, the weight holds two maps, or three.
+a map beside it; where only a half, a third or a quarter is, the weight holds so many maps.
 O, I: fan-out and fan-in of the weight.
 """
 
@@ -99,11 +99,14 @@ def _keys_values(site: Site, own: Map, read: int | None) -> tuple[Division, str]
 def _read_beside(site: Site, rows: int, readers: Readers) -> int | None:
     """Return into how many equal parts the maps that follow a weight divide its outputs.
 
-    1 is all of them. None where nothing near it reads a whole, a half or a third of them.
+    1 is all of them, which a map before it may read as well. None where nothing near it reads a
+    whole, a half, a third or a quarter of them.
     """
     key = site.path  # of a bias too
     for path, _ in site.parents[1:4]:
-        for parts in (1, 2, 3) if rows >= 4 else ():
+        if readers.reads(rows, below=path):
+            return 1
+        for parts in (2, 3, 4) if rows >= 4 else ():
             if rows % parts == 0 and readers.reads(rows // parts, below=path, after=key):
                 return parts
     return None

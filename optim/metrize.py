@@ -44,7 +44,7 @@ def metrize(
     rule that gives the two one norm, of a shape that its norm does not fit, complex, or with sparse
     gradients; for a rule without a parameter; for an atom without one.
     """
-    rules = [as_rule(rule) for rule in rules]
+    rules = [as_rule(r) for r in ([rules] if isinstance(rules, Rule | Mapping) else rules)]
     every: list[tuple[str, Tensor]] = [
         (canonical(n), p) for n, p in model.named_parameters(remove_duplicate=False)
     ]
@@ -115,7 +115,8 @@ def _by_type(
     maps = {name: map_of(site) for name, site in sites.items()}
     readers = Readers({sites[name].key: own for name, own in maps.items() if own is not None})
     heads = _heads(model, sites, maps, chosen)
-    on_logits = _biases_of_heads(sites, maps, heads)
+    tied = _tied_heads(model)
+    on_logits = _biases_of_heads(sites, maps, heads) | {f"{path}.bias".lstrip(".") for path in tied}
     weights = {site.key: name for name, site in sites.items() if maps[name] is not None}
     places: dict[str, Place] = {}
     left: dict[str, Site] = {}
@@ -136,7 +137,7 @@ def _by_type(
         raise unplaced(left, maps)
     places = {name: places[name] for name in trainable}
     notes = summary({name: place.note for name, place in places.items() if place.note})
-    if not any(place.role == "head" for place in places.values()):
+    if not tied and not any(place.role == "head" for place in places.values()):
         notes.append(
             "no head: every linear map is a hidden one; "
             "Rule(pattern, role='head') names one that ends in logits"
@@ -230,6 +231,14 @@ def _heads(
     roles = {name: rule.role or (rule.norm and "hidden") for name, rule in ruled.items()}
     kept = {name: why for name, why in heads.items() if roles.get(name) in (None, "", "head")}
     return kept | {name: "" for name, role in roles.items() if role == "head"}
+
+
+def _tied_heads(model: nn.Module) -> list[str]:
+    """Return the paths of the maps whose weight is an embedding's as well."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    tables = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
+    linear = {path: m for path, m in modules.items() if isinstance(m, nn.Linear)}
+    return [canonical(path) for path, m in linear.items() if id(m.weight) in tables]
 
 
 def _biases_of_heads(

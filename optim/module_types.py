@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .adapters import place_adapter
-from .experts import divide_stack, halves, is_stack, stack
+from .experts import divide_stack, halves, is_stack, routes, stack
 from .families import MATRIX, heads, place_by_family
 from .fused import ONE, SINGLE, Division, divide
 from .norms import L1ToRMS, MaxEntry, Norm, RMSToLinf, RMSToRMS, VectorRMS
@@ -26,7 +26,7 @@ GATES = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3}  # maps fused in 
 NORMALIZATIONS = nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.modules.batchnorm._NormBase
 # Names that many models give to weights of modules of their own, by their parts.
 TABLE = re.compile(
-    r"(^|_)(pos|positions?|positional|tokens?|emb|embeds?|embeddings?|latents?|query|queries|probe"
+    r"(^|_)(cls|pos|positions?|positional|tokens?|emb|embeds?|embeddings?|latents?|query|queries|probe"
     r"|prompts?|codevectors?|table|newline|separator)(_|$)"
 )
 NO_TABLE = re.compile(r"(proj|projection|mixer|mlp|weight|head|out|logits|const)$")
@@ -178,6 +178,8 @@ def _fitting(known: Place, site: Site, own: Map | None) -> Place | None:
     if site.own.endswith("bias"):
         norm = replace(norm, inner=VectorRMS()) if isinstance(norm, Blocks) else _vector(len(shape))
         known = replace(known, role="bias", norm=norm)
+    elif own is not None and own.stored == "convolution" and isinstance(norm, Blocks):
+        known = replace(known, norm=replace(norm, inner=_convolution(site, norm.inner)))
     elif own is not None and own.transposed:
         known = replace(known, norm=Transposed(norm))
     return None if known.norm.check(shape) else known
@@ -229,8 +231,12 @@ def _place_table(site: Site) -> Place | None:
     if _is_table(own):
         norm = _stacked(L1ToRMS(), ndim - 2)
         return Place("embedding", norm, note="rows of a table, by its name")
+    if "attention_bias" in own:  # of scores, one by one
+        return Place("bias", MaxEntry(ndim), note=f"named {own}: added to scores")
     if BIAS.search(own):
         return Place("bias", _vector(ndim), note=f"{ndim}-D and named {own}: taken for a bias")
+    if ndim == 2 and routes(site, shape[0]):
+        return Place("hidden", MATRIX, note=f"a router, stored (experts, in), of a {site.kind}")
     if ENTRIES.search(own):
         return Place("gain", MaxEntry(ndim), note=f"named {own}: taken for gains")
     if own == "weight" and ndim == 2:

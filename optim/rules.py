@@ -8,7 +8,7 @@ from math import inf
 from numbers import Real
 from typing import Any
 
-from .errors import CoverageError, require
+from .errors import CoverageError, nearest, require
 from .norms import NORMS, Norm
 
 
@@ -36,10 +36,11 @@ class Rule:
         whole = isinstance(maps, int) and not isinstance(maps, bool)
         counted = maps is None or (whole and maps >= 1)
         text = isinstance(self.pattern, str)
+        nearest_norm = nearest(str(norm), NORMS, otherwise="one of those, or a Norm")
         for field, fine, allowed, fix in (
             ("pattern", text, "a text", "Rule('lm_head.weight', …)"),
             ("norm", typed, "a Norm, or a name in NORMS", "RMSToRMS(), with brackets, say"),
-            ("norm", named or norm in NORMS, ", ".join(NORMS), "one of those, or a Norm"),
+            ("norm", named or norm in NORMS, ", ".join(NORMS), nearest_norm),
             ("mass", weighed, "0 (never updated) or more", "Rule(…, mass=1)"),
             ("maps", counted, "1 or more", "Rule(…, maps=3)"),
         ):

@@ -69,21 +69,26 @@ def unplaced(sites: Mapping[str, Site], maps: Mapping[str, Map | None]) -> Cover
         site, several = sites[names[0]], len(names) > 1
         weights.append(f"{pattern}, {spelled(site.shape)}, of a {site.kind}")
         weights[-1] += f", {len(names)} of them" if several else ""
-        rules.append(f"Rule({pattern!r}, role='hidden'),  # {_alternatives(site, maps[names[0]])}")
+        table = len(site.shape) > 2 and site.shape[0] == 1
+        role = "embedding" if table else "hidden"
+        rules.append(f"Rule({pattern!r}, role={role!r}),  # {_alternatives(site, maps[names[0]])}")
     return CoverageError(
         f"no place for {len(sites)} weight{'s' * (len(sites) > 1)}",
         got="\n    ".join(["weights that no type, shape or name tells", *weights]),
         allowed=f"a rule for each; the roles are {', '.join(MASSES)}",
-        fix="\n    ".join(["metrize(model, rules=[", *rules]) + "\n  ]), or requires_grad=False",
+        fix="\n    ".join(["metrize(model, rules=[", *rules]) + "\n  ]), or requires_grad=False."
+        " Norms are in nanodual.norms, their views (Blocks, Experts, Transposed) in nanodual.views",
     )
 
 
 def _alternatives(site: Site, own: Map | None) -> str:
-    """Return what role='hidden' makes of a weight, and what it might be else."""
+    """Return what the printed rule makes of a weight, and what it might be else."""
     ndim, fused = site.weight.ndim, "Blocks(RMSToRMS(), (rows of each, …))"
     if own is not None and own.stored == "matrix":
         fused = f"Transposed({fused})" if own.transposed else fused
         return f"one map; several: norm={fused}, maps=…, head by head with turns=heads"
+    if ndim > 2 and site.shape[0] == 1:
+        return "rows of a table; maps (out, in): role='hidden'"
     if ndim == 3:
         return (
             f"{site.shape[0]} maps (out, in), of experts or groups; stored (in, out):"

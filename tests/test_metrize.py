@@ -444,7 +444,8 @@ def test_weights_that_neither_type_nor_name_tell_are_refused(weight: nn.Paramete
     assert str(error.value) == (
         f"no place for 1 weight\n  got: weights that no type, shape or name tells\n    experts, {shape}, of a Module\n"
         "  allowed: a rule for each; the roles are embedding, hidden, head, gain, bias, scalar\n"
-        f"  fix: metrize(model, rules=[\n    Rule('experts', role='hidden'),  # {alternatives}\n  ]), or requires_grad=False"
+        f"  fix: metrize(model, rules=[\n    Rule('experts', role='hidden'),  # {alternatives}\n  ]), or requires_grad=False. Norms are in nanodual.norms, "
+        "their views (Blocks, Experts, Transposed) in nanodual.views"
     )
     assert metrize(model, rules=pasted(str(error.value))).roles == {"experts": "hidden"}
 
@@ -551,7 +552,7 @@ def test_a_rule_that_decides_nothing_is_an_error(rules: list[Rule], text: str, d
 def test_an_impossible_rule_is_refused():
     with pytest.raises(
         CoverageError,
-        match=r"^rule 'w'\n  got: norm 'RMS2RMS'\n  allowed: (.*, )?RMSToRMS(, .*)?\n  fix: one of those, or a Norm$",
+        match=r"^rule 'w'\n  got: norm 'RMS2RMS'\n  allowed: (.*, )?RMSToRMS(, .*)?\n  fix: nearest valid name: RMSToRMS$",
     ):
         Rule("w", norm="RMS2RMS")
     for mass in (-1.0, float("nan")):
@@ -683,6 +684,25 @@ def test_three_stacks_of_experts_are_told_apart_by_the_odd_one_and_the_router(or
     columns = {name: parameter(*w.shape[:1], *w.shape[:0:-1]) for name, w in stacks.items()}
     norm = metrize(holding(router=nn.Linear(6, 3, bias=False), experts=holding(**columns)))
     assert {str(norm.norms[f"experts.{name}"]) for name in order} == {f"Experts(Transposed({R}))"}
+
+
+def test_a_square_stack_is_stored_as_its_other_stack_says():
+    router = nn.Linear(8, 3, bias=False)
+    columns = holding(router=router, experts=holding(gate_up=parameter(3, 8, 8), down=parameter(3, 4, 8)))
+    norms = metrize(columns).norms  # 8 inputs, gates and values of 4 each
+    assert str(norms["experts.gate_up"]) == f"Experts(Transposed(2 × {R}))"
+    assert str(norms["experts.down"]) == f"Experts(Transposed({R}))"
+
+
+def test_a_router_of_its_own_parameter_is_a_map():
+    norm = metrize(holding(gate=parameter(3, 6), experts=Experts3(transposed=False)))
+    assert norm.norms["gate"] == RMSToRMS() and norm.roles["gate"] == "hidden"
+
+
+def test_gates_of_an_own_recurrent_cell_are_four_maps():
+    cell = holding(x2h=nn.Linear(6, 24), h2h=nn.Linear(6, 24), out=nn.Linear(6, 6))
+    norms = metrize(holding(cells=nn.ModuleList([cell]))).norms
+    assert str(norms["cells.0.x2h.weight"]) == str(norms["cells.0.h2h.weight"]) == f"4 × {R}"
 
 
 def test_a_rule_of_several_maps_divides_the_weight_and_its_bias():
@@ -983,9 +1003,18 @@ def test_a_tie_with_one_norm_by_rule_under_either_name_trains(pattern: str):
     assert losses[-1] < 0.5 * losses[0] and model.head.weight is model.embed.weight
 
 
-def test_a_rule_without_a_norm_resolves_no_tie():
+def test_a_rule_of_mass_alone_resolves_no_tie_and_a_role_does():
     with pytest.raises(CoverageError, match="^head.weight shares its storage with embed.weight"):
-        metrize(Tied(), rules=[Rule("embed.weight", role="head")])
+        metrize(Tied(), rules=[Rule("embed.weight", mass=2)])
+    for name in ("embed.weight", "head.weight"):
+        assert places(Tied(), Rule(name, role="embedding"))["embed.weight"] == "embedding L1ToRMS"
+
+
+def test_a_tied_heads_bias_is_added_to_logits():
+    model = holding(embed=nn.Embedding(7, 4), lstm=nn.LSTM(4, 4), out=nn.Linear(4, 7))
+    model.out.weight = model.embed.weight  # type: ignore[union-attr, assignment]
+    norm = metrize(model, rules=[Rule("embed.weight", norm="RMSToRMS")])
+    assert norm.norms["out.bias"] == MaxEntry() and not norm.notes
 
 
 # What takes no part, and what cannot.
