@@ -76,8 +76,8 @@ def _check_ties(
     """Raise CoverageError for weights that share memory.
 
     Two names of one tensor may stand where modules of one type have it under one name, where both
-    are biases, and where a rule gives them one norm or role. owners: the module of each name, if its type
-    may decide.
+    are biases, and where a rule gives them one norm or role. owners: the module of each name, if
+    its type may decide.
     """
     spans: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
     first: dict[int, str] = {}

@@ -26,8 +26,8 @@ GATES = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3}  # maps fused in 
 NORMALIZATIONS = nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.modules.batchnorm._NormBase
 # Names that many models give to weights of modules of their own, by their parts.
 TABLE = re.compile(
-    r"(^|_)(cls|pos|positions?|positional|tokens?|emb|embeds?|embeddings?|latents?|query|queries|probe"
-    r"|prompts?|codevectors?|table|newline|separator)(_|$)"
+    r"(^|_)(cls|pos|positions?|positional|tokens?|emb|embeds?|embeddings?|latents?|query|queries"
+    r"|probe|prompts?|codevectors?|table|newline|separator)(_|$)"
 )
 NO_TABLE = re.compile(r"(proj|projection|mixer|mlp|weight|head|out|logits|const)$")
 BIAS = re.compile(r"(^|_)(bias|biases|beta|shift|offset)(_|$)|^b(\d+|_?[qkvoih]|_\w{1,3})?$")
