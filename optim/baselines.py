@@ -175,8 +175,13 @@ def _check_declaration(recipe: Recipe) -> None:
             allowed="the same, or another name",
             fix="rename it",
         )
-        got, words = f"the default {default!r}", allowed(hint)
-        require(fits(hint, default), what, got=got, allowed=words, fix="another default")
+        require(
+            fits(hint, default),
+            what,
+            got=f"the default {default!r}",
+            allowed=allowed(hint),
+            fix="another default, or a type that TOML has: float, int, bool, str, Literal, list",
+        )
 
 
 @register_baseline("normalized_adam", normed=True)
@@ -420,7 +425,7 @@ def set_beta(group: dict[str, Any], beta: float) -> None:
 
     Auxiliary groups keep theirs, and so do groups that have none.
     """
-    if group.get("auxiliary"):
+    if group.get("auxiliary") or average_decay(group) is None:
         return
     if "beta" in group:
         group["beta"] = beta
@@ -428,7 +433,7 @@ def set_beta(group: dict[str, Any], beta: float) -> None:
         if group.get("dampening") == group["momentum"]:  # where the momentum is an average
             group["dampening"] = beta
         group["momentum"] = beta
-    elif group.get("betas"):
+    else:
         group["betas"] = (beta, *group["betas"][1:])
 
 

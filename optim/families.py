@@ -49,7 +49,7 @@ def number(module: Any, *names: str) -> int | None:
 
 def heads(module: nn.Module) -> int:
     """Return the number of an attention's heads, 0 where it does not say it."""
-    return number(module, "num_attention_heads", "num_heads", "n_heads", "n_head") or 0
+    return number(module, "num_attention_heads", "num_heads", "n_heads", "n_head", "nheads") or 0
 
 
 def fused(*rows: int, turns: int = 1, inner: Norm = MATRIX) -> Place:
@@ -100,23 +100,28 @@ def _gated_queries(m: Any) -> Place | None:
 
 def _mamba_in(m: Any) -> Place | None:
     """Return the place of x and z; of Mamba2 of z, x, B, C and the time steps."""
-    if not hasattr(m, "ssm_state_size"):
+    inner, states = (
+        number(m, "intermediate_size", "d_inner"),
+        number(m, "ssm_state_size", "d_state"),
+    )
+    if inner is None or states is None:
         return None
-    inner = m.intermediate_size
-    if not hasattr(m, "n_groups"):
+    groups = number(m, "n_groups", "ngroups")
+    if groups is None:
         in_turn = hasattr(m, "n_mamba_heads")  # Zamba's, channel by channel
         return fused(1, 1, turns=inner) if in_turn else fused(inner, inner)
-    states = m.n_groups * m.ssm_state_size
-    return fused(inner, inner, states, states, m.num_heads)
+    states = groups * states
+    return fused(inner, inner, states, states, number(m, "num_heads", "nheads") or 0)
 
 
-def _mamba_x(m: Any) -> Place:
-    return fused(m.time_step_rank, m.ssm_state_size, m.ssm_state_size)
+def _mamba_x(m: Any) -> Place | None:
+    rank, states = number(m, "time_step_rank", "dt_rank"), number(m, "ssm_state_size", "d_state")
+    return fused(rank, states, states) if rank and states else None
 
 
-def _mamba_x_of_heads(m: Any) -> Place:
+def _mamba_x_of_heads(m: Any) -> Place | None:
     of_one = _mamba_x(m)
-    return Place("hidden", Experts(of_one.norm), of_one.maps)
+    return of_one and Place("hidden", Experts(of_one.norm), of_one.maps)
 
 
 def _dbrx(stored: Norm) -> Callable[[Any], Place]:
@@ -146,8 +151,13 @@ FAMILIES: tuple[tuple[str, str, Callable[[Any], Place | None]], ...] = (
     ("*", "in_proj.weight", _mamba_in),
     ("*", "x_proj.weight", _mamba_x),
     ("ZambaMambaMixer", "x_proj_weight", _mamba_x_of_heads),
-    ("*", "kv_a_proj_with_mqa.weight", lambda m: fused(m.kv_lora_rank, m.qk_rope_head_dim)),
-    ("*", "kv_b_proj.weight", lambda m: fused(m.qk_nope_head_dim, m.v_head_dim, turns=heads(m))),
+    (
+        "MobileViTV2LinearSelfAttention",
+        "qkv_proj.convolution.weight",
+        lambda m: fused(1, m.embed_dim, m.embed_dim),
+    ),
+    ("*", "*kv_a*.weight", lambda m: fused(m.kv_lora_rank, m.qk_rope_head_dim)),
+    ("*", "*kv_b*.weight", lambda m: fused(m.qk_nope_head_dim, m.v_head_dim, turns=heads(m))),
     ("DbrxExpertGLU", "[wv]1", _dbrx(MATRIX)),
     ("DbrxExpertGLU", "w2", _dbrx(Transposed(MATRIX))),
     ("MobileBertLMPredictionHead", "dense.weight", lambda m: Place("head", Transposed(LOGITS))),

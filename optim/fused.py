@@ -1,7 +1,7 @@
 """Several maps stored as one weight: how its rows are divided, by names and shapes.
 
 Names are those that many models share. Shapes tell more: the outputs of one map are read, whole, by
-a map beside it; where only a half or a third of them is, the weight holds two maps, or three.
+a map beside it; where only a half, a third or a quarter is, the weight holds so many maps.
 O, I: fan-out and fan-in of the weight.
 """
 
@@ -19,6 +19,9 @@ GATED = re.compile(r"gate_(and_)?up|up_gate|gate_up|w12|w13")
 SINGLE = re.compile(r"(q|k|v|query|key|value|queries|keys|values)(_[ab])?(_(proj|linear|lin))?")
 SHORTCUT = re.compile(r"downsample|shortcut|skip|residual")
 FUSED = re.compile(r"fused|in_proj|packed|(^|_)qk(_|$)|x_proj|zx|xbc")
+
+KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "num_heads_kv", "n_kv_heads", "kv_n_heads")
+KEY_HEADS += ("n_kv_head", "n_local_heads", "n_query_groups", "kv_heads")
 
 Division = tuple[int | tuple[int, ...], int]  # sizes and turns of Blocks
 ONE: Division = (1, 1)
@@ -69,12 +72,12 @@ def _queries_keys_values(site: Site, own: Map, read: int | None) -> tuple[Divisi
         if H == 0 or own.O % (3 * H):
             return None
         return (3, H), _note(site, 3, f", head by head of {H}")
-    K = number(attention, "num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_n_heads")
+    K = number(attention, *KEY_HEADS)
     if H and K and H != K:
-        d = number(attention, "head_dim") or own.I // H
+        d = number(attention, "head_dim", "head_size") or own.I // H
         whole = (H + 2 * K) * d == own.O
         return (((H * d, K * d, K * d), 1), note) if whole else None
-    if own.O == 2 * own.I:
+    if own.O == 2 * own.I and site.label == "c_attn":  # GPT-2's keys and values, of another text
         return (2, 1), _note(site, 2)
     if own.O == 3 * own.I or (read == 3 and own.O % 3 == 0):
         return (3, 1), note
@@ -84,7 +87,7 @@ def _queries_keys_values(site: Site, own: Map, read: int | None) -> tuple[Divisi
 def _keys_values(site: Site, own: Map, read: int | None) -> tuple[Division, str] | None:
     """Return the division of a weight that is named as keys and values."""
     attention = site.parents[1][1] if len(site.parents) > 1 else site.module
-    K = number(attention, "num_key_value_heads", "num_kv_heads", "n_kv_heads")
+    K = number(attention, *KEY_HEADS)
     d = number(attention, "head_dim", "kv_channels")
     if d == own.O:
         return ONE, ""
@@ -96,11 +99,14 @@ def _keys_values(site: Site, own: Map, read: int | None) -> tuple[Division, str]
 def _read_beside(site: Site, rows: int, readers: Readers) -> int | None:
     """Return into how many equal parts the maps that follow a weight divide its outputs.
 
-    1 is all of them. None where nothing near it reads a whole, a half or a third of them.
+    1 is all of them, which a map before it may read as well. None where nothing near it reads a
+    whole, a half, a third or a quarter of them.
     """
     key = site.path  # of a bias too
     for path, _ in site.parents[1:4]:
-        for parts in (1, 2, 3) if rows >= 4 else ():
+        if readers.reads(rows, below=path):
+            return 1
+        for parts in (2, 3, 4) if rows >= 4 else ():
             if rows % parts == 0 and readers.reads(rows // parts, below=path, after=key):
                 return parts
     return None

@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from .adapters import place_adapter
-from .families import heads, place_by_family
-from .fused import ONE, divide
+from .experts import divide_stack, halves, is_stack, routes, stack
+from .families import MATRIX, heads, place_by_family
+from .fused import ONE, SINGLE, Division, divide
 from .norms import L1ToRMS, MaxEntry, Norm, RMSToLinf, RMSToRMS, VectorRMS
 from .sites import WEIGHTS, Map, Place, Readers, Site, is_vector
 from .views import Blocks, ConvRMSToRMS, Experts, Flattened, Transposed
@@ -23,16 +24,15 @@ MASSES = {"embedding": 1.0, "hidden": 6.0, "head": 1.0, "gain": 0.5, "bias": 0.5
 MATRICES = {"embedding": L1ToRMS(), "hidden": RMSToRMS(), "head": RMSToLinf()}  # norms by role
 GATES = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3}  # maps fused in one weight
 NORMALIZATIONS = nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.modules.batchnorm._NormBase
-# Names that many models give to weights of modules of their own.
+# Names that many models give to weights of modules of their own, by their parts.
 TABLE = re.compile(
-    r"pos(ition|_|$)|token|embed|latent|quer(y|ies)$|probe|prompt|codevector|table|newline"
-    r"|separator"
+    r"(^|_)(cls|pos|positions?|positional|tokens?|emb|embeds?|embeddings?|latents?|query|queries"
+    r"|probe|prompts?|codevectors?|table|newline|separator)(_|$)"
 )
-BIAS = re.compile(r"bias|(^|_)(beta|b)$")
-ENTRIES = re.compile(r"A_log|(^|_)[DA]$|scale|gamma|lambda|decay|time_|ia3|^alpha|gate$")
-EXPERTS = re.compile(r"expert|moe|switch", re.IGNORECASE)
+NO_TABLE = re.compile(r"(proj|projection|mixer|mlp|weight|head|out|logits|const)$")
+BIAS = re.compile(r"(^|_)(bias|biases|beta|shift|offset)(_|$)|^b(\d+|_?[qkvoih]|_\w{1,3})?$")
+ENTRIES = re.compile(r"A_log|(^|_)[DA]$|scale|gamma|lambda|decay|time_|^alpha")
 NORMALIZES = re.compile(r"norm|GRN", re.IGNORECASE)
-MATRIX = RMSToRMS()
 
 
 def norm_of_role(
@@ -40,6 +40,10 @@ def norm_of_role(
 ) -> Norm | None:
     """Return the norm of a role for a weight of any shape, None for a role that has none."""
     ndim = site.weight.ndim
+    if own is not None and role in MATRICES and own.stored == "convolution":
+        return _convolution(site, MATRICES[role])
+    if own is not None and role in MATRICES and own.stored == "bilinear":
+        return Flattened(MATRICES[role], 3)
     if role == "embedding":
         if own is not None and own.transposed and ndim == 2:
             return Transposed(L1ToRMS())
@@ -52,6 +56,12 @@ def norm_of_role(
         norm: Norm = MATRICES[role]
         return _stacked(Transposed(norm) if own is not None and own.transposed else norm, ndim - 2)
     return default.norm if default else None
+
+
+def _convolution(site: Site, inner: Norm) -> Norm:
+    conv = site.module
+    dims, groups, transposed = len(conv.kernel_size), conv.groups, conv.transposed
+    return ConvRMSToRMS(inner, dims, groups, transposed)
 
 
 def _stacked(norm: Norm, times: int) -> Norm:
@@ -77,7 +87,9 @@ def map_of(site: Site) -> Map | None:
     if site.part == "original0" and _is_weight_norm(site):
         return None
     if own not in WEIGHTS:
-        return _stack(site) if len(shape) == 3 and is_stack(site) else None
+        return stack(site) if len(shape) == 3 and is_stack(site) else None
+    if isinstance(module, nn.Bilinear):
+        return Map(shape[0], shape[1] * shape[2], "bilinear")
     if isinstance(module, nn.modules.conv._ConvNd):
         return Map(module.out_channels, module.in_channels, "convolution", module.transposed)
     if len(shape) == 2 and isinstance(module, nn.Linear):
@@ -87,64 +99,7 @@ def map_of(site: Site) -> Map | None:
     sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if len(shape) == 2 and shape in (sizes, sizes[::-1]):
         return Map(sizes[0], sizes[1], transposed=shape != sizes)  # type: ignore[arg-type]
-    return _stack(site) if len(shape) == 3 and is_stack(site) else None
-
-
-def is_stack(site: Site) -> bool:
-    """Return whether a weight of a module of its own is a stack of experts (E, …)."""
-    module, E = site.module, site.shape[0]
-    counts = (getattr(module, n, None) for n in ("num_experts", "num_local_experts", "n_experts"))
-    named = EXPERTS.search(site.kind) or EXPERTS.search(site.label) or EXPERTS.search(site.own)
-    return bool(named) or E in counts
-
-
-def experts_around(site: Site) -> int:
-    """Return how many experts stand side by side in the list that a weight is in, else 1."""
-    for path, module in site.parents[1:]:
-        if isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) > 1:
-            kinds = {type(m) for m in module.children()}
-            label = path.rpartition(".")[2]
-            named = EXPERTS.search(label) or EXPERTS.search(next(iter(kinds)).__name__)
-            if len(kinds) == 1 and named:
-                return len(module)
-    return 1
-
-
-def _stack(site: Site) -> Map | None:
-    """Return a stack of experts as a map, None where nothing says which dimension is which."""
-    _, a, b = site.shape
-    transposed = getattr(site.module, "is_transposed", None)
-    if transposed is None:
-        transposed = False if a == b else _is_stored_as_columns(site)
-    if transposed is None:
-        return None
-    return Map(b, a, "stack", True) if transposed else Map(a, b, "stack")
-
-
-def _is_stored_as_columns(site: Site) -> bool | None:
-    """Return whether a stack of experts is stored (E, in, out), None where nothing tells it.
-
-    Told by the module's own sizes, by its other stacks, which read what this one writes or write
-    what it reads (whole, or a gated half), and by the fan-in of a router with E outputs.
-    """
-    E, a, b = site.shape
-    module, rows, columns = site.module, False, False
-    for i, o in (("input_size", "output_size"), ("in_features", "out_features")):
-        sizes = getattr(module, i, None), getattr(module, o, None)
-        rows, columns = rows or sizes == (b, a), columns or sizes == (a, b)
-    stacks = [n for n, p in module._parameters.items() if p is not None and p.ndim == 3]
-    for n in stacks:
-        c, d = module._parameters[n].shape[1:]
-        if n != site.own:
-            rows |= (b == c and a in (d, 2 * d)) or (d == a and c in (b, 2 * b))
-            columns |= (a == d and b in (c, 2 * c)) or (c == b and d in (a, 2 * a))
-    if rows == columns:
-        maps = (p for _, m in site.parents[1:3] for p in m.parameters() if p.ndim == 2)
-        widths = {p.shape[1] for p in maps if p.shape[0] == E}
-        first, last = site.own == stacks[0], site.own == stacks[-1]  # of the module's two or three
-        rows = (first and b in widths) or (not first and last and a in widths)
-        columns = (first and a in widths) or (not first and last and b in widths)
-    return None if rows == columns else columns
+    return stack(site) if len(shape) == 3 and is_stack(site) else None
 
 
 def _is_weight_norm(site: Site) -> bool:
@@ -154,53 +109,32 @@ def _is_weight_norm(site: Site) -> bool:
 
 def _place_map(site: Site, own: Map, readers: Readers) -> Place | None:
     """Return the place of a map, None where its maps cannot be told apart."""
-    if own.stored == "convolution":
-        return _place_convolution(site, own, readers)
-    divided = _divide_stack(site, own) if own.stored == "stack" else divide(site, own, readers)
+    if own.stored == "bilinear":
+        return Place("hidden", Flattened(MATRIX, 3))  # of the outer product of its two inputs
+    divided = divide_stack(site, own) if own.stored == "stack" else divide(site, own, readers)
+    if own.stored == "convolution" and (site.module.groups > 1 or own.transposed):
+        divided = ONE, ""
     if divided is None:
         return None
-    (sizes, turns), note = divided
-    n = sizes if isinstance(sizes, int) else len(sizes)
-    norm: Norm = MATRIX if (sizes, turns) == ONE else Blocks(MATRIX, sizes, turns)
-    norm = Transposed(norm) if own.transposed else norm
-    return Place("hidden", Experts(norm) if own.stored == "stack" else norm, n, note=note)
+    division, note = divided
+    inner = _convolution(site, MATRIX) if own.stored == "convolution" else MATRIX
+    norm = _blocks(inner, division)
+    if own.stored != "convolution" and own.transposed:
+        norm = Transposed(norm)
+    single = SINGLE.fullmatch(site.label) or own.O <= own.I or readers.has_one()
+    if division == ONE and own.stored == "matrix" and not (note or single or readers.reads(own.O)):
+        note = f"one map, though no map reads its {own.O} outputs whole"
+    norm = Experts(norm) if own.stored == "stack" else norm
+    return Place("hidden", norm, _count(division), note=note)
 
 
-def _divide_stack(site: Site, own: Map) -> tuple[Any, str] | None:
-    """Return how the rows of every expert are divided: gates beside what they gate, or not."""
-    module = site.module
-    has_gate = getattr(module, "has_gate", None)
-    if "gate_up" in site.own or (has_gate is None and "up_gate" in site.own):
-        if getattr(module, "is_concatenated", True):
-            known = has_gate is not None
-            return (2, 1), "" if known else f"gates, then what they gate, by its name ({site.own})"
-        return ((1, 1), own.O // 2), ""
-    others = [p.shape for p in module._parameters.values() if p is not None and p.ndim == 3]
-    fan_ins = {s[1] if own.transposed else s[2] for s in others if tuple(s) != site.shape}
-    fan_ins |= {m.input_size for m in _beside(site) if hasattr(m, "input_size")}
-    if own.O not in fan_ins and own.O % 2 == 0 and own.O // 2 in fan_ins:
-        return (2, 1), f"2 maps fused in every expert: {own.O // 2} of its {own.O} outputs are read"
-    return ONE, ""
+def _blocks(inner: Norm, division: Division) -> Norm:
+    return inner if division == ONE else Blocks(inner, *division)
 
 
-def _beside(site: Site) -> list[Any]:
-    """Return the modules of the same class in the module around a weight's own."""
-    if len(site.parents) < 2:
-        return []
-    children = site.parents[1][1].children()
-    return [m for m in children if type(m) is type(site.module) and m is not site.module]
-
-
-def _place_convolution(site: Site, own: Map, readers: Readers) -> Place:
-    conv = site.module
-    dims, groups, transposed = len(conv.kernel_size), conv.groups, conv.transposed
-    norm = ConvRMSToRMS(dims=dims, groups=groups, transposed=transposed)
-    if groups == 1 and not transposed:
-        divided = divide(site, own, readers)
-        if divided is not None and divided[0] in ((2, 1), (3, 1)):
-            n = divided[0][0]
-            return Place("hidden", Blocks(norm, n), n, note=divided[1])  # type: ignore[arg-type]
-    return Place("hidden", norm)
+def _count(division: Division) -> int:
+    sizes, _ = division
+    return sizes if isinstance(sizes, int) else len(sizes)
 
 
 # ---- every weight
@@ -214,7 +148,8 @@ def place_by_type(
     own: the weight as a map; for a bias that of the weight beside it. readers: of all maps. beside:
     the place of the weight beside a bias.
     """
-    if (site.part == "original0" and _is_weight_norm(site)) or site.own == "weight_g":
+    older = site.own.endswith("_g") and f"{site.own[:-1]}v" in site.module._parameters
+    if (site.part == "original0" and _is_weight_norm(site)) or older:
         return Place("gain", MaxEntry(site.weight.ndim))
     if (adapter := place_adapter(site)) is not None:
         return adapter
@@ -229,8 +164,6 @@ def place_by_type(
         return _of_gates(site, 1 if "_hr" in site.own else gates)
     if isinstance(module, nn.MultiheadAttention):
         return _of_gates(site, 3 if site.own.startswith("in_proj") else 1)
-    if isinstance(module, nn.Bilinear) and site.own == "weight":
-        return Place("hidden", Flattened(MATRIX, 3))  # of the outer product of its two inputs
     if own is not None and site.own.endswith("bias"):
         return _place_bias(site, own, readers, beside)
     if own is not None:
@@ -245,6 +178,8 @@ def _fitting(known: Place, site: Site, own: Map | None) -> Place | None:
     if site.own.endswith("bias"):
         norm = replace(norm, inner=VectorRMS()) if isinstance(norm, Blocks) else _vector(len(shape))
         known = replace(known, role="bias", norm=norm)
+    elif own is not None and own.stored == "convolution" and isinstance(norm, Blocks):
+        known = replace(known, norm=replace(norm, inner=_convolution(site, norm.inner)))
     elif own is not None and own.transposed:
         known = replace(known, norm=Transposed(norm))
     return None if known.norm.check(shape) else known
@@ -277,7 +212,7 @@ def _place_vector(site: Site) -> Place:
     known = isinstance(site.module, NORMALIZATIONS | nn.PReLU) or NORMALIZES.search(kind)
     if ndim == 0:
         return Place("scalar", MaxEntry(0), note="a scalar")
-    if not known and TABLE.search(own):
+    if not known and _is_table(own):
         norm = VectorRMS() if ndim == 1 else _stacked(L1ToRMS(), ndim - 2)
         return Place("embedding", norm, note="one row of a table, by its name")
     role = "bias" if BIAS.search(own) else "gain"
@@ -291,31 +226,37 @@ def _place_table(site: Site) -> Place | None:
     """Return the place of a weight with two long dimensions or more, by its name."""
     ndim, own, shape = site.weight.ndim, site.own, site.shape
     if is_stack(site) and BIAS.search(own) and ndim == 2:  # one of every expert
-        halves = 2 if "gate_up" in own else 1
-        norm = _expert_bias(site, halves)
-        return Place("bias", Experts(norm), halves)
-    if BIAS.search(own) and "table" not in own:
+        division = halves(site, shape[1]) if "gate_up" in own else ONE
+        return Place("bias", Experts(_blocks(VectorRMS(), division)), _count(division))
+    if _is_table(own):
+        norm = _stacked(L1ToRMS(), ndim - 2)
+        return Place("embedding", norm, note="rows of a table, by its name")
+    if "attention_bias" in own:  # of scores, one by one
+        return Place("bias", MaxEntry(ndim), note=f"named {own}: added to scores")
+    if BIAS.search(own):
         return Place("bias", _vector(ndim), note=f"{ndim}-D and named {own}: taken for a bias")
-    if TABLE.search(own):
-        return Place(
-            "embedding", _stacked(L1ToRMS(), ndim - 2), note="rows of a table, by its name"
-        )
+    if ndim == 2 and routes(site, shape[0]):
+        return Place("hidden", MATRIX, note=f"a router, stored (experts, in), of a {site.kind}")
     if ENTRIES.search(own):
         return Place("gain", MaxEntry(ndim), note=f"named {own}: taken for gains")
     if own == "weight" and ndim == 2:
-        return Place("hidden", MATRIX, note=f"a map, stored (out, in), of a {site.kind}")
+        bias = getattr(site.module, "bias", None)
+        columns = getattr(bias, "shape", None) == shape[1:] != shape[:1]
+        norm = Transposed(MATRIX) if columns else MATRIX
+        order = "(in, out)" if columns else "(out, in)"
+        return Place("hidden", norm, note=f"a map, stored {order}, of a {site.kind}")
     if ndim == 3 and heads(site.module) == shape[1]:
         note = f"a map, stored (in, heads, out of each), of a {site.kind}"
         return Place("hidden", Flattened(Transposed(MATRIX), 3), note=note)
-    if ndim == 3 and shape[1] == shape[2]:
+    if ndim == 3 and shape[1] == shape[2] and shape[0] > 1:
         note = f"{shape[0]} square maps side by side, of a {site.kind}"
         return Place("hidden", Experts(MATRIX), note=note)
     return None
 
 
-def _expert_bias(site: Site, halves: int) -> Norm:
-    if halves == 1:
-        return VectorRMS()
-    if getattr(site.module, "is_concatenated", True):
-        return Blocks(VectorRMS(), 2)
-    return Blocks(VectorRMS(), (1, 1), site.shape[1] // 2)
+def _is_table(name: str) -> bool:
+    """Return whether a name is one of rows: of positions, tokens, relative biases."""
+    if name.endswith("table"):
+        return True
+    adds = BIAS.search(name) or ENTRIES.search(name) or NO_TABLE.search(name)
+    return bool(TABLE.search(name)) and not adds

@@ -242,13 +242,19 @@ def check(cls: type, values: Mapping[str, Any], *, owner: str) -> None:
 def known(owner: str, given: Iterable[str], names: Iterable[str]) -> None:
     """Raise Refusal for the first that is none of these names. owner: who was given it."""
     names = list(names)
+    meant = {
+        "rules": "norm=metrize(model, rules=…)",
+        "momentum": "it is beta",
+        "betas": "they are beta and beta2",
+        "wd": "it is weight_decay",
+    }
     for key in given:
         require(
             key in names,
             f"{owner}: {key}",
             got="no such setting",
             allowed=", ".join(names),
-            fix=nearest(key, names, otherwise="leave it out"),
+            fix=meant.get(key) or nearest(key, names, otherwise="leave it out"),
         )
 
 

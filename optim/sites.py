@@ -86,8 +86,8 @@ class Site:
 class Map:
     """A weight as one linear map, or a stack of them: fan-out, fan-in, and how it is stored.
 
-    stored: "matrix" (O, I) or, transposed, (I, O); "stack" (E, O, I); "convolution"; "gates", the
-    weights of torch's recurrent and attention modules.
+    stored: "matrix" (O, I) or, transposed, (I, O); "stack" (E, O, I); "convolution"; "bilinear" (O,
+    I₁, I₂); "gates", the weights of torch's recurrent and attention modules.
     """
 
     O: int  # noqa: E741
@@ -135,10 +135,25 @@ class Readers:
     def __init__(self, maps: Mapping[str, Map]) -> None:
         """Note them. maps: by the path of the module, with the weight's name if it has several."""
         self._order = {path: index for index, path in enumerate(maps)}
+        self.last_convolution = max(
+            (self._order[k] for k, own in maps.items() if own.stored == "convolution"), default=-1
+        )
         self._last: dict[str, dict[int, int]] = {}  # of each fan-in, the last map below that has it
         for path, own in maps.items():
             for above in _ancestors(path):
                 self._last.setdefault(above, {})[own.I] = self._order[path]
+
+    def has_one(self) -> bool:
+        """Return whether the model has no other map."""
+        return len(self._order) == 1
+
+    def position(self, path: str) -> int:
+        """Return the place of a map in the order of all."""
+        return self._order[path]
+
+    def is_last(self, path: str, below: str) -> bool:
+        """Return whether no map below a module stands after the one at `path`."""
+        return max(self._last[below].values()) <= self._order[path]
 
     def reads(self, width: int, *, below: str = "", after: str | None = None) -> bool:
         """Return whether a map below a module reads this many inputs, and stands after another."""

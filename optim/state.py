@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .coverage import check_built, check_distinct
 from .directions import DIRECTIONS
 from .errors import CoverageError, PlacementError, Refusal, require
-from .metrize import canonical, check_built, check_distinct
 from .modular import ModularNorm
 from .norms import Norm
 from .ranks import Ranks, check_sharded, sharded
 from .settings import StepSettings, by_role, check, known, wrong
+from .sites import canonical
 
 SCHEMA = 2  # of Dualized.state_dict()
 # A ZeroRedundancyOptimizer, too, passes groups of tensors, and keeps their names from us.

@@ -20,20 +20,27 @@ def by_pattern(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def by_kind(sites: Mapping[str, Site], every: Iterable[str]) -> dict[str, list[str]]:
-    """Return {pattern: names} of weights: one pattern for those that look alike, if it can be.
+    """Return {pattern: names} of weights: those that look alike have one pattern, if it can be.
 
-    every: the names of all weights of the model, of which a pattern may match no other.
+    every: the names of all weights of the model. A pattern matches none that it does not stand for;
+    where that cannot be, each name stands for itself.
     """
     kinds: dict[tuple[str, str, int], list[str]] = {}
     for name, site in sites.items():
-        label = f"{site.label}.{'' if site.own.isdigit() else site.own}"  # of a ParameterList: numbers
-        kinds.setdefault((site.kind, label, len(site.shape)), []).append(name)
+        own = "" if site.own.isdigit() else site.own  # of a ParameterList
+        kinds.setdefault((site.kind, f"{site.label}.{own}", len(site.shape)), []).append(name)
+
+    def is_exact(pattern: str, names: list[str]) -> bool:
+        return {n for n in every if fnmatchcase(n, pattern)} == set(names)
+
     groups: dict[str, list[str]] = {}
     for names in kinds.values():
-        own = by_pattern(names)
         one = f"{_common_start(names)}*{_common_start(n[::-1] for n in names)[::-1]}"
-        alone = {n for n in every if fnmatchcase(n, one)} == set(names)
-        groups |= {one: names} if len(own) > 1 and alone else own
+        layers = by_pattern(names)
+        if len(layers) > 1 and is_exact(one, names):
+            layers = {one: names}
+        for pattern, alike in layers.items():
+            groups |= {pattern: alike} if is_exact(pattern, alike) else {n: [n] for n in alike}
     return groups
 
 
@@ -62,27 +69,32 @@ def unplaced(sites: Mapping[str, Site], maps: Mapping[str, Map | None]) -> Cover
         site, several = sites[names[0]], len(names) > 1
         weights.append(f"{pattern}, {spelled(site.shape)}, of a {site.kind}")
         weights[-1] += f", {len(names)} of them" if several else ""
-        rules.append(f"Rule({pattern!r}, role='hidden'),  # {_alternatives(site, maps[names[0]])}")
+        table = len(site.shape) > 2 and site.shape[0] == 1
+        role = "embedding" if table else "hidden"
+        rules.append(f"Rule({pattern!r}, role={role!r}),  # {_alternatives(site, maps[names[0]])}")
     return CoverageError(
         f"no place for {len(sites)} weight{'s' * (len(sites) > 1)}",
         got="\n    ".join(["weights that no type, shape or name tells", *weights]),
         allowed=f"a rule for each; the roles are {', '.join(MASSES)}",
-        fix="\n    ".join(["metrize(model, rules=[", *rules]) + "\n  ]), or requires_grad=False",
+        fix="\n    ".join(["metrize(model, rules=[", *rules]) + "\n  ]), or requires_grad=False."
+        " Norms are in nanodual.norms, their views (Blocks, Experts, Transposed) in nanodual.views",
     )
 
 
 def _alternatives(site: Site, own: Map | None) -> str:
-    """Return what role='hidden' makes of a weight, and what it might be else."""
+    """Return what the printed rule makes of a weight, and what it might be else."""
     ndim, fused = site.weight.ndim, "Blocks(RMSToRMS(), (rows of each, …))"
     if own is not None and own.stored == "matrix":
         fused = f"Transposed({fused})" if own.transposed else fused
         return f"one map; several: norm={fused}, maps=…, head by head with turns=heads"
+    if ndim > 2 and site.shape[0] == 1:
+        return "rows of a table; maps (out, in): role='hidden'"
     if ndim == 3:
         return (
             f"{site.shape[0]} maps (out, in), of experts or groups; stored (in, out):"
             " norm=Experts(Transposed(RMSToRMS())); rows of a table: role='embedding'"
         )
     return (
-        "maps (out, in); rows of a table: role='embedding'; numbers that multiply or add one by"
-        " one: role='gain', role='bias'"
+        "maps (out, in); stored (in, out): norm=Transposed(RMSToRMS()); rows of a table:"
+        " role='embedding'; numbers that multiply or add one by one: role='gain', role='bias'"
     )

@@ -109,6 +109,10 @@ CASES = {
         "bfloat16",
         *TRACK3,
     ),
+    "muon_float32": (
+        *("--optim.name", "muon_adamw", "--optim.lr", "0.02", "--optim.polar.dtype", "float32"),
+        *("--schedule.beta-warmup", "0.3", "--baseline.auxiliary-lr", "0.5"),
+    ),
     "sgd": (
         "--optim.name",
         "sgd",
@@ -319,20 +323,27 @@ PARTS = {
     ),
     "baseline": ("--optim.name", "sign_sgd", "--optim.lr", "0.003", "--baseline.slow", "0.25"),
     "model and baseline": ("--model.name", "gated", "--optim.name", "sign_sgd", "--optim.lr", "0.003"),
+    "schedule-free": (  # other weights are evaluated than gradients are taken at
+        *("--run.plugins", "[]", "--optim.name", "schedule_free_adamw", "--optim.lr", "0.01"),
+        *("--schedule.cooldown", "0"),
+    ),
+    "adafactor": ("--run.plugins", "[]", "--optim.name", "adafactor", "--optim.lr", "0.003"),
     "library": (
         *("--run.plugins", '["my_lion"]', "--optim.name", "lion", "--optim.lr", "0.003"),
         *("--optim.max-grad-norm", "0.5", "--schedule.beta-warmup", "0.3"),
     ),
 }
+LIBRARIES = ("library", "schedule-free", "adafactor")
 LION = """
 from nanodual import register_baseline
 from pytorch_optimizer import Lion
+from my_betas import pair
 from torch import nn
 
 
 @register_baseline("lion")
 def lion(model: nn.Module, norm: object, *, lr: float, beta: float, beta2: float) -> Lion:
-    return Lion(model.named_parameters(), lr=lr, betas=(beta, beta2))
+    return Lion(model.named_parameters(), lr=lr, betas=pair(beta, beta2))
 """
 
 
@@ -340,6 +351,7 @@ def lion(model: nn.Module, norm: object, *, lr: float, beta: float, beta2: float
 def test_a_script_has_the_parts_of_plugins_in_it_and_gives_every_loss(case: str, root: Path):
     shutil.copy(ROOT / "tests/my_parts.py", root)
     (root / "my_lion.py").write_text(LION)
+    (root / "my_betas.py").write_text("def pair(a, b):\n    return a, b\n")
     folder = trained(root, case.replace(" ", "_"), "--run.plugins", '["my_parts"]', *PARTS[case])
     bare = root / f"bare {case}"
     bare.mkdir()
@@ -353,7 +365,7 @@ def test_a_script_has_the_parts_of_plugins_in_it_and_gives_every_loss(case: str,
     assert_close(lines(logged(bare)), recorded(folder))
     imports = {str(n.module) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom)}
     imports |= {a.name for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import) for a in n.names}
-    libraries = {"torch", "pytorch_optimizer"} if case == "library" else {"torch"}
+    libraries = {"torch", "pytorch_optimizer"} if case in LIBRARIES else {"torch"}
     assert {name.split(".")[0] for name in imports} - sys.stdlib_module_names == libraries
     used = {"Half": "norm", "Forgetful": "direction", "SignSGD": "baseline", "GatedGPT": "model"}
     kinds = {kind for name, kind in used.items() if f"\nclass {name}(" in text}

@@ -3,6 +3,7 @@
 Oracles: real steps of Dualized, and the same network built from separate maps.
 """
 
+import copy
 import re
 import warnings
 import xml.etree.ElementTree as ET
@@ -419,7 +420,8 @@ def test_scalars_have_a_role_of_their_own():
     [
         (
             parameter(3, 4),
-            "maps (out, in); rows of a table: role='embedding'; numbers that multiply or add one by one: role='gain', role='bias'",
+            "maps (out, in); stored (in, out): norm=Transposed(RMSToRMS()); rows of a table: role='embedding'; numbers that "
+            "multiply or add one by one: role='gain', role='bias'",
         ),
         (
             parameter(3, 4, 5),
@@ -428,7 +430,8 @@ def test_scalars_have_a_role_of_their_own():
         ),
         (
             parameter(3, 4, 5, 6),
-            "maps (out, in); rows of a table: role='embedding'; numbers that multiply or add one by one: role='gain', role='bias'",
+            "maps (out, in); stored (in, out): norm=Transposed(RMSToRMS()); rows of a table: role='embedding'; numbers that "
+            "multiply or add one by one: role='gain', role='bias'",
         ),
     ],
     ids=["2-D", "3-D", "4-D"],
@@ -441,7 +444,8 @@ def test_weights_that_neither_type_nor_name_tell_are_refused(weight: nn.Paramete
     assert str(error.value) == (
         f"no place for 1 weight\n  got: weights that no type, shape or name tells\n    experts, {shape}, of a Module\n"
         "  allowed: a rule for each; the roles are embedding, hidden, head, gain, bias, scalar\n"
-        f"  fix: metrize(model, rules=[\n    Rule('experts', role='hidden'),  # {alternatives}\n  ]), or requires_grad=False"
+        f"  fix: metrize(model, rules=[\n    Rule('experts', role='hidden'),  # {alternatives}\n  ]), or requires_grad=False. Norms are in nanodual.norms, "
+        "their views (Blocks, Experts, Transposed) in nanodual.views"
     )
     assert metrize(model, rules=pasted(str(error.value))).roles == {"experts": "hidden"}
 
@@ -462,6 +466,16 @@ def test_one_error_names_all_weights_without_a_place_by_patterns_and_its_rules_w
         "    layers.*.mix, 4×5, of a Module, 3 of them\n    layers.*.c_attn.weight, 12×8, of a Linear, 3 of them\n"
     )
     assert len(metrize(model, rules=pasted(message)).norms) == 10
+
+
+def test_the_patterns_of_an_error_match_no_other_weight():
+    layers = nn.ModuleList(holding(mix=parameter(4, 5), sub=holding(mix=parameter(4))) for _ in range(2))
+    model = holding(**{"layers": layers, "odd[1]": parameter(2, 3)})
+    with pytest.raises(CoverageError) as error:
+        metrize(model)
+    rules = pasted(str(error.value))
+    assert [rule.pattern for rule in rules] == ["odd[1]", "layers.0.mix", "layers.1.mix"]
+    assert metrize(model, rules=rules).roles["layers.0.sub.mix"] == "gain"
 
 
 # Rules.
@@ -538,7 +552,7 @@ def test_a_rule_that_decides_nothing_is_an_error(rules: list[Rule], text: str, d
 def test_an_impossible_rule_is_refused():
     with pytest.raises(
         CoverageError,
-        match=r"^rule 'w'\n  got: norm 'RMS2RMS'\n  allowed: (.*, )?RMSToRMS(, .*)?\n  fix: one of those, or a Norm$",
+        match=r"^rule 'w'\n  got: norm 'RMS2RMS'\n  allowed: (.*, )?RMSToRMS(, .*)?\n  fix: nearest valid name: RMSToRMS$",
     ):
         Rule("w", norm="RMS2RMS")
     for mass in (-1.0, float("nan")):
@@ -651,6 +665,73 @@ def test_the_same_experts_have_the_same_radii_as_a_stack_and_as_a_list(transpose
     assert str(stack.norms["experts.up"]) == str(stack.norms["experts.down"]) == f"Experts({of_one})"
 
 
+def test_layers_that_are_named_after_a_mixture_are_no_experts():
+    class MoELayer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = nn.Linear(6, 6, bias=False)
+
+    radii = [metrize(holding(layers=nn.ModuleList(MoELayer() for _ in range(n)))).radii for n in (2, 8)]
+    assert radii[0]["layers.0.q.weight"] == pytest.approx(4 * radii[1]["layers.0.q.weight"])
+
+
+@pytest.mark.parametrize("order", [("w1", "w2", "w3"), ("gate", "up", "down")])
+def test_three_stacks_of_experts_are_told_apart_by_the_odd_one_and_the_router(order: tuple[str, ...]):
+    down = "w2" if "w2" in order else "down"
+    stacks = {name: parameter(3, 6, 8) if name == down else parameter(3, 8, 6) for name in order}
+    norm = metrize(holding(router=nn.Linear(6, 3, bias=False), experts=holding(**stacks)))
+    assert {str(norm.norms[f"experts.{name}"]) for name in order} == {f"Experts({R})"}
+    columns = {name: parameter(*w.shape[:1], *w.shape[:0:-1]) for name, w in stacks.items()}
+    norm = metrize(holding(router=nn.Linear(6, 3, bias=False), experts=holding(**columns)))
+    assert {str(norm.norms[f"experts.{name}"]) for name in order} == {f"Experts(Transposed({R}))"}
+
+
+def test_a_square_stack_is_stored_as_its_other_stack_says():
+    router = nn.Linear(8, 3, bias=False)
+    columns = holding(router=router, experts=holding(gate_up=parameter(3, 8, 8), down=parameter(3, 4, 8)))
+    norms = metrize(columns).norms  # 8 inputs, gates and values of 4 each
+    assert str(norms["experts.gate_up"]) == f"Experts(Transposed(2 × {R}))"
+    assert str(norms["experts.down"]) == f"Experts(Transposed({R}))"
+
+
+def test_a_router_of_its_own_parameter_is_a_map():
+    norm = metrize(holding(gate=parameter(3, 6), experts=Experts3(transposed=False)))
+    assert norm.norms["gate"] == RMSToRMS() and norm.roles["gate"] == "hidden"
+
+
+def test_gates_of_an_own_recurrent_cell_are_four_maps():
+    cell = holding(x2h=nn.Linear(6, 24), h2h=nn.Linear(6, 24), out=nn.Linear(6, 6))
+    norms = metrize(holding(cells=nn.ModuleList([cell]))).norms
+    assert str(norms["cells.0.x2h.weight"]) == str(norms["cells.0.h2h.weight"]) == f"4 × {R}"
+
+
+def test_a_rule_of_several_maps_divides_the_weight_and_its_bias():
+    model = holding(first=nn.Linear(6, 12), after=nn.Linear(12, 6))
+    norm = metrize(model, rules=[Rule("first.weight", maps=3)])
+    assert (str(norm.norms["first.weight"]), str(norm.norms["first.bias"])) == (f"3 × {R}", "3 × VectorRMS")
+    whole = metrize(model).masses["after.weight"]
+    assert norm.masses["first.weight"] == pytest.approx(3 * norm.masses["after.weight"]) and whole == 3
+
+
+def test_a_role_keeps_what_a_convolution_and_a_bilinear_map_are():
+    model = holding(out=nn.Conv2d(8, 4, 3), pair=nn.Bilinear(2, 3, 4))
+    norms = metrize(model, rules=[Rule("*.weight", role="head")]).norms
+    assert str(norms["out.weight"]) == "Conv(RMSToLinf, 2d)" and str(norms["pair.weight"]) == "Flattened(RMSToLinf)"
+
+
+def test_grouped_queries_are_divided_by_whatever_names_the_attention_has_for_its_heads():
+    attention = holding(Wqkv=nn.Linear(64, 128, bias=False), out_proj=nn.Linear(64, 64))
+    attention.num_heads, attention.num_heads_kv = 4, 2  # type: ignore[assignment]
+    norm = metrize(holding(layers=nn.ModuleList([attention])))
+    assert str(norm.norms["layers.0.Wqkv.weight"]) == f"(64 + 2 × 32) × {R}"
+
+
+def test_a_map_that_nothing_reads_whole_is_noted():
+    layer = holding(modulation=nn.Linear(8, 48), up=nn.Linear(8, 8))
+    notes = metrize(holding(layers=nn.ModuleList([layer, copy.deepcopy(layer)]))).notes
+    assert notes[0] == "layers.*.modulation.weight: one map, though no map reads its 48 outputs whole"
+
+
 @pytest.mark.parametrize(
     ("weight", "after", "maps"),
     [
@@ -747,7 +828,7 @@ def test_dualized_says_once_what_was_guessed_and_metrize_puts_it_into_the_receip
 
 def test_a_map_to_a_vocabulary_is_taken_for_the_head_and_noted_wherever_it_stands():
     embedding, maps = nn.Embedding(7, 6), {"hidden": nn.Linear(6, 6), "words": nn.Linear(6, 7)}
-    first = holding(**dict(reversed(maps.items())), after=nn.Linear(7, 6), embed=embedding)
+    first = holding(**dict(reversed(maps.items())), after=nn.Linear(6, 6), embed=embedding)
     for model in (holding(embed=embedding, **maps), first):
         norm = metrize(model)
         assert norm.norms["words.weight"] == RMSToLinf() and norm.norms["words.bias"] == MaxEntry()
@@ -766,8 +847,20 @@ def test_the_map_whose_outputs_nothing_reads_is_taken_for_a_classifiers_last():
     assert [n for n, role in metrize(recurrent).roles.items() if role == "head"] == ["out.weight"]
     autoencoder = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 16))
     assert metrize(autoencoder).notes == (NO_HEAD,), "its last outputs are as wide as its inputs"
-    layers = nn.ModuleList(holding(gate=nn.Linear(8, 3, bias=False)) for _ in range(2))
-    assert metrize(holding(layers=layers)).notes == (NO_HEAD,), "a map of a repeated layer is none"
+    layers = [holding(score=nn.Linear(8, 3), up=nn.Linear(8, 9), down=nn.Linear(9, 8)) for _ in range(2)]
+    assert "head" not in metrize(holding(layers=nn.ModuleList(layers))).roles.values(), "a map inside a repeated layer"
+    critics = [nn.Sequential(nn.Linear(8, 9), nn.Linear(9, 1)) for _ in range(2)]
+    norm = metrize(holding(actor=nn.Linear(8, 3), critics=nn.ModuleList(critics)))
+    assert {n for n, role in norm.roles.items() if role == "head"} == {
+        "actor.weight",
+        "critics.0.1.weight",
+        "critics.1.1.weight",
+    }
+    experts = nn.ModuleList(Expert() for _ in range(3))
+    norm = metrize(holding(stem=nn.Linear(4, 6), router=nn.Linear(6, 3), experts=experts))
+    assert norm.roles["router.weight"] == "hidden", "one output for each expert"
+    generator = nn.Sequential(nn.Linear(5, 60), nn.Unflatten(1, (15, 2, 2)), nn.ConvTranspose2d(15, 3, 3))
+    assert metrize(generator).roles["0.weight"] == "hidden", "a convolution reads what was reshaped"
 
 
 def test_a_square_map_between_equal_sizes_does_not_look_like_the_head():
@@ -910,9 +1003,18 @@ def test_a_tie_with_one_norm_by_rule_under_either_name_trains(pattern: str):
     assert losses[-1] < 0.5 * losses[0] and model.head.weight is model.embed.weight
 
 
-def test_a_rule_without_a_norm_resolves_no_tie():
+def test_a_rule_of_mass_alone_resolves_no_tie_and_a_role_does():
     with pytest.raises(CoverageError, match="^head.weight shares its storage with embed.weight"):
-        metrize(Tied(), rules=[Rule("embed.weight", role="head")])
+        metrize(Tied(), rules=[Rule("embed.weight", mass=2)])
+    for name in ("embed.weight", "head.weight"):
+        assert places(Tied(), Rule(name, role="embedding"))["embed.weight"] == "embedding L1ToRMS"
+
+
+def test_a_tied_heads_bias_is_added_to_logits():
+    model = holding(embed=nn.Embedding(7, 4), lstm=nn.LSTM(4, 4), out=nn.Linear(4, 7))
+    model.out.weight = model.embed.weight  # type: ignore[union-attr, assignment]
+    norm = metrize(model, rules=[Rule("embed.weight", norm="RMSToRMS")])
+    assert norm.norms["out.bias"] == MaxEntry() and not norm.notes
 
 
 # What takes no part, and what cannot.

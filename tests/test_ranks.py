@@ -22,7 +22,7 @@ from optim.ranks import Piece
 from torch import Tensor
 from training import checkpoint
 from training.checkpoint import SaveError, Saver, best_of, newest_whole
-from training.tensor_files import read_pieces, saved_shapes
+from training.tensor_files import read_pieces, saved_tensors
 
 from tests.forked_python import forked_python, program
 from tests.helpers import ROOT, SOAK, descendants, ranks, run, run_ranks, small_dataset, start_ranks
@@ -79,7 +79,7 @@ def weights(root: Path, name: str) -> dict[str, Tensor]:
     """The whole weights of the newest checkpoint, whoever wrote it."""
     newest, damage = newest_whole(root / "runs" / name / "checkpoints")
     assert newest and not damage, damage
-    whole = {k: torch.empty(shape, dtype=torch.float64) for k, shape in saved_shapes(newest / "model").items()}
+    whole = {k: torch.empty(shape, dtype=torch.float64) for k, (shape, _) in saved_tensors(newest / "model").items()}
     read_pieces(newest / "model", {k: Piece(x, 0, tuple(x.shape)) for k, x in whole.items()})
     return whole
 

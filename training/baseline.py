@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -82,7 +83,6 @@ class Baseline:
         checkpoints, so that after the first step state is refused that these cannot hold.
         """
         self.optimizer, self.max_grad_norm, self.scaling = optimizer, max_grad_norm, scaling
-        self.kind = type(optimizer).__name__
         self.param_groups = optimizer.param_groups
         check_step(optimizer)
         name_parameters(optimizer, model)
@@ -331,17 +331,18 @@ def share_lr(optimizer: torch.optim.Optimizer) -> float:
     """Give all groups one lr and return it, with an lr_scale where they had different ones."""
     kind, groups = type(optimizer).__name__, optimizer.param_groups
     for group in groups:
-        lr = group.get("lr")
+        lr: Any = group.get("lr")
+        number: Any = lr.tolist() if isinstance(lr, Tensor) else lr
         require(
-            isinstance(lr, int | float | Tensor) and torch.tensor(float(lr)).isfinite(),
+            isinstance(number, int | float) and math.isfinite(number),
             f"{kind}: the lr of a group",
             got=repr(lr),
             allowed="a finite number: the training loop sets the learning rate of every step",
             fix=f"{kind}(…, lr=lr)",
         )
-        group["lr"] = float(lr)
+        group["lr"] = float(number)
     lrs = [group["lr"] for group in groups]
-    default = optimizer.defaults.get("lr")
+    default = optimizer.defaults.get("lr", math.nan)
     shared = float(default) if default in lrs else max(lrs)
     for group in groups:
         if group["lr"] != shared:

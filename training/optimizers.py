@@ -97,8 +97,9 @@ class Chosen:
     """Which optimizer."""
 
     name: Annotated[str, OneOf(OPTIMIZERS)] = "dualized"
-    """The optimizer. All but "dualized" are baselines, torch's own (optim/baselines.py), and take
-    few of these settings; normalized_adam and normalized_sgd step in the modular norm."""
+    """The optimizer. All but "dualized" are baselines, torch's own (optim/baselines.py) or those of
+    a library (training/published.py), and take few of these settings; normalized_adam and
+    normalized_sgd step in the modular norm."""
 
 
 @dataclass(kw_only=True)

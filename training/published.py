@@ -147,7 +147,7 @@ def normuon(
     )
 
 
-def float32_normuon() -> type[torch.optim.Optimizer]:
+def float32_normuon() -> Any:
     """Return NorMuon with its iteration in float32, for processors that emulate bfloat16."""
 
     class Float32NorMuon(library().NorMuon):

@@ -204,13 +204,15 @@ class Reach:
         if imported and (module or part).split(".")[0] not in self.packages:
             self.imports.setdefault(name, set()).add(imported)
             return []
-        # Where a package hands names on, the file is the one that has it. What known values name
-        # in a specialised file is not imported there.
+        # Where a package or a file hands names on, the file is the one that has it. What known
+        # values name in a specialised file is not imported there.
         items = [(s, i) for s in self.sources for i in s.definitions(name)]
         if imported is None:
+            items = [(s, i) for s, i in items if s is self.sources[-1]] or items
             return items if source.items[0].text is None and len(items) == 1 else []
         exact = [(s, i) for s, i in items if s.module == module]
-        items = exact or [(s, i) for s, i in items if s.module.startswith(f"{module}.")]
+        top = module.split(".")[0]
+        items = exact or [(s, i) for s, i in items if s.module.split(".")[0] == top]
         if len({s.file for s, _ in items}) != 1 or part != name:
             raise self._not_among_files(source, name, module, part)
         return items
@@ -228,7 +230,7 @@ class Reach:
             what,
             got=statement,
             allowed="definitions of optim, model, models and plugins, each by its own name",
-            fix="from MODULE import NAME, where MODULE is the file that defines it",
+            fix="from MODULE import NAME, with the MODULE that defines it and without `as`",
         )
 
     def _mentioned(self, member: ast.stmt) -> bool:

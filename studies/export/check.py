@@ -36,11 +36,9 @@ def check(
         missing = {name for name in missing if not name.startswith("__")}
         if missing:
             what = f"{min(missing)}, which {source.file} needs"
-            got, allowed = (
-                "no definition that can be read",
-                "def, class, =, import at the top level",
-            )
-            raise BundleError(what, got=got, allowed=allowed, fix="write it out in its file")
+            got, fix = "no definition that can be read", "write it out in its file"
+            allowed = "def, class, =, import at the top level"
+            raise BundleError(what, got=got, allowed=allowed, fix=fix)
         if source.plugin:
             _check_plugin(source, text, packages)
 

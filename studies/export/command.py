@@ -8,6 +8,7 @@ It writes runs/NAME/script.py, or NAME.py in this folder for configs/NAME.toml, 
 another file; --out - prints the script.
 
 The script imports torch and the standard library alone, and has the run's settings written into it.
+Parts of plugins (run.plugins) stand in it too, and what they import of other libraries it imports.
 It logs its own code first, then the lines that the track's scripts log. It runs alone, or under
 torchrun where the number of processes divides its micro-batches. Its one argument, as the track's,
 is a number of trials, whose seeds count up from the run's. The step is optim/update.py itself, and

@@ -35,7 +35,7 @@ STRUCTURE = {  # of a plugin's model, which makes its own
 }
 STAND_IN = "studies/export/modular.py"  # of optim/modular.py
 BASELINES = {
-    "optim/metrize.py": "Names of weights",
+    "optim/sites.py": "Names of weights",
     "optim/baselines.py": "Schedules of torch's optimizers",
     "training/published.py": "Published optimizers",
 }

@@ -63,7 +63,7 @@ def built_optimizers(
     """
     parts = getattr(baseline, "optimizers", [baseline])
     modes = [p for p in parts_of(baseline) if hasattr(p, "train") and hasattr(p, "eval")]
-    if any(part not in [*parts] for part in modes):
+    if any(part not in parts for part in modes):
         allowed = "an optimizer with train() and eval() that no other optimizer wraps"
         raise refusal("optim.name", config.optim.name, allowed)
     arguments = ["model", _norm(build, config, write)]
@@ -93,8 +93,8 @@ def _norm(build: Build, config: Config, write: Expressions) -> str:
         allowed = f"a function that asks {', '.join(OF_NORM)} of its norm, and not {other}"
         raise refusal("optim.name", config.optim.name, allowed)
     given = {k: f"{{w.name: w.{v} for w in WEIGHTS}}" for k, v in OF_NORM.items() if asked}
-    parts = ", ".join(f"{k}={v}" for k, v in given.items())
-    return f"{write.name(ModularNorm)}({parts})" if given else "None"
+    keywords = ", ".join(f"{k}={v}" for k, v in given.items())
+    return f"{write.name(ModularNorm)}({keywords})" if given else "None"
 
 
 def names_by_options(optimizer: torch.optim.Optimizer) -> dict[str, list[str]]:

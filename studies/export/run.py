@@ -136,7 +136,6 @@ def check(config: Config) -> None:
     direction = next(iter(own_directions(config)), None)
     shape, vocabulary = config.schedule.shape, config.model.vocab_size
     of_optim = SCHEDULES[shape].__module__ == "optim.schedules"
-    muon = not takes_polar(o.name) or o.polar.dtype == "bfloat16"
     for key, value, fine, allowed in (
         ("optim.lr", o.lr, not isinstance(o.lr, str), "a number"),
         ("optim.name", o.name, o.name in exported, ", ".join(exported)),
@@ -147,7 +146,6 @@ def check(config: Config) -> None:
             "those of optim/directions.py and of run.plugins",
         ),
         ("schedule.shape", shape, of_optim, "those of optim/schedules.py"),
-        ("optim.polar.dtype", o.polar.dtype, muon, "'bfloat16', in which torch's Muon iterates"),
         ("run.device", config.run.device, config.run.device in ("cpu", "cuda"), "cpu, cuda"),
         ("run.precision", config.run.precision, config.run.precision != "auto", "fp32, bf16"),
         ("model.vocab_size", vocabulary, vocabulary is not None, "a number"),

@@ -269,7 +269,7 @@ class Baseline:
 
 
 def set_mode(optimizers: list[Any], mode: str) -> None:
-    """Put into the model the weights to "train", or those to "eval", where these are others."""
+    """Set the model's weights to those to "train", or those to "eval", where these are others."""
     for optimizer in optimizers:
         for part in getattr(optimizer, "optimizers", [optimizer]):
             if hasattr(part, mode):
