@@ -89,6 +89,11 @@ def decoder_layer() -> nn.Module:
     return nn.TransformerDecoderLayer(D, 4, INNER, dropout=0.0, activation="gelu", batch_first=True)
 
 
+def orthogonal(way: str) -> nn.Module:
+    return parametrizations.orthogonal(nn.Linear(D, 20), orthogonal_map=way)
+
+
+ORTHOGONAL = ("householder", "matrix_exp", "cayley")
 ROWS, SEQUENCE, MEMORY = noise(B, D), noise(B, T, D), noise(B, T - 2, D, seed=1)
 put("Linear", lambda: nn.Linear(D, 20), 20, ROWS)
 put("Bilinear", lambda: nn.Bilinear(D, 12, 20), 20, ROWS, noise(B, 12, seed=1))
@@ -108,7 +113,7 @@ for n, shape in ((1, (T,)), (2, (6, 5)), (3, (6, 5, 4))):
         put(f"{prefix}{n}d", after(partial(getattr(nn, f"Conv{n}d"), 12, 20, 1), normalization), 20, x, axis=1)
 for kind in (nn.PReLU, nn.SyncBatchNorm, partial(nn.GroupNorm, 4), nn.LayerNorm, nn.RMSNorm):
     put(getattr(kind, "__name__", "GroupNorm"), after(partial(nn.Linear, D, 20), partial(kind, 20)), 20, ROWS)
-put("LayerNorm of positions", after(partial(nn.Linear, D, 20), partial(nn.LayerNorm, (T, 20))), 20, SEQUENCE)
+put("LayerNorm of positions", after(partial(nn.Linear, D, 20), partial(nn.LayerNorm, [T, 20])), 20, SEQUENCE)
 
 for kind in (nn.RNN, nn.LSTM, nn.GRU):
     name, one_way = kind.__name__, partial(kind, D, H, batch_first=True)
@@ -152,13 +157,8 @@ put_loss("LinearCrossEntropyLoss", lambda: nn.LinearCrossEntropyLoss(12, CLASSES
 
 put("spectral_norm", lambda: parametrizations.spectral_norm(nn.Linear(D, 20)), 20, ROWS)
 put("weight_norm", lambda: parametrizations.weight_norm(nn.Linear(D, 20)), 20, ROWS)
-put("orthogonal", lambda: parametrizations.orthogonal(nn.Linear(D, 20)), 20, ROWS)
-put(
-    "orthogonal householder",
-    lambda: parametrizations.orthogonal(nn.Linear(D, 20), orthogonal_map="householder"),
-    20,
-    ROWS,
-)
+for way in ORTHOGONAL:
+    put(f"orthogonal, {way}", partial(orthogonal, way), 20, ROWS)
 put("older spectral_norm", lambda: nn.utils.spectral_norm(nn.Linear(D, 20)), 20, ROWS)
 put("older weight_norm", lambda: nn.utils.weight_norm(nn.Linear(D, 20)), 20, ROWS)
 put(

@@ -31,6 +31,7 @@ from optim.sites import canonical
 from optim.views import View
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.nn.utils import parametrize
 
 Edge = tuple[Any, int]  # a node of the graph, and which of its results
 # In a reverse pass, a weight that gets less than this part of what any gets, and an entry of it that gets less than this
@@ -359,7 +360,7 @@ def contacts(graph: Graph, name: str) -> tuple[Any, list[Contact]]:
 def probe(graph: Graph, contact: Contact, target: Any) -> None:
     """Fill in the contact's probes: entries of its result along lines through one of them."""
     edge = (contact.node, 0)
-    base = _influenced(graph, edge, target)
+    base = _influenced(graph, edge, target) or 0
     others = [
         GradientEdge(f, nr)
         for k, (f, nr) in enumerate(contact.node.next_functions)
@@ -440,6 +441,13 @@ def loss_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return output if isinstance(output, Tensor) else output.loss
 
 
+def _free_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """All but those of parametrizations, of which some entries may not be changed: orthogonal ones have signs there."""
+    for module in model.modules():
+        if not isinstance(module, parametrize.ParametrizationList):
+            yield from module.parameters(recurse=False)
+
+
 def judge(
     model: nn.Module, batch: Mapping[str, Tensor], norms: Mapping[str, Norm], notes: Iterable[str] = ()
 ) -> Verdict:
@@ -447,7 +455,7 @@ def judge(
     generator = torch.Generator().manual_seed(1)
     model = model.double().eval()
     with torch.no_grad():
-        for p in model.parameters():
+        for p in _free_parameters(model):
             size = NOISE / max(8, *p.shape[:2], p.numel() // max(1, *p.shape[:1])) ** 0.5
             p.add_(size * torch.randn(p.shape, generator=generator, dtype=p.dtype))
     inputs = {
@@ -530,6 +538,8 @@ def _judge_weight(
         last, of_logits = _is_last(graph, every)
         nature = "head" if of_logits else "last map" if last else "map"
     verdict.nature[name] = nature
+    if kinds == {"entries"} and not isinstance(target, Tensor):
+        return  # numbers of which a parametrization makes a map
     wrong = _wrong_nature(nature, kinds, ends, name, notes)
     if not wrong:
         apart = partial(products, graph, name)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from tests.configurations import CLASSES, FLEET, B, D, T, V, labels, noise, tokens
-from tests.fleet import ENTRIES, EXCEPTIONS, Placement, build, place, quiet, report
-from tests.modules import MODULES, kinds_with_weights
+from tests.fleet import ENTRIES, EXCEPTIONS, Placement, build, place, quiet, report, train
+from tests.modules import MODULES, ORTHOGONAL, kinds_with_weights
 from tests.perturbation import judge
 
 SOAK = os.environ.get("NANODUAL_SOAK") == "1"
@@ -90,6 +90,17 @@ def test_every_module_of_torch_that_has_weights_is_an_entry():
     kinds = [kind for kind in kinds_with_weights() if not issubclass(kind, LazyModuleMixin)]
     assert len(kinds) > 35
     assert [kind.__name__ for kind in kinds if not any(isinstance(part, kind) for part in parts)] == []
+
+
+@pytest.mark.parametrize("way", ORTHOGONAL)
+def test_a_weight_that_torch_keeps_orthogonal_stays_so(way: str):
+    model, batch = build(f"nn.orthogonal, {way}")
+    norm = place(model).norm
+    assert norm is not None
+    train(model, batch, norm)
+    assert isinstance(model.body, nn.Linear)
+    W = model.body.weight
+    assert torch.allclose(W @ W.T, torch.eye(len(W)), atol=1e-4)
 
 
 # ---- the judge: wrong norms of models whose right ones are known
