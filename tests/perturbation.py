@@ -34,8 +34,8 @@ from torch.autograd.graph import GradientEdge
 from torch.nn.utils import parametrize
 
 Edge = tuple[Any, int]  # a node of the graph, and which of its results
-# In a reverse pass, a weight that gets less than this part of what any gets, and an entry of it that gets less than this
-# part of what its weight gets, get rounding.
+# In a reverse pass, a weight that gets less than this part of what any gets, and an entry of it that gets less than
+# this part of what its weight gets, get rounding.
 ROUNDING = 1e-12
 INFLUENCE = 1e-12
 NOISE = 0.5  # added to weights over the root of their width, so that none is zero and attention is not flat
@@ -54,7 +54,7 @@ VIEWS = (
     "Index", "IndexSelect", "AsStrided", "Narrow", "Contiguous", "Diagonal", "MT", "Numpy_T", "Movedim", "Swapaxes",
 )  # fmt: skip
 LOOKUPS = ("Embedding", "EmbeddingBag", "Index", "IndexSelect", "Gather")
-CHOICES = ("Embedding", "EmbeddingBag", "Index", "IndexSelect", "Gather", "Add", "Cat", "Stack", "Repeat", "Where", "MaskedFill", "CopySlices", "IndexPut", "Sub")  # fmt: skip
+CHOICES = (*LOOKUPS, "Add", "Cat", "Stack", "Repeat", "Where", "MaskedFill", "CopySlices", "IndexPut", "Sub")
 
 
 def kind_of(node: Any) -> str:
@@ -483,7 +483,7 @@ Moved = Mapping[tuple[int, int], Tensor]  # {operand of an operation: which entr
 
 
 class _Rows:
-    """The rows of a norm's blocks, numbered, and their signatures. apart: products(), computed only where it is asked."""
+    """The rows of a norm's blocks, numbered, and their signatures. apart: products(), called only where they matter."""
 
     def __init__(self, parts: list[Leaves], numel: int, moved: Moved, apart: Callable[[], Moved]) -> None:
         self.row = torch.full((numel,), -1)
@@ -519,7 +519,7 @@ def _judge_weight(
     graph: Graph,
     name: str,
     norm: Norm,
-    moved: Mapping[tuple[int, int], Tensor],
+    moved: Moved,
     notes: list[str],
     verdict: Verdict,
 ) -> None:
@@ -643,12 +643,10 @@ def _wrong_nature(nature: str, kinds: set[str], ends: list[Contact], name: str, 
         "unseen": set(),
     }[nature]
     noted = nature == "head" and kinds == {"matrix"} and any(name in note for note in notes)
-    ops = sorted({kind_of(e.node) for e in ends})
-    return (
-        []
-        if kinds <= allowed or noted
-        else [f"a {nature} (by {', '.join(ops)}) is placed as {', '.join(sorted(kinds))}"]
-    )
+    if kinds <= allowed or noted:
+        return []
+    operations = sorted({kind_of(e.node) for e in ends})
+    return [f"a {nature} (by {', '.join(operations)}) is placed as {', '.join(sorted(kinds))}"]
 
 
 def _wrong_orientation(rows: _Rows, ends: list[Contact], nature: str) -> list[str]:

@@ -4,13 +4,15 @@
 """
 
 import functools
+import inspect
 import os
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 
 import pytest
 import torch
-from optim import families
+from optim import families, metrize
+from optim.errors import CoverageError
 from optim.norms import L1ToRMS, Norm, RMSToLinf, RMSToRMS
 from optim.views import Blocks, ConvRMSToRMS, Experts, Flattened, Transposed
 from torch import Tensor, nn
@@ -25,6 +27,8 @@ SOAK = os.environ.get("NANODUAL_SOAK") == "1"
 TENTH = int(os.environ["NANODUAL_FLEET"]) % 10  # which tests/conftest.py sets
 REPEAT = f"NANODUAL_FLEET={TENTH} repeats this tenth of the fleet"
 ROWS = 20  # of the table of families, at most
+
+LAZY = [kind for kind in kinds_with_weights() if issubclass(kind, LazyModuleMixin)]
 
 by_entry = pytest.mark.parametrize("name", [*ENTRIES] if SOAK else [*ENTRIES][TENTH::10])
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,9 +91,18 @@ def test_the_table_of_families_is_short_and_each_row_places_an_entry(placements)
 def test_every_module_of_torch_that_has_weights_is_an_entry():
     with quiet():
         parts = [part for entry in MODULES.values() for part in entry()[0].modules()]
-    kinds = [kind for kind in kinds_with_weights() if not issubclass(kind, LazyModuleMixin)]
-    assert len(kinds) > 35
+    kinds = [kind for kind in kinds_with_weights() if kind not in LAZY]
+    assert len(kinds) > 35 and len(LAZY) > 12
     assert [kind.__name__ for kind in kinds if not any(isinstance(part, kind) for part in parts)] == []
+
+
+@pytest.mark.parametrize("kind", LAZY)
+def test_every_lazy_module_is_refused_by_the_names_of_its_weights(kind: type[nn.Module]):
+    sizes = [3 for p in inspect.signature(kind).parameters.values() if p.default is p.empty]
+    with quiet():
+        model = nn.Sequential(kind(*sizes))
+    with pytest.raises(CoverageError, match=r"^0\.weight\n  got: a parameter of a lazy module"):
+        metrize(model)
 
 
 @pytest.mark.parametrize("way", ORTHOGONAL)
