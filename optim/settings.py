@@ -68,6 +68,7 @@ class Help:
     text: str
 
 
+PLURALS = {"a finite number": "finite numbers", "a number": "numbers", "an integer": "integers"}
 BY_ROLE = "by role"  # marks what [optim.roles.<role>] may set for the weights of one role
 BUFFERS = "buffers"  # marks what decides which tensors a checkpoint has
 
@@ -206,7 +207,10 @@ def allowed(hint: Any) -> str:
     if origin is Literal:
         return ", ".join(f'"{a}"' for a in args)
     if origin is list:
-        return f"a list of {allowed(args[0])}" + ', as ["a", "b"]' * (args[0] is str)
+        items = allowed(args[0])
+        for one, many in PLURALS.items():
+            items = items.replace(one, many)
+        return f"a list of {items}" + ', as ["a", "b"]' * (args[0] is str)
     words = {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}
     if not isinstance(hint, type):
         return "a type of TOML: float, int, bool, str, Literal, list[…]"
