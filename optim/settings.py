@@ -80,7 +80,7 @@ class StepSettings:
     lr: Annotated[float | Literal["auto"], Range(0)] = 1.0
     """Modular norm of one step, at the top of the schedule and before decay. "auto" finds it while
     training (EscapeVelocity): a group's lr is then a multiplier of it. It is for runs of 500 steps
-    or more: it may stay at 0.1 for the first hundred. Baselines: their own lr."""
+    or more: after 50 steps three of seven small models stood at 0.1. Baselines: their own lr."""
 
     direction: Annotated[str, OneOf(DIRECTIONS), BY_ROLE, BUFFERS] = "nesterov"
     """The direction that is dualized, by name (optim/directions.py)."""

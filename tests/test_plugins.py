@@ -503,6 +503,40 @@ def test_a_tokenizer_of_a_plugin_is_known_with_the_plugin_alone(root: Path, caps
     assert "error: --plugin\n  got: 'no_such', and there is no such module" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong", "words"),
+    [
+        (
+            ".reshape(-1).astype(np.uint16)",
+            ".reshape(-1).tolist()",
+            "encode of the tokenizer nibbles\n  got: list\n  allowed: a NumPy array (n,) of integers\n  fix: return np.array",
+        ),
+        (".reshape(-1).astype(np.uint16)", "", ", 2) uint8\n"),
+        ("codes & 15", "codes & 15 | 16", "got: tokens from "),
+        (
+            '.decode(errors="replace")',
+            "",
+            "decode of the tokenizer nibbles\n  got: bytes\n  allowed: str\n  fix: .decode(",
+        ),
+        ("np.tile([0, 1], 8)", "[0, 1] * 8", "byte_lengths of the tokenizer nibbles\n  got: list\n"),
+        ("np.tile([0, 1], 8)", "np.tile([0, 1], 4)", "got: an array (8,) int64\n  allowed: a NumPy array (16,) of int"),
+    ],
+)
+def test_a_tokenizer_s_methods_are_checked_when_it_is_first_used(
+    folder: Path, right: str, wrong: str, words: str, capsys: pytest.CaptureFixture[str]
+):
+    """By data.prepare, which leaves nothing behind; and on the prompt, before a run or a sample begins."""
+    assert right in PARTS
+    (folder / "parts.py").write_text(PARTS.replace(right, wrong))
+    (folder / "text.txt").write_text(TEXT)
+    options = ["--plugin", "parts", "--tokenizer", "nibbles", "--out", "corpora/nibbles"]
+    assert prepare.main(["text", "text.txt", *options]) == 2
+    assert words in capsys.readouterr().err and not (folder / "corpora").exists()
+    with pytest.raises(Refusal) as error:
+        TOKENIZERS["nibbles"]().encode_prompt("A", option="--prompt")
+    assert words in str(error.value)
+
+
 def test_a_run_says_which_plugins_it_had(root: Path):
     summary = json.loads((root / "runs/louder/summary.json").read_text())
     assert list(summary["plugins"]) == ["parts"] and len(summary["plugins"]["parts"]) == 64
