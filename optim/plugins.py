@@ -49,7 +49,7 @@ def file_of(name: str) -> Path:
     return Path(str(sys.modules[name].__file__))
 
 
-def files(names: Sequence[str]) -> dict[str, Path]:
+def source_files(names: Sequence[str]) -> dict[str, Path]:
     """Return {module: its file} of plugins that are loaded and of the user's own modules that they
     import. A module stands behind those that it imports.
     """
@@ -98,9 +98,10 @@ def _imports(name: str) -> Iterator[str]:
 
 
 def digests(names: Sequence[str]) -> dict[str, str]:
-    """Return {module: the SHA-256 of its file} of plugins that are loaded, and of files()."""
+    """Return {module: the SHA-256 of its file} of all source_files() of plugins that are loaded."""
     return {
-        name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files(names).items()
+        name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for name, file in source_files(names).items()
     }
 
 

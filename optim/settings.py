@@ -140,6 +140,16 @@ def settings_class(
     return make_dataclass(name, rows, kw_only=True, bases=bases, namespace=namespace)
 
 
+def extended(base: type, declared: Mapping[str, tuple[Any, Any, str]]) -> type:
+    """Return a class of settings with those declared besides; the class itself if it has them."""
+    names = {f.name for f in fields(base)}
+    more = {key: row for key, row in declared.items() if key not in names}
+    if not more:
+        return base
+    module, bases = base.__module__, (base,)
+    return settings_class(base.__name__, base.__doc__, more, module=module, bases=bases)
+
+
 def hints_of(cls: type) -> dict[str, Any]:
     """Return {setting: its type with range and marks}."""
     return get_type_hints(cls, include_extras=True)

@@ -587,8 +587,8 @@ def test_the_list_of_a_plugin_s_files_has_what_it_imports_of_the_user_s_own(fold
     )
     plugins.load(["user"])
     names = ["kit", "kit.deep", "kit.inner", "late", "user"]
-    assert sorted(plugins.files(["user"])) == sorted(plugins.digests(["user"])) == names
-    assert list(plugins.files(["user"]))[-1] == "user", "behind what it imports"
+    assert sorted(plugins.source_files(["user"])) == sorted(plugins.digests(["user"])) == names
+    assert list(plugins.source_files(["user"]))[-1] == "user", "behind what it imports"
     before = plugins.digests(["user"])
     (folder / "kit/deep.py").write_text("x = 2\n")
     after = plugins.digests(["user"])

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from optim.errors import require
-from optim.plugins import files, is_library
+from optim.plugins import is_library, source_files
 
 from .specialise import ExportError
 
@@ -13,7 +13,7 @@ def files_of_plugins(names: Sequence[str]) -> dict[str, str]:
 
     A file stands behind those that it imports.
     """
-    modules = files(names)
+    modules = source_files(names)
     for name, file in modules.items():
         require(
             file.suffix == ".py",

@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Sequence
 
 from optim.errors import require
-from optim.plugins import digests, files
+from optim.plugins import digests, source_files
 from training.provenance import git_state
 
 from ..export.run import Run
@@ -65,7 +65,7 @@ def plugin_texts(judged: Sequence[Run]) -> dict[str, str]:
                 fix="put it back, or train it again",
                 error=RecordError,
             )
-        for name, file in files(names).items():
+        for name, file in source_files(names).items():
             require(
                 file.suffix == ".py",
                 f"the plugin {name} of {run.name}",
