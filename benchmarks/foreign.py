@@ -1,11 +1,12 @@
 """Learning rates for models that declare no structure: the rate that matches AdamW's, a scan, auto.
 
     python -m benchmarks.foreign rates [--models vit lstm …] [--steps 200] [--seeds 3]
-    python -m benchmarks.foreign auto [--steps 50 150 500] [--seeds 2]
+        [--rates 0.125 0.25 …]
+    python -m benchmarks.foreign auto [--steps 50 150 500] [--seeds 2] [--rates 0.5 1 2 4]
 
 `rates` trains each model with the settings that optim/convert.py gives for AdamW's of lr 1e-3 and
-weight decay 0.01, at the rate that it matches and at those of RATES, and with that AdamW. `auto`
-trains with the defaults of Dualized, at lr="auto" and at those of RATES. All rates fall to 0
+weight decay 0.01, at the rate that it matches and at --rates, and with that AdamW. `auto`
+trains with the defaults of Dualized, at lr="auto" and at --rates. All rates fall to 0
 linearly. Prints the mean test loss (nats) at each rate, the best with *, and where auto ended (η).
 """
 
@@ -13,7 +14,7 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ IMAGES = 64
 ADAMW: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.01}
 MASK = 0  # a byte that the text does not have
 Build = Callable[[nn.Module, ModularNorm], torch.optim.Optimizer]
+train_and_test_once = cache(train_and_test)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class LSTM(nn.Module):
 
 def text(seed: int | None) -> Tensor:
     """Return windows of bytes (batch, LENGTH), for training or of the text left out."""
-    kept, left_out = TEXT
+    kept, left_out = train_and_test_once()
     return left_out if seed is None else windows(kept, BATCH, seed=seed)
 
 
@@ -162,7 +164,6 @@ def perceptron() -> nn.Module:
     )
 
 
-TEXT = train_and_test()
 HEAD = Rule("head.weight", role="head")  # as many outputs as other maps have inputs, or twice
 TASKS = {
     "gpt2": Task(lambda: language("gpt2"), text, of_language),

@@ -54,7 +54,7 @@ class Tokenizer:
     def encode_prompt(self, text: str, *, option: str) -> list[int]:
         """Return a prompt's tokens, at least one. Raises DataError that names its option."""
         try:
-            tokens = self.encode(text).tolist()
+            tokens = self.encode(text)
         except DataError as error:
             raise DataError(
                 option,
@@ -62,15 +62,59 @@ class Tokenizer:
                 allowed=f"the characters {error.allowed}",
                 fix="another prompt",
             ) from error
-        if not tokens:
+        check_outputs(self, tokens)
+        if not len(tokens):
             raise DataError(
                 option, got="no tokens", allowed="at least one character", fix="another prompt"
             )
-        return tokens
+        return tokens.tolist()
 
     def byte_lengths(self) -> np.ndarray:
         """Return the bytes of text that each token stands for (vocab_size,)."""
         raise NotImplementedError
+
+
+def check_outputs(tokenizer: Tokenizer, tokens: np.ndarray) -> None:
+    """Raise DataError for the first method that returns what it should not.
+
+    tokens: what encode returned of a text, which are decoded too.
+    """
+    size = tokenizer.vocab_size
+    _check_integers(tokenizer, "encode", tokens, "(n,)", np.ndim(tokens) == 1)
+    require(
+        not len(tokens) or (tokens.min() >= 0 and tokens.max() < size),
+        f"encode of the tokenizer {tokenizer.name}",
+        got=f"tokens from {min(tokens, default=0)} to {max(tokens, default=0)}",
+        allowed=f"0 to {size - 1}, as vocab_size is {size}",
+        fix="another vocab_size",
+        error=DataError,
+    )
+    lengths = tokenizer.byte_lengths()
+    _check_integers(tokenizer, "byte_lengths", lengths, f"({size},)", np.shape(lengths) == (size,))
+    text = tokenizer.decode(tokens.tolist())
+    require(
+        isinstance(text, str),
+        f"decode of the tokenizer {tokenizer.name}",
+        got=type(text).__name__,
+        allowed="str",
+        fix='.decode(errors="replace")' if isinstance(text, bytes) else "return a str",
+        error=DataError,
+    )
+
+
+def _check_integers(
+    tokenizer: Tokenizer, method: str, output: object, shape: str, fits: bool
+) -> None:
+    """Raise DataError unless a method returned an array of integers whose shape fits."""
+    array = isinstance(output, np.ndarray)
+    require(
+        array and fits and np.issubdtype(output.dtype, np.integer),
+        f"{method} of the tokenizer {tokenizer.name}",
+        got=f"an array {output.shape} {output.dtype}" if array else type(output).__name__,
+        allowed=f"a NumPy array {shape} of integers",
+        fix="return np.array(…, dtype=np.uint16)" if method == "encode" else "dtype=np.int64",
+        error=DataError,
+    )
 
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {}

@@ -24,13 +24,14 @@ from .shards import (
     write_manifest,
     write_split,
 )
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, check_outputs
 
 Splits = dict[str, list[str]]  # the documents of train and val
 
 # Validation texts up to these sizes are compressed, for comparison with the model's bits per byte.
 # xz takes a second for a megabyte.
 COMPRESSED_LIMIT, XZ_LIMIT = 64 * 2**20, 8 * 2**20
+EXCERPT = 100  # characters on which a tokenizer's methods are checked
 
 
 def write_dataset(
@@ -54,6 +55,8 @@ def write_dataset(
                 allowed="at least one character",
                 fix="more documents, or --val FILE",
             )
+    text = next(filter(None, documents_by_split["val"]))[:EXCERPT]
+    check_outputs(tokenizer, tokenizer.encode(text))
     separator = ""
     if tokenizer.byte_lengths()[tokenizer.separator]:
         separator = tokenizer.decode([tokenizer.separator])
@@ -121,6 +124,8 @@ def encoded_until(
             document = next(documents, None)
             if document is None:
                 return
+            if not count:
+                check_outputs(tokenizer, tokenizer.encode(document[:EXCERPT]))
             tokens = np.concatenate([separator, tokenizer.encode(document)])
             sizes.append(len(document.encode()) + separator_bytes)
             count += len(tokens)

@@ -18,7 +18,7 @@ from optim import ModularNorm, metrize
 from optim.errors import require
 from optim.plugins import require_free
 from optim.roles import Norms
-from optim.settings import OneOf, allowed, fits, help_texts, hints_of, settings_class
+from optim.settings import OneOf, allowed, extended, fits, help_texts, hints_of
 
 from .ngram import NgramConfig, NgramGPT
 from .track3 import Track3Config, Track3GPT
@@ -127,19 +127,12 @@ def model_config() -> type[ModelConfig]:
 @cache
 def _model_config(classes: tuple[type[GPTConfig], ...]) -> type[ModelConfig]:
     """Return ModelConfig with the settings that these classes have and it has not."""
-    shipped = {f.name for f in fields(ModelConfig)}
-    more = {
+    declared = {
         f.name: (hints_of(cls)[f.name], f.default, help_texts(cls)[f.name])
         for cls in classes
         for f in fields(cls)
-        if f.name not in shipped
     }
-    doc, bases = ModelConfig.__doc__, (ModelConfig,)
-    return (
-        settings_class("ModelConfig", doc, more, module=__name__, bases=bases)
-        if more
-        else ModelConfig
-    )
+    return extended(ModelConfig, declared)
 
 
 def own_settings(config: ModelConfig) -> GPTConfig:

@@ -195,7 +195,7 @@ def normalized_adam(
     weight_decay: float,
 ) -> torch.optim.Optimizer:
     """Build [MN]'s Adam: its update, every tensor of it at norm lr · radius."""
-    base = torch.optim.Adam(_named(model), betas=(beta, beta2))
+    base = torch.optim.Adam(trainable(model), betas=(beta, beta2))
     return Normalized(base, norm, lr, weight_decay=weight_decay)
 
 
@@ -204,7 +204,7 @@ def normalized_sgd(
     model: nn.Module, norm: ModularNorm, *, lr: float, beta: float, weight_decay: float
 ) -> torch.optim.Optimizer:
     """Build [MN]'s SGD: the averaged gradient, every tensor of it at norm lr · radius."""
-    base = torch.optim.SGD(_named(model), momentum=beta, dampening=beta)
+    base = torch.optim.SGD(trainable(model), momentum=beta, dampening=beta)
     return Normalized(base, norm, lr, weight_decay=weight_decay)
 
 
@@ -221,7 +221,7 @@ def adamw(
     """Build torch's AdamW, with decay on matrices and embeddings alone, as nanoGPT groups them."""
     groups = [
         {
-            "params": [(n, p) for n, p in _named(model) if (p.ndim >= 2) is decays],
+            "params": [(n, p) for n, p in trainable(model) if (p.ndim >= 2) is decays],
             "weight_decay": weight_decay if decays else 0.0,
         }
         for decays in (True, False)
@@ -284,7 +284,7 @@ Named = list[tuple[str, Tensor]]
 def split_hidden(model: nn.Module, norm: ModularNorm) -> tuple[Named, dict[str, Named]]:
     """Return the hidden matrices of a model, and its other weights by their kind in AUXILIARY."""
     kinds: dict[str, Named] = {"hidden": []}
-    for name, p in _named(model):
+    for name, p in trainable(model):
         role = norm.roles[canonical(name)]
         kind = "vectors" if p.ndim < 2 else role if role in AUXILIARY else "hidden"
         kinds.setdefault(kind, []).append((name, p))
@@ -382,7 +382,9 @@ def sgd(
     Every weight is a group, as `scaling` gives each its own multiple of lr (see coordinates).
     """
     scales = coordinates(model, norm, scaling)
-    groups = [{"params": [(n, p)], "lr_scale": scales[canonical(n)] ** 2} for n, p in _named(model)]
+    groups = [
+        {"params": [(n, p)], "lr_scale": scales[canonical(n)] ** 2} for n, p in trainable(model)
+    ]
     return torch.optim.SGD(groups, lr=lr, momentum=beta, dampening=beta, weight_decay=weight_decay)
 
 
@@ -406,7 +408,7 @@ def coordinates(model: nn.Module, norm: ModularNorm, scaling: Scaling) -> dict[s
             return norm.radii[name] / float(norm.norms[name].norm(one))
         return 1.0
 
-    return {canonical(n): scale(canonical(n), p) for n, p in _named(model)}
+    return {canonical(n): scale(canonical(n), p) for n, p in trainable(model)}
 
 
 def takes_polar(name: str) -> bool:
@@ -441,5 +443,6 @@ def _fused(model: nn.Module) -> bool:
     return all(p.device.type in ("cpu", "cuda") for p in model.parameters())
 
 
-def _named(model: nn.Module) -> list[tuple[str, Tensor]]:
+def trainable(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the named weights that are trained."""
     return [(n, p) for n, p in model.named_parameters() if p.requires_grad]

@@ -32,7 +32,7 @@ from .plugins import load
 from .receipt import aligned, figure, spelled
 
 NAMES = {"adamw": "AdamW", "muon": "Muon"}
-# The best rates of eight small models lay in it (docs/log.md, 2026-11-28, "Which learning rates for
+# The best rates of seven small models lay in it (docs/log.md, 2026-11-28, "Which learning rates for
 # other people's models?"; python -m benchmarks.foreign rates).
 RECOMMENDED = (0.125, 4.0)
 SCAN = 4  # the factor between two rates of a scan, about
@@ -171,7 +171,7 @@ class Conversion:
         return [
             f"Dualized(…, lr, {others})",
             f"lr {self.lr:.4g}: takes {NAMES[self.baseline]}'s steps (matched)",
-            f"lr {low:g} to {high:g}: recommended, as the best of eight small models lay there",
+            f"lr {low:g} to {high:g}: recommended, as the best of seven small models lay there",
             f"scan lr = {', '.join(f'{lr:.3g}' for lr in self.scan)}, falling to 0 in each run; "
             "then halve and double the best",
         ]

@@ -4,12 +4,14 @@ A plugin is an ordinary Python module. A configuration names it in [run] plugins
 convert with --plugin. docs/extend.md shows each kind of part.
 """
 
+import ast
 import hashlib
 import importlib
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass, replace
+from importlib.util import resolve_name
 from keyword import iskeyword
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +21,7 @@ from .errors import Refusal, require
 # The modules of a checkout: a plugin of such a name would never be the one that is imported.
 OURS = ("optim", "nanodual", "model", "models", "data", "training", "studies", "benchmarks")
 OURS += ("examples", "tests", "train_gpt", "sample")
+LIBRARIES = ("site-packages", "dist-packages")  # folders whose modules are no user's own
 
 
 def load(
@@ -46,9 +49,60 @@ def file_of(name: str) -> Path:
     return Path(str(sys.modules[name].__file__))
 
 
+def source_files(names: Sequence[str]) -> dict[str, Path]:
+    """Return {module: its file} of plugins that are loaded and of the user's own modules that they
+    import. A module stands behind those that it imports.
+    """
+    packages = {name.split(".")[0] for name in names}
+    modules: dict[str, Path] = {}
+    seen: set[str] = set()
+
+    def visit(name: str) -> None:
+        top = name.split(".")[0]
+        own = top in packages or (top not in OURS and not is_library(name))
+        if name in seen or not own or not getattr(sys.modules.get(name), "__file__", None):
+            return
+        seen.add(name)
+        for imported in _imports(name):
+            visit(imported)
+        modules[name] = file_of(name)
+
+    for name in names:
+        visit(name)
+    return modules
+
+
+def is_library(name: str) -> bool:
+    """Return whether a module is Python's or an installed library's."""
+    folders = Path(getattr(sys.modules.get(name), "__file__", None) or "").parts
+    return name.split(".")[0] in sys.stdlib_module_names or not {*LIBRARIES}.isdisjoint(folders)
+
+
+def _imports(name: str) -> Iterator[str]:
+    """Yield the modules that a loaded module's file imports: their packages first, and the names
+    that it takes from them, some of which are modules too.
+    """
+    file = file_of(name)
+    package = name if file.stem == "__init__" else name.rpartition(".")[0]
+    tree = ast.parse(file.read_bytes() if file.suffix == ".py" else "")
+    targets = [name]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            module = resolve_name("." * node.level + (node.module or ""), package)
+            targets += [f"{module}.{part.name}" for part in node.names]
+        elif isinstance(node, ast.Import):
+            targets += [part.name for part in node.names]
+    for target in targets:
+        parts = target.split(".")
+        yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+
+
 def digests(names: Sequence[str]) -> dict[str, str]:
-    """Return {plugin: the SHA-256 of its file} of plugins that are loaded."""
-    return {name: hashlib.sha256(file_of(name).read_bytes()).hexdigest() for name in names}
+    """Return {module: the SHA-256 of its file} of all source_files() of plugins that are loaded."""
+    return {
+        name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for name, file in source_files(names).items()
+    }
 
 
 def _check_name(name: str, option: str, error: type[Refusal]) -> None:
@@ -63,11 +117,11 @@ def _check_name(name: str, option: str, error: type[Refusal]) -> None:
         error=error,
     )
     require(
-        name not in OURS and name not in sys.stdlib_module_names,
+        parts[0] not in OURS and parts[0] not in sys.stdlib_module_names,
         option,
-        got=f"{name!r}, the name of a module of {'nanodual' if name in OURS else 'Python'}",
+        got=f"{name!r}, the name of a module of {'nanodual' if parts[0] in OURS else 'Python'}",
         allowed="a module of another name",
-        fix=f"rename its file, to my_{name}.py say",
+        fix=f"rename its file, to my_{parts[-1]}.py say",
         error=error,
     )
 

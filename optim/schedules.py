@@ -127,8 +127,8 @@ class EscapeVelocity:
 
     Not for short runs: η grows only while gradients agree with the way travelled. Of seven small
     models three stood at `initial` after 50 steps, and six were within 11 % of the loss of the best
-    rate after 500; the LSTM's was too large (docs/log.md, 2026-11-28, "Which learning rates for
-    other people's models?").
+    rate after 500 (ResNet: within 0.001); the LSTM's was too large (docs/log.md, 2026-11-28, "Which
+    learning rates for other people's models?").
     """
 
     initial: Annotated[float, Range(0, above=True)] = 0.1

@@ -208,7 +208,7 @@ def test_the_table_reads_so():
     assert str(convert(norm, "muon", lr=0.02, weight_decay=0.1, adamw_lr=1e-3)) == (
         "Dualized(…, lr, direction='nesterov', beta=0.95, weight_decay=0.1)\n"
         "lr 0.02667: takes Muon's steps (matched)\n"
-        "lr 0.125 to 4: recommended, as the best of eight small models lay there\n"
+        "lr 0.125 to 4: recommended, as the best of seven small models lay there\n"
         "scan lr = 0.0267, 0.0933, 0.327, 1.14, 4, falling to 0 in each run; then halve and double the best\n"
         "\n"
         "parameter  shape  role       update RMS Muon  Dualized  ratio  matched\n"

@@ -205,6 +205,10 @@ def test_a_plugin_of_the_working_directory_is_imported_once(folder: Path):
         ("", "", "got: ''"),
         ("data", "", "got: 'data', the name of a module of nanodual\n  allowed: a module of another name\n"),
         ("json", "", "got: 'json', the name of a module of Python\n"),
+        ("json.tool", None, "got: 'json.tool', the name of a module of Python\n"),
+        ("os.path", None, "got: 'os.path', the name of a module of Python\n"),
+        ("data.prepare", None, "got: 'data.prepare', the name of a module of nanodual\n"),
+        ("optim.norms", None, "\n  fix: rename its file, to my_norms.py say"),
         ("torch", "\n", "not {folder}/torch.py\n  allowed: a name that no other module has\n  fix: rename "),
         ("bad", "\n\n1 / 0\n", "bad raised while it was imported\n  got: ZeroDivisionError: division by zero\n"),
         ("bad", "\n\n1 / 0\n", "fix: see {folder}/bad.py, line 3"),
@@ -499,6 +503,40 @@ def test_a_tokenizer_of_a_plugin_is_known_with_the_plugin_alone(root: Path, caps
     assert "error: --plugin\n  got: 'no_such', and there is no such module" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong", "words"),
+    [
+        (
+            ".reshape(-1).astype(np.uint16)",
+            ".reshape(-1).tolist()",
+            "encode of the tokenizer nibbles\n  got: list\n  allowed: a NumPy array (n,) of integers\n  fix: return np.array",
+        ),
+        (".reshape(-1).astype(np.uint16)", "", ", 2) uint8\n"),
+        ("codes & 15", "codes & 15 | 16", "got: tokens from "),
+        (
+            '.decode(errors="replace")',
+            "",
+            "decode of the tokenizer nibbles\n  got: bytes\n  allowed: str\n  fix: .decode(",
+        ),
+        ("np.tile([0, 1], 8)", "[0, 1] * 8", "byte_lengths of the tokenizer nibbles\n  got: list\n"),
+        ("np.tile([0, 1], 8)", "np.tile([0, 1], 4)", "got: an array (8,) int64\n  allowed: a NumPy array (16,) of int"),
+    ],
+)
+def test_a_tokenizer_s_methods_are_checked_when_it_is_first_used(
+    folder: Path, right: str, wrong: str, words: str, capsys: pytest.CaptureFixture[str]
+):
+    """By data.prepare, which leaves nothing behind; and on the prompt, before a run or a sample begins."""
+    assert right in PARTS
+    (folder / "parts.py").write_text(PARTS.replace(right, wrong))
+    (folder / "text.txt").write_text(TEXT)
+    options = ["--plugin", "parts", "--tokenizer", "nibbles", "--out", "corpora/nibbles"]
+    assert prepare.main(["text", "text.txt", *options]) == 2
+    assert words in capsys.readouterr().err and not (folder / "corpora").exists()
+    with pytest.raises(Refusal) as error:
+        TOKENIZERS["nibbles"]().encode_prompt("A", option="--prompt")
+    assert words in str(error.value)
+
+
 def test_a_run_says_which_plugins_it_had(root: Path):
     summary = json.loads((root / "runs/louder/summary.json").read_text())
     assert list(summary["plugins"]) == ["parts"] and len(summary["plugins"]["parts"]) == 64
@@ -535,6 +573,52 @@ def test_a_plugin_that_changed_or_went_is_noted_or_refused_and_nothing_is_lost(r
         assert code == 0 and "another file" not in err, "it is noted once"
     finally:
         (root / "away.py").replace(root / "parts.py")
+
+
+def test_the_list_of_a_plugin_s_files_has_what_it_imports_of_the_user_s_own(folder: Path):
+    """Of packages too, in functions and relatively; ours, Python's and the libraries' files are not in it."""
+    (folder / "kit").mkdir()
+    (folder / "kit/__init__.py").write_text("")
+    (folder / "kit/inner.py").write_text("from . import deep\nfrom .deep import x\n")
+    (folder / "kit/deep.py").write_text("x = 1\n")
+    (folder / "late.py").write_text("import json, numpy\n")
+    (folder / "user.py").write_text(
+        "import torch\nimport optim.norms\nimport kit.inner\ndef f():\n    import late\nf()\n"
+    )
+    plugins.load(["user"])
+    names = ["kit", "kit.deep", "kit.inner", "late", "user"]
+    assert sorted(plugins.source_files(["user"])) == sorted(plugins.digests(["user"])) == names
+    assert list(plugins.source_files(["user"]))[-1] == "user", "behind what it imports"
+    before = plugins.digests(["user"])
+    (folder / "kit/deep.py").write_text("x = 2\n")
+    after = plugins.digests(["user"])
+    assert [name for name in names if before[name] != after[name]] == ["kit.deep"]
+    run_of_user = Run("a", from_dict(Config, {"run": {"plugins": ["user"]}}), 1, "")
+    texts = plugin_texts([run_of_user])
+    assert sorted(texts) == ["kit/__init__.py", "kit/deep.py", "kit/inner.py", "late.py", "user.py"]
+    assert texts["kit/deep.py"] == "x = 2\n"
+
+
+def test_a_list_of_a_plugin_s_settings_is_kept_when_it_is_empty_and_typed_from_options(folder: Path):
+    (folder / "lists.py").write_text(
+        "from typing import Annotated\nimport torch\nfrom optim import register_baseline\n"
+        "from optim.settings import Help\n"
+        "@register_baseline('listed')\ndef listed(model, norm, *, lr, xs: Annotated[list[float], Help('x')] = [1.0],\n"
+        "    ns: Annotated[list[int], Help('n')] = []):\n    return torch.optim.SGD(model.parameters(), lr=lr)\n"
+    )
+    raw = {"run": {"plugins": ["lists"]}, "optim": {"name": "listed"}, "baseline": {"xs": []}}
+    text = to_toml(from_dict(Config, raw))
+    assert "xs = []" in text and "\nns = " not in text
+    (folder / "lists.toml").write_text(text)
+    assert vars(of_file(folder / "lists.toml").baseline)["xs"] == []
+    for option in ("1,2", "[1, 2]", "[1.0, 2.0]"):
+        assert read_options(["--baseline.xs", option]) == {"baseline.xs": [1.0, 2.0]}
+    assert read_options(["--baseline.ns", "1", "2"]) == {"baseline.ns": [1, 2]}
+    for option in ("1,b", "[1, true]"):
+        with pytest.raises(ConfigError, match="allowed: a list of finite numbers\n"):
+            read_options(["--baseline.xs", option])
+    with pytest.raises(ConfigError, match="allowed: a list of integers\n"):
+        read_options(["--baseline.ns", "1.5"])
 
 
 def test_two_ranks_train_with_a_plugin_as_one_does(root: Path):
@@ -635,3 +719,17 @@ def test_a_study_refuses_results_of_another_file_of_its_plugin(folder: Path):
     (path / "summary.json").write_text(json.dumps({"plugins": dict.fromkeys(digests, "0")}))
     with pytest.raises(runs.StudyError, match="got: another file of the plugin parts than this run had"):
         runs.done(wanted, folder / "study")
+
+    assert "louder" in capsys.readouterr().out and sys.path[0] == str(record)
+
+
+def test_a_record_without_plugins_imports_nothing_of_its_folder(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registries: None
+):
+    monkeypatch.chdir(root)
+    (tmp_path / "plain.toml").write_text('[data]\ndataset = "corpora/small"\n')
+    content = {"corpus_sha256": "another", "entries": [{"name": "plain", "config": "plain.toml"}]}
+    (tmp_path / "record.json").write_text(json.dumps(content))
+    with pytest.raises(RecordError, match="the data of corpora/small"):
+        check_record(tmp_path, entry=None, seeds=None, workers=1, out=tmp_path / "out")
+    assert str(tmp_path) not in sys.path

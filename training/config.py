@@ -238,8 +238,9 @@ def load_plugins(raw: Mapping[str, Any]) -> None:
     names = section.get("plugins") if isinstance(section, dict) else None
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
         # Only rank 0 prints a ConfigError, and another machine may lack the file: it says so too.
-        first_of_another = os.environ.get("RANK", "0") != "0" == os.environ.get("LOCAL_RANK")
-        plugins.load(names, error=RankError if first_of_another else ConfigError)
+        first_of_its_machine = os.environ.get("LOCAL_RANK") == "0"
+        speaks = first_of_its_machine and os.environ.get("RANK", "0") != "0"
+        plugins.load(names, error=RankError if speaks else ConfigError)
 
 
 def of_file(path: Path) -> Config:

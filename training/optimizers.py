@@ -11,7 +11,16 @@ from optim.baselines import BASELINES, Recipe
 from optim.errors import require
 from optim.polar import Polar
 from optim.roles import RoleMasses, RoleNorms
-from optim.settings import Help, OneOf, StepSettings, by_role, help_texts, hints_of, settings_class
+from optim.settings import (
+    Help,
+    OneOf,
+    StepSettings,
+    by_role,
+    extended,
+    help_texts,
+    hints_of,
+    settings_class,
+)
 
 from .errors import ConfigError
 from .sections import flat, set_it
@@ -70,14 +79,7 @@ BaselineSettings = settings_class(
 @cache
 def baseline_settings(recipes: tuple[Recipe, ...]) -> type:
     """Return BaselineSettings, with the settings of baselines that were registered later."""
-    shipped = {f.name for f in fields(BaselineSettings)}
-    more = {k: row for k, row in own_settings(recipes).items() if k not in shipped}
-    doc, bases = BaselineSettings.__doc__, (BaselineSettings,)
-    return (
-        settings_class("BaselineSettings", doc, more, module=__name__, bases=bases)
-        if more
-        else BaselineSettings
-    )
+    return extended(BaselineSettings, own_settings(recipes))
 
 
 def own_settings_of(name: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from optim.baselines import (
     newton_schulz,
     register_baseline,
     split_hidden,
+    trainable,
 )
 from optim.errors import Refusal, require
 from optim.modular import ModularNorm
@@ -39,11 +40,6 @@ def library() -> Any:
             fix=f"pip install pytorch_optimizer=={VERSION}",
         ) from error
     return pytorch_optimizer
-
-
-def trainable(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return the named weights that are trained."""
-    return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
 
 
 @register_baseline("schedule_free_adamw")

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from optim.errors import Refusal, nearest
-from optim.settings import allowed, choices, hints_of, nearest_choice, wrong
+from optim.settings import allowed, choices, defaults_of, hints_of, nearest_choice, wrong
 
 from .errors import ConfigError
 from .migrate import DROPPED, RENAMED
@@ -108,18 +108,21 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def to_toml(config: Any, prefix: str = "", *, leave_out: Container[str] = ()) -> str:
-    """Return it as TOML, without keys that are None or an empty list, and empty sections.
+    """Return it as TOML, without keys that are None, lists that are empty by default, and empty
+    sections.
 
     leave_out: further keys that are not written, as "section.key".
     """
-    lines, tables = [], []
+    lines, tables, defaults = [], [], defaults_of(type(config))
     for f in fields(config):
         value = getattr(config, f.name)
         if is_dataclass(value):
             text = to_toml(value, f"{prefix}{f.name}.", leave_out=leave_out)
             header = f"\n[{prefix}{f.name}]\n" if text and not text.startswith("[") else "\n"
             tables += [header + text] if text else []
-        elif value not in (None, []) and f"{prefix}{f.name}" not in leave_out:
+        elif value is None or value == defaults.get(f.name) == []:
+            continue
+        elif f"{prefix}{f.name}" not in leave_out:
             lines.append(f"{f.name} = {json.dumps(value, ensure_ascii=False)}\n")
     return "".join([*lines, *tables]).lstrip("\n")
 
@@ -188,19 +191,12 @@ def _typed(flag: str, value: str | bool, hint: Any, declared: Any) -> Any:
     if value == "None" and type(None) in get_args(hint):
         return None
     try:
-        if get_origin(hint) is list:
-            return TypeAdapter(hint).validate_python(_items(value), strict=True)
-        return TypeAdapter(hint).validate_strings(value)
+        if get_origin(hint) is not list:
+            return TypeAdapter(hint).validate_strings(value)
+        if value.lstrip().startswith("["):
+            return TypeAdapter(hint).validate_json(value, strict=True)
+        item = TypeAdapter(get_args(hint)[0])
+        return [item.validate_strings(x.strip()) for x in value.split(",") if x.strip()]
     except ValidationError as error:
         words = allowed(declared)
         raise ConfigError(flag, got=repr(value), allowed=words, fix=f"{flag} VALUE") from error
-
-
-def _items(value: str) -> Any:
-    """Return what a list on the command line holds: a, b or ["a", "b"]."""
-    if value.lstrip().startswith("["):
-        try:
-            return json.loads(value)
-        except json.JSONDecodeError:
-            return value  # refused as it stands
-    return [item.strip() for item in value.split(",") if item.strip()]

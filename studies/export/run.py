@@ -81,7 +81,7 @@ def read(source: Path) -> Run:
     check_resumed(source, config)
     origin = f"Exported from the run {source.name} of {commit_text(end['commit'], end['dirty'])}."
     now, before = digests(config.run.plugins), end.get("plugins", {})
-    changed = [name for name in now if now[name] != before.get(name)]
+    changed = [name for name in now if now[name] != before.get(name, now[name])]
     if changed:
         origin += f"\nFiles of plugins that have changed since: {', '.join(changed)}."
     return Run(source.name, config, end["world_size"], origin, source)

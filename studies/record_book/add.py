@@ -262,6 +262,7 @@ def write_record(folder: Path, files: dict[str, str], *, picture: Path) -> None:
     )
     folder.mkdir(parents=True)
     for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     if picture.is_file():
         shutil.copy(picture, folder / "report.png")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,13 @@ def check_record(
     commit, _ = git_state()
     out = out or Path("runs") / f"check-{folder.resolve().name}-{(commit or 'no-commit')[:8]}"
     passed = True
-    sys.path.insert(0, str(folder.resolve()))  # where a record keeps its plugins
     for recorded in record["entries"]:
         if entry not in (None, recorded["name"]):
             continue
-        config = configuration.load([str(folder / recorded["config"])])
+        file = folder / recorded["config"]
+        if tomllib.loads(file.read_text(encoding="utf-8")).get("run", {}).get("plugins"):
+            sys.path.insert(0, str(folder.resolve()))  # where a record keeps its plugins
+        config = configuration.load([str(file)])
         corpus = read_manifest(Path(config.data.dataset)).sha256
         require(
             corpus == record["corpus_sha256"],

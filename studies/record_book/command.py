@@ -13,7 +13,8 @@ claimed and by which rule. A study's results.json and report.png are kept with i
 
 `check` trains the entries again and compares losses. They must agree exactly where processor,
 torch and threads are the same, and their means must agree elsewhere. Seconds are printed and not
-judged.
+judged. If an entry names plugins, their code, which the record's folder has, runs on your machine:
+read it first.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     only = "write nothing; exit with 1 if a table is not up to date"
     tables.add_argument("--check-only", action="store_true", help=only)
 
-    check = commands.add_parser("check", help="train a record again")
+    runs_code = "Train a record again. The plugins in its folder, if its entries name any, are run."
+    check = commands.add_parser("check", help="train a record again", description=runs_code)
     check.add_argument("record", type=Path, metavar="records/TRACK/DATE_SLUG")
     check.add_argument("--entry", help="check this one alone")
     check.add_argument("--seeds", type=int, help="how many, the first ones; all if left out")

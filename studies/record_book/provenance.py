@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Sequence
 
 from optim.errors import require
-from optim.plugins import digests, file_of
+from optim.plugins import digests, source_files
 from training.provenance import git_state
 
 from ..export.run import Run
@@ -46,41 +46,37 @@ def check_clean(judged: Sequence[Run], *, allow: bool) -> tuple[str | None, bool
 
 
 def plugin_texts(judged: Sequence[Run]) -> dict[str, str]:
-    """Return {"<plugin>.py": its source} of the plugins of these runs, which a check imports.
+    """Return {file: its text} of the plugins of these runs and of the files that they import.
 
-    Raise RecordError for one that is no single file, and for a file that has changed since a run.
+    A check imports them: each stands where Python looks for it. Raise RecordError for one that is
+    not Python code, and for a file that has changed since a run.
     """
     texts: dict[str, str] = {}
-    for name, run in {n: r for r in judged for n in r.config.run.plugins}.items():
-        file = file_of(name)
-        require(
-            file.name == f"{name}.py",
-            f"the plugin {name} of {run.name}",
-            got=file,
-            allowed="one file, which the record keeps",
-            fix=f"a {name}.py that has all that it needs",
-            error=RecordError,
-        )
-        now = digests([name])[name]
-        changed = [
-            r.name
-            for r in judged
-            if r.folder and name in r.config.run.plugins and _digest_then(r, name) != now
-        ]
-        require(
-            not changed,
-            f"the plugin {name}",
-            got=f"a file that has changed since {', '.join(changed)}",
-            allowed="the file that they were trained with",
-            fix="put it back, or train them again",
-            error=RecordError,
-        )
-        texts[f"{name}.py"] = file.read_text(encoding="utf-8")
+    for run in judged:
+        names = run.config.run.plugins
+        before = summary_of(run).get("plugins", {}) if run.folder else {}
+        for name, digest in digests(names).items():
+            require(
+                # Earlier versions kept the digests of the named plugins alone.
+                before.get(name, digest) == digest,
+                f"the plugin {name}",
+                got=f"a file that has changed since {run.name}",
+                allowed="the file that it was trained with",
+                fix="put it back, or train it again",
+                error=RecordError,
+            )
+        for name, file in source_files(names).items():
+            require(
+                file.suffix == ".py",
+                f"the plugin {name} of {run.name}",
+                got=file,
+                allowed="a file of Python code, which the record keeps",
+                fix="write it as a .py file",
+                error=RecordError,
+            )
+            place = name.replace(".", "/") + "/__init__" * (file.stem == "__init__")
+            texts[f"{place}.py"] = file.read_text(encoding="utf-8")
     return texts
-
-
-def _digest_then(run: Run, plugin: str) -> str | None:
-    return summary_of(run).get("plugins", {}).get(plugin)
 
 
 def _changes_since(commit: str) -> str | None:
