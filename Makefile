@@ -52,7 +52,7 @@ browser: $(DEV)
 	NEEDS_BROWSER=1 BROWSER_SHOTS=runs/browser "$(PY)" -m pytest tests/test_browser.py
 
 # Tests that are short in `make test`, at their full length: kills at 100 random moments, all layers of
-# GPT-2, compiled C++, long simulations.
+# GPT-2, compiled C++, long simulations, the whole fleet of foreign models.
 soak: $(DEV)
 	NANODUAL_SOAK=1 "$(PY)" -m pytest -m soak
 

@@ -102,9 +102,19 @@ def map_of(site: Site) -> Map | None:
     return stack(site) if len(shape) == 3 and is_stack(site) else None
 
 
-def _is_weight_norm(site: Site) -> bool:
+def _parametrization(site: Site) -> Any:
+    """Return what makes a weight of its parameters, None where nothing does."""
     lists = getattr(site.module, "parametrizations", {})
-    return site.own in lists and type(lists[site.own][0]).__name__ == "_WeightNorm"
+    return lists[site.own][0] if site.own in lists else None
+
+
+def _is_weight_norm(site: Site) -> bool:
+    return type(_parametrization(site)).__name__ == "_WeightNorm"
+
+
+def _is_householder(site: Site) -> bool:
+    kind = getattr(_parametrization(site), "orthogonal_map", None)
+    return getattr(kind, "name", "") == "householder"
 
 
 def _place_map(site: Site, own: Map, readers: Readers) -> Place | None:
@@ -151,6 +161,9 @@ def place_by_type(
     older = site.own.endswith("_g") and f"{site.own[:-1]}v" in site.module._parameters
     if (site.part == "original0" and _is_weight_norm(site)) or older:
         return Place("gain", MaxEntry(site.weight.ndim))
+    if site.part and _is_householder(site):  # its diagonal holds signs, which a matrix's step moves
+        note = "vectors of Householder reflections, entry by entry"
+        return Place("gain", MaxEntry(site.weight.ndim), note=note)
     if (adapter := place_adapter(site)) is not None:
         return adapter
     known = place_by_family(site)

@@ -27,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 from data.loader import Dataset
+from optim import plugins
 from optim.errors import Refusal, require
 from training import config as configuration
 from training.config import Config
@@ -300,7 +301,7 @@ def _failures(training: _Training, folder: Path) -> list[str]:
 def done(wanted: Job, folder: Path) -> bool:
     """Return whether a job has a result, with this very configuration.
 
-    Raises StudyError if the run of its name has another configuration.
+    Raises StudyError if the run of its name has another configuration, or another plugin.
     """
     path = folder / wanted.name
     if not finished(path):
@@ -316,6 +317,15 @@ def done(wanted: Job, folder: Path) -> bool:
                 path,
                 got=f"{key} = {value!r}",
                 allowed=f"{trained[key]!r}, as the run that is there had it",
+                fix=f"another --name, or delete {path}",
+            )
+    had = (summary(path) or {}).get("plugins", {})
+    for name, digest in plugins.digests(wanted.config.run.plugins).items():
+        if had.get(name, digest) != digest:
+            raise StudyError(
+                path,
+                got=f"another file of the plugin {name} than this run had",
+                allowed="the file that it had",
                 fix=f"another --name, or delete {path}",
             )
     return True

@@ -84,9 +84,10 @@ def labels() -> Tensor:
 def untie(model: nn.Module) -> None:
     """Give heads weights of their own: some families tie them whatever the configuration says."""
     for part in model.modules():
-        head = part.get_output_embeddings() if isinstance(part, transformers.PreTrainedModel) else None
-        if head is not None and head.weight is part.get_input_embeddings().weight:
-            head.weight = nn.Parameter(head.weight.detach().clone())
+        if isinstance(part, transformers.PreTrainedModel):
+            head: Any = part.get_output_embeddings()
+            if head is not None and head.weight is part.get_input_embeddings().weight:
+                head.weight = nn.Parameter(head.weight.detach().clone())
 
 
 def add(name: str, architecture: str, family: str, batch: Callable[[], Batch], **sizes: Any) -> None:
@@ -176,17 +177,18 @@ def audio(family: str, model: str, **sizes: Any) -> None:
 
 # fmt: off
 
-COMMON = dict(intermediate_size=INNER, num_hidden_layers=1, num_attention_heads=HEADS)
-TEXT = dict(vocab_size=V, hidden_size=20, **COMMON)
-PICTURES = dict(hidden_size=D, image_size=SIDE, patch_size=8, **COMMON)
-CONVOLUTIONS = dict(conv_dim=(12, 16), conv_kernel=(10, 3), conv_stride=(5, 2), num_feat_extract_layers=2,
-    num_conv_pos_embeddings=6, num_conv_pos_embedding_groups=2, classifier_proj_size=20, mask_time_prob=0.0,
-    apply_spec_augment=False)
-LATENT = dict(q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5,
+COMMON: dict[str, Any] = dict(intermediate_size=INNER, num_hidden_layers=1, num_attention_heads=HEADS)
+TEXT: dict[str, Any] = dict(vocab_size=V, hidden_size=20, **COMMON)
+PICTURES: dict[str, Any] = dict(hidden_size=D, image_size=SIDE, patch_size=8, **COMMON)
+CONVOLUTIONS: dict[str, Any] = dict(conv_dim=(12, 16), conv_kernel=(10, 3), conv_stride=(5, 2),
+    num_feat_extract_layers=2, num_conv_pos_embeddings=6, num_conv_pos_embedding_groups=2, classifier_proj_size=20,
+    mask_time_prob=0.0, apply_spec_augment=False)
+LATENT: dict[str, Any] = dict(q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5,
     num_key_value_heads=HEADS)
-GROUPED = dict(n_group=1, topk_group=1, first_k_dense_replace=0, n_shared_experts=1)
-DELTA = dict(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
-DELTA_HEADS = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=6, linear_value_head_dim=5)
+GROUPED: dict[str, Any] = dict(n_group=1, topk_group=1, first_k_dense_replace=0, n_shared_experts=1)
+DELTA: dict[str, Any] = dict(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+DELTA_HEADS: dict[str, Any] = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=6,
+    linear_value_head_dim=5)
 
 # ---- decoders
 

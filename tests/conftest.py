@@ -4,8 +4,10 @@ Files of tests run in the order of their measured durations, the longest first, 
 """
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--write-seconds", action="store_true", help=f"write {SECONDS.name}, by which files of tests are ordered"
     )
+
+
+def pytest_configure() -> None:
+    """Choose the day's tenth of the fleet, before xdist starts workers: all of them take one."""
+    os.environ.setdefault("NANODUAL_FLEET", str(date.today().timetuple().tm_yday))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

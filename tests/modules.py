@@ -18,13 +18,13 @@ H = 10  # of a recurrent module's state
 class Network(nn.Module):
     """A module, the mean of its outputs over positions, and a classifier. axis: of the outputs' features."""
 
-    def __init__(self, module: nn.Module, width: int, axis: int) -> None:
+    def __init__(self, body: nn.Module, width: int, axis: int) -> None:
         super().__init__()
-        self.module, self.axis = module, axis
+        self.body, self.axis = body, axis
         self.classifier = nn.Linear(width, CLASSES)
 
     def forward(self, *, labels: Tensor, **inputs: Tensor) -> Tensor:
-        y = self.module(*inputs.values())
+        y = self.body(*inputs.values())
         y = y[0] if isinstance(y, tuple) else y
         y = y.movedim(self.axis, -1).reshape(len(labels), -1, self.classifier.in_features)
         return nn.functional.cross_entropy(self.classifier(y.tanh().mean(1)), labels)
@@ -43,19 +43,18 @@ class Loss(nn.Module):
 
 
 class Parameters(nn.Module):
-    """A linear map, then two that stand in a list of parameters, and a bias in a dict of them."""
+    """Two linear maps that stand in a list of parameters, a bias in a dict of them, and one more map."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Linear(D, 20)
-        self.maps = nn.ParameterList([torch.randn(12, 20) / 5, torch.randn(16, 12) / 5])
+        self.maps = nn.ParameterList([torch.randn(12, D) / 5, torch.randn(16, 12) / 5])
         self.shifts = nn.ParameterDict({"bias": torch.zeros(16)})
+        self.last = nn.Linear(16, 20)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
         for weight in self.maps:
-            x = x.tanh() @ weight.T
-        return x + self.shifts["bias"]
+            x = (x @ weight.T).tanh()
+        return self.last(x + self.shifts["bias"])
 
 
 def put(name: str, make: Callable[[], nn.Module], width: int, *inputs: Tensor, axis: int = -1) -> None:
@@ -90,12 +89,17 @@ def decoder_layer() -> nn.Module:
     return nn.TransformerDecoderLayer(D, 4, INNER, dropout=0.0, activation="gelu", batch_first=True)
 
 
+def orthogonal(way: str) -> nn.Module:
+    return parametrizations.orthogonal(nn.Linear(D, 20), orthogonal_map=way)
+
+
+ORTHOGONAL = ("householder", "matrix_exp", "cayley")
 ROWS, SEQUENCE, MEMORY = noise(B, D), noise(B, T, D), noise(B, T - 2, D, seed=1)
 put("Linear", lambda: nn.Linear(D, 20), 20, ROWS)
 put("Bilinear", lambda: nn.Bilinear(D, 12, 20), 20, ROWS, noise(B, 12, seed=1))
 put("Embedding", lambda: nn.Embedding(V, D), D, tokens())
 put("EmbeddingBag", lambda: nn.EmbeddingBag(V, D), D, tokens())
-put("ParameterList", Parameters, 16, ROWS)
+put("ParameterList", Parameters, 20, ROWS)
 
 for n, shape in ((1, (T,)), (2, (6, 5)), (3, (6, 5, 4))):
     x = noise(B, 12, *shape)
@@ -109,7 +113,7 @@ for n, shape in ((1, (T,)), (2, (6, 5)), (3, (6, 5, 4))):
         put(f"{prefix}{n}d", after(partial(getattr(nn, f"Conv{n}d"), 12, 20, 1), normalization), 20, x, axis=1)
 for kind in (nn.PReLU, nn.SyncBatchNorm, partial(nn.GroupNorm, 4), nn.LayerNorm, nn.RMSNorm):
     put(getattr(kind, "__name__", "GroupNorm"), after(partial(nn.Linear, D, 20), partial(kind, 20)), 20, ROWS)
-put("LayerNorm of positions", after(partial(nn.Linear, D, 20), partial(nn.LayerNorm, (T, 20))), 20, SEQUENCE)
+put("LayerNorm of positions", after(partial(nn.Linear, D, 20), partial(nn.LayerNorm, [T, 20])), 20, SEQUENCE)
 
 for kind in (nn.RNN, nn.LSTM, nn.GRU):
     name, one_way = kind.__name__, partial(kind, D, H, batch_first=True)
@@ -153,13 +157,8 @@ put_loss("LinearCrossEntropyLoss", lambda: nn.LinearCrossEntropyLoss(12, CLASSES
 
 put("spectral_norm", lambda: parametrizations.spectral_norm(nn.Linear(D, 20)), 20, ROWS)
 put("weight_norm", lambda: parametrizations.weight_norm(nn.Linear(D, 20)), 20, ROWS)
-put("orthogonal", lambda: parametrizations.orthogonal(nn.Linear(D, 20)), 20, ROWS)
-put(
-    "orthogonal householder",
-    lambda: parametrizations.orthogonal(nn.Linear(D, 20), orthogonal_map="householder"),
-    20,
-    ROWS,
-)
+for way in ORTHOGONAL:
+    put(f"orthogonal, {way}", partial(orthogonal, way), 20, ROWS)
 put("older spectral_norm", lambda: nn.utils.spectral_norm(nn.Linear(D, 20)), 20, ROWS)
 put("older weight_norm", lambda: nn.utils.weight_norm(nn.Linear(D, 20)), 20, ROWS)
 put(

@@ -18,24 +18,25 @@ What a norm says of W is read from View.split(): matrices (rows: fan-out), rows 
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from math import prod
+from functools import cached_property, partial
 from typing import Any
 
 import pytest
 import torch
 from optim.norms import L1ToRMS, MaxEntry, Norm, RMSToLinf, Spectral, VectorRMS
+from optim.sites import canonical
 from optim.views import View
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.nn.utils import parametrize
 
 Edge = tuple[Any, int]  # a node of the graph, and which of its results
-# In a reverse pass, a weight that gets less than the first part of what any gets, and an entry of it that gets less than
-# the second part of what its weight gets, get rounding. Vectors can be added to what does not change by it, as keys'
-# biases are; some models compute that in float32.
-OF_MATRICES, OF_VECTORS = (1e-12, 1e-12), (1e-6, 1e-7)
+# In a reverse pass, a weight that gets less than this part of what any gets, and an entry of it that gets less than
+# this part of what its weight gets, get rounding.
+ROUNDING = 1e-12
 INFLUENCE = 1e-12
 NOISE = 0.5  # added to weights over the root of their width, so that none is zero and attention is not flat
 CONTACTS = 12  # of a weight with more, such as a recurrent one's, that are probed
@@ -53,7 +54,7 @@ VIEWS = (
     "Index", "IndexSelect", "AsStrided", "Narrow", "Contiguous", "Diagonal", "MT", "Numpy_T", "Movedim", "Swapaxes",
 )  # fmt: skip
 LOOKUPS = ("Embedding", "EmbeddingBag", "Index", "IndexSelect", "Gather")
-CHOICES = ("Embedding", "EmbeddingBag", "Index", "IndexSelect", "Gather", "Add", "Cat", "Stack", "Repeat", "Where", "MaskedFill", "CopySlices", "IndexPut", "Sub")  # fmt: skip
+CHOICES = (*LOOKUPS, "Add", "Cat", "Stack", "Repeat", "Where", "MaskedFill", "CopySlices", "IndexPut", "Sub")
 
 
 def kind_of(node: Any) -> str:
@@ -129,6 +130,7 @@ class Graph:
     def __init__(self, loss: Tensor, weights: Mapping[str, Tensor]) -> None:
         self.names = {id(p): name for name, p in weights.items()}
         self.weights = dict(weights)
+        self.matrices = [name for name, p in weights.items() if is_matrix(p.shape)]
         self.bits = {name: 1 << i for i, name in enumerate(weights)}
         self.generator = torch.Generator().manual_seed(0)
         self.order = self._ordered(loss.grad_fn)
@@ -208,35 +210,56 @@ def support(gradient: Tensor | None) -> Tensor:
 # ---- meetings
 
 
+def is_matrix(shape: Iterable[int]) -> bool:
+    """Has it two long dimensions or more?"""
+    return sum(n > 1 for n in shape) >= 2
+
+
+def operands_of(graph: Graph, node: Any) -> list[tuple[int, Edge]]:
+    """(position, edge) of the operands of a product that depend on weights."""
+    edges = [(k, (f, nr)) for k, (f, nr) in enumerate(node.next_functions) if f is not None and graph.mask[f]]
+    return [] if one_of(node, JOINS) else edges
+
+
+def movers(graph: Graph, edge: Edge, names: list[str]) -> dict[str, Tensor]:
+    """Which entries of weights move an operand, {name: mask}. A weight itself is no operand."""
+    if getattr(edge[0], "variable", None) is not None:
+        return {}
+    gradients = graph.pull(edge, graph.random(edge), [graph.weights[n] for n in names])
+    sizes = {n: g.abs().flatten() for n, g in zip(names, gradients, strict=True) if g is not None}
+    largest = max((size.max().item() for size in sizes.values()), default=0.0)
+    return {n: size > ROUNDING * size.max() for n, size in sizes.items() if size.max() > ROUNDING * largest}
+
+
 def meetings(graph: Graph) -> dict[str, dict[tuple[int, int], Tensor]]:
     """Of each weight: {(a meeting's label, operand): which entries of the weight move it}."""
     moved: dict[str, dict[tuple[int, int], Tensor]] = {name: {} for name in graph.weights}
-    names = list(graph.weights)
     for node in graph.order:
-        operands = [(k, f, nr) for k, (f, nr) in enumerate(node.next_functions) if f is not None and graph.mask[f]]
-        if len(operands) < 2 or one_of(node, JOINS):
-            continue
-        count = {n: sum(bool(graph.mask[f] & graph.bits[n]) for _, f, _ in operands) for n in names}
-        shared = [n for n in names if count[n] >= 2]
-        if not shared:
-            continue
-        rows = {n: [] for n in shared}
-        for k, f, nr in operands:
-            if getattr(f, "variable", None) is not None:
-                continue
-            gradients = graph.pull((f, nr), graph.random((f, nr)), [graph.weights[n] for n in shared])
-            sizes = [None if g is None else g.abs().flatten() for g in gradients]
-            largest = max((s.max().item() for s in sizes if s is not None and s.numel()), default=0.0)
-            for name, s in zip(shared, sizes, strict=True):
-                own = 0.0 if s is None or not s.numel() else s.max().item()
-                of_column, of_weight = OF_MATRICES if graph.weights[name].ndim > 1 else OF_VECTORS
-                rows[name].append((k, None if s is None or own <= of_column * largest else s > of_weight * own))
-        for name, operand in rows.items():
-            live = [(k, m) for k, m in operand if m is not None and m.any()]
-            for k, m in live if len(live) >= 2 else ():
-                key = (graph.label[node], k)
-                moved[name][key] = m | moved[name].get(key, torch.zeros_like(m))
+        operands = operands_of(graph, node) if graph.mask[node] else []
+        shared = [n for n in graph.matrices if sum(bool(graph.mask[f] & graph.bits[n]) for _, (f, _) in operands) >= 2]
+        masks = [(k, movers(graph, edge, shared)) for k, edge in operands] if shared else []
+        for name in shared:
+            live = [(k, by_name[name]) for k, by_name in masks if name in by_name]
+            for k, mask in live if len(live) >= 2 else ():
+                _note(moved[name], (graph.label[node], k), mask)
     return moved
+
+
+def products(graph: Graph, name: str) -> dict[tuple[int, int], Tensor]:
+    """Of a weight, what meetings() leaves out: products in which one operand depends on it, with any other thing."""
+    moved: dict[tuple[int, int], Tensor] = {}
+    for node in graph.order:
+        operands = operands_of(graph, node)
+        own = [(k, edge) for k, edge in operands if graph.mask[edge[0]] & graph.bits[name]]
+        if len(own) == 1 < len(operands):
+            k, edge = own[0]
+            for mask in movers(graph, edge, [name]).values():
+                _note(moved, (graph.label[node], k), mask)
+    return moved
+
+
+def _note(moved: dict[tuple[int, int], Tensor], key: tuple[int, int], mask: Tensor) -> None:
+    moved[key] = mask | moved.get(key, torch.zeros_like(mask))
 
 
 # ---- contacts
@@ -290,10 +313,11 @@ def target_of(graph: Graph, name: str) -> tuple[Any, Any]:
     target: tuple[Any, Any] = (W, start)
     reached = {start}
     for node in graph.order:
-        if graph.data[node] or not any(f in reached for f, _ in node.next_functions):
+        with_others = one_of(node, PRODUCTS) and graph.mask[node] != graph.bits[name]
+        if graph.data[node] or with_others or not any(f in reached for f, _ in node.next_functions):
             continue
         reached.add(node)
-        if shape_of((node, 0)) and prod(shape_of((node, 0))) == W.numel() and not one_of(node, VIEWS + PRODUCTS):
+        if shape_of((node, 0)) == W.shape:
             place = _influenced(graph, (node, 0), W)
             (g,) = graph.pull((node, 0), graph.one((node, 0), place or 0), [W])
             if len(support(g)) > 1:
@@ -336,7 +360,7 @@ def contacts(graph: Graph, name: str) -> tuple[Any, list[Contact]]:
 def probe(graph: Graph, contact: Contact, target: Any) -> None:
     """Fill in the contact's probes: entries of its result along lines through one of them."""
     edge = (contact.node, 0)
-    base = _influenced(graph, edge, target)
+    base = _influenced(graph, edge, target) or 0
     others = [
         GradientEdge(f, nr)
         for k, (f, nr) in enumerate(contact.node.next_functions)
@@ -417,6 +441,13 @@ def loss_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return output if isinstance(output, Tensor) else output.loss
 
 
+def _free_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """All but those of parametrizations, of which some entries may not be changed: orthogonal ones have signs there."""
+    for module in model.modules():
+        if not isinstance(module, parametrize.ParametrizationList):
+            yield from module.parameters(recurse=False)
+
+
 def judge(
     model: nn.Module, batch: Mapping[str, Tensor], norms: Mapping[str, Norm], notes: Iterable[str] = ()
 ) -> Verdict:
@@ -424,7 +455,7 @@ def judge(
     generator = torch.Generator().manual_seed(1)
     model = model.double().eval()
     with torch.no_grad():
-        for p in model.parameters():
+        for p in _free_parameters(model):
             size = NOISE / max(8, *p.shape[:2], p.numel() // max(1, *p.shape[:1])) ** 0.5
             p.add_(size * torch.randn(p.shape, generator=generator, dtype=p.dtype))
     inputs = {
@@ -435,7 +466,9 @@ def judge(
         warnings.simplefilter("ignore")
         loss = loss_of(model, inputs)
         assert loss.isfinite(), f"a loss of {loss.item()} says nothing"
-        graph = Graph(loss, {n: p for n, p in model.named_parameters() if p.requires_grad})
+        weights = {canonical(n): p for n, p in model.named_parameters() if p.requires_grad}
+        assert set(norms) <= set(weights), "norms of weights that the model does not have"
+        graph = Graph(loss, weights)
         moved = meetings(graph)
         verdict = Verdict()
         for name in norms:
@@ -446,49 +479,52 @@ def judge(
     return verdict
 
 
-class _Rows:
-    """The rows of a norm's blocks, numbered, and their signatures."""
+Moved = Mapping[tuple[int, int], Tensor]  # {operand of an operation: which entries of a weight move it}
 
-    def __init__(self, parts: list[Leaves], numel: int, moved: Mapping[tuple[int, int], Tensor]) -> None:
+
+class _Rows:
+    """The rows of a norm's blocks, numbered, and their signatures. apart: products(), called only where they matter."""
+
+    def __init__(self, parts: list[Leaves], numel: int, moved: Moved, apart: Callable[[], Moved]) -> None:
         self.row = torch.full((numel,), -1)
-        self.leaf = torch.full((numel,), -1)
         self.size: list[int] = []
         self.first: list[int] = []  # row of each block
         self.factor: list[float] = []
-        rows = blocks = 0
+        self.leaf_of_row: list[int] = []
         for part in parts:
             n, o, i = part.places.shape
-            ids = (rows + torch.arange(n * o)).view(n, o, 1).expand(n, o, i)
-            owners = (blocks + torch.arange(n)).view(n, 1, 1).expand(n, o, i)
-            self.row[part.places.flatten()] = ids.flatten()
-            self.leaf[part.places.flatten()] = owners.flatten()
+            start, blocks = len(self.size), len(self.first)
+            self.row[part.places.flatten()] = torch.arange(start, start + n * o).repeat_interleave(i)
             self.size += [i] * (n * o)
             self.factor += [part.factor] * n
-            self.first += [rows + b * o for b in range(n)]
-            rows, blocks = rows + n * o, blocks + n
-        columns = []
-        for mask in moved.values():
-            hit = torch.zeros(rows, dtype=torch.bool)
-            hit[self.row[mask]] = True
-            columns.append(hit)
-        table = torch.stack(columns, 1) if columns else torch.zeros(rows, 0, dtype=torch.bool)
-        self.signature = [row.numpy().tobytes() for row in table]
-        self.live = table.any(1)
-        leaf_of_row = torch.full((rows,), -1)
-        leaf_of_row[self.row] = self.leaf
-        self.leaf_of_row = leaf_of_row.tolist()
+            self.first += [start + b * o for b in range(n)]
+            self.leaf_of_row += [blocks + b for b in range(n) for _ in range(o)]
+        self.signature = self._signatures(moved)
+        self.live = [any(signature) for signature in self.signature]
+        self._apart = apart
+
+    def _signatures(self, moved: Moved) -> list[bytes]:
+        table = torch.zeros(len(self.size), len(moved), dtype=torch.bool)
+        for column, mask in enumerate(moved.values()):
+            table[self.row[mask], column] = True
+        return [row.numpy().tobytes() for row in table]
+
+    @cached_property
+    def finer_signature(self) -> list[bytes]:
+        """Signatures by products with anything: where a gate meets what the weight does not move."""
+        return self._signatures(self._apart())
 
 
 def _judge_weight(
     graph: Graph,
     name: str,
     norm: Norm,
-    moved: Mapping[tuple[int, int], Tensor],
+    moved: Moved,
     notes: list[str],
     verdict: Verdict,
 ) -> None:
     W = graph.weights[name]
-    if sum(n > 1 for n in W.shape) < 2:  # one row, or one column: every norm sees all of it
+    if not is_matrix(W.shape):  # one row, or one column: every norm sees all of it
         verdict.nature[name] = "vector"
         return
     parts = leaves(norm, torch.arange(W.numel(), dtype=torch.float64).view(1, *W.shape))
@@ -502,9 +538,12 @@ def _judge_weight(
         last, of_logits = _is_last(graph, every)
         nature = "head" if of_logits else "last map" if last else "map"
     verdict.nature[name] = nature
+    if kinds == {"entries"} and not isinstance(target, Tensor):
+        return  # numbers of which a parametrization makes a map
     wrong = _wrong_nature(nature, kinds, ends, name, notes)
     if not wrong:
-        readings = [_Rows(either, W.numel(), moved) for either in _orientations(parts)]
+        apart = partial(products, graph, name)
+        readings = [_Rows(either, W.numel(), moved, apart) for either in _orientations(parts)]
         wrong = min((_wrong_blocks(rows, ends, nature, kinds) for rows in readings), key=len)
     if wrong:
         verdict.wrong[name] = list(dict.fromkeys(wrong))
@@ -604,12 +643,10 @@ def _wrong_nature(nature: str, kinds: set[str], ends: list[Contact], name: str, 
         "unseen": set(),
     }[nature]
     noted = nature == "head" and kinds == {"matrix"} and any(name in note for note in notes)
-    ops = sorted({kind_of(e.node) for e in ends})
-    return (
-        []
-        if kinds <= allowed or noted
-        else [f"a {nature} (by {', '.join(ops)}) is placed as {', '.join(sorted(kinds))}"]
-    )
+    if kinds <= allowed or noted:
+        return []
+    operations = sorted({kind_of(e.node) for e in ends})
+    return [f"a {nature} (by {', '.join(operations)}) is placed as {', '.join(sorted(kinds))}"]
 
 
 def _wrong_orientation(rows: _Rows, ends: list[Contact], nature: str) -> list[str]:
@@ -617,7 +654,7 @@ def _wrong_orientation(rows: _Rows, ends: list[Contact], nature: str) -> list[st
         return []
     wrong, covered = [], 0.0
     for end in ends:
-        for p in end.probes:
+        for p in () if one_of(end.node, ("EmbeddingBag",)) else end.probes:  # which averages rows
             hit = torch.unique(rows.row[p.weight]).tolist()
             owners = {rows.leaf_of_row[r] for r in hit}
             factor = rows.factor[next(iter(owners))]
@@ -625,8 +662,8 @@ def _wrong_orientation(rows: _Rows, ends: list[Contact], nature: str) -> list[st
                 wrong.append(f"one result of {kind_of(end.node)} depends on {len(hit)} rows of {len(owners)} block")
             elif len(owners) > factor + 1e-9 and nature != "table":
                 wrong.append(f"one result of {kind_of(end.node)} is a sum over {len(owners)} blocks")
-            covered = max(covered, (p.fan_in or len(p.weight)) / sum(rows.size[r] for r in hit))
-    if not wrong and ends and covered < 0.5:
+            covered = max(covered, max(p.fan_in, len(p.weight)) / sum(rows.size[r] for r in hit))
+    if not wrong and 0 < covered < 0.5:
         wrong.append(f"one result depends on {covered:.0%} of a row")
     return wrong
 
@@ -665,4 +702,5 @@ def _are_one_map(rows: _Rows, one: dict[int, int], other: dict[int, int]) -> boo
     """Have these rows of two blocks one signature? The same row of both may be one at two positions of a kernel."""
     (leaf, r), (other_leaf, q) = next(iter(one.items())), next(iter(other.items()))
     apart = r - rows.first[leaf] != q - rows.first[other_leaf]
-    return apart and rows.signature[r] == rows.signature[q]
+    alike = rows.signature[r] == rows.signature[q]
+    return apart and alike and rows.finer_signature[r] == rows.finer_signature[q]

@@ -718,3 +718,16 @@ def test_a_record_without_plugins_imports_nothing_of_its_folder(
     with pytest.raises(RecordError, match="the data of corpora/small"):
         check_record(tmp_path, entry=None, seeds=None, workers=1, out=tmp_path / "out")
     assert str(tmp_path) not in sys.path
+
+
+def test_a_study_refuses_results_of_another_file_of_its_plugin(folder: Path):
+    config = from_dict(Config, {"run": {"plugins": ["parts"], "name": "a"}})
+    wanted, path = runs.Job("a", config), folder / "study" / "a"
+    path.mkdir(parents=True)
+    (path / "config.toml").write_text(to_toml(config))
+    digests = plugins.digests(["parts"])
+    (path / "summary.json").write_text(json.dumps({"plugins": digests}))
+    assert runs.done(wanted, folder / "study")
+    (path / "summary.json").write_text(json.dumps({"plugins": dict.fromkeys(digests, "0")}))
+    with pytest.raises(runs.StudyError, match="got: another file of the plugin parts than this run had"):
+        runs.done(wanted, folder / "study")
