@@ -708,6 +708,18 @@ def test_a_record_is_checked_with_its_own_plugins(
     assert "louder" in capsys.readouterr().out and sys.path[0] == str(record)
 
 
+def test_a_record_without_plugins_imports_nothing_of_its_folder(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registries: None
+):
+    monkeypatch.chdir(root)
+    (tmp_path / "plain.toml").write_text('[data]\ndataset = "corpora/small"\n')
+    content = {"corpus_sha256": "another", "entries": [{"name": "plain", "config": "plain.toml"}]}
+    (tmp_path / "record.json").write_text(json.dumps(content))
+    with pytest.raises(RecordError, match="the data of corpora/small"):
+        check_record(tmp_path, entry=None, seeds=None, workers=1, out=tmp_path / "out")
+    assert str(tmp_path) not in sys.path
+
+
 def test_a_study_refuses_results_of_another_file_of_its_plugin(folder: Path):
     config = from_dict(Config, {"run": {"plugins": ["parts"], "name": "a"}})
     wanted, path = runs.Job("a", config), folder / "study" / "a"
@@ -719,15 +731,3 @@ def test_a_study_refuses_results_of_another_file_of_its_plugin(folder: Path):
     (path / "summary.json").write_text(json.dumps({"plugins": dict.fromkeys(digests, "0")}))
     with pytest.raises(runs.StudyError, match="got: another file of the plugin parts than this run had"):
         runs.done(wanted, folder / "study")
-
-
-def test_a_record_without_plugins_imports_nothing_of_its_folder(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registries: None
-):
-    monkeypatch.chdir(root)
-    (tmp_path / "plain.toml").write_text('[data]\ndataset = "corpora/small"\n')
-    content = {"corpus_sha256": "another", "entries": [{"name": "plain", "config": "plain.toml"}]}
-    (tmp_path / "record.json").write_text(json.dumps(content))
-    with pytest.raises(RecordError, match="the data of corpora/small"):
-        check_record(tmp_path, entry=None, seeds=None, workers=1, out=tmp_path / "out")
-    assert str(tmp_path) not in sys.path
