@@ -20,7 +20,7 @@ from .errors import Refusal, require
 from .metrize import canonical
 from .modular import ModularNorm
 from .normalized import Normalized
-from .plugins import require_free
+from .plugins import call, require_free
 from .polar import Polar, plain
 from .settings import (
     Help,
@@ -85,7 +85,7 @@ class Recipe:
                 fix=f"{self.name}(…, {key}=…)",
             )
         taken = {k: v for k, v in settings.items() if k in self.hints}
-        optimizer = self.build(model, norm, **taken)
+        optimizer = call(self.name, self.build, model, norm, **taken)
         require(
             isinstance(optimizer, torch.optim.Optimizer),
             f"{self.name}: what its function returns",

@@ -7,9 +7,10 @@ convert with --plugin. docs/extend.md shows each kind of part.
 import ast
 import hashlib
 import importlib
+import inspect
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass, replace
 from importlib.util import resolve_name
 from keyword import iskeyword
@@ -161,7 +162,9 @@ def _refusal(name: str, failure: BaseException, option: str, error: type[Refusal
             allowed=f"a module that can be imported: {file}, or one that is installed",
             fix="run in the folder of the module, or set PYTHONPATH to it",
         )
-    place = _place(failure) or name
+    frames = traceback.extract_tb(failure.__traceback__)
+    file = next((f.filename for f in frames if f.name == "<module>"), None)
+    place = _place(failure, file) or name
     if isinstance(failure, Refusal):
         what = f"{failure.what}, in {place}"
         return error(what, got=failure.got, allowed=failure.allowed, fix=failure.fix)
@@ -173,13 +176,31 @@ def _refusal(name: str, failure: BaseException, option: str, error: type[Refusal
     )
 
 
-def _place(failure: BaseException) -> str | None:
-    """Return the file and the last line of the plugin that an error passed; None if it had none."""
+def _place(failure: BaseException, file: str | None) -> str | None:
+    """Return a plugin's file and the last line in it that an error passed; None if it had none."""
     if isinstance(failure, SyntaxError) and failure.filename:
         return f"{failure.filename}, line {failure.lineno}"
     frames = traceback.extract_tb(failure.__traceback__)
-    file = next((f.filename for f in frames if f.name == "<module>"), None)
     return next((f"{file}, line {f.lineno}" for f in reversed(frames) if f.filename == file), None)
+
+
+def call(name: str, function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+    """Call a registered function. Raises Refusal, with the place in it, where it raises an error.
+
+    name: it is registered by. Refusals pass through as they are.
+    """
+    try:
+        return function(*args, **keywords)
+    except Refusal:
+        raise
+    except Exception as failure:
+        file = inspect.unwrap(function).__code__.co_filename
+        raise Refusal(
+            f"{name}: its function raised",
+            got=f"{type(failure).__name__}: {failure}",
+            allowed="a function that returns what it builds",
+            fix=f"see {_place(failure, file) or file}",
+        ) from failure
 
 
 def require_free(function: str, name: str, definition: Any, present: Any) -> None:

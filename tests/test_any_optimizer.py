@@ -4,22 +4,24 @@ refused with words before it trains.
 
 import json
 import math
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
 import pytorch_optimizer
 import torch
 from optim import Refusal
 from optim.baselines import BASELINES, Several, register_baseline, set_beta
+from optim.ranks import Ranks
 from optim.settings import Help, Range
 from torch import Tensor, nn
 from training.baseline import Baseline, build_baseline
 from training.config import Config, ConfigError, from_dict
-from training.optimizer_state import Packer, Unpacker
+from training.optimizer_state import OptimizerState, Packer, Unpacker
 
 from tests.helpers import ranks
 from tests.test_baselines import Net, assert_same, batches, descend, load, net, normed, pieces, save
@@ -103,6 +105,15 @@ def test_groups_keep_their_multiples_of_one_lr(kind: Callable[..., Any]):
         torch.testing.assert_close(step, (0.1 if p.ndim < 2 else 0.2) * p.grad)
 
 
+def test_groups_without_an_lr_of_their_own_stand_still_where_the_default_is_zero():
+    def build(model: Net) -> Any:
+        return torch.optim.SGD([{"params": [*model.up.parameters()], "lr": 0.1}, {"params": others(model)}], lr=0.0)
+
+    _, optimizer = adapted(build)
+    assert optimizer.defaults["lr"] == 0.1
+    assert [(g["lr"], g.get("lr_scale", 1.0)) for g in optimizer.param_groups] == [(0.1, 1.0), (0.1, 0.0)]
+
+
 def test_an_lr_that_is_a_tensor_is_a_number_and_none_is_refused():
     _, optimizer = adapted(lambda m: torch.optim.SGD(m.parameters(), lr=torch.tensor(0.5)))
     assert optimizer.defaults["lr"] == 0.5 and type(optimizer.param_groups[0]["lr"]) is float
@@ -139,6 +150,21 @@ def _noise(rank: int, world: int) -> list[Tensor]:
 def test_an_optimizer_that_draws_random_numbers_draws_the_same_on_all_ranks():
     one, two = ranks(2, _noise)
     assert all(torch.equal(p, q) for p, q in zip(one, two, strict=True))
+
+
+def _collectives(rank: int, world: int) -> list[str]:
+    model, optimizer = adapted(lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+    descend(model, optimizer, batches(1))
+    names: list[str] = []
+    for name in ("broadcast", "maximum"):
+        method = getattr(Ranks, name)
+        setattr(Ranks, name, lambda *a, n=name, m=method, **k: (names.append(n), m(*a, **k))[1])
+    descend(model, optimizer, batches(1))
+    return names
+
+
+def test_ranks_agree_on_a_seed_by_the_collective_that_says_who_has_gradients():
+    assert ranks(2, _collectives) == [["maximum"]] * 2
 
 
 # ---- its average of gradients
@@ -191,10 +217,23 @@ def test_the_loop_sets_no_momentum_that_the_optimizer_was_not_built_with(monkeyp
         for group in optimizer.param_groups:
             set_beta(group, 0.5)
             assert group.get("momentum", 0) == 0 and group.get("betas", (0.95,))[0] == 0.95
-        with pytest.raises(ConfigError, match="schedule.beta_warmup and schedule.beta_cooldown\n  got: a schedule of"):
-            build_baseline(config(name, beta_cooldown=0.1), model, normed(model))
+        refuses_beta(config(name, beta_cooldown=0.1), model)
     model = net()
     build_baseline(config("adamw", beta_cooldown=0.1), model, normed(model))
+
+
+def refuses_beta(config: Config, model: Net) -> None:
+    with pytest.raises(ConfigError, match="schedule.beta_warmup and schedule.beta_cooldown\n  got: a schedule of"):
+        build_baseline(config, model, normed(model))
+
+
+def test_a_schedule_of_beta_is_refused_where_there_is_no_average_of_gradients(monkeypatch: pytest.MonkeyPatch):
+    def adagrad(model, norm, *, lr: float) -> Any:
+        return torch.optim.Adagrad(model.named_parameters(), lr=lr)
+
+    add(monkeypatch, "adagrad", adagrad)
+    for name in ("adagrad", "adafactor"):
+        refuses_beta(config(name, beta_warmup=0.1), net())
 
 
 # ---- its state
@@ -262,8 +301,33 @@ OPTIMIZERS: dict[str, Callable[[Net], Any]] = {
     "DAdaptAdam": lambda m: pytorch_optimizer.DAdaptAdam(m.parameters()),
     "schedule-free SGD": lambda m: pytorch_optimizer.ScheduleFreeSGD(m.parameters()),
     "AdEMAMix": lambda m: pytorch_optimizer.AdEMAMix(m.parameters(), lr=0.01),
-    "Kron": lambda m: pytorch_optimizer.Kron(m.parameters(), lr=0.01),
+    # It balances at random by numpy's own generator, which the loop does not seed.
+    "Kron": lambda m: pytorch_optimizer.Kron(m.parameters(), lr=0.01, balance_prob=0.0),
+    "counters of every kind": lambda m: Decaying(m.parameters()),
 }
+
+
+class Decaying(torch.optim.SGD):
+    """One whose decay grows with counters that change in place, and that holds what never changes."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self.counts, self.order, self.totals = defaultdict(int), OrderedDict(a=1, b=2), Counter[str]()
+        self.numbers: set[int] = set()
+        self.hooks, self.device, self.weights = [print, torch.relu], torch.device("cpu"), self.param_groups[0]["params"]
+        self.shapes = {p: p.shape for p in self.weights}
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        self.device = torch.device("cpu")
+        self.counts["steps"] += 1
+        self.order.move_to_end(next(iter(self.order)))
+        self.totals["a"] += self.order["a"]
+        self.numbers.add(len(self.numbers))
+        self.param_groups[0]["weight_decay"] = 0.01 * (self.counts["steps"] + self.totals["a"] + len(self.numbers))
+        self.state["steps"] = self.counts["steps"]  # type: ignore[index,assignment]
+        for p in self.weights:
+            self.state[p] = self.state.get(p, 0) + p.detach().sum()  # no dict, and zero is kept
+        super().step()
 
 
 def others(model: nn.Module) -> list[Tensor]:
@@ -304,11 +368,16 @@ def test_values_are_packed_and_unpacked_as_they_were():
         3: (x, x.mT.clone(), torch.zeros(2, 0), x),
         "d": deque([1, 2], maxlen=3),
         "deep": {"scalar": torch.tensor(4, dtype=torch.int64)},
+        "kinds": [defaultdict(list, a=[1]), defaultdict(None), OrderedDict(b=1, a=2), Counter(a=3), {1, "a"}],
+        "frozen": frozenset({(1, 2)}),
     }
     packer = Packer(x.device)
     again = Unpacker(x.device).unpack(json.loads(json.dumps(packer.pack(value, "v"))))
     assert list(again) == list(value) and again["a"] == value["a"]
     assert again["d"] == value["d"] and again["d"].maxlen == 3
+    for one, two in zip([*again["kinds"], again["frozen"]], [*value["kinds"], value["frozen"]], strict=True):
+        assert type(one) is type(two) and one == two
+        assert getattr(one, "default_factory", None) is getattr(two, "default_factory", None)
     assert [t.shape for t in again[3]] == [(2, 3), (3, 2), (2, 0), (2, 3)] and again[3][1].stride() == (1, 3)
     assert again[3][0] is again[3][3], "a tensor that stands twice is one"
     assert again["deep"]["scalar"].shape == () and again["deep"]["scalar"].dtype is torch.int64
@@ -332,18 +401,36 @@ class Projector:
 
 
 class Odd(torch.optim.SGD):
-    """One whose state no file holds: an object of its own, or tensors in an attribute."""
+    """One whose state no file holds: an object of its own, or tensors in an attribute, say."""
 
     def __init__(self, params: Any, where: str) -> None:
         super().__init__(params, lr=0.1)
-        self.where, self.cache = where, {}
+        self.where, self.cache, self.flat = where, {}, torch.zeros(6)
+        if where in ODD:
+            self.odd = ODD[where]()
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         p = self.param_groups[0]["params"][0]
         if self.where == "state":
             self.state[p]["projector"] = Projector()
-        else:
+        elif self.where == "views":
+            self.state[p].update(first=self.flat[:3], second=self.flat[3:])
+        elif self.where == "weights":
+            self.state[p]["before"] = p.detach().view(-1)
+        elif self.where == "no weight":
+            self.state[torch.zeros(2, 3)]["x"] = 1
+        elif self.where == "cache":
             self.cache[id(p)] = torch.zeros(3)
+
+
+# What changes in place, so that it may be state although it is one and the same object.
+ODD: dict[str, Callable[[], Any]] = {
+    "array": lambda: np.zeros(3),
+    "generator": lambda: np.random.default_rng(0),
+    "lambda": lambda: defaultdict(lambda: 0.0),
+    "object": Projector,
+    "in a list": lambda: [print, Projector()],
+}
 
 
 @pytest.mark.parametrize(
@@ -354,6 +441,20 @@ class Odd(torch.optim.SGD):
             "the optimizer's state embedding.weight.projector\n  got: a tests.test_any_optimizer.Projector, which no",
         ),
         ("cache", "the optimizer's attribute cache\n  got: tensors that are in none of its groups"),
+        ("array", "the optimizer's state (Odd).odd\n  got: a numpy.ndarray, which no checkpoint holds"),
+        ("generator", "the optimizer's state (Odd).odd\n  got: a numpy.random._generator.Generator, which no"),
+        ("lambda", "the optimizer's state (Odd).odd\n  got: a defaultdict of <function <lambda>"),
+        ("object", "the optimizer's state (Odd).odd\n  got: a tests.test_any_optimizer.Projector, which no"),
+        ("in a list", "the optimizer's state (Odd).odd.1\n  got: a tests.test_any_optimizer.Projector, which no"),
+        (
+            "views",
+            "the optimizer's state (Odd).flat\n  got: a tensor that shares its memory with embedding.weight.first\n",
+        ),
+        (
+            "weights",
+            "the optimizer's state embedding.weight.before\n  got: a tensor that shares its memory with embedding.w",
+        ),
+        ("no weight", "the state of Odd\n  got: self.state of a tensor of shape (2, 3) that is no weight\n"),
     ],
 )
 def test_state_that_no_checkpoint_holds_is_refused_after_the_first_step_unless_none_are_saved(where: str, message: str):
@@ -364,6 +465,23 @@ def test_state_that_no_checkpoint_holds_is_refused_after_the_first_step_unless_n
     assert str(error.value).startswith(message) and "--train.keep-checkpoints 0" in str(error.value)
     unsaved = Baseline(Odd(model.parameters(), where), model, max_grad_norm=None, scaling=None, saved=False)
     descend(model, unsaved, batches(2))
+    unsaved.held()  # a run's summary has their size
+
+
+def test_a_counter_of_an_older_checkpoint_is_read_where_torch_has_it():
+    """A step on the device costs Adam's plain loop a wait for each weight; a fused one needs it there."""
+    cases: list[tuple[dict[str, Any], bool | None]] = [
+        ({}, True),
+        ({"fused": True}, None),
+        ({"capturable": True}, None),
+    ]
+    for options, host in cases:
+        model = net()
+        adam = torch.optim.Adam([model.up.bias], **options)
+        state = OptimizerState(adam, {model.up.bias: "up.bias"})
+        packed = state.packed_before({"up.bias.step": ((1,), torch.float32), "up.bias.exp_avg": ((24,), torch.float64)})
+        rows = dict(packed["by_parameter"][0]["up.bias"]["dict"])
+        assert rows["step"].get("host") is host and "host" not in rows["exp_avg"]
 
 
 # ---- its declaration
@@ -408,6 +526,26 @@ def test_what_is_no_optimizer_is_refused(monkeypatch: pytest.MonkeyPatch):
     add(monkeypatch, "nothing", nothing)
     with pytest.raises(Refusal, match="nothing: what its function returns\n  got: a NoneType\n  allowed: a torch opt"):
         BASELINES["nothing"](net(), None, lr=0.1)  # type: ignore[arg-type]
+
+
+def test_an_error_of_a_baselines_function_is_told_with_its_place(monkeypatch: pytest.MonkeyPatch):
+    def careless(model, norm, *, lr: float) -> Any:
+        return torch.optim.SGD(model.named_parameters(), lr=-lr)
+
+    def refusing(model, norm, *, lr: float) -> Any:
+        raise Refusal("mine", got="1", allowed="2", fix="3")
+
+    add(monkeypatch, "careless", careless)
+    add(monkeypatch, "refusing", refusing)
+    with pytest.raises(Refusal) as error:
+        BASELINES["careless"](net(), None, lr=0.1)  # type: ignore[arg-type]
+    line = careless.__code__.co_firstlineno + 1
+    assert str(error.value) == (
+        "careless: its function raised\n  got: ValueError: Invalid learning rate: -0.1\n"
+        f"  allowed: a function that returns what it builds\n  fix: see {__file__}, line {line}"
+    )
+    with pytest.raises(Refusal, match="^mine\n  got: 1"):
+        BASELINES["refusing"](net(), None, lr=0.1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", BASELINES)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from optim import Dualized, ModularNorm
-from optim.baselines import BASELINES, Scaling
+from optim.baselines import BASELINES, Scaling, average_decay
 from optim.errors import NonFiniteError, PlacementError, Refusal, require
 from optim.finite import are_finite
 from optim.metrize import canonical
@@ -32,8 +32,9 @@ def build_baseline(config: Config, model: nn.Module, norm: ModularNorm) -> "Base
     own = {k: v for k, v in vars(config.baseline).items() if k in recipe.own}
     optimizer = recipe(model, norm, lr=o.lr, polar=o.polar, **o.step_settings(), **own)
     moves = config.schedule.beta_warmup or config.schedule.beta_cooldown
+    fixed = [g.get("auxiliary") or average_decay(g) is None for g in optimizer.param_groups]
     require(
-        not moves or not all(group.get("auxiliary") for group in optimizer.param_groups),
+        not moves or not all(fixed),
         "schedule.beta_warmup and schedule.beta_cooldown",
         got=f"a schedule of beta for {o.name}",
         allowed="0: no group of it has an average of gradients that decays by optim.beta",
@@ -97,7 +98,7 @@ class Baseline:
         for part in self.with_modes:
             part.train()
         self.state = OptimizerState(optimizer, {p: n for n, p in self._weights()})
-        self._unchecked = saved
+        self._saved = self._unchecked = saved
         self._ranks: Ranks = ranks_of([], local=True)
         self._bad: str | None = None
 
@@ -153,14 +154,14 @@ class Baseline:
     def _join_ranks(self) -> None:
         """Average the gradients of all ranks, and have all draw the same random numbers."""
         weights = [p for _, p in self._weights()]
-        has_grad = torch.tensor(
-            [p.grad is not None for p in weights], dtype=torch.float32, device=weights[0].device
-        )
-        for p, somewhere in zip(weights, self._ranks.maximum(has_grad).tolist(), strict=True):
+        seed = int(torch.randint(2**24, ()))  # below it float32 has every integer
+        values = [*(p.grad is not None for p in weights), seed]
+        joined = torch.tensor(values, dtype=torch.float32, device=weights[0].device)
+        *has_grad, seed = self._ranks.maximum(joined).tolist()
+        for p, somewhere in zip(weights, has_grad, strict=True):
             if somewhere:
                 p.grad = self._ranks.average(torch.zeros_like(p) if p.grad is None else p.grad)
-        seed = torch.randint(2**62, (1,)).to(weights[0].device)
-        torch.manual_seed(int(self._ranks.broadcast(seed, source=0)))
+        torch.manual_seed(int(seed))
 
     def _update(self) -> None:
         """Step with each group's own multiple of lr."""
@@ -247,7 +248,7 @@ class Baseline:
         """Return {"<parameter>.<buffer>": piece} of what it keeps, counters as tensors (1,)."""
         return {
             name: piece_of(b.detach().view(1) if b.ndim == 0 else b.detach())
-            for name, b in self.state.pack()[1].items()
+            for name, b in self.state.pack(saved=self._saved)[1].items()
         }
 
     def training_weights(self) -> dict[str, Piece]:
@@ -343,7 +344,7 @@ def share_lr(optimizer: torch.optim.Optimizer) -> float:
         group["lr"] = float(number)
     lrs = [group["lr"] for group in groups]
     default = optimizer.defaults.get("lr", math.nan)
-    shared = float(default) if default in lrs else max(lrs)
+    shared = float(default) if default and default in lrs else max(lrs, key=abs)
     for group in groups:
         if group["lr"] != shared:
             group["lr_scale"] = group["lr"] / shared * group.get("lr_scale", 1.0)
