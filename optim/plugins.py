@@ -185,7 +185,7 @@ def _place(failure: BaseException, file: str | None) -> str | None:
 
 
 def call(name: str, function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
-    """Call a registered function. Raises Refusal, with the place in it, where it raises an error.
+    """Return what a registered function returns. Raises Refusal, with the place, where it raises.
 
     name: it is registered by. Refusals pass through as they are.
     """
