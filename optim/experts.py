@@ -12,11 +12,10 @@ from .families import number
 from .fused import ONE, Division
 from .sites import Map, Site
 
-STACKED = re.compile(
-    r"expert|moe|switch", re.IGNORECASE
-)  # a module, or a weight, that may have a stack
-LISTED = re.compile(r"experts?$", re.IGNORECASE)  # a list of modules
-ONE_EXPERT = re.compile(r"Expert(?!s)")  # the class of a module in a list
+# Names of a module or a weight that may be a stack, of a list of modules, of the class of one.
+STACKED = re.compile(r"expert|moe|switch", re.IGNORECASE)
+LISTED = re.compile(r"experts?$", re.IGNORECASE)
+ONE_EXPERT = re.compile(r"Expert(?!s)")
 
 
 def is_stack(site: Site) -> bool:

@@ -52,9 +52,9 @@ def heads(module: nn.Module) -> int:
     return number(module, "num_attention_heads", "num_heads", "n_heads", "n_head", "nheads") or 0
 
 
-def fused(*rows: int, turns: int = 1, inner: Norm = MATRIX) -> Place:
+def fused(*rows: int, turns: int = 1) -> Place:
     """Return the place of maps of so many rows each, which come so many times in turn."""
-    return Place("hidden", Blocks(inner, rows, turns), len(rows))
+    return Place("hidden", Blocks(MATRIX, rows, turns), len(rows))
 
 
 def head_by_head(d: int, H: int) -> Place:
@@ -100,10 +100,8 @@ def _gated_queries(m: Any) -> Place | None:
 
 def _mamba_in(m: Any) -> Place | None:
     """Return the place of x and z; of Mamba2 of z, x, B, C and the time steps."""
-    inner, states = (
-        number(m, "intermediate_size", "d_inner"),
-        number(m, "ssm_state_size", "d_state"),
-    )
+    inner = number(m, "intermediate_size", "d_inner")
+    states = number(m, "ssm_state_size", "d_state")
     if inner is None or states is None:
         return None
     groups = number(m, "n_groups", "ngroups")

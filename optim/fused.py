@@ -14,7 +14,7 @@ from .sites import Map, Readers, Site
 QUERIES_KEYS_VALUES = re.compile(r"qkv|query_key_value|queries_keys_values|c_attn")
 HEAD_BY_HEAD = "query_key_value"  # GPT-NeoX's name, and that of the models that descend from it
 KEYS_VALUES = re.compile(r"(^|_|to)kv(_|$)|keys?_values?")
-GATED = re.compile(r"gate_(and_)?up|up_gate|gate_up|w12|w13")
+GATED = re.compile(r"gate_(and_)?up|up_gate|w12|w13")
 # Names of one map alone: queries, keys or values; and of a path around wider ones.
 SINGLE = re.compile(r"(q|k|v|query|key|value|queries|keys|values)(_[ab])?(_(proj|linear|lin))?")
 SHORTCUT = re.compile(r"downsample|shortcut|skip|residual")

@@ -22,20 +22,23 @@ def declared_head(model: nn.Module) -> Tensor | None:
 
 
 def guessed_heads(
-    model: nn.Module, sites: Mapping[str, Site], maps: Mapping[str, Map | None]
+    model: nn.Module,
+    sites: Mapping[str, Site],
+    maps: Mapping[str, Map | None],
+    readers: Readers,
+    *,
+    declared: bool,
 ) -> dict[str, str]:
     """Return {name: why} of the maps that look like heads.
 
     They map to as many outputs as an embedding has rows or, in a model that declares no head, to
     outputs that no map of it reads. They are not the model's only map and no router of experts, and
-    of a repeated layer they are the last map.
+    of a repeated layer they are the last map. readers: of all maps. declared: the model has a head.
     """
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
     vocabularies = {table.num_embeddings for table in tables}
     of_paths = {sites[n].key: own for n, own in maps.items() if own is not None}
-    readers = Readers(of_paths)
     linear = Readers({k: own for k, own in of_paths.items() if own.stored != "convolution"})
-    declared = declared_head(model) is not None
     heads = {}
     for name, own in maps.items():
         site = sites[name]

@@ -114,7 +114,7 @@ def _by_type(
     sites = sites_of(model)
     maps = {name: map_of(site) for name, site in sites.items()}
     readers = Readers({sites[name].key: own for name, own in maps.items() if own is not None})
-    heads = _heads(model, sites, maps, chosen)
+    heads = _heads(model, sites, maps, readers, chosen)
     tied = _tied_heads(model)
     on_logits = _biases_of_heads(sites, maps, heads) | {f"{path}.bias".lstrip(".") for path in tied}
     weights = {site.key: name for name, site in sites.items() if maps[name] is not None}
@@ -221,11 +221,12 @@ def _heads(
     model: nn.Module,
     sites: dict[str, Site],
     maps: dict[str, Map | None],
+    readers: Readers,
     chosen: dict[str, Rule],
 ) -> dict[str, str]:
     """Return {name: why} of the heads: by rule, as transformers declare them, or guessed."""
     declared = declared_head(model)
-    heads = guessed_heads(model, sites, maps)
+    heads = guessed_heads(model, sites, maps, readers, declared=declared is not None)
     heads |= {name: "" for name, site in sites.items() if site.weight is declared}
     ruled = {name: rule for name, rule in chosen.items() if name in sites}
     roles = {name: rule.role or (rule.norm and "hidden") for name, rule in ruled.items()}

@@ -11,9 +11,9 @@ from torch import nn
 
 from .adapters import place_adapter
 from .experts import divide_stack, halves, is_stack, routes, stack
-from .families import MATRIX, heads, place_by_family
+from .families import LOGITS, MATRIX, heads, place_by_family
 from .fused import ONE, SINGLE, Division, divide
-from .norms import L1ToRMS, MaxEntry, Norm, RMSToLinf, RMSToRMS, VectorRMS
+from .norms import L1ToRMS, MaxEntry, Norm, VectorRMS
 from .sites import WEIGHTS, Map, Place, Readers, Site, is_vector
 from .views import Blocks, ConvRMSToRMS, Experts, Flattened, Transposed
 
@@ -21,7 +21,7 @@ from .views import Blocks, ConvRMSToRMS, Experts, Flattened, Transposed
 # queries, keys and values are three). As in model.py, what is between embedding and head has six
 # times the mass of either.
 MASSES = {"embedding": 1.0, "hidden": 6.0, "head": 1.0, "gain": 0.5, "bias": 0.5, "scalar": 0.1}
-MATRICES = {"embedding": L1ToRMS(), "hidden": RMSToRMS(), "head": RMSToLinf()}  # norms by role
+MATRICES = {"embedding": L1ToRMS(), "hidden": MATRIX, "head": LOGITS}  # norms by role
 GATES = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3}  # maps fused in one weight
 NORMALIZATIONS = nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.modules.batchnorm._NormBase
 # Names that many models give to weights of modules of their own, by their parts.
@@ -203,8 +203,8 @@ def _of_gates(site: Site, n: int) -> Place:
     if "bias" in site.own:
         if site.weight.ndim > 1:  # bias_k and bias_v, one more key and value each
             return Place("bias", _vector(site.weight.ndim))
-        return Place("bias", VectorRMS() if n == 1 else Blocks(VectorRMS(), n), n)
-    return Place("hidden", MATRIX if n == 1 else Blocks(MATRIX, n), n)
+        return Place("bias", _blocks(VectorRMS(), (n, 1)), n)
+    return Place("hidden", _blocks(MATRIX, (n, 1)), n)
 
 
 def _place_bias(site: Site, own: Map, readers: Readers, beside: Place | None) -> Place | None:

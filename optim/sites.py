@@ -16,11 +16,8 @@ from .norms import Norm
 # The parts of a name that torch.compile, DDP, checkpointing and FSDP add.
 WRAPPERS = ("_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
-WEIGHTS = (
-    "weight",
-    "weight_v",
-    "weight_orig",
-)  # the others of torch's older weight_norm and spectral_norm
+# A map's weight, by its name; the latter two are of torch's older weight_norm and spectral_norm.
+WEIGHTS = ("weight", "weight_v", "weight_orig")
 
 
 def canonical(name: str) -> str:
