@@ -197,6 +197,7 @@ def test_a_sweep_leaves_losses_verdict_and_picture(root: Path, swept: Path, caps
         ".lock",
         "configs",
         "results.json",
+        "runs.jsonl",
         "verdict.txt",
         "transfer.png",
     }
