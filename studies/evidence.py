@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import tomllib
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -90,7 +91,8 @@ class Evidence:
 
     def _refusal(self, wanted: Job, line: Json) -> StudyError | None:
         """Return how a line is not of this job; None if it is."""
-        values, trained = _values(wanted.config), _trained(line)
+        values = configuration.flat(wanted.config) | {"data.dataset": _corpus(wanted.config)}
+        trained = _trained(line)
         if key := difference(values, trained):
             got, allowed = f"{key} = {values[key]!r}", f"{trained[key]!r}, as that run had it"
         elif name := changed_plugin(wanted.config, _result(line)):
@@ -195,7 +197,7 @@ def _parsed(text: bytes) -> Json | None:
     """Return a line; None of a text that is none, or whose settings do not have their hash."""
     try:
         line = json.loads(text)
-        return line if line["sha256"] == _digest(line["settings"]) else None
+        return line if line["run"] and line["sha256"] == _digest(line["settings"]) else None
     except (ValueError, TypeError, KeyError):
         return None
 
@@ -205,19 +207,28 @@ def _result(line: Json) -> Json:
     return line.get("summary") or line["failed"]
 
 
-def _values(config: Config) -> Json:
-    """Return the settings of a configuration, with its corpus's hash for the corpus's folder."""
-    corpus = read_manifest(Path(config.data.dataset)).sha256
-    return configuration.flat(config) | {"data.dataset": corpus}
-
-
 def _settings(config: Config) -> Json:
-    """Return the settings that the numbers of a run depend on, without those that are None."""
-    return {
-        key: value
-        for key, value in _values(config).items()
-        if value is not None and not key.startswith(NEUTRAL)
-    }
+    """Return the settings that the numbers of a run depend on, {"section.key": value}.
+
+    They are those of its config.toml: without what plugins that it does not name declare.
+    """
+    written = _leaves(tomllib.loads(configuration.to_toml(config)))
+    kept = {key: value for key, value in written.items() if not key.startswith(NEUTRAL)}
+    return kept | {"data.dataset": _corpus(config)}
+
+
+def _leaves(tables: Mapping[str, Any], prefix: str = "") -> Json:
+    """Return the values of nested tables, by their keys with dots."""
+    leaves: Json = {}
+    for key, value in tables.items():
+        inner = _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else None
+        leaves |= {f"{prefix}{key}": value} if inner is None else inner
+    return leaves
+
+
+def _corpus(config: Config) -> str:
+    """Return the hash of a configuration's corpus, whatever its folder."""
+    return read_manifest(Path(config.data.dataset)).sha256
 
 
 def _trained(line: Json) -> Json:
