@@ -241,9 +241,15 @@ def test_a_corpus_is_known_by_its_hash_and_not_by_its_folder(base: Config, folde
         call([job(base, folder, "b", **{"data.dataset": str(elsewhere)})], folder)
 
 
-def test_a_line_of_before_a_setting_was_added_counts(base: Config, folder: Path):
+def test_a_line_of_before_a_setting_was_added_or_renamed_counts(base: Config, folder: Path):
     lose(folder, "a")
-    rewrite(folder, lambda line: line["settings"].pop("optim.cautious"))
+
+    def as_before(line: dict[str, Any]) -> None:
+        settings = line["settings"]
+        del settings["optim.cautious"]
+        settings["optim.cooldown"] = settings.pop("schedule.cooldown")
+
+    rewrite(folder, as_before)
     call([job(base, folder, "a")], folder)
     assert is_restored(folder / "a")
 
