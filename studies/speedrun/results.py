@@ -184,7 +184,7 @@ def _horizon(judgement: Judgement, entry: Entry, steps: int, records: Sequence[J
     return {
         "steps": steps,
         "n": n,
-        **_bounded("mean", statistics.mean_interval(judgement.study.losses[entry.name, steps])),
+        **statistics.mean_interval(judgement.study.losses[entry.name, steps]).json("mean"),
         "statistic": rule.statistic(mean, n) if rule else None,
         "passes": rule.passes(mean, n) if rule and judged else None,
         "train_seconds": None if None in seconds else float(np.mean(seconds)),
@@ -202,8 +202,8 @@ def _at_budget(judgement: Judgement, entry: Entry, records: Sequence[Json]) -> J
     }
     return {
         "n": judgement.n,
-        "loss": _bounded("mean", statistics.mean_interval(losses)),
-        **{k: _bounded("mean", statistics.mean_interval(v)) for k, v in seconds.items()},
+        "loss": statistics.mean_interval(losses).json("mean"),
+        **{k: statistics.mean_interval(v).json("mean") for k, v in seconds.items()},
         "peak_memory_bytes": max(filter(None, peaks), default=None),
         "steps": entry.steps,
         "tokens": entry.steps * tokens_per_step(entry.config),
@@ -272,7 +272,7 @@ def _pair(judgement: Judgement, b: Json, a: Json) -> Json:
         "a": a["name"],
         "b": b["name"],
         "n": judgement.n,
-        "loss_difference": {**_bounded("mean", difference), "p": p},
+        "loss_difference": {**difference.json("mean"), "p": p},
         **_ratios(judgement, b, a),
     }
 
@@ -301,15 +301,10 @@ def _ratios(judgement: Judgement, b: Json, a: Json) -> Json:
         else statistics.bounds(ratio, draws[key])
         for key, ratio in ratios.items()
     }
-    return {f"{key}_ratio": _bounded("value", interval) for key, interval in intervals.items()}
+    return {f"{key}_ratio": interval.json("value") for key, interval in intervals.items()}
 
 
 def _draws_of_step_seconds(entry: Json, steps: int, *, seed: int) -> statistics.Array | None:
     """Draw the logarithm of an entry's training seconds a step at one horizon."""
     logs = [math.log(r["train_seconds"] / steps) for r in entry["runs"] if r["steps"] == steps]
     return statistics.draws_of_mean(logs, seed=seed)
-
-
-def _bounded(name: str, interval: Interval) -> dict[str, float]:
-    """Return an interval as results.json holds it. name: of its value's key."""
-    return {name: interval.value, "low": interval.low, "high": interval.high}
