@@ -9,7 +9,7 @@ configuration's at the horizon of --tuned-at, and is carried to the others by on
 lr · (tuned-at / horizon)^power. Other options, --section.key value, change every entry, as
 train_gpt.py takes them.
 
-The folder runs/NAME has a run folder for each training, results.json, claims.txt and horizons.png.
+The folder runs/NAME has a run folder for each training, results.json and horizons.png.
 The same call again resumes where it stopped. docs/speedrun.md defines each figure.
 """
 
@@ -222,7 +222,8 @@ def plot(content: Json, path: Path) -> None:
         axes.set_xticks(steps, [f"{s:,}" for s in steps])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=9)
+    labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower center", ncols=len(compared) + 1, fontsize=9)
     title = f"{content['dataset']}: bars are 95 % intervals of {len(content['seeds'])} seeds"
     hollow = "; hollow: extrapolated, outside of the entry's own losses"
     shown = [row["steps_ratio"] for e in compared for row in e["horizons"]]
@@ -231,7 +232,7 @@ def plot(content: Json, path: Path) -> None:
 
 
 def _draw(axes: Any, entry: Json, i: int, figure_of: str, key: str, *, shift: float) -> None:
-    """Draw one figure of an entry's rows. shift: of its horizons, so that bars stand side by side."""
+    """Draw one figure of an entry's rows. shift: of horizons, so that bars stand side by side."""
     colour, symbol = LIGHT[i % len(LIGHT)], MARKERS[marker(i)]
     rows = [r for r in entry["horizons"] if r[figure_of] and r[figure_of][key] is not None]
     x, y = [r["steps"] * shift for r in rows], [r[figure_of][key] for r in rows]

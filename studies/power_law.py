@@ -24,7 +24,7 @@ STEEPEST, HALVINGS = 20.0, 60
 
 
 def crossing(x: Array, y: Array, level: Array | float) -> Array:
-    """Return the ln horizon (…) at which the power law through three losses falls to `level` (…).
+    """Return the ln horizon (…) at which the power law through three losses has the level (…).
 
     x: (3,) ln horizons. y: (…, 3) losses. The law is floor + scale · horizon^−b. It is monotone,
     and goes through all three. It is continued on both sides of them. ∓∞ of a level that it does
@@ -41,7 +41,7 @@ def crossing(x: Array, y: Array, level: Array | float) -> Array:
 
 
 def _exponent(first: float, last: float, ratio: Array) -> Array:
-    """Return b of which (e^{−b·first} − e^{−b·last}) / (1 − e^{−b·first}) is this ratio.
+    """Return the b at which (e^{−b·first} − e^{−b·last}) / (1 − e^{−b·first}) is this ratio.
 
     It falls as b grows. The bounds of the bisection are not symmetric, so that no b is exactly 0.
     """
@@ -61,7 +61,7 @@ class Ratios:
     seconds: Interval
     """That of steps times the ratio of seconds a step."""
     extrapolated: bool
-    """Whether that loss lies outside of the entry's own losses."""
+    """That loss lies outside of the entry's own losses."""
 
 
 def ratios(
