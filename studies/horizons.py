@@ -1,4 +1,4 @@
-r"""Does an advantage last as the training grows longer? Entries at several horizons, paired by seed.
+r"""Does an advantage last as training grows longer? Entries at several horizons, paired by seed.
 
     python -m studies.horizons ours.toml muon.toml --against muon --horizons 100 400 1600 \
         --tuned-at 400 --lr-power 0.3 --seeds 5 --first-seed 100 --train.batch-size 8
@@ -161,8 +161,8 @@ def claim(name: str, reference: str, rows: Sequence[Json]) -> str:
     advantage = f"{name}: the advantage over {reference}"
     if not shown:
         return f"{advantage} is shown at no horizon"
-    is_first = shown == steps[: len(shown)]
-    where = f"up to {shown[-1]}" if is_first else f"at {' and '.join(shown)}"
+    is_prefix = shown == steps[: len(shown)]
+    where = f"up to {shown[-1]}" if is_prefix else f"at {' and '.join(shown)}"
     rest = f"; it is not shown at {' and '.join(missing)} steps" if missing else ""
     return f"{advantage} holds {where} steps{rest}"
 
@@ -186,7 +186,7 @@ def text(content: Json) -> str:
 
 
 def _row(name: str, row: Json) -> list[str]:
-    """Return one line of the table. An entry that does not reach the loss has no ratio."""
+    """Return one line of the table. A loss that is not reached has no ratio."""
     cells = [name, str(row["steps"]), spelled(row["lr"]), bounded(row["loss"], "mean", ".4f")]
     if "difference" not in row:
         return [*cells, "", "", "", ""]
@@ -195,7 +195,9 @@ def _row(name: str, row: Json) -> list[str]:
         *cells,
         bounded(row["difference"], "mean", "+.4f"),
         "" if p is None else f"{p:.2g}",
-        bounded(steps, "value", ".3f") + " extrapolated" * steps["extrapolated"] if steps else "",
+        bounded(steps, "value", ".3f") + " extrapolated" * steps["extrapolated"]
+        if steps
+        else "none",
         bounded(seconds, "value", ".3f") if seconds else "",
     ]
 

@@ -161,6 +161,26 @@ def test_the_claim_ends_where_an_interval_first_reaches_1(highs: Sequence[float 
     assert claim("ours", "muon", rows) == f"ours: the advantage over muon {expected}"
 
 
+def test_the_table_names_what_diverged_and_has_no_ratio_for_it():
+    ended = {"steps": 400, "lr": 0.1, "loss": {"mean": 2.0, "low": 1.9, "high": 2.1}}
+    nothing = {"mean": None, "low": None, "high": None}
+    compared = {"difference": nothing | {"p": None}, "steps_ratio": None, "seconds_ratio": None}
+    ratio = {"value": 0.9, "low": None, "high": 1.1, "extrapolated": True}
+    difference = {"mean": -0.1, "low": -0.2, "high": 0.0, "p": 0.01}
+    rows = [
+        ended | {"loss": nothing} | compared,
+        ended | {"difference": difference, "steps_ratio": ratio, "seconds_ratio": None},
+    ]
+    about = {"name": "study", "dataset": "text", "against": "muon", "seeds": [0], "tuned_at": 400, "lr_power": 0.0}
+    entries = [{"name": "ours", "horizons": rows, "claim": "ours: it holds", "note": "a note"}]
+    entries += [{"name": "muon", "horizons": [ended], "claim": None, "note": ""}]
+    lines = horizons.text(about | {"entries": entries, "versions": {"note": None}}).splitlines()
+    assert lines[2].split() == ["ours", "400", "0.1", "diverged", "diverged", "none"]
+    assert "-0.1000 [-0.2000, +0.0000]" in lines[3] and "0.900 [−∞, 1.100] extrapolated" in lines[3]
+    assert lines[4].split() == ["muon", "400", "0.1", "2.0000", "[1.9000,", "2.1000]"]
+    assert lines[5:] == ["ours: it holds", "note: ours: a note"]
+
+
 def test_seconds_are_compared_only_on_one_known_machine():
     def summaries(*seconds: float, hardware: str | None = "a") -> list[dict[str, Any]]:
         return [{"train_seconds": s} | ({"hardware": hardware} if hardware else {}) for s in seconds]
