@@ -55,13 +55,15 @@ class Entry:
         """Return the name of a judged run."""
         return f"{self.name}.s{steps}.seed{seed}"
 
-    def judged_job(self, steps: int, seed: int, folder: Path) -> runs.Job:
-        """Return a run that is judged, with the tuned values.
+    def judged_job(self, steps: int, seed: int, folder: Path, **values: Any) -> runs.Job:
+        """Return a run that is judged, with the tuned values, or with these.
 
         It is evaluated about five times on its way, which the training clock does not count.
         """
         changes = {"run.seed": seed, "train.steps": steps, "train.eval_every": max(1, steps // 5)}
-        return self.job(self.run_name(steps, seed), folder, **changes, **(self.tuned or {}))
+        return self.job(
+            self.run_name(steps, seed), folder, **changes, **(self.tuned or {}), **values
+        )
 
 
 def load(paths: Sequence[str], options: Sequence[str], *, allow_different: bool) -> list[Entry]:

@@ -209,7 +209,7 @@ def _horizon(judgement: Judgement, entry: Entry, steps: int, records: Sequence[J
     return {
         "steps": steps,
         "n": n,
-        **_bounded("mean", statistics.mean_interval(judgement.study.losses[entry.name, steps])),
+        **statistics.mean_interval(judgement.study.losses[entry.name, steps]).json("mean"),
         "statistic": rule.statistic(mean, n) if rule else None,
         "passes": rule.passes(mean, n) if rule and judged else None,
         "train_seconds": None if None in seconds else float(np.mean(seconds)),
@@ -227,8 +227,8 @@ def _at_budget(judgement: Judgement, entry: Entry, records: Sequence[Json]) -> J
     }
     return {
         "n": judgement.n,
-        "loss": _bounded("mean", statistics.mean_interval(losses)),
-        **{k: _bounded("mean", statistics.mean_interval(v)) for k, v in seconds.items()},
+        "loss": statistics.mean_interval(losses).json("mean"),
+        **{k: statistics.mean_interval(v).json("mean") for k, v in seconds.items()},
         "peak_memory_bytes": max(filter(None, peaks), default=None),
         "steps": entry.steps,
         "tokens": entry.steps * tokens_per_step(entry.config),
@@ -299,7 +299,7 @@ def _pair(judgement: Judgement, b: Json, a: Json) -> Json:
         "a": a["name"],
         "b": b["name"],
         "n": judgement.n,
-        "loss_difference": {**_bounded("mean", difference), "p": p},
+        "loss_difference": {**difference.json("mean"), "p": p},
         **_ratios(judgement, b, a),
     }
 
@@ -331,7 +331,7 @@ def _ratios(judgement: Judgement, b: Json, a: Json) -> Json:
         else statistics.bounds(ratio, draws[key])
         for key, ratio in ratios.items()
     }
-    bounded = {f"{key}_ratio": _bounded("value", i) for key, i in intervals.items()}
+    bounded = {f"{key}_ratio": i.json("value") for key, i in intervals.items()}
     return {"steps_ratio": None, "seconds_ratio": None} | bounded
 
 
@@ -340,8 +340,3 @@ def _draws_of_step_seconds(
 ) -> statistics.Array | None:
     """Draw the logarithm of the training seconds a step of an entry's runs at one horizon."""
     return statistics.draws_of_mean([math.log(s / steps) for s in seconds], seed=seed)
-
-
-def _bounded(name: str, interval: Interval) -> dict[str, float]:
-    """Return an interval as results.json holds it. name: of its value's key."""
-    return {name: interval.value, "low": interval.low, "high": interval.high}
