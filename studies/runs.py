@@ -31,6 +31,7 @@ from optim import plugins
 from optim.errors import Refusal, require
 from training import config as configuration
 from training.config import Config
+from training.half_lives import displaced, half_lives
 from training.run_folder import is_locked_by_us
 
 from . import processes
@@ -102,7 +103,9 @@ def job(config: Config, name: str, folder: Path, **changes: Any) -> Job:
     """
     raw: dict[str, Any] = {}
     own = {"run.name": name, "run.dir": str(folder)}
-    for key, value in {**configuration.flat(config), **own, **changes}.items():
+    unstated = half_lives(config).keys() | displaced(changes)
+    kept = {k: v for k, v in configuration.flat(config).items() if k not in unstated}
+    for key, value in {**kept, **own, **changes}.items():
         if value is not None:
             configuration.put(raw, key, value)
     changed = configuration.from_dict(Config, raw)
