@@ -36,7 +36,7 @@ AXES = {
 }
 Size = tuple[int, ...]  # a value of each axis, in this order
 BATCH, HORIZON = list(AXES).index("batch"), list(AXES).index("horizon")
-# What a learning rate is multiplied by when the batch is multiplied by a ratio.
+# The factor of a learning rate by the ratio of its batch to the one it was given for.
 BATCH_RULES: dict[str, Callable[[float], float]] = {"constant": lambda _: 1.0, "sqrt": math.sqrt}
 
 
@@ -140,7 +140,7 @@ def with_equal_tokens(line: Line, base: Size) -> Line:
     for size in line.sizes:
         *others, batch, steps = size
         sequences = base[BATCH] * steps
-        if sequences % batch:
+        if batch < 1 or sequences % batch:
             raise StudyError(
                 "--batch-sizes",
                 got=batch,

@@ -11,11 +11,13 @@ r"""Does the best learning rate stay where it is as the model grows? A sweep, ju
 Axes: --widths (model.n_embd, at the configuration's width of a head), --depths (model.n_layer),
 --contexts (model.block_size, at its tokens a step), --batches (train.batch_size), --horizons
 (train.steps). Each is varied alone, the others as in the configuration; --grid takes their product
-and judges each line of it. --batch-sizes varies the batch at the tokens of the configuration's run:
-train.steps falls as the batch grows. The rates of --lrs are those of the configuration's batch, and
---batch-rule carries them to the others; where the best rate should be is then what the rule says,
-and a drift is one from there. Losses need not fall, and no word says that they do. Other options, --section.key value, go to every run as train_gpt.py
+and judges each line of it. Other options, --section.key value, go to every run as train_gpt.py
 takes them. A run is judged by its validation loss at the end.
+
+--batch-sizes varies the batch at the tokens of the configuration's run: train.steps falls as the
+batch grows. --lrs are the rates of the configuration's batch, and --batch-rule carries them to
+others, so that a drift is one from where the rule puts the best rate. Losses need not fall with the
+batch: they are shown, not judged.
 
 The folder runs/NAME has a run folder for each training, results.json, verdict.txt and
 transfer.png. The same call again resumes where it stopped, and adds what new sizes, learning rates

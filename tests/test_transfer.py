@@ -160,6 +160,10 @@ def test_names_tell_sizes_learning_rate_and_seed():
             "--batch-sizes\n  got: 6\n  allowed: a divisor of 32, the sequences of a run\n  fix: other sizes, or other",
         ),
         (
+            ("--batch-sizes", "0", "8", "--lrs", "1", "2", "4"),
+            "--batch-sizes\n  got: 0\n  allowed: a divisor of 32, the",
+        ),
+        (
             ("--batch-sizes", "4", "8", "--batches", "4", "8", "--lrs", "1", "2", "4"),
             "--batches, --batch-sizes\n  got: both\n  allowed: one: the batch at the configuration's steps, or at its",
         ),

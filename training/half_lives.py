@@ -75,7 +75,7 @@ def drop(raw: dict[str, Any], keys: Iterable[str]) -> None:
         _section(raw, path).pop(name, None)
 
 
-def in_words(config: Config) -> list[str]:
+def decays_in_words(config: Config) -> list[str]:
     """Return a line for each decay that a half-life gives."""
     tokens = tokens_of_step(config)
     return [

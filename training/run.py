@@ -25,7 +25,7 @@ from .config import Config, to_toml
 from .errors import Stopped
 from .evaluate import evaluate
 from .geometry import Geometry
-from .half_lives import in_words, tokens_of_step
+from .half_lives import decays_in_words, tokens_of_step
 from .plots import plot_geometry, plot_losses
 from .provenance import git_state
 from .resume import Progress, Start
@@ -90,7 +90,7 @@ class Run:
         for name, text in self.texts.items():
             folder.write(f"resumed_{self.first:08d}_{name}" if start.checkpoint else name, text)
         start.tell(self.progress)
-        for choice in [*self.runtime.choices, *in_words(config)]:
+        for choice in [*self.runtime.choices, *decays_in_words(config)]:
             say(f"chosen: {choice}")
         kind = (
             "dualized tensors"
