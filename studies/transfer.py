@@ -46,6 +46,7 @@ from training.half_lives import half_lives
 
 from . import runs
 from .coordinates import print_coordinates
+from .evidence import file_of
 from .intervals import Interval
 from .sizes import (
     AXES,
@@ -407,15 +408,21 @@ def report(sweep: Sweep, options: argparse.Namespace, argv: list[str], *, title:
     text, picture = "\n\n".join(texts), sweep.folder / "transfer.png"
     (sweep.folder / "verdict.txt").write_text(text + "\n", encoding="utf-8")
     entries = [entry.json() for entry in judged]
-    results = {"command": argv, "thresholds": vars(thresholds), "lines": entries}
+    summaries = [s for j in sweep.jobs() if (s := runs.summary(sweep.folder / j.name))]
+    results = {
+        "command": argv,
+        "thresholds": vars(thresholds),
+        "hardware": runs.machines(summaries),
+        "lines": entries,
+    }
     if options.batch_sizes:
         batch = sweep.base.train.batch_size
         results |= {"batch_rule": {"rule": sweep.batch_rule, "from_batch": batch}}
     runs.write_json(sweep.folder / "results.json", results)
-    print(text)
+    print(f"{text}\n\nresults: {file_of(sweep.folder)}")
     if judged:
         plot(judged, sweep.lrs, title, picture)
-        print(f"\npicture: {picture}")
+        print(f"picture: {picture}")
 
 
 if __name__ == "__main__":

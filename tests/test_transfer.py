@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -224,6 +225,7 @@ def test_a_sweep_leaves_losses_verdict_and_picture(root: Path, swept: Path, caps
         ".lock",
         "configs",
         "results.json",
+        "runs.jsonl",
         "verdict.txt",
         "transfer.png",
     }
@@ -253,6 +255,19 @@ def test_a_sweep_leaves_losses_verdict_and_picture(root: Path, swept: Path, caps
     ):
         assert key in text
     assert (swept / "transfer.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_goes_on_from_its_lines_with_the_same_verdict(root: Path, swept: Path):
+    """Without its run folders."""
+    moved = root / "moved/sweep"
+    moved.mkdir(parents=True)
+    shutil.copy(swept / "runs.jsonl", moved)
+    assert main([*where(root)[:-1], str(moved.parent), *OPTIONS, *SWEEP]) == 0
+    assert len(list(moved.glob("*/restored.txt"))) == 12 and not any((moved / "configs").iterdir())
+    same, other = ((f / "results.json").read_text() for f in (swept, moved))
+    assert json.loads(other) | {"command": ""} == json.loads(same) | {"command": ""}
+    texts = [(f / "verdict.txt").read_text().partition("\n") for f in (swept, moved)]
+    assert texts[0][2] == texts[1][2], "but for the command's line"
 
 
 def test_the_same_call_again_runs_nothing_and_a_seed_more_runs_its_own(

@@ -11,9 +11,10 @@ from training import config as configuration
 from training.config import Config
 
 from .. import runs
+from ..jobs import NEUTRAL
 
 OPTIMIZER = ("optim.", "schedule.", "baseline.")  # settings in which entries are meant to differ
-BY_STUDY = ("run.seed", "train.steps", "train.eval_every", *runs.NEUTRAL)  # set for each run
+BY_STUDY = ("run.seed", "train.steps", "train.eval_every", *NEUTRAL)  # set for each run
 BY_STUDY += ("run.plugins",)  # other keys name what they register
 
 
