@@ -32,6 +32,7 @@ from optim.errors import require
 from optim.plugins import digests
 from training import config as configuration
 from training.config import Config
+from training.half_lives import displaced, half_lives
 from training.provenance import git_state, hardware
 from training.run_folder import is_locked_by_us
 
@@ -71,7 +72,9 @@ def job(config: Config, name: str, folder: Path, **changes: Any) -> Job:
     The configuration is checked as train_gpt.py would check it.
     """
     own = {"run.name": name, "run.dir": str(folder)}
-    changed = from_flat({**configuration.flat(config), **own, **changes})
+    unstated = half_lives(config).keys() | displaced(changes)
+    kept = {k: v for k, v in configuration.flat(config).items() if k not in unstated}
+    changed = from_flat({**kept, **own, **changes})
     changed.check()
     return Job(name, changed)
 
