@@ -119,6 +119,15 @@ class OneProcess:
         none."""
         return p
 
+    def first_row(self, p: Tensor) -> int:
+        """Return the place of the first of rows(p) in p."""
+        return 0
+
+    def total(self, p: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """Return what sets a tensor to its sum over the ranks that have the other rows of p, all of
+        which call it; None where p is whole."""
+        return None
+
     def gradient(self, p: Tensor) -> Tensor | None:
         """Return the averaged gradient of rows(p), not to be written."""
         return p.grad
@@ -221,6 +230,13 @@ class Shards(OneProcess):
     def rows(self, p: Tensor) -> Tensor:
         return self.from_state(p)
 
+    def first_row(self, p: Tensor) -> int:
+        return self.span(p.shape[0], self.ranks.rank)[0]
+
+    def total(self, p: Tensor) -> Callable[[Tensor], Tensor] | None:
+        whole = self.span(p.shape[0], 0)[1] == p.shape[0]  # on the first rank of each copy
+        return None if whole else lambda x: self.ranks.total(x).div_(self.copies)
+
     def gradient(self, p: Tensor) -> Tensor | None:
         return None if p.grad is None else self.from_state(p.grad)
 
@@ -275,14 +291,15 @@ class Shards(OneProcess):
         return out
 
     def to_state(self, p: Tensor, buffer: Tensor) -> Tensor:
-        return as_dtensor(p, buffer)
+        return as_dtensor(p, buffer, by_rows=buffer.ndim == p.ndim)
 
     def from_state(self, buffer: Tensor) -> Tensor:
         return buffer.to_local()  # type: ignore[attr-defined]
 
     def cut(self, p: Tensor, whole: Tensor) -> Tensor | None:
         first, end = self.span(p.shape[0], self.ranks.rank)
-        return self.to_state(p, whole_of(whole)[first:end].clone())
+        part = whole_of(whole)
+        return self.to_state(p, (part[first:end] if part.ndim == p.ndim else part).clone())
 
     def piece_of_state(self, p: Tensor, buffer: Tensor) -> Piece:
         return piece_of(buffer)

@@ -9,13 +9,15 @@ noise by noise nor let an eigensolver's choice of basis be seen.
 import math
 import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from optim import Dualized, ModularNorm
 from optim.directions import DIRECTIONS
-from optim.norms import RMSToRMS
+from optim.norms import Frobenius, L1ToRMS, MaxEntry, MeanToLinf, Norm, RMSToLinf, RMSToRMS, VectorRMS
 from optim.polar import Polar
+from optim.views import Blocks, ConvRMSToRMS, Experts, Flattened, ScionConv, Transposed, View
 from torch import Tensor, nn
 
 PERTURBATION = 1e-15  # of ‖G‖_F: some five roundings of every entry
@@ -94,3 +96,99 @@ def test_a_perturbation_of_a_few_roundings_does_not_turn_the_step(direction: str
             for name in streams
         }
         assert max(turns.values()) < TURN, (step + 1, {name: turn for name, turn in turns.items() if turn >= TURN})
+
+
+# ---- factored
+
+
+EXACT = Polar("exact")
+CLOSE = 1e-7  # of float64: the quotient is M̃ v / (v² + ε u²), where v is small against u
+BLOCKS: dict[str, tuple[Norm, tuple[int, ...]]] = {
+    "matrix": (RMSToRMS(EXACT), (6, 4)),
+    "Frobenius": (Frobenius(), (6, 4)),
+    "embedding": (L1ToRMS(), (7, 4)),
+    "head": (RMSToLinf(), (7, 4)),
+    "sign": (MeanToLinf(), (6, 4)),
+    "heads": (Blocks(RMSToRMS(EXACT), 3), (12, 5)),
+    "fused": (Blocks(RMSToRMS(EXACT), (6, 2, 2)), (10, 5)),
+    "in turn": (Blocks(RMSToRMS(EXACT), 3, turns=2), (12, 5)),
+    "unequal in turn": (Blocks(RMSToRMS(EXACT), (2, 1), turns=3), (9, 5)),
+    "heads of heads": (Blocks(Blocks(RMSToRMS(EXACT), 2), (4, 8)), (12, 5)),
+    "tied rows": (Blocks(L1ToRMS(), 2), (6, 5)),
+    "transposed": (Transposed(RMSToRMS(EXACT)), (4, 6)),
+    "transposed embedding": (Transposed(L1ToRMS()), (4, 7)),
+    "transposed heads": (Transposed(Blocks(RMSToRMS(EXACT), 2)), (4, 6)),
+    "experts": (Experts(RMSToRMS(EXACT)), (3, 4, 5)),
+    "experts' gates": (Experts(Transposed(Blocks(RMSToRMS(EXACT), (1, 1), turns=3))), (3, 4, 6)),
+    "convolution": (ConvRMSToRMS(RMSToRMS(EXACT)), (4, 6, 3, 2)),
+    "groups": (ConvRMSToRMS(RMSToRMS(EXACT), groups=2), (4, 3, 3, 2)),
+    "transposed convolution": (ConvRMSToRMS(RMSToRMS(EXACT), groups=2, transposed=True), (4, 3, 3, 2)),
+    "flattened": (Flattened(RMSToRMS(EXACT)), (4, 3, 2, 2)),
+    "Scion's": (ScionConv(RMSToRMS(EXACT)), (4, 3, 2, 2)),
+    "as a vector": (Flattened(VectorRMS(), 3), (4, 3, 2)),
+    "vector": (VectorRMS(), (6,)),
+    "experts' vectors": (Experts(VectorRMS()), (3, 6)),
+    "gain": (MaxEntry(), (6,)),
+    "scalar": (MaxEntry(0), ()),
+}
+
+
+def blockwise(norm: Norm, f: Callable[..., Tensor], *Ws: Tensor) -> Tensor:
+    """f of each stack of innermost blocks of several weights, put together again."""
+    if not isinstance(norm, View):
+        return f(norm, *Ws)
+    parts = zip(*(norm.split(W) for W in Ws), strict=True)
+    return norm.join([blockwise(norm.inner, f, *p) for p in parts], Ws[0].shape)
+
+
+def divisor(norm: Norm, S: Tensor) -> Tensor:
+    """The square root of the means over rows times those over columns, from averages of squares S."""
+    if norm.ndim < 2:
+        return S.sqrt()
+    return (S.mean(-1, keepdim=True) * S.mean(-2, keepdim=True)).sqrt()
+
+
+def follow(norm: Norm, shape: tuple[int, ...], gradients: list[Tensor], **settings: Any) -> tuple[Tensor, Dualized]:
+    """A weight of zeros after its steps in the direction "factored", of norm 1 each."""
+    w = nn.Parameter(torch.zeros(shape, dtype=gradients[0].dtype))
+    optimizer = Dualized(
+        [("w", w)], 1.0, norm=ModularNorm({"w": norm}, {"w": 1.0}), direction="factored", beta=0.9, **settings
+    )
+    for G in gradients:
+        w.grad = G.clone()
+        optimizer.step()
+    return w.detach(), optimizer
+
+
+def gaussians(shape: tuple[int, ...], seed: int = 0) -> list[Tensor]:
+    """Of rows and columns of other sizes."""
+    g = torch.Generator().manual_seed(seed)
+    scale = math.prod(
+        (0.1 + torch.rand(s, generator=g, dtype=torch.float64) * 3).reshape(-1, *(1,) * i)
+        for i, s in enumerate(reversed(shape))
+    )
+    return [scale * torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(4)]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_factored_divides_by_the_means_of_squares_over_rows_and_columns_of_each_block(name: str):
+    """Averages of squares entry by entry, whose means are the averages of means; blocks by the views' own split()."""
+    norm, shape = BLOCKS[name]
+    gradients = gaussians(shape)
+    w, _ = follow(norm, shape, gradients, beta2=0.7)
+    M = S = expected = torch.zeros(1, *shape, dtype=torch.float64)
+    for G in gradients:
+        M, S = 0.9 * M + 0.1 * G, 0.7 * S + 0.3 * G * G
+        ahead = 0.1 * G + 0.9 * M
+        expected = expected - norm.dualize(blockwise(norm, lambda n, A, S: A / divisor(n, S), ahead, S))
+    assert torch.allclose(w, expected[0], atol=CLOSE)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_factored_knows_no_scale(name: str, scale: float):
+    norm, shape = BLOCKS[name]
+    gradients = [G.float() for G in gaussians(shape)]
+    w, _ = follow(norm, shape, gradients)
+    scaled, _ = follow(norm, shape, [scale * G for G in gradients])
+    assert torch.allclose(w, scaled, atol=1e-3)
