@@ -347,8 +347,9 @@ class Factored(Direction):
         unit = torch.where(largest > 0, largest, 1)  # squares neither under- nor overflow
         roots = {}
         squares = (G / lines.spread_blocks(unit)).square_()
-        for name in self._sides():
-            total = lines.reduce(torch.sum, squares, rows=name == "rows")
+        totals = {k: lines.reduce(torch.sum, squares, rows=k == "rows") for k in self._sides()}
+        del squares
+        for name, total in totals.items():
             count = lines.count(live, rows=name == "rows")
             units = lines.spread_blocks(unit, rows=name == "rows")
             add_up = self.rows.total if self.rows else None
@@ -368,20 +369,31 @@ class Factored(Direction):
     @staticmethod
     def _quotient(D: Tensor, roots: dict[str, Tensor], lines: Lines) -> Tensor:
         """Return D v / (v² + ε u²), in D's memory."""
-        rows = not lines.is_here(rows=False)
-        R = roots["rows" if rows else "columns"]
-        largest = lines.reduce(_largest, R, rows=not rows)
-        top = torch.where(largest > 0, largest, 1)
-        squares = (R / lines.spread_blocks(top, rows=rows)).square()
-        count = lines.count(D.new_ones((1,) * D.ndim), rows=not rows)
-        u = top * (lines.reduce(torch.sum, squares, rows=not rows) / count).sqrt()
-        u, eps = torch.where(u > 0, u, 1), torch.finfo(D.dtype).eps
+        eps = torch.finfo(D.dtype).eps
+        u = _block_rms(roots, lines)
         c = roots["columns"] / lines.spread_blocks(u, rows=False)
         if "rows" not in roots:
-            return D.mul_(lines.spread(c / c.square().add_(eps), rows=False))
+            return D.mul_(lines.spread(c.div_(c.square().add_(eps)), rows=False))
         r = roots["rows"] / lines.spread_blocks(u, rows=True)
-        v = lines.spread(r, rows=True) * lines.spread(c, rows=False)
+        r, c = lines.spread(r, rows=True), lines.spread(c, rows=False)
+        if r.shape == D.shape:  # without a second copy of D's size
+            v = r.mul_(c)
+        else:
+            v = c.mul_(r) if c.shape == D.shape else r * c
         return D.mul_(v).div_(v.square_().add_(eps))
+
+
+def _block_rms(roots: dict[str, Tensor], lines: Lines) -> Tensor:
+    """Return the RMS u of each block, 1 where that is 0, from the root means of its lines: of
+    those that are here, if in part, which are the same on all ranks."""
+    rows = not lines.is_here(rows=False)
+    R = roots["rows" if rows else "columns"]
+    largest = lines.reduce(_largest, R, rows=not rows)
+    top = torch.where(largest > 0, largest, 1)
+    squares = (R / lines.spread_blocks(top, rows=rows)).square_()
+    count = lines.count(R.new_ones((1,) * R.ndim), rows=not rows)
+    u = top * (lines.reduce(torch.sum, squares, rows=not rows) / count).sqrt_()
+    return torch.where(u > 0, u, 1)
 
 
 def _largest(X: Tensor, *, dim: int, keepdim: bool = False) -> Tensor:

@@ -192,3 +192,78 @@ def test_factored_knows_no_scale(name: str, scale: float):
     w, _ = follow(norm, shape, gradients)
     scaled, _ = follow(norm, shape, [scale * G for G in gradients])
     assert torch.allclose(w, scaled, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["matrix", "heads", "in turn", "experts", "convolution", "transposed", "vector"])
+def test_factored_forgets_nothing_of_a_block_without_a_gradient(name: str):
+    """A step in which a block has none is no step of that block, whatever its neighbours do."""
+    norm, shape = BLOCKS[name]
+    first, other, last = gaussians(shape)[:3]
+    zeros = norm.split(other[None])[0].clone() if isinstance(norm, View) else other[None, None].clone()
+    zeros[:, 0] = 0  # the first block, of several or of one
+    second = norm.join([zeros], other[None].shape)[0] if isinstance(norm, View) else zeros[0, 0]
+    block = (second == 0) & (other != 0)
+    before, _ = follow(norm, shape, [first, second])
+    after, optimizer = follow(norm, shape, [first, second, last])
+    short, skipped = follow(norm, shape, [first, last])
+    shorter, _ = follow(norm, shape, [first])
+    assert torch.equal(before[block], shorter[block]), "it stands still"
+    assert torch.allclose((after - before)[block], (short - shorter)[block], atol=1e-12)
+    if block.all():
+        (state,), (other_state,) = optimizer.state.values(), skipped.state.values()
+        assert all(torch.equal(b, other_state[k]) for k, b in state.items())
+
+
+def test_factored_sees_columns_in_the_rows_that_have_a_gradient():
+    """As of a table of those rows alone; where there is none, columns stay."""
+    G = gaussians((3, 4))
+    wide = [torch.zeros(7, 4, dtype=torch.float64).index_copy(0, torch.tensor([1, 2, 5]), g) for g in G]
+    w, optimizer = follow(L1ToRMS(), (7, 4), [*wide, torch.zeros_like(wide[0])])
+    expected, other = follow(L1ToRMS(), (3, 4), G)
+    assert torch.allclose(w[[1, 2, 5]], expected, atol=1e-12) and not w[[0, 3, 4, 6]].any()
+    (state,), (other_state,) = optimizer.state.values(), other.state.values()
+    assert state.keys() == {"momentum", "columns"} == other_state.keys()
+    assert torch.allclose(state["columns"], other_state["columns"], atol=1e-12)
+
+
+def test_factored_is_known_to_the_root_of_rounding_whatever_the_sizes_of_rows_and_columns():
+    """D itself, of the finest perturbation: rows and columns over 16 decades, of which most are rounding."""
+    direction = DIRECTIONS["factored"]
+    for decades in (0, 4, 8, 16):
+        sizes = 10.0 ** -torch.linspace(0, decades, 12, dtype=torch.float64)
+        scale = sizes[:, None] * sizes[torch.randperm(12, generator=torch.Generator().manual_seed(decades))]
+        ends = []
+        for gradients in (G := [scale * g for g in stream("full rank", (12, 12), 1)], perturbed(G, 2)):
+            state, D = {k: b[None] for k, b in direction.buffers(gradients[0]).items()}, gradients[0]
+            for g in gradients:
+                settings = {"live": torch.ones(1, 1, 1).double(), "beta": 0.95, "beta2": 0.99, "refresh": False}
+                D = direction(g[None].clone(), state, **settings)
+            ends.append(D)
+        eps = torch.finfo(torch.float64).eps
+        assert (ends[0] - ends[1]).norm() < 10 * eps**0.5 * ends[0].norm()
+        assert decades > 8 or (ends[0] - ends[1]).norm() < 1e-13 / sizes.amin() ** 2 * ends[0].norm(), "usually less"
+
+
+@pytest.mark.parametrize("beta2", [0.0, 0.5])
+def test_factored_is_finite_where_means_forget_what_the_momentum_remembers(beta2: float):
+    large, small = gaussians((6, 4))[0].float(), 1e-20 * gaussians((6, 4), 1)[0].float()
+    for norm in (RMSToRMS(), RMSToLinf(), Frobenius()):
+        w, optimizer = follow(norm, (6, 4), [1e15 * large, *[small] * 100], beta2=beta2)
+        assert torch.isfinite(w).all()
+        assert all(torch.isfinite(b).all() for s in optimizer.state.values() for b in s.values())
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_factored_resumes_exactly(name: str):
+    norm, shape = BLOCKS[name]
+    gradients = gaussians(shape)
+    whole, _ = follow(norm, shape, gradients)
+    w, optimizer = follow(norm, shape, gradients[:2])
+    saved = optimizer.state_dict()
+    p = nn.Parameter(w.clone())
+    resumed = Dualized([("w", p)], 1.0, norm=ModularNorm({"w": norm}, {"w": 1.0}), direction="factored", beta=0.9)
+    resumed.load_state_dict(saved)
+    for G in gradients[2:]:
+        p.grad = G.clone()
+        resumed.step()
+    assert torch.equal(p.detach(), whole)
