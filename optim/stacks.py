@@ -138,7 +138,8 @@ class Stack:
             state = self._gather()
         else:
             W = self.place.rows(self.everyone[0]).detach()
-            G = W.new_zeros(len(self.everyone), *W.shape, dtype=torch.float32)
+            W = W.to(torch.promote_types(W.dtype, torch.float32))
+            G = W.new_zeros(len(self.everyone), *W.shape)
             live = self.norm.live(G)
             own = self.direction.on(self.norm, self.part).buffers(W)
             state = {k: stacked([b] * len(G)) for k, b in own.items()}

@@ -67,6 +67,7 @@ TRACK3 = (
 CASES = {
     "dualized": (),
     "track3": TRACK3,
+    "factored": ("--optim.direction", "factored"),
     "soap": (
         "--optim.direction",
         "nesterov_soap",
