@@ -19,7 +19,7 @@ from torch import Tensor
 from .axes import Axes, matrix_axes
 from .errors import Refusal
 from .plugins import require_free, require_part
-from .polar import SCHEDULES, Polar, at_least_fp32, plain, spectral_norm, unit
+from .polar import SCHEDULES, Polar, at_least_fp32, plain, spectral_norm, to_unit_length
 
 
 class Norm:
@@ -185,7 +185,7 @@ class Spectral(Norm):
         return spectral_norm(W) / self.full_size(W.shape)
 
     def dual_norm(self, G: Tensor) -> Tensor:
-        X, length = unit(G, (-2, -1))
+        X, length = to_unit_length(G, (-2, -1))
         return self.full_size(G.shape) * length[..., 0, 0] * torch.linalg.svdvals(X).sum(-1)
 
     def dualize(self, G: Tensor) -> Tensor:
@@ -256,19 +256,25 @@ class _RowWise(Norm):
         raise NotImplementedError
 
     def norm(self, W: Tensor) -> Tensor:
-        return self._row_factor(W.shape[-1]) * unit(W, (-1,))[1].amax(dim=(-2, -1))
+        return self._row_factor(W.shape[-1]) * to_unit_length(W, (-1,))[1].amax(dim=(-2, -1))
 
     def dual_norm(self, G: Tensor) -> Tensor:
-        return unit(G, (-1,))[1].sum(dim=(-2, -1)) / self._row_factor(G.shape[-1])
+        return to_unit_length(G, (-1,))[1].sum(dim=(-2, -1)) / self._row_factor(G.shape[-1])
 
     def dualize(self, G: Tensor) -> Tensor:
-        return unit(G, (-1,))[0].div_(self._row_factor(G.shape[-1])).to(G.dtype)
+        return to_unit_length(G, (-1,))[0].div_(self._row_factor(G.shape[-1])).to(G.dtype)
 
     def dualize_(self, G: Tensor) -> Tensor:
-        return unit(G, (-1,), inplace=True)[0].div_(self._row_factor(G.shape[-1])).to(G.dtype)
+        return (
+            to_unit_length(G, (-1,), inplace=True)[0]
+            .div_(self._row_factor(G.shape[-1]))
+            .to(G.dtype)
+        )
 
     def project(self, W: Tensor) -> Tensor:
-        return (W / (self._row_factor(W.shape[-1]) * unit(W, (-1,))[1]).clamp(min=1)).to(W.dtype)
+        return (W / (self._row_factor(W.shape[-1]) * to_unit_length(W, (-1,))[1]).clamp(min=1)).to(
+            W.dtype
+        )
 
     def sphere(self, W: Tensor) -> Tensor:
         return self.dualize(W)
@@ -381,13 +387,13 @@ class Frobenius(Norm):
     ndim: int = 2
 
     def norm(self, W: Tensor) -> Tensor:
-        return unit(W, self._dims())[1].reshape(W.shape[: -self.ndim])
+        return to_unit_length(W, self._dims())[1].reshape(W.shape[: -self.ndim])
 
     def dual_norm(self, G: Tensor) -> Tensor:
         return self.norm(G)
 
     def dualize(self, G: Tensor) -> Tensor:
-        return unit(G, self._dims())[0].to(G.dtype)
+        return to_unit_length(G, self._dims())[0].to(G.dtype)
 
     def sharp(self, G: Tensor) -> Tensor:
         """Return G itself, which is ‖G‖_F · G/‖G‖_F without the rounding."""
@@ -408,13 +414,13 @@ class VectorRMS(Norm):
     ndim: int = field(default=1, init=False)
 
     def norm(self, W: Tensor) -> Tensor:
-        return unit(W, (-1,))[1][..., 0] / W.shape[-1] ** 0.5
+        return to_unit_length(W, (-1,))[1][..., 0] / W.shape[-1] ** 0.5
 
     def dual_norm(self, G: Tensor) -> Tensor:
-        return unit(G, (-1,))[1][..., 0] * G.shape[-1] ** 0.5
+        return to_unit_length(G, (-1,))[1][..., 0] * G.shape[-1] ** 0.5
 
     def dualize(self, G: Tensor) -> Tensor:
-        return unit(G, (-1,))[0].mul_(G.shape[-1] ** 0.5).to(G.dtype)
+        return to_unit_length(G, (-1,))[0].mul_(G.shape[-1] ** 0.5).to(G.dtype)
 
     def update_rms(self, shape: Sequence[int]) -> float:
         return 1.0

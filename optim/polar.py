@@ -235,7 +235,9 @@ def at_least_fp32(G: Tensor) -> Tensor:
     return G if G.dtype == torch.float64 else G.float()
 
 
-def unit(G: Tensor, dims: tuple[int, ...], *, inplace: bool = False) -> tuple[Tensor, Tensor]:
+def to_unit_length(
+    G: Tensor, dims: tuple[int, ...], *, inplace: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return G / ‖G‖₂ and ‖G‖₂ over dims (kept); 0 stays 0.
 
     It is scaled by the largest entry first, so that no square under- or overflows.
@@ -255,7 +257,7 @@ def spectral_norm(W: Tensor, squarings: int = 7, steps: int = 15) -> Tensor:
     and further by `steps` products with A. Its gain under Wᵀ is σ_max. The error is at worst about
     ln(m) / (2^(squarings + 2) (steps + 1)), whatever the spectrum's gap: 5e-4 at m = 1024.
     """
-    X, length = unit(W, (-2, -1))
+    X, length = to_unit_length(W, (-2, -1))
     X = X if X.shape[-2] <= X.shape[-1] else X.mT
     A = X @ X.mT
     for _ in range(squarings):

@@ -195,7 +195,9 @@ def _trained(rank: int, world: int, mode: str, case: str, parts: int) -> Weights
 
 
 def _all_trained(rank: int, world: int, mode: str) -> dict[tuple[str, int], Weights]:
-    runs = [("groups", 4), ("auto", 1), ("factored", 2)] + [("groups", 1)] * (mode == "replicas" or world == 2)  # the others are slow
+    runs = [("groups", 4), ("auto", 1), ("factored", 2)] + [("groups", 1)] * (
+        mode == "replicas" or world == 2
+    )  # the others are slow
     return {(case, parts): _trained(rank, world, mode, case, parts) for case, parts in runs}
 
 
