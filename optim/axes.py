@@ -46,7 +46,9 @@ def matrix_axes(shape: Sequence[int]) -> Axes | None:
 class Segments:
     """The places along one dimension of which a process has some, by block.
 
-    count: of blocks along it. sizes: (count,), the places of each that are at hand.
+    count: of blocks along it. sizes: (count,), the places of each that are here. distinct: each
+    place is in a block of its own. equal: blocks are runs of one size. own: the block of each
+    place, and places: those of each block, where blocks are several and not distinct.
     """
 
     def __init__(self, blocks: Tensor, first: int, end: int, device: torch.device) -> None:
@@ -54,12 +56,12 @@ class Segments:
         self.distinct = torch.equal(blocks, torch.arange(len(blocks)))
         own = torch.arange(end - first) if self.distinct else blocks[first:end]
         self.count = end - first if self.distinct else int(blocks.max()) + 1
-        sizes = torch.bincount(own, minlength=self.count)
-        self.sizes, self.own = sizes.to(device), own.to(device)
-        self.places: list[Tensor] = []
+        self.sizes = torch.bincount(own, minlength=self.count).to(device)
         size = len(own) // max(1, self.count)
         self.equal = torch.equal(own, torch.arange(self.count).repeat_interleave(size))
-        if not self.equal and self.count > 1:
+        self.own, self.places = own[:0], list[Tensor]()
+        if not self.distinct and self.count > 1:
+            self.own = own.to(device)
             self.places = [(own == b).nonzero()[:, 0].to(device) for b in range(self.count)]
 
     def reduce(self, f: Callable[..., Tensor], X: Tensor, dim: int) -> Tensor:

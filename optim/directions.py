@@ -9,7 +9,6 @@ Chen et al., arXiv 2302.06675 (Lion); Shazeer, Stern, arXiv 1804.04235 (Adafacto
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from math import prod
 
 import torch
@@ -258,14 +257,29 @@ def _turn(X: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     return X if right is None else X @ right
 
 
-@lru_cache(maxsize=4096)
+# By norm, shape of a weight, first row, end and device: a norm's blocks stay where they are.
+LINES: dict[tuple[Norm, tuple[int, ...], int, int, torch.device], Lines | None] = {}
+MOST_LINES = 4096  # more are of rows with a gradient, as many as there are this time
+
+
 def _lines(
     norm: Norm, shape: tuple[int, ...], first: int, end: int, device: torch.device
 ) -> Lines | None:
-    """Return the lines of a weight's blocks, of which rows first to end are here; None for vectors.
+    """Return the lines of a weight's blocks, of which rows first to end are here; None for
+    vectors."""
+    key = norm, shape, first, end, device
+    if key not in LINES:
+        LINES[key] = _new_lines(*key)  # type: ignore[call-arg]
+    return LINES[key]
 
-    Kept, as a norm's blocks stay where they are.
-    """
+
+@torch.compiler.disable
+def _new_lines(
+    norm: Norm, shape: tuple[int, ...], first: int, end: int, device: torch.device
+) -> Lines | None:
+    """Return what _lines() does, made anew."""
+    if len(LINES) >= MOST_LINES:
+        LINES.clear()
     axes = norm.axes(shape)
     return None if axes is None else lines_of(axes, first, end, device)
 
@@ -338,6 +352,11 @@ class Factored(Direction):
         """Return the average one step ahead, in G's memory."""
         return G.lerp_(average_(state["momentum"], G, live, beta), beta)
 
+    def _sums_of_squares(self, X: Tensor, lines: Lines) -> dict[str, Tensor]:
+        """Return the sums of squares over each row and column. X is overwritten."""
+        X.square_()
+        return {k: lines.reduce(torch.sum, X, rows=k == "rows") for k in self._sides()}
+
     def _observe(
         self, G: Tensor, state: Buffers, live: Tensor, beta2: float, lines: Lines
     ) -> dict[str, Tensor]:
@@ -346,24 +365,18 @@ class Factored(Direction):
         largest = lines.by_block(_largest, G).abs()
         unit = torch.where(largest > 0, largest, 1)  # squares neither under- nor overflow
         roots = {}
-        squares = (G / lines.spread_blocks(unit)).square_()
-        totals = {k: lines.reduce(torch.sum, squares, rows=k == "rows") for k in self._sides()}
-        del squares
-        for name, total in totals.items():
-            count = lines.count(live, rows=name == "rows")
-            units = lines.spread_blocks(unit, rows=name == "rows")
-            add_up = self.rows.total if self.rows else None
-            if add_up and not lines.complete(rows=name == "rows"):
-                # In float64, where squares of float32 neither under- nor overflow.
-                count = count.expand(len(G), *count.shape[1:])
-                parts = [total.double() * units.double().square(), count.double()]
-                sums = add_up(torch.cat([x.flatten() for x in parts]))
-                pairs = zip(sums.split([x.numel() for x in parts]), parts, strict=True)
-                total, count = (x.view(part.shape) for x, part in pairs)
-                units = 1
+        for name, total in self._sums_of_squares(G / lines.spread_blocks(unit), lines).items():
+            rows = name == "rows"
+            count, units = lines.count(live, rows=rows), lines.spread_blocks(unit, rows=rows)
+            if self.rows and self.rows.total and not lines.complete(rows=rows):
+                # In float64, where squares of float32 numbers neither under- nor overflow.
+                parts = (
+                    total.double() * units.double().square(),
+                    count.expand(len(G), *count.shape[1:]),
+                )
+                (total, count), units = _sums_over_ranks(self.rows.total, *parts), 1
             fresh = ((total / count.clamp(min=1)).sqrt() * units).to(G)
-            R = state[name].view(total.shape)
-            roots[name] = rms_(R, fresh, (count > 0).to(G), beta2)
+            roots[name] = rms_(state[name].view(total.shape), fresh, (count > 0).to(G), beta2)
         return roots
 
     @staticmethod
@@ -381,6 +394,13 @@ class Factored(Direction):
         else:
             v = c.mul_(r) if c.shape == D.shape else r * c
         return D.mul_(v).div_(v.square_().add_(eps))
+
+
+def _sums_over_ranks(total: Callable[[Tensor], Tensor], *parts: Tensor) -> list[Tensor]:
+    """Return the sums of these tensors over ranks, in float64, with one collective."""
+    joined = total(torch.cat([x.double().flatten() for x in parts]))
+    pairs = zip(joined.split([x.numel() for x in parts]), parts, strict=True)
+    return [x.view(part.shape) for x, part in pairs]
 
 
 def _block_rms(roots: dict[str, Tensor], lines: Lines) -> Tensor:

@@ -26,7 +26,8 @@ One step on two ranks, of matrices A and B and an embedding E. Time runs down; "
     receive B's upper half; W ← W − … of both   receive A's lower half; W ← W − … of both
 
 (A and B have one shape here; a constraint that needs whole weights makes the last two lines twice.
-Without last_backward() gradients leave in step(). With gloo the host waits, with NCCL the device.)
+Without last_backward() gradients leave in step(). Where rows are apart, a direction may need a sum
+over ranks before its momentum. With gloo the host waits, with NCCL the device.)
 Where a line says "ask", all ranks wait for each other. Where it says "receive", interleave() has
 begun the next stack of weights before the rank waits. Source of the scheme: Rajbhandari et al.,
 arXiv 1910.02054 (ZeRO: one owner for each piece of state).

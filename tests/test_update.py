@@ -201,6 +201,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "tensor lr": {"lr": torch.tensor(0.1)},
     "auto": {"lr": "auto"},
+    "factored": {"direction": "factored"},
 }
 
 

@@ -43,10 +43,10 @@ def bundle(
 
     A file may need earlier ones alone when it is imported. known: by file, see Specialise; a file
     that is not among them comes as it stands. filled: statements that stand for those of these
-    names, in the last file if it defines them. packages: whose names are among the files. whole: files that come whole,
-    if at all. unregistered: a pattern of decorators that are left out. modules: {file: its module}
-    where its path does not say it. plugins: the files that are a user's own. named: {name: its
-    module} of what `filled` and `known` name.
+    names, in the last file if it defines them. packages: whose names are among the files. whole:
+    files that come whole, if at all. unregistered: a pattern of decorators that are left out.
+    modules: {file: its module} where its path does not say it. plugins: the files that are a user's
+    own. named: {name: its module} of what `filled` and `known` name.
     Raises BundleError for a name that is in none of the files, or twice in what is left, and for
     what a plugin cannot hand on.
     """
