@@ -261,7 +261,9 @@ class Dualized(torch.optim.Optimizer):
             # takes part, and those without any gradient are masked.
             if p.grad is None and self._ranks.size == 1:
                 continue
-            self._make_state(group, p)  # at lr 0 too: checkpoint libraries have it made so
+            self._make_state(
+                group, self.norm.norms[name], p
+            )  # at lr 0 too: checkpoint libraries have it made so
             lr = group["lr"]
             if (isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0:  # without waiting
                 entries.append((group, name, p))
@@ -379,13 +381,12 @@ class Dualized(torch.optim.Optimizer):
     # ---- state
 
     @torch.no_grad()
-    def _make_state(self, group: dict[str, Any], p: Tensor) -> None:
+    def _make_state(self, group: dict[str, Any], norm: Norm, p: Tensor) -> None:
         """Make the buffers of this rank's rows of p, if there are rows and no buffers yet."""
         place = self.placement_of(p)
-        rows = place.rows(p).detach()
-        if self.state.get(p) or (place.state_at_owners and not rows.numel()):
+        if self.state.get(p) or (place.state_at_owners and not place.rows(p).numel()):
             return
-        state = new_buffers(group, rows, origin=self.escape is not None)
+        state = new_buffers(group, norm, place, p, origin=bool(self.escape))
         self.state[p].update({k: place.to_state(p, b) for k, b in state.items()})
 
     def state_dict(self) -> dict[str, Any]:
@@ -408,8 +409,7 @@ class Dualized(torch.optim.Optimizer):
         return super().state_dict()["param_groups"]
 
     def held(self) -> dict[str, Piece]:
-        """Return this rank's part of the state, {"<parameter>.<buffer>": piece}, for checkpoints of
-        pieces."""
+        """Return this rank's part of the state, {"<parameter>.<buffer>": piece}."""
         return {
             f"{n}.{k}": self.placement_of(p).piece_of_state(p, b)
             for _, n, p in members(self.param_groups)
@@ -420,7 +420,7 @@ class Dualized(torch.optim.Optimizer):
         """Make the buffers of parameters of these names, so that held() can be read into."""
         for group, name, p in members(self.param_groups):
             if wanted(name):
-                self._make_state(group, p)
+                self._make_state(group, self.norm.norms[name], p)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch does, but matched by parameter name, whatever the order, and copied.

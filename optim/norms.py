@@ -16,9 +16,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .axes import Axes, matrix_axes
 from .errors import Refusal
 from .plugins import require_free, require_part
-from .polar import SCHEDULES, Polar, plain
+from .polar import SCHEDULES, Polar, at_least_fp32, plain, spectral_norm, to_unit_length
 
 
 class Norm:
@@ -33,6 +34,9 @@ class Norm:
     # Then ranks may hold slices.
     dualizes_by_rows: bool = False
     retracts_by_rows: bool = False
+    # Each of these may have a positive factor of its own in G, which dualize ignores: "blocks",
+    # "rows" of blocks, "entries".
+    ignores: str = "blocks"
 
     def norm(self, W: Tensor) -> Tensor:
         """Return the norm of each weight, (..., O, I) → (...)."""
@@ -84,6 +88,11 @@ class Norm:
         the device "meta", in a dimension over which blocks reach.
         """
         return nonzero(G, tuple(range(-self.ndim, 0))) if self.ndim else G != 0
+
+    def axes(self, shape: Sequence[int]) -> Axes | None:
+        """Return the dimensions of one weight as its blocks have them, for means over rows and
+        columns; here the block is the whole weight. None where blocks are vectors or scalars."""
+        return matrix_axes(shape)
 
     def matrices(self, W: Tensor) -> list[tuple[Tensor, float]]:
         """Return [(X (n, blocks, O, I), σ)]: the matrices that a spectral norm sees in a stack
@@ -138,47 +147,6 @@ def nonzero(G: Tensor, dims: tuple[int, ...]) -> Tensor:
     return (G.amax(dims, keepdim=True) != 0) | (G.amin(dims, keepdim=True) != 0)
 
 
-def _at_least_fp32(G: Tensor) -> Tensor:
-    return G if G.dtype == torch.float64 else G.float()
-
-
-def _unit(G: Tensor, dims: tuple[int, ...], *, inplace: bool = False) -> tuple[Tensor, Tensor]:
-    """Return G / ‖G‖₂ and ‖G‖₂ over dims (kept); 0 stays 0.
-
-    It is scaled by the largest entry first, so that no square under- or overflows.
-    """
-    G = _at_least_fp32(G)
-    largest = G.abs().amax(dim=dims, keepdim=True)
-    scale = torch.where(largest > 0, largest, 1)
-    X = G.div_(scale) if inplace else G / scale
-    length = torch.linalg.vector_norm(X, dim=dims, keepdim=True)  # 0, or between 1 and √numel
-    return X.div_(length.clamp(min=1)), largest * length
-
-
-def spectral_norm(W: Tensor, squarings: int = 7, steps: int = 15) -> Tensor:
-    """Return σ_max of (..., m, n) by matrix products alone, from below and within 1e-3.
-
-    The longest column of A = (W Wᵀ)^(2^squarings) is turned towards the leading singular vector,
-    and further by `steps` products with A. Its gain under Wᵀ is σ_max. The error is at worst about
-    ln(m) / (2^(squarings + 2) (steps + 1)), whatever the spectrum's gap: 5e-4 at m = 1024.
-    """
-    X, length = _unit(W, (-2, -1))
-    X = X if X.shape[-2] <= X.shape[-1] else X.mT
-    A = X @ X.mT
-    for _ in range(squarings):
-        A = A @ A
-        A = A / A.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(A.dtype).tiny)
-    longest = torch.linalg.vector_norm(A, dim=-2, keepdim=True).argmax(-1, keepdim=True)
-    v = A.gather(-1, longest.expand(*A.shape[:-1], 1))
-    for _ in range(steps):
-        v = A @ v
-        v = v / v.abs().amax(dim=-2, keepdim=True).clamp(min=torch.finfo(A.dtype).tiny)
-    gain = torch.linalg.vector_norm(X.mT @ v, dim=(-2, -1)) / torch.linalg.vector_norm(
-        v, dim=(-2, -1)
-    ).clamp(min=torch.finfo(A.dtype).tiny)
-    return gain * length[..., 0, 0]
-
-
 # How large a spectral step is, named by formula, as libraries differ. Sources: [MD], the operator
 # norm between RMS norms; [OO]; Jordan et al., kellerjordan.github.io/posts/muon; Liu et al., arXiv
 # 2502.16982, which gives it the RMS of AdamW's.
@@ -211,13 +179,13 @@ class Spectral(Norm):
             )
 
     def norm(self, W: Tensor) -> Tensor:
-        return torch.linalg.matrix_norm(_at_least_fp32(W), ord=2) / self.full_size(W.shape)
+        return torch.linalg.matrix_norm(at_least_fp32(W), ord=2) / self.full_size(W.shape)
 
     def size(self, W: Tensor) -> Tensor:
         return spectral_norm(W) / self.full_size(W.shape)
 
     def dual_norm(self, G: Tensor) -> Tensor:
-        X, length = _unit(G, (-2, -1))
+        X, length = to_unit_length(G, (-2, -1))
         return self.full_size(G.shape) * length[..., 0, 0] * torch.linalg.svdvals(X).sum(-1)
 
     def dualize(self, G: Tensor) -> Tensor:
@@ -232,7 +200,7 @@ class Spectral(Norm):
         Five cubic steps, each of which squares the distance from 1, polish what the schedule
         leaves.
         """
-        X = _at_least_fp32(self.polar(W)).reshape(-1, *W.shape[-2:])
+        X = at_least_fp32(self.polar(W)).reshape(-1, *W.shape[-2:])
         X = plain(X if W.shape[-2] <= W.shape[-1] else X.mT, SCHEDULES["cubic"].coefficients[:5])
         return (
             (X if W.shape[-2] <= W.shape[-1] else X.mT).reshape(W.shape) * self.full_size(W.shape)
@@ -282,24 +250,31 @@ class _RowWise(Norm):
     1/c."""
 
     dualizes_by_rows = retracts_by_rows = True
+    ignores = "rows"
 
     def _row_factor(self, width: int) -> float:
         raise NotImplementedError
 
     def norm(self, W: Tensor) -> Tensor:
-        return self._row_factor(W.shape[-1]) * _unit(W, (-1,))[1].amax(dim=(-2, -1))
+        return self._row_factor(W.shape[-1]) * to_unit_length(W, (-1,))[1].amax(dim=(-2, -1))
 
     def dual_norm(self, G: Tensor) -> Tensor:
-        return _unit(G, (-1,))[1].sum(dim=(-2, -1)) / self._row_factor(G.shape[-1])
+        return to_unit_length(G, (-1,))[1].sum(dim=(-2, -1)) / self._row_factor(G.shape[-1])
 
     def dualize(self, G: Tensor) -> Tensor:
-        return _unit(G, (-1,))[0].div_(self._row_factor(G.shape[-1])).to(G.dtype)
+        return to_unit_length(G, (-1,))[0].div_(self._row_factor(G.shape[-1])).to(G.dtype)
 
     def dualize_(self, G: Tensor) -> Tensor:
-        return _unit(G, (-1,), inplace=True)[0].div_(self._row_factor(G.shape[-1])).to(G.dtype)
+        return (
+            to_unit_length(G, (-1,), inplace=True)[0]
+            .div_(self._row_factor(G.shape[-1]))
+            .to(G.dtype)
+        )
 
     def project(self, W: Tensor) -> Tensor:
-        return (W / (self._row_factor(W.shape[-1]) * _unit(W, (-1,))[1]).clamp(min=1)).to(W.dtype)
+        return (W / (self._row_factor(W.shape[-1]) * to_unit_length(W, (-1,))[1]).clamp(min=1)).to(
+            W.dtype
+        )
 
     def sphere(self, W: Tensor) -> Tensor:
         return self.dualize(W)
@@ -340,6 +315,7 @@ class MaxEntry(Norm):
     """
 
     ndim: int = 1
+    ignores = "entries"
 
     @property
     def dualizes_by_rows(self) -> bool:  # type: ignore[override]
@@ -353,10 +329,10 @@ class MaxEntry(Norm):
         return 1.0
 
     def norm(self, W: Tensor) -> Tensor:
-        return self._factor(W.shape) * self._over_weight(torch.amax, _at_least_fp32(W).abs())
+        return self._factor(W.shape) * self._over_weight(torch.amax, at_least_fp32(W).abs())
 
     def dual_norm(self, G: Tensor) -> Tensor:
-        return self._over_weight(torch.sum, _at_least_fp32(G).abs()) / self._factor(G.shape)
+        return self._over_weight(torch.sum, at_least_fp32(G).abs()) / self._factor(G.shape)
 
     def dualize(self, G: Tensor) -> Tensor:
         return G.sign() / self._factor(G.shape)
@@ -371,7 +347,7 @@ class MaxEntry(Norm):
     def sphere(self, W: Tensor) -> Tensor:
         if self.ndim < 2:
             return super().sphere(W)
-        largest = _at_least_fp32(W).abs().amax(-1, keepdim=True) * self._factor(W.shape)
+        largest = at_least_fp32(W).abs().amax(-1, keepdim=True) * self._factor(W.shape)
         return (W / torch.where(largest > 0, largest, 1)).to(W.dtype)
 
     def live(self, G: Tensor) -> Tensor:
@@ -411,13 +387,13 @@ class Frobenius(Norm):
     ndim: int = 2
 
     def norm(self, W: Tensor) -> Tensor:
-        return _unit(W, self._dims())[1].reshape(W.shape[: -self.ndim])
+        return to_unit_length(W, self._dims())[1].reshape(W.shape[: -self.ndim])
 
     def dual_norm(self, G: Tensor) -> Tensor:
         return self.norm(G)
 
     def dualize(self, G: Tensor) -> Tensor:
-        return _unit(G, self._dims())[0].to(G.dtype)
+        return to_unit_length(G, self._dims())[0].to(G.dtype)
 
     def sharp(self, G: Tensor) -> Tensor:
         """Return G itself, which is ‖G‖_F · G/‖G‖_F without the rounding."""
@@ -438,13 +414,13 @@ class VectorRMS(Norm):
     ndim: int = field(default=1, init=False)
 
     def norm(self, W: Tensor) -> Tensor:
-        return _unit(W, (-1,))[1][..., 0] / W.shape[-1] ** 0.5
+        return to_unit_length(W, (-1,))[1][..., 0] / W.shape[-1] ** 0.5
 
     def dual_norm(self, G: Tensor) -> Tensor:
-        return _unit(G, (-1,))[1][..., 0] * G.shape[-1] ** 0.5
+        return to_unit_length(G, (-1,))[1][..., 0] * G.shape[-1] ** 0.5
 
     def dualize(self, G: Tensor) -> Tensor:
-        return _unit(G, (-1,))[0].mul_(G.shape[-1] ** 0.5).to(G.dtype)
+        return to_unit_length(G, (-1,))[0].mul_(G.shape[-1] ** 0.5).to(G.dtype)
 
     def update_rms(self, shape: Sequence[int]) -> float:
         return 1.0

@@ -26,7 +26,8 @@ One step on two ranks, of matrices A and B and an embedding E. Time runs down; "
     receive B's upper half; W ← W − … of both   receive A's lower half; W ← W − … of both
 
 (A and B have one shape here; a constraint that needs whole weights makes the last two lines twice.
-Without last_backward() gradients leave in step(). With gloo the host waits, with NCCL the device.)
+Without last_backward() gradients leave in step(). Where rows are apart, a direction may need a sum
+over ranks before its momentum. With gloo the host waits, with NCCL the device.)
 Where a line says "ask", all ranks wait for each other. Where it says "receive", interleave() has
 begun the next stack of weights before the rank waits. Source of the scheme: Rajbhandari et al.,
 arXiv 1910.02054 (ZeRO: one owner for each piece of state).
@@ -118,6 +119,15 @@ class OneProcess:
         """Return the rows of p that this rank steps, in p's own memory; none where it steps
         none."""
         return p
+
+    def first_row(self, p: Tensor) -> int:
+        """Return the place of the first of rows(p) in p."""
+        return 0
+
+    def total(self, p: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """Return what sets a tensor to its sum over the ranks that have the other rows of p, all of
+        which call it; None where p is whole."""
+        return None
 
     def gradient(self, p: Tensor) -> Tensor | None:
         """Return the averaged gradient of rows(p), not to be written."""
@@ -221,6 +231,13 @@ class Shards(OneProcess):
     def rows(self, p: Tensor) -> Tensor:
         return self.from_state(p)
 
+    def first_row(self, p: Tensor) -> int:
+        return self.span(p.shape[0], self.ranks.rank)[0]
+
+    def total(self, p: Tensor) -> Callable[[Tensor], Tensor] | None:
+        whole = self.span(p.shape[0], 0)[1] == p.shape[0]  # on the first rank of each copy
+        return None if whole else lambda x: self.ranks.total(x).div_(self.copies)
+
     def gradient(self, p: Tensor) -> Tensor | None:
         return None if p.grad is None else self.from_state(p.grad)
 
@@ -275,14 +292,15 @@ class Shards(OneProcess):
         return out
 
     def to_state(self, p: Tensor, buffer: Tensor) -> Tensor:
-        return as_dtensor(p, buffer)
+        return as_dtensor(p, buffer, by_rows=buffer.ndim == p.ndim)
 
     def from_state(self, buffer: Tensor) -> Tensor:
         return buffer.to_local()  # type: ignore[attr-defined]
 
     def cut(self, p: Tensor, whole: Tensor) -> Tensor | None:
         first, end = self.span(p.shape[0], self.ranks.rank)
-        return self.to_state(p, whole_of(whole)[first:end].clone())
+        part = whole_of(whole)
+        return self.to_state(p, (part[first:end] if part.ndim == p.ndim else part).clone())
 
     def piece_of_state(self, p: Tensor, buffer: Tensor) -> Piece:
         return piece_of(buffer)

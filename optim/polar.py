@@ -1,4 +1,5 @@
-"""The polar factor U Vᵀ of a matrix G = U S Vᵀ, exactly or by odd matrix polynomials.
+"""The polar factor U Vᵀ of a matrix G = U S Vᵀ, exactly or by odd matrix polynomials; the largest
+singular value.
 
 m, n: rows and columns of one matrix. Everything takes stacks (..., m, n).
 Sources: [MU] kellerjordan.github.io/posts/muon; [PE] arXiv 2505.16932; [GN] Zhang, Amsel, Chen,
@@ -227,3 +228,47 @@ class Polar:
         if self.dtype == "auto":
             return torch.float32 if G.device.type == "cpu" else torch.bfloat16
         return getattr(torch, self.dtype)
+
+
+def at_least_fp32(G: Tensor) -> Tensor:
+    """Return G in float32, or as it is in float64."""
+    return G if G.dtype == torch.float64 else G.float()
+
+
+def to_unit_length(
+    G: Tensor, dims: tuple[int, ...], *, inplace: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return G / ‖G‖₂ and ‖G‖₂ over dims (kept); 0 stays 0.
+
+    It is scaled by the largest entry first, so that no square under- or overflows.
+    """
+    G = at_least_fp32(G)
+    largest = G.abs().amax(dim=dims, keepdim=True)
+    scale = torch.where(largest > 0, largest, 1)
+    X = G.div_(scale) if inplace else G / scale
+    length = torch.linalg.vector_norm(X, dim=dims, keepdim=True)  # 0, or between 1 and √numel
+    return X.div_(length.clamp(min=1)), largest * length
+
+
+def spectral_norm(W: Tensor, squarings: int = 7, steps: int = 15) -> Tensor:
+    """Return σ_max of (..., m, n) by matrix products alone, from below and within 1e-3.
+
+    The longest column of A = (W Wᵀ)^(2^squarings) is turned towards the leading singular vector,
+    and further by `steps` products with A. Its gain under Wᵀ is σ_max. The error is at worst about
+    ln(m) / (2^(squarings + 2) (steps + 1)), whatever the spectrum's gap: 5e-4 at m = 1024.
+    """
+    X, length = to_unit_length(W, (-2, -1))
+    X = X if X.shape[-2] <= X.shape[-1] else X.mT
+    A = X @ X.mT
+    for _ in range(squarings):
+        A = A @ A
+        A = A / A.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(A.dtype).tiny)
+    longest = torch.linalg.vector_norm(A, dim=-2, keepdim=True).argmax(-1, keepdim=True)
+    v = A.gather(-1, longest.expand(*A.shape[:-1], 1))
+    for _ in range(steps):
+        v = A @ v
+        v = v / v.abs().amax(dim=-2, keepdim=True).clamp(min=torch.finfo(A.dtype).tiny)
+    gain = torch.linalg.vector_norm(X.mT @ v, dim=(-2, -1)) / torch.linalg.vector_norm(
+        v, dim=(-2, -1)
+    ).clamp(min=torch.finfo(A.dtype).tiny)
+    return gain * length[..., 0, 0]

@@ -80,12 +80,15 @@ class Ranks:
             dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
         return x
 
+    def total(self, x: Tensor) -> Tensor:
+        """Set x to its sum over ranks, entry by entry, the same on all of them, and return it."""
+        if self.size > 1:
+            dist.all_reduce(x, dist.ReduceOp.SUM, group=self.group)
+        return x
+
     def average(self, x: Tensor) -> Tensor:
         """Set x to its average over ranks, entry by entry, and return it."""
-        if self.size > 1:
-            dist.all_reduce(x, group=self.group)
-            x.div_(self.size)
-        return x
+        return self.total(x).div_(self.size) if self.size > 1 else x
 
     def gather_objects(self, x: Any) -> list[Any]:
         """Return every rank's x, of any type that pickle knows."""
@@ -198,11 +201,22 @@ def check_sharded(name: str, p: Tensor) -> None:
     )
 
 
-def as_dtensor(p: Tensor, rows: Tensor) -> Tensor:
-    """Return this rank's rows as a DTensor that is sharded as p is."""
+def as_dtensor(p: Tensor, part: Tensor, *, by_rows: bool) -> Tensor:
+    """Return this rank's part of a buffer as a DTensor: its rows, sharded as p is, or all of it,
+    which each rank has."""
     assert isinstance(p, DTensor)
+    if not by_rows:
+        return DTensor.from_local(
+            part, p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False
+        )
+    whole = torch.empty(p.shape[0], *part.shape[1:], device="meta")
     return DTensor.from_local(
-        rows, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+        part,
+        p.device_mesh,
+        p.placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=p.stride() if whole.shape == p.shape else whole.stride(),
     )
 
 
@@ -215,6 +229,8 @@ def piece_of(x: Tensor) -> Piece:
     """Return what this rank has of a tensor, sharded by rows or whole."""
     if not isinstance(x, DTensor):
         return Piece(x, 0, tuple(x.shape))
+    if isinstance(x.placements[-1], Replicate):
+        return Piece(x.to_local(), 0, tuple(x.shape))
     mesh, last = x.device_mesh, x.device_mesh.ndim - 1
     first, _ = shard_rows(x.shape[0], mesh.size(last), mesh.get_local_rank(last))
     return Piece(x.to_local(), first, tuple(x.shape))

@@ -6,7 +6,7 @@ placement.py for one step on two ranks.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -67,6 +67,12 @@ class Replicas(OneProcess):
 
     def rows(self, p: Tensor) -> Tensor:
         return rows_of(p, *self.spans[p][self.ranks.rank])
+
+    def first_row(self, p: Tensor) -> int:
+        return self.spans[p][self.ranks.rank][0]
+
+    def total(self, p: Tensor) -> Callable[[Tensor], Tensor] | None:
+        return self.ranks.total if self.rows_are_apart(p) else None
 
     def gradient(self, p: Tensor) -> Tensor | None:
         return self.averaged.get(p)
@@ -195,13 +201,14 @@ class Replicas(OneProcess):
         first, end = self.spans[p][self.ranks.rank]
         if first == end:
             return None
-        return whole if end - first == count_rows(p) else whole[first:end].clone()
+        all_rows = end - first == count_rows(p)
+        return whole if all_rows or whole.ndim != p.ndim else whole[first:end].clone()
 
     def piece_of_state(self, p: Tensor, buffer: Tensor) -> Piece:
         first, end = self.spans[p][self.ranks.rank]
-        all_rows = end - first == count_rows(p)
-        shape = tuple(buffer.shape) if all_rows else (p.shape[0], *buffer.shape[1:])
-        return Piece(buffer, first, shape)
+        if end - first == count_rows(p) or buffer.ndim != p.ndim:
+            return Piece(buffer, 0, tuple(buffer.shape))
+        return Piece(buffer, first, (p.shape[0], *buffer.shape[1:]))
 
     def gather_state(self, p: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
         described = {k: (tuple(b.shape), b.dtype) for k, b in state.items()}
@@ -213,4 +220,7 @@ class Replicas(OneProcess):
                 else:
                     part = torch.empty(shape, dtype=dtype, device=p.device)
                 whole.setdefault(k, []).append(self.ranks.broadcast(part, source=r))
-        return {k: parts[0] if len(parts) == 1 else torch.cat(parts) for k, parts in whole.items()}
+        return {
+            k: torch.cat(parts) if len(parts) > 1 and parts[0].ndim == p.ndim else parts[0]
+            for k, parts in whole.items()
+        }

@@ -89,7 +89,7 @@ class StepSettings:
     """Decay of the average of gradients, their momentum: 0.95 remembers about 20 steps."""
 
     beta2: Annotated[float, Range(0, 1), BY_ROLE] = 0.99
-    """Decay of the average of squares in adam and soap, and of lion's average."""
+    """Decay of the average of squares in adam, soap and factored, and of lion's average."""
 
     refresh_every: Annotated[int, Range(1)] = 10
     """Steps between two of soap's eigenbases."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .directions import DIRECTIONS
+from .directions import DIRECTIONS, Direction, Rows
 from .norms import Norm, nonzero
 from .placement import Job, OneProcess
 from .ranks import Ranks, sharded
@@ -67,8 +67,19 @@ class Stack:
 
     @property
     def by_rows(self) -> bool:
-        """Return whether the step treats each row alone."""
+        """Return whether the step treats each row alone, but for the direction's sums."""
         return by_rows(self.norm, self.group)
+
+    @property
+    def direction(self) -> Direction:
+        """Return what says which of the gradients' stream is dualized."""
+        return DIRECTIONS[self.group["direction"]]
+
+    @property
+    def part(self) -> Rows:
+        """Return what this rank has of each weight."""
+        p = self.everyone[0]
+        return Rows(tuple(p.shape), self.place.first_row(p), self.place.total(p))
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Return (G (n, *shape), a copy, clipped; live, bools broadcastable to it)."""
@@ -89,14 +100,14 @@ class Stack:
 
         It yields where it waits for other ranks; on one process it never does.
         """
-        if self.params and self.place.steps_alone(by_rows=self.by_rows):
-            some = self._rows_with_gradients()
-            if some is not None:
-                self._step_rows(some)
-            elif self.rows[0].numel():
-                self._step_alone()
-        elif self.params:
+        if not self.place.steps_alone(by_rows=self.by_rows):
             yield from self._step_shards()
+        elif not self.params or not self.rows[0].numel():
+            self._step_nothing()
+        elif (some := self._rows_with_gradients()) is not None:
+            self._step_rows(some)
+        else:
+            self._step_alone()
         yield from self.place.send_rows(self.everyone)
 
     def _step_alone(self) -> None:
@@ -112,10 +123,31 @@ class Stack:
             radii=self.radii,
             lr=self.lr,
             refresh=self.refresh,
+            rows=self.part,
             origin=self.origin,
             keep=self._scatter,
         )
         self._write_rows()
+
+    def _step_nothing(self) -> None:
+        """Take part in the direction's sums over ranks, without a row of these weights."""
+        if self.direction.entrywise or self.part.total is None:
+            return
+        if self.params:
+            G, live = self.gradients()
+            state = self._gather()
+        else:
+            W = self.place.rows(self.everyone[0]).detach()
+            W = W.to(torch.promote_types(W.dtype, torch.float32))
+            G = W.new_zeros(len(self.everyone), *W.shape)
+            live = self.norm.live(G)
+            own = self.direction.on(self.norm, self.part).buffers(W)
+            state = {k: stacked([b] * len(G)) for k, b in own.items()}
+        direction_(
+            G, state, self.group, norm=self.norm, live=live, refresh=self.refresh, rows=self.part
+        )
+        if self.params:
+            self._scatter(state)
 
     def _step_shards(self) -> Job:
         """Do as update.step_() does; what needs whole weights is done where they are, by
@@ -123,7 +155,7 @@ class Stack:
         group, norm, place = self.group, self.norm, self.place
         G, live = self.gradients()
         state = self._gather()
-        D = direction_(G, state, group, live=live, refresh=self.refresh)
+        D = direction_(G, state, group, norm=norm, live=live, refresh=self.refresh, rows=self.part)
         self._scatter(state)
         del G, state
         f = partial(dualize_, norm=norm, group=group)
@@ -164,7 +196,7 @@ class Stack:
 
     def _scatter(self, state: Mapping[str, Tensor]) -> None:
         """Write back the buffers of which the direction was given copies."""
-        gated = DIRECTIONS[self.group["direction"]].gated
+        gated = self.direction.gated
         for k, buffers in self.buffers.items():
             if len(buffers) > 1 or not gated or state[k].dtype != buffers[0].dtype:
                 copy_(buffers, state[k].unbind())
@@ -180,9 +212,13 @@ class Stack:
             return None
         W, g = self.weights[0], self.place.gradient(self.params[0])
         usual = self.clip is None and not self.origin and not isinstance(self.group["lr"], Tensor)
-        if not usual or not self.by_rows or not DIRECTIONS[self.group["direction"]].gated:
+        if not usual or not self.by_rows or not self.direction.gated:
             return None
-        tables = [W, g, *(b for (b,) in self.buffers.values())]
+        # Means over columns are of all rows, and stay whole.
+        means = {k for k, (b,) in self.buffers.items() if b.shape == W.shape[1:]}
+        if not means <= set(self.direction.precise):
+            return None
+        tables = [W, g, *(b for k, (b,) in self.buffers.items() if k not in means)]
         if g is None or g.ndim != 2 or W.device.type != "cpu" or W.numel() < LONG or not self.ok:
             return None
         if W is not self.rows[0] or sharded(self.params[0]):
@@ -192,10 +228,12 @@ class Stack:
         return nonzero(g, (1,))[:, 0].nonzero()[:, 0]
 
     def _step_rows(self, rows: Tensor) -> None:
-        """Do as _step_alone() does, of these rows of one weight: the same numbers, bit for bit."""
-        tables = {"W": self.weights[0], **{k: b for k, (b,) in self.buffers.items()}}
+        """Do as _step_alone() does, of these rows of one weight: the same numbers, bit for bit, but
+        for the order of sums over rows."""
+        W = self.weights[0]
+        tables = {"W": W, **{k: b for k, (b,) in self.buffers.items() if b.shape == W.shape}}
         taken = {k: x.index_select(0, rows) for k, x in tables.items()}
-        state = {k: x[None] for k, x in taken.items() if k != "W"}
+        state = {k: taken.get(k, b)[None] for k, (b,) in self.buffers.items()}
         gradient = self.place.gradient(self.params[0])
         assert gradient is not None
         G = gradient.index_select(0, rows)[None]
@@ -209,6 +247,7 @@ class Stack:
             radii=self.radii,
             lr=self.lr,
             refresh=self.refresh,
+            rows=self.part,
         )
         for k, x in tables.items():
             x.index_copy_(0, rows, taken[k])

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from .coverage import check_built, check_distinct
-from .directions import DIRECTIONS
+from .directions import DIRECTIONS, Rows
 from .errors import CoverageError, PlacementError, Refusal, require
 from .modular import ModularNorm
 from .norms import Norm
+from .placement import OneProcess
 from .ranks import Ranks, check_sharded, sharded
 from .settings import StepSettings, by_role, check, known, wrong
 from .sites import canonical
@@ -185,20 +186,23 @@ def check_pairs(
     return pairs
 
 
-def new_buffers(group: Mapping[str, Any], rows: Tensor, *, origin: bool) -> dict[str, Tensor]:
-    """Return the buffers of a weight's rows before its first step: the direction's and, where they
-    are kept, a float32 master and the weights W₀ of the escape velocity."""
-    buffers: dict[str, Tensor] = {}
+def new_buffers(
+    group: Mapping[str, Any], norm: Norm, place: OneProcess, p: Tensor, *, origin: bool
+) -> dict[str, Tensor]:
+    """Return the buffers of this rank's rows of p before the first step: the direction's and, where
+    they are kept, a float32 master and the weights W₀ of the escape velocity."""
+    rows, buffers = place.rows(p).detach(), dict[str, Tensor]()
     if group["master_weights"] and rows.dtype in LOW:
         buffers["master"] = rows.float()
     if origin:
         buffers["start"] = rows.clone()
-    own = DIRECTIONS[group["direction"]].buffers(rows)
+    direction = DIRECTIONS[group["direction"]]
+    own = direction.on(norm, Rows(tuple(p.shape), place.first_row(p))).buffers(rows)
     assert not own.keys() & {"master", "start"}
     dtype = getattr(torch, group["momentum_dtype"] or "", None)
     for k, b in own.items():
         kept = dtype is None or b.dtype == torch.float64 or not b.is_floating_point()
-        buffers[k] = b if kept else b.to(dtype)
+        buffers[k] = b if kept or k in direction.precise else b.to(dtype)
     return buffers
 
 
@@ -209,16 +213,16 @@ def check_shards(
 
     meshes: those of weights before; empty if there is none.
     """
-    fine = ", ".join(k for k, d in DIRECTIONS.items() if d.entrywise)
+    fine = ", ".join(k for k, d in DIRECTIONS.items() if d.by_rows)
     for name, p in pairs:
         if not sharded(p):
             continue
         check_sharded(name, p)
         require(
-            DIRECTIONS[group["direction"]].entrywise,
+            DIRECTIONS[group["direction"]].by_rows,
             name,
             got=f"the direction {group['direction']!r} of a sharded weight",
-            allowed=f"{fine}, entry by entry",
+            allowed=f"{fine}, which need no whole weight",
             fix='one of them, or replicas (grads="local"), whose owners have whole weights',
             error=PlacementError,
         )

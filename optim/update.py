@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .directions import DIRECTIONS
+from .directions import DIRECTIONS, Rows
 from .norms import Norm
 
 Group = Mapping[str, Any]
@@ -44,16 +44,19 @@ def step_(
     radii: Tensor,
     lr: float | Tensor,
     refresh: bool,
+    rows: Rows | None = None,
     origin: list[Tensor] | None = None,
     keep: Callable[[dict[str, Tensor]], None] | None = None,
 ) -> None:
     """Step a stack. G is overwritten. refresh: if true, SOAP renews its basis.
 
+    rows: what weights has of the whole ones; by default all.
+
     origin: the starting weights W₀, for lr = "auto" alone, which measures W₀ − W. Decay and
     retraction are no part of that way, so they move W₀ along. keep: called with the new state, so
     that it is written back and freed before dualize needs memory.
     """
-    D = direction_(G, state, group, live=live, refresh=refresh)
+    D = direction_(G, state, group, norm=norm, live=live, refresh=refresh, rows=rows)
     if keep is not None:
         keep(state)
     del G, state
@@ -66,10 +69,17 @@ def step_(
 
 
 def direction_(
-    G: Tensor, state: dict[str, Tensor], group: Group, *, live: Tensor, refresh: bool
+    G: Tensor,
+    state: dict[str, Tensor],
+    group: Group,
+    *,
+    norm: Norm,
+    live: Tensor,
+    refresh: bool,
+    rows: Rows | None = None,
 ) -> Tensor:
     """Return what is dualized, (n, *shape): a momentum, say. Only live blocks change the state."""
-    direction = DIRECTIONS[group["direction"]]
+    direction = DIRECTIONS[group["direction"]].on(norm, rows or Rows(tuple(G.shape[1:])))
     # A gated direction leaves its memory alone where nothing is live; others are put back below.
     before = {} if direction.gated else {k: v.clone() for k, v in state.items()}
     settings = {k: group[k] for k in ("beta", "beta2")}
@@ -161,9 +171,9 @@ def total_norm(grads: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def by_rows(norm: Norm, group: Group) -> bool:
-    """Return whether a step treats each row of a weight alone: ranks may then have some rows
-    each."""
-    dualizes = DIRECTIONS[group["direction"]].entrywise and norm.dualizes_by_rows
+    """Return whether a step treats each row of a weight alone, but for the direction's sums: ranks
+    may then have some rows each."""
+    dualizes = DIRECTIONS[group["direction"]].by_rows and norm.dualizes_by_rows
     retracts = group["constraint"] is None or norm.retracts_by_rows
     return dualizes and retracts and group["scale"] == "unit"
 

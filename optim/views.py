@@ -11,6 +11,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from .axes import Axes, Axis
 from .errors import Refusal
 from .norms import Norm, RMSToRMS
 
@@ -19,7 +20,8 @@ from .norms import Norm, RMSToRMS
 class View(Norm):
     """A weight as stacks of blocks: factor · the maximum over blocks of their inner norm.
 
-    A subclass defines split() and join(), and factor() where it is not 1.
+    A subclass defines split() and join(), factor() where it is not 1, and axes(), without which
+    means over rows and columns take the whole weight as one matrix (O, rest).
     """
 
     inner: Norm
@@ -35,6 +37,10 @@ class View(Norm):
 
     def _inner_dimensions(self) -> tuple[int, ...]:
         return (2,)
+
+    @property
+    def ignores(self) -> str:  # type: ignore[override]
+        return self.inner.ignores
 
     def split(self, W: Tensor) -> list[Tensor]:
         """Return stacks of equal blocks, (..., *weight) → [(..., P, *block)]."""
@@ -186,6 +192,19 @@ class Blocks(View):
         turns = [s.flatten(-k - 1, -k) for s in blocks]
         return (torch.cat(turns, dim=-k) if len(turns) > 1 else turns[0]).reshape(shape)
 
+    def axes(self, shape: Sequence[int]) -> Axes | None:
+        first = torch.zeros(self.turns, shape[0] // self.turns, dtype=torch.int64)
+        axes, row, count = None, 0, 0
+        for blocks, size in self._runs(first.shape[1]):
+            axes = self.inner.axes((self.turns * size, *shape[1:]))
+            if axes is None:
+                return None
+            own = axes[0].blocks.view(self.turns, size)
+            for _ in range(blocks):
+                first[:, row : row + size] = count + own
+                row, count = row + size, count + int(own.max()) + 1
+        return axes and (Axis(axes[0].over_rows, first.flatten()), *axes[1:])
+
     def live(self, G: Tensor) -> Tensor:
         if self.turns > 1:
             return super().live(G)
@@ -244,6 +263,15 @@ class Transposed(_One):
     def _unview(self, X: Tensor, shape: Sequence[int]) -> Tensor:
         return X.squeeze(-3).mT
 
+    @property
+    def ignores(self) -> str:  # type: ignore[override]
+        # Its blocks' rows are not the weight's, which ranks may have apart.
+        return "blocks" if self.inner.ignores == "rows" else self.inner.ignores
+
+    def axes(self, shape: Sequence[int]) -> Axes | None:
+        axes = self.inner.axes(shape[::-1])
+        return axes and axes[::-1]
+
     def live(self, G: Tensor) -> Tensor:
         return self.inner.live(G.mT).mT
 
@@ -272,6 +300,16 @@ class Flattened(_One):
 
     def _unview(self, X: Tensor, shape: Sequence[int]) -> Tensor:
         return X.reshape(shape)
+
+    def axes(self, shape: Sequence[int]) -> Axes | None:
+        """Return the axes; blocks along flattened columns are taken together."""
+        axes = self.inner.axes((shape[0], prod(shape[1:]))) if self.inner.ndim == 2 else None
+        if axes is None:
+            return None
+        return (
+            axes[0],
+            *(Axis.whole(size, over_rows=axes[1].over_rows) for size in shape[1:]),
+        )
 
     def live(self, G: Tensor) -> Tensor:
         mask, stack = self.inner.live(self._view(G)), G.shape[: G.ndim - self.ndim]
@@ -319,6 +357,10 @@ class Experts(_One):
     def _unview(self, X: Tensor, shape: Sequence[int]) -> Tensor:
         return X
 
+    def axes(self, shape: Sequence[int]) -> Axes | None:
+        axes = self.inner.axes(shape[1:])
+        return axes and (Axis.apart(shape[0]), *axes)
+
     def live(self, G: Tensor) -> Tensor:
         return self.inner.live(G)
 
@@ -351,6 +393,22 @@ class ConvRMSToRMS(_One):
 
     def _view(self, W: Tensor) -> Tensor:
         return self._slices(W).flatten(-4, -3)
+
+    @property
+    def ignores(self) -> str:  # type: ignore[override]
+        rows = self.inner.ignores == "rows" and self.transposed
+        return "blocks" if rows else self.inner.ignores
+
+    def axes(self, shape: Sequence[int]) -> Axes | None:
+        block = (shape[0] // self.groups, shape[1])
+        axes = self.inner.axes(block[::-1] if self.transposed else block)
+        if axes is None:
+            return None
+        first, second = axes[::-1] if self.transposed else axes
+        count = int(first.blocks.max()) + 1
+        groups = torch.arange(self.groups)[:, None] * count + first.blocks
+        kernel = (Axis.apart(size) for size in shape[2:])
+        return (Axis(first.over_rows, groups.flatten()), second, *kernel)
 
     def live(self, G: Tensor) -> Tensor:
         mask = self.inner.live(self._slices(G))  # (..., K, g, O/g or 1, I/g or 1)

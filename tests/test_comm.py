@@ -96,6 +96,11 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "sign up down unused": {"direction": "lion", "constraint": "stiefel", "lr": torch.tensor(0.5)},
         "one": {"lr": 0.0},
     },
+    "factored": {
+        "embed head gain sign": {"direction": "factored", "max_grad_norm": 0.3, "constraint": "ball"},
+        "narrow wide": {"direction": "factored", "scale": "dual", "lr": 0.1},
+        "up down one unused": {"direction": "factored", "weight_decay": 0.1},
+    },
     "auto": {
         "embed head gain narrow wide sign": {"weight_decay": 0.1, "max_grad_norm": 0.3, "constraint": "ball"},
         "up down one unused": {"lr": 0.5, "direction": "nesterov", "scale": "unit"},
@@ -190,7 +195,9 @@ def _trained(rank: int, world: int, mode: str, case: str, parts: int) -> Weights
 
 
 def _all_trained(rank: int, world: int, mode: str) -> dict[tuple[str, int], Weights]:
-    runs = [("groups", 4), ("auto", 1)] + [("groups", 1)] * (mode == "replicas" or world == 2)  # the others are slow
+    runs = [("groups", 4), ("auto", 1), ("factored", 2)] + [("groups", 1)] * (
+        mode == "replicas" or world == 2
+    )  # the others are slow
     return {(case, parts): _trained(rank, world, mode, case, parts) for case, parts in runs}
 
 
@@ -251,6 +258,13 @@ KINDS: dict[str, tuple[Norm, tuple[int, ...]]] = {  # of weights: their norms an
     "rows": (L1ToRMS(), (7, 5)),
     "experts": (Experts(RMSToRMS(EXACT)), (3, 4, 4)),
     "conv": (ConvRMSToRMS(RMSToRMS(EXACT)), (4, 3, 2, 2)),
+    "heads": (Blocks(RMSToRMS(EXACT), 2), (6, 4)),
+    "unequal": (Blocks(RMSToRMS(EXACT), (2, 1), turns=2), (6, 4)),
+    "transposed": (Transposed(RMSToRMS(EXACT)), (5, 4)),
+    "groups": (ConvRMSToRMS(RMSToRMS(EXACT), groups=2, transposed=True), (6, 2, 2, 1)),
+    "flattened": (Flattened(RMSToRMS(EXACT)), (5, 2, 2, 2)),
+    "few rows": (RMSToLinf(), (2, 4)),
+    "tied rows": (Blocks(L1ToRMS(), 2), (6, 4)),
     "vector": (VectorRMS(), (5,)),
     "gain": (MaxEntry(1), (5,)),
     "scalar": (MaxEntry(0), ()),
@@ -266,6 +280,8 @@ KEPT: dict[str, tuple[torch.dtype, dict[str, Any]]] = {  # of the weights; setti
     "bfloat16 momentum": (torch.float32, {"momentum_dtype": "bfloat16", "direction": "adam", "constraint": "ball"}),
     "dual": (torch.float32, {"scale": "dual", "beta": 0.5, "lr": 0.01}),
     "soap": (torch.float64, {"direction": "soap", "refresh_every": 2}),
+    "factored": (torch.float64, {"direction": "factored", "weight_decay": 0.1}),
+    "factored in float32": (torch.float32, {"direction": "factored", "momentum_dtype": "bfloat16"}),
 }
 HAND_STEPS = 3
 
@@ -1092,7 +1108,7 @@ def test_what_is_not_supported_is_refused_when_built():
         "two meshes": "PlacementError: sharded weights\n  got: 2 meshes\n  allowed: one for all weights\n  fix: pass the same mesh to every fully_shard",
         "a part": 'PlacementError: grads="local" beside sharded weights\n  got: a mesh of 1 in a world of 2\n  allowed: a mesh of all ranks\n'
         '  fix: grads="reduced", which sharded gradients are anyway',
-        "soap": "PlacementError: w0\n  got: the direction 'soap' of a sharded weight\n  allowed: momentum, nesterov, adam, lion, entry by entry\n"
+        "soap": "PlacementError: w0\n  got: the direction 'soap' of a sharded weight\n  allowed: momentum, nesterov, adam, lion, factored, which need no whole weight\n"
         '  fix: one of them, or replicas (grads="local"), whose owners have whole weights',
         "later": "PlacementError: v\n  got: a mesh that no weight before it has\n  allowed: one mesh\n  fix: build Dualized with sharded weights",
         "ddp": 'PlacementError: Dualized(DistributedDataParallel(…), grads="local")\n  got: gradients that DDP has reduced already\n'

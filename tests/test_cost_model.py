@@ -30,6 +30,7 @@ from model import GPT
 from models import ModelConfig
 from optim import Dualized
 from optim.polar import Polar
+from optim.ranks import Ranks
 from studies.cost_model.cases import Case, family
 from studies.cost_model.command import main as count
 from studies.cost_model.optimizers import ADAMW, MUON, MUON_PLAIN, OURS, ZERO, weights_of
@@ -47,6 +48,7 @@ from tests.helpers import ROOT, ranks
 # Rows that 4 does not divide, and float32, whose Gram form the wide matrices take.
 SMALL = Case("small", ModelConfig(n_layer=3, n_head=1, n_embd=18, block_size=8, vocab_size=67), 4)
 HALF = replace(SMALL, name="half", optim=OptimConfig(param_dtype="bfloat16"))  # with float32 masters
+FACTORED = replace(SMALL, name="factored", optim=OptimConfig(direction="factored"))
 FLOAT32, BFLOAT16 = Polar(dtype="float32"), Polar(dtype="bfloat16")
 # 4 MB of weights, so that flags, barriers and TCP's own bytes are little beside them.
 MEDIUM = Case("medium", ModelConfig(n_layer=2, n_head=2, n_embd=192, block_size=8, vocab_size=512), 4)
@@ -91,12 +93,13 @@ def backward(model: GPT, case: Case, rank: int) -> None:
 
 
 class Counted:
-    """Bytes that pass torch.distributed: what all-to-alls send to others, the most that their buffers hold at a time,
-    what FSDP2 gathers and reduces.
+    """Bytes that pass torch.distributed: what all-to-alls send to others, and rings of a direction's sums; the most
+    that the former's buffers hold at a time; what FSDP2 gathers and reduces.
     """
 
     def __init__(self) -> None:
-        self.sent = self.live = self.peak = 0
+        self.sent = 0.0
+        self.live = self.peak = 0
         self.gathered: list[int] = []
         self.reduced: list[int] = []
 
@@ -129,7 +132,14 @@ class Counted:
 
             return noted
 
+        total = Ranks.total
+
+        def summed(ranks: Ranks, x: Tensor) -> Tensor:
+            self.sent += 2 * (ranks.size - 1) / ranks.size * x.nbytes
+            return total(ranks, x)
+
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Ranks, "total", summed)
             patch.setattr(dist, "all_to_all_single", all_to_all_single)
             for name, sizes in zip(FSDP_COLLECTIVES, (self.gathered, self.reduced), strict=True):
                 patch.setattr(dist, name, noting(name, sizes))
@@ -151,7 +161,7 @@ def one_step(rank: int, w: int, case: Case, polar: Polar, mode: str) -> dict[str
     )
     return {
         "flops": flops.get_total_flops() - around,
-        "sent": counted.sent,
+        "sent": round(counted.sent),
         "buffers": counted.peak,
         "state": state,
         "gathered": sum(counted.gathered),
@@ -179,7 +189,7 @@ def traffic(rank: int, w: int, folder: str) -> None:
             backward(model, MEDIUM, rank)
             optimizer.step()
         dist.barrier()
-        found[mode] = {"sent": counted.sent, "loopback": loopback_bytes() - before}
+        found[mode] = {"sent": round(counted.sent), "loopback": loopback_bytes() - before}
         dist.barrier()
     Path(f"{folder}/{w}.{rank}").write_text(json.dumps(found))
     dist.destroy_process_group()
@@ -215,7 +225,9 @@ def main() -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "w"), [(SMALL, 1), (SMALL, 2), (SMALL, 4), (HALF, 2)], ids=lambda x: getattr(x, "name", x)
+    ("case", "w"),
+    [(SMALL, 1), (SMALL, 2), (SMALL, 4), (HALF, 2), (FACTORED, 2), (FACTORED, 4)],
+    ids=lambda x: getattr(x, "name", x),
 )
 def test_flops_bytes_and_memory_of_a_real_step_are_those_predicted(case: Case, w: int):
     found = ranks(w, steps, case, FLOAT32)

@@ -67,6 +67,7 @@ TRACK3 = (
 CASES = {
     "dualized": (),
     "track3": TRACK3,
+    "factored": ("--optim.direction", "factored"),
     "soap": (
         "--optim.direction",
         "nesterov_soap",
@@ -233,7 +234,7 @@ def sections(text: str) -> dict[str, str]:
 
 def assert_optim_stands_in_it(text: str, *, dualized: bool) -> None:
     """All of update.py but its imports, and every definition of the other files byte for byte, comments before it and
-    all."""
+    all; of the directions those that the run uses."""
     update = (ROOT / "optim/update.py").read_text(encoding="utf-8")
     imports = [n for n in ast.parse(update).body if isinstance(n, ast.Import | ast.ImportFrom)]
     lines = update.splitlines(keepends=True)
@@ -244,6 +245,10 @@ def assert_optim_stands_in_it(text: str, *, dualized: bool) -> None:
     for file, section in ours.items():
         source = (ROOT / file).read_text(encoding="utf-8")
         pieces = section.split("\n\n\n")  # no definition has two empty lines in it
+        for registry in [piece for piece in pieces if piece.startswith("DIRECTIONS: ")]:
+            pieces.remove(registry)
+            entries = re.findall(r'"\w+": [\w.]+\(.*?\)', registry)
+            assert entries and all(f"    {entry},\n" in source for entry in entries)
         assert not [piece for piece in pieces if f"\n{piece}\n" not in f"\n{source}"], file
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from optim import Dualized, ModularNorm
-from optim.directions import DIRECTIONS, average_, rms_
+from optim.directions import DIRECTIONS, Rows, average_, rms_
 from optim.norms import Frobenius, L1ToRMS, MaxEntry, Norm, RMSToRMS, VectorRMS
 from optim.polar import Polar
 from optim.settings import StepSettings, defaults_of
@@ -39,7 +39,7 @@ def one_step(
 ) -> torch.Tensor:
     """The weight after step_() of a stack of one."""
     W, chosen = W.clone(), group(**settings)
-    state = {k: b[None] for k, b in DIRECTIONS[chosen["direction"]].buffers(W).items()}
+    state = {k: b[None] for k, b in DIRECTIONS[chosen["direction"]].on(norm, Rows(tuple(W.shape))).buffers(W).items()}
     radii = torch.full((1, *(1,) * norm.ndim), radius, dtype=W.dtype)
     step_([W], G[None].clone(), state, chosen, norm=norm, live=norm.live(G[None]), radii=radii, lr=lr, refresh=True)
     return W
@@ -97,7 +97,8 @@ def test_dualized_on_one_process_takes_the_step_of_update_bit_for_bit(direction:
         ours, theirs = ([nn.Parameter(gaussian(*shape, seed=i)) for i in range(2)] for _ in range(2))
         modular = ModularNorm({"0": norm, "1": norm}, {"0": 0.7, "1": 0.3})
         optimizer = Dualized([(str(i), p) for i, p in enumerate(ours)], norm=modular, **chosen)
-        made = [DIRECTIONS[direction].buffers(p.detach()) for p in theirs]
+        own = DIRECTIONS[direction].on(norm, Rows(shape))
+        made = [own.buffers(p.detach()) for p in theirs]
         state = {k: torch.stack([b[k] for b in made]) for k in made[0]}
         radii = torch.tensor([0.7, 0.3], dtype=torch.float64).reshape(-1, *(1,) * norm.ndim)
         for step in range(3):
@@ -200,6 +201,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "tensor lr": {"lr": torch.tensor(0.1)},
     "auto": {"lr": "auto"},
+    "factored": {"direction": "factored"},
 }
 
 

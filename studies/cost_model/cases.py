@@ -32,7 +32,7 @@ class Case:
         """
         config = load([str(path)])
         o, vocab_size = config.optim, config.model.vocab_size
-        entrywise = "directions entry by entry: others are not counted"
+        by_rows = "directions that need no whole weight: others are not counted"
         second = "a number: the second dualization of auto is not counted"
         for key, value, counted, allowed in (
             ("optim.lr", o.lr, not isinstance(o.lr, str), second),
@@ -43,7 +43,7 @@ class Case:
                 o.constraint is None,
                 "none: retractions are not counted",
             ),
-            ("optim.direction", o.direction, DIRECTIONS[o.direction].entrywise, entrywise),
+            ("optim.direction", o.direction, DIRECTIONS[o.direction].by_rows, by_rows),
             (
                 "model.vocab_size",
                 vocab_size,

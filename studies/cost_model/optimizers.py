@@ -6,13 +6,17 @@ weight.
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from model import GPT
 from optim import Dualized
+from optim.directions import DIRECTIONS, Rows
+from optim.norms import Norm
 from optim.placement import OneProcess
 from optim.polar import Polar
 from optim.ranks import Ranks
+from optim.update import Group, direction_
 from training.config import OptimConfig
 
 from .cases import Case
@@ -27,8 +31,9 @@ OURS, ADAMW, ZERO, MUON_PLAIN, MUON_OWNED = (
 OPTIMIZERS = (OURS, ADAMW, ZERO, MUON_PLAIN, MUON_OWNED)
 # FLOPs an entry beside dualize. Nesterov's momentum: two lerps of 3, radius 1, update 2. AdamW
 # (Loshchilov, Hutter, arXiv 1711.05101, alg. 2): averages 3 and 4, √, ÷ and + for the divisor 3,
-# quotient 1, update 2, decay 1.
-MOMENTUM_FLOPS, ADAMW_FLOPS = 9, 14
+# quotient 1, update 2, decay 1. Of "factored" besides (Factored): largest and smallest 2, quotient
+# and square 2, two sums 2, v and M̃ v 2, v² + ε 2, quotient 1.
+MOMENTUM_FLOPS, ADAMW_FLOPS, FACTORED_FLOPS = 9, 14, 11
 # torch.optim.Muon's iteration: 5 steps, plain, bfloat16; 2-D weights but embedding and head, which
 # AdamW steps (as its documentation recommends).
 MUON = Polar("jordan", "plain", "bfloat16")
@@ -39,7 +44,8 @@ class Weight:
     """The cost of one weight.
 
     key: of its stack. whole: FLOPs that need all of it. split: FLOPs by rows or entries. state:
-    bytes.
+    bytes, by rows. common: bytes of state that every rank with rows has. summed: bytes that are
+    summed over the ranks that have rows, where these are apart.
     """
 
     p: Tensor
@@ -48,6 +54,8 @@ class Weight:
     whole: int
     split: int
     state: int
+    common: int = 0
+    summed: int = 0
 
 
 class Recorder(OneProcess):
@@ -87,13 +95,33 @@ def weights_of(case: Case, optimizer: str, polar: Polar | None = None) -> tuple[
     weights = []
     names = planned.param_groups[0]["param_names"]
     for name, (p, flops, by_rows) in zip(names, planned.recorder.entries, strict=True):
-        state = sum(b.nbytes for b in planned.state[p].values())
+        norm, buffers = planned.norm.norms[name], planned.state[p].values()
+        state = sum(b.nbytes for b in buffers if b.ndim == p.ndim)
+        common = sum(b.nbytes for b in buffers if b.ndim != p.ndim)
+        summed = summed_bytes(p, norm, planned.param_groups[0])
         whole, split = (0, int(flops)) if by_rows else (int(flops), 0)
         split += MOMENTUM_FLOPS * p.numel()
+        if planned.param_groups[0]["direction"] == "factored":
+            split += FACTORED_FLOPS * p.numel()
         if optimizer in (ADAMW, ZERO) or (muon and by_rows):
-            whole, split, state = 0, ADAMW_FLOPS * p.numel(), 2 * p.nbytes
+            whole, split, state, common, summed = 0, ADAMW_FLOPS * p.numel(), 2 * p.nbytes, 0, 0
         elif muon:
             state = p.nbytes
-        key = (planned.norm.norms[name], p.shape, p.dtype)
-        weights.append(Weight(p, key, by_rows, whole, split, state))
+        key = (norm, p.shape, p.dtype)
+        weights.append(Weight(p, key, by_rows, whole, split, state, common, summed))
     return model, weights
+
+
+def summed_bytes(p: Tensor, norm: Norm, group: Group) -> int:
+    """Return the bytes that a direction sums over ranks if these have rows of a weight each."""
+    sizes: list[int] = []
+
+    def total(x: Tensor) -> Tensor:
+        sizes.append(x.nbytes)
+        return x
+
+    G, rows = torch.empty(1, *p.shape, device="meta"), Rows(tuple(p.shape), total=total)
+    own = DIRECTIONS[group["direction"]].on(norm, rows).buffers(G[0])
+    state = {k: b[None] for k, b in own.items()}
+    direction_(G, state, group, norm=norm, live=norm.live(G), refresh=True, rows=rows)
+    return sum(sizes)

@@ -106,7 +106,7 @@ def shared(
         whole += works * weight.whole
         split += rows * weight.split
         stepped += rows * weight.p.nbytes
-        state += rows * weight.state
+        state += rows * weight.state + (torch.as_tensor(rows) > 0) * weight.common
     return Step(whole, whole + split, stepped, state, torch.zeros_like(whole))
 
 
@@ -122,6 +122,7 @@ def owned_replicas(weights: list[Weight], w: int) -> Step:
     step = shared(weights, w, lambda x: (parts[x.p], parts[x.p]))
     own, N = step.stepped, sum(x.p.nbytes for x in weights)
     step.exchanges = [(N - own, (w - 1) * own), ((w - 1) * own, N - own)]
+    step.rings = [ring_of_sums(w, (x for x in weights if x.by_rows and parts[x.p].max() < 1))]
     # While gradients are on their way, a few buckets at a time: what leaves, a copy of the own
     # part, what comes; and (float32) sums, which stay for the step.
     reduced = own * max(1.0, 4 / weights[0].p.element_size())
@@ -171,7 +172,15 @@ def owned_shards(weights: list[Weight], w: int, s: int) -> Step:
             torch.maximum(near * piece + owns * matrix, owns * c * matrix + len(stack) * piece)
         )
     step.exchanges, step.buffers = [(sent, received)], two_at_once(buffers)
+    apart = [x for x in weights if rows[x.p.shape[0]].max() < x.p.shape[0]]
+    step.rings = [ring_of_sums(w, apart)]
+    step.state += sum((rows[x.p.shape[0]] == 0) * x.common for x in apart)
     return step
+
+
+def ring_of_sums(w: int, weights: Iterable[Weight]) -> tuple[float, float]:
+    """Return (bytes that each GPU sends, bytes a second) of a direction's sums over ranks."""
+    return 2 * (w - 1) / w * sum(x.summed for x in weights), ring_speed(w)
 
 
 def stacks(weights: Iterable[Weight]) -> list[list[Weight]]:

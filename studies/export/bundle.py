@@ -43,15 +43,19 @@ def bundle(
 
     A file may need earlier ones alone when it is imported. known: by file, see Specialise; a file
     that is not among them comes as it stands. filled: statements that stand for those of these
-    names in the last file. packages: whose names are among the files. whole: files that come whole,
-    if at all. unregistered: a pattern of decorators that are left out. modules: {file: its module}
-    where its path does not say it. plugins: the files that are a user's own. named: {name: its
-    module} of what `filled` and `known` name.
+    names, in the last file if it defines them. packages: whose names are among the files. whole:
+    files that come whole, if at all. unregistered: a pattern of decorators that are left out.
+    modules: {file: its module} where its path does not say it. plugins: the files that are a user's
+    own. named: {name: its module} of what `filled` and `known` name.
     Raises BundleError for a name that is in none of the files, or twice in what is left, and for
     what a plugin cannot hand on.
     """
     constants: dict[str, int | float] = {}
     titles, last = {}, [*files][-1]
+    ends = {
+        n for x in ast.parse((root / last).read_text(encoding="utf-8")).body for n in defined(x)
+    }
+    before = {name: text for name, text in filled.items() if name not in ends}
     for file in files:
         text = (root / file).read_text(encoding="utf-8")
         if file in known:
@@ -62,10 +66,17 @@ def bundle(
         else:
             pattern = REGISTRATION if file in plugins else unregistered
             items = as_it_stands(text, unregistered=pattern, whole=file in plugins)
+            items = [_filled(item, before) for item in items]
         module = (modules or {}).get(file, module_of(file))
         titles[Source(file, module, items, text, plugin=file in plugins)] = files[file]
     reach = Reach([*titles], packages, named or {})
     return written(titles, reach, constants, packages)
+
+
+def _filled(item: Item, statements: Mapping[str, str]) -> Item:
+    """Return the item, or what stands for it."""
+    texts = [formatted(statements[name]) for name in item.names if name in statements]
+    return Item(item.names, [*ast.parse(texts[0]).body], texts[0]) if texts else item
 
 
 def written(

@@ -20,6 +20,7 @@ from .values import SCRIPT, is_own, known_values, model_files
 OPTIMIZER = {
     "optim/errors.py": "Refusals",
     "optim/polar.py": "Polar factor",
+    "optim/axes.py": "Rows and columns of blocks",
     "optim/norms.py": "Norms, their duality maps, initial weights",
     "optim/views.py": "Norms of parts of a weight",
     "optim/directions.py": "Directions: what is dualized",

@@ -12,7 +12,7 @@ from training.config import Config
 
 from .expressions import Expressions
 from .optimizers import base_optimizers
-from .run import STEP, own_directions
+from .run import STEP, own_directions, used_directions
 from .values import is_own
 
 
@@ -25,13 +25,16 @@ def filled_in(
     data: str,
     track: bool,
 ) -> dict[str, str]:
-    """Return {name in script.py: the statements that define it}.
+    """Return {name in script.py, or in a file before it: the statements that define it}.
 
     model: on the meta device. data: the folder of the script's data.
     """
     baseline = config.optim.name in BASELINES
     optimizers = base_optimizers(model, norm, config, write) if baseline else ""
-    directions = {name: DIRECTIONS[name] for name in own_directions(config)}
+    own = own_directions(config)
+    directions = {name: DIRECTIONS[name] for name in (() if baseline else used_directions(config))}
+    ours = {name: x for name, x in directions.items() if name not in own}
+    others = {name: x for name, x in directions.items() if name in own}
     code = {
         "DATA": f"DATA = {data!r}",
         "CODE": "CODE = Path(__file__).read_text(encoding='utf-8')",
@@ -39,7 +42,8 @@ def filled_in(
         "SETTINGS": f"SETTINGS: Group = { {k: getattr(config.optim, k) for k in STEP}!r}",
         "ROLES": f"ROLES: dict[str, Group] = {config.optim.roles.given()!r}",
         "WEIGHTS": weights(norm, config, write, optimizers),
-        "OWN_DIRECTIONS": f"OWN_DIRECTIONS = {write.of(directions)}",
+        "DIRECTIONS": f"DIRECTIONS: dict[str, Direction] = {write.of(ours)}",
+        "OWN_DIRECTIONS": f"OWN_DIRECTIONS = {write.of(others)}",
         "base_optimizers": optimizers,
     }
     if not track:

@@ -155,12 +155,16 @@ def check(config: Config) -> None:
             raise refusal(key, value, allowed)
 
 
+def used_directions(config: Config) -> list[str]:
+    """Return the directions of a run, by name."""
+    settings = (vars(config.optim), *config.optim.roles.given().values())
+    return sorted({s.get("direction", config.optim.direction) for s in settings})
+
+
 def own_directions(config: Config) -> list[str]:
     """Return the directions of a run, by name, that optim/directions.py does not define."""
     ours = (ROOT / "optim/directions.py").read_text(encoding="utf-8")
-    settings = (vars(config.optim), *config.optim.roles.given().values())
-    used = {s.get("direction", config.optim.direction) for s in settings}
-    return sorted(d for d in used if f'\n    "{d}": ' not in ours)
+    return [d for d in used_directions(config) if f'\n    "{d}": ' not in ours]
 
 
 def refusal(key: str, value: object, allowed: str) -> ExportError:

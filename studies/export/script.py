@@ -28,7 +28,7 @@ from torch import Tensor
 from model import GPT
 from models import build
 from optim.baselines import set_beta
-from optim.directions import DIRECTIONS, Direction
+from optim.directions import DIRECTIONS, Direction, Rows
 from optim.norms import Norm
 from optim.polar import Polar
 from optim.update import Group, step_, total_norm
@@ -181,7 +181,8 @@ class Stack:
     def __init__(self, group: Group, norm: Norm, weights: list[Tensor], radii: list[float]) -> None:
         self.group, self.norm, self.weights = group, norm, weights
         self.radii = torch.tensor(radii, device=weights[0].device).reshape(-1, *(1,) * norm.ndim)
-        buffers = [DIRECTIONS[group["direction"]].buffers(w) for w in weights]
+        direction = DIRECTIONS[group["direction"]].on(norm, Rows(tuple(weights[0].shape)))
+        buffers = [direction.buffers(w) for w in weights]
         self.state = {k: torch.stack([b[k] for b in buffers]) for k in buffers[0]}
 
     def step(self, clip: Tensor | None, *, refresh: bool) -> None:
