@@ -151,6 +151,57 @@ class Lines:
             X = s.spread(X, d) if rows in (None, over_rows) else X
         return X
 
+    def matrices(self) -> "Matrices | None":
+        """Return where blocks lie as matrices: rows along one dimension, columns along another, and
+        whole blocks along all others. None where they lie otherwise, or columns along the first."""
+        pairs = list(enumerate(zip(self.over_rows, self.segments, strict=True)))
+        rows = [d for d, (over_rows, _) in pairs if over_rows]
+        columns = [d for d, (over_rows, s) in pairs if not over_rows and not s.distinct]
+        if len(rows) != 1 or len(columns) != 1 or columns == [0]:
+            return None
+        one = self.segments[columns[0]].count == 1
+        return Matrices(rows[0], columns[0], self.segments[rows[0]]) if one else None
+
+
+@dataclass(frozen=True, eq=False)
+class Matrices:
+    """Blocks as matrices. rows, columns: the dimensions of a weight along which these lie.
+
+    A stack (n, *shape) is seen as (n, *others, rows, columns), where others are the dimensions
+    along which whole blocks lie; k: blocks along the rows.
+    """
+
+    rows: int
+    columns: int
+    segments: Segments
+
+    def seen(self, X: Tensor) -> Tensor:
+        """Return a stack, or numbers of its columns, as (n, *others, rows, columns)."""
+        return X.movedim((self.rows + 1, self.columns + 1), (-2, -1))
+
+    def gram(self, X: Tensor) -> Tensor:
+        """Return XᵀX of each block, (n, *others, k, columns, columns)."""
+        X = self.seen(X)
+        if self.segments.count == 1 or self.segments.equal:
+            X = X.unflatten(-2, (self.segments.count, X.shape[-2] // self.segments.count))
+            return X.mT @ X
+        parts = [X.index_select(-2, places) for places in self.segments.places]
+        return torch.stack([P.mT @ P for P in parts], -3)
+
+    def times(self, X: Tensor, Z: Tensor) -> Tensor:
+        """Return X Z of each block, a stack. Z: (n, *others, k, columns, columns)."""
+        X = self.seen(X)
+        if self.segments.count == 1:
+            Y = X @ Z.squeeze(-3)
+        elif self.segments.equal:
+            rows = X.shape[-2] // self.segments.count
+            Y = (X.unflatten(-2, (self.segments.count, rows)) @ Z).flatten(-3, -2)
+        else:
+            Y = torch.empty_like(X)
+            for places, z in zip(self.segments.places, Z.unbind(-3), strict=True):
+                Y.index_copy_(-2, places, X.index_select(-2, places) @ z)
+        return Y.movedim((-2, -1), (self.rows + 1, self.columns + 1))
+
 
 def lines_of(axes: Axes, first: int, end: int, device: torch.device) -> Lines:
     """Return the lines of a weight of these axes, of which rows first to end are here."""

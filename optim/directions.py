@@ -4,86 +4,18 @@ G: fresh gradients (n, *shape), a stack of weights of one shape. live: 1 where a
 gradient, else 0, broadcastable to G. A direction's scale does not matter, as dualize ignores it
 (with scale = "unit"); so none has a bias correction or an ε.
 Sources: Kingma, Ba, arXiv 1412.6980 (Adam); Vyas et al., arXiv 2409.11321 (SOAP);
-Chen et al., arXiv 2302.06675 (Lion); Shazeer, Stern, arXiv 1804.04235 (Adafactor).
+Chen et al., arXiv 2302.06675 (Lion). Those that know their noise are in whitening.py.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from math import prod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .axes import Lines, lines_of
-from .norms import Norm
+from .moments import Buffers, Direction, average_, ratio, rms_
 from .plugins import require_free, require_part
-
-Buffers = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The part of a weight that a process has: its rows from `first` on.
-
-    shape: of the whole weight. total: sets a tensor to its sum over the ranks that have the other
-    rows, and returns it; None where this process has all of them, or needs no sums.
-    """
-
-    shape: tuple[int, ...]
-    first: int = 0
-    total: Callable[[Tensor], Tensor] | None = None
-
-
-class Direction:
-    """A rule for what is dualized. One instance serves all weights; the buffers are its memory.
-
-    gated: it leaves its buffers as they are wherever live is 0. Otherwise the step does that for
-    it, at the price of a copy.
-    entrywise: no entry depends on another one, so that ranks may each hold some rows of a weight.
-    """
-
-    gated = entrywise = False
-    # Names of small buffers that keep float32 whatever optim.momentum_dtype is.
-    precise: tuple[str, ...] = ()
-
-    @property
-    def by_rows(self) -> bool:
-        """Return whether ranks may each hold some rows of a weight, with Rows.total for sums."""
-        return self.entrywise
-
-    def on(self, norm: Norm, rows: Rows) -> "Direction":
-        """Return the direction for weights of this norm, of which this process has these rows."""
-        return self
-
-    def buffers(self, W: Tensor) -> Buffers:
-        """Return the buffers of one weight (*shape) before its first step, in its dtype.
-
-        Where ranks have some rows each of a weight, so they have of a buffer of as many dimensions.
-        Any other buffer is the same on all of them.
-        """
-        return {"momentum": torch.zeros_like(W)}
-
-    def __call__(
-        self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool
-    ) -> Tensor:
-        """Return what is dualized (n, *shape), not an alias of a buffer.
-
-        G is 0 where live is, and may be overwritten. state: the buffers, stacked (n, …), which are
-        updated in place. refresh: costly parts of the state are made anew on this step.
-        """
-        raise NotImplementedError
-
-
-def average_(M: Tensor, G: Tensor, live: Tensor, beta: float) -> Tensor:
-    """Set M ← β M + (1 − β) G where live is 1, and return it; M, but for denormals, stays
-    elsewhere."""
-    return flush_(M.lerp_(G, live * (1 - beta)))
-
-
-def flush_(M: Tensor) -> Tensor:
-    """Set to 0 what is no larger than the smallest normal number: averages of zeros would tend to
-    denormals, which make every product slow."""
-    return torch.hardshrink(M, torch.finfo(M.dtype).tiny, out=M)
+from .whitening import Factored, Whitened
 
 
 class Momentum(Direction):
@@ -112,17 +44,6 @@ class SignMomentum(Direction):
         D = torch.lerp(state["momentum"], G, 1 - beta).sign_()
         average_(state["momentum"], G, live, beta2)
         return D
-
-
-def rms_(R: Tensor, G: Tensor, live: Tensor, beta2: float) -> Tensor:
-    """Set R ← √(β₂ R² + (1 − β₂) G²), without squares that under- or overflow, and return it."""
-    rate = live * (1 - beta2)
-    return flush_(R.copy_(torch.hypot(R * (1 - rate).sqrt(), G * rate.sqrt())))
-
-
-def ratio(M: Tensor, R: Tensor) -> Tensor:
-    """Return M / R, 0 where R is; finite where R has forgotten what M still remembers."""
-    return torch.where(R > 0, M / R, 0).clamp_(-1e6, 1e6)
 
 
 class Adam(Direction):
@@ -257,170 +178,6 @@ def _turn(X: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     return X if right is None else X @ right
 
 
-# By norm, shape of a weight, first row, end and device: a norm's blocks stay where they are.
-LINES: dict[tuple[Norm, tuple[int, ...], int, int, torch.device], Lines | None] = {}
-MOST_LINES = 4096  # more are of rows with a gradient, as many as there are this time
-
-
-def _lines(
-    norm: Norm, shape: tuple[int, ...], first: int, end: int, device: torch.device
-) -> Lines | None:
-    """Return the lines of a weight's blocks, of which rows first to end are here; None for
-    vectors."""
-    key = norm, shape, first, end, device
-    if key not in LINES:
-        LINES[key] = _new_lines(*key)  # type: ignore[call-arg]
-    return LINES[key]
-
-
-@torch.compiler.disable
-def _new_lines(
-    norm: Norm, shape: tuple[int, ...], first: int, end: int, device: torch.device
-) -> Lines | None:
-    """Return what _lines() does, made anew."""
-    if len(LINES) >= MOST_LINES:
-        LINES.clear()
-    axes = norm.axes(shape)
-    return None if axes is None else lines_of(axes, first, end, device)
-
-
-@dataclass(frozen=True)
-class Factored(Direction):
-    """The average one step ahead, M̃ = (1 − β) G + β M, over √(r cᵀ): r and c are running means of
-    G² over the rows and over the columns of each block, Adafactor's factored second moment.
-
-    r and c are kept as their roots, and are of the norm's blocks: heads, experts, kernel positions.
-    Vectors and scalars are divided entry by entry, as by Adam. What a norm's dualize ignores is
-    left out: r where it gives each row its full size, all of it in sign descent. Where rows are
-    blocks, c is of those with a gradient.
-
-    Of v = √(r cᵀ), in units of the block's RMS u, the quotient is M̃ v / (v² + ε u²), with ε the
-    spacing of floats at 1. It is M̃ / v but for v near √ε u, the size below which a gradient's
-    entries are rounding. So a change of G by ε changes it by √ε at most, and it is finite where r
-    and c have forgotten what M still remembers.
-    """
-
-    gated = True
-    precise = ("rows", "columns")
-    norm: Norm = field(default=Norm())
-    rows: Rows | None = None
-
-    @property
-    def by_rows(self) -> bool:
-        return True
-
-    def on(self, norm: Norm, rows: Rows) -> Direction:
-        return replace(self, norm=norm, rows=rows)
-
-    def buffers(self, W: Tensor) -> Buffers:
-        buffers, lines = {"momentum": torch.zeros_like(W)}, self._lines_of(W)
-        if self.norm.ignores == "entries":
-            return buffers
-        if lines is None:
-            return buffers | {"rms": torch.zeros_like(W)}
-        dtype = torch.promote_types(W.dtype, torch.float32)
-        for name in self._sides():
-            shape = lines.shape(W.shape, rows=name == "rows")
-            own = shape if lines.complete(rows=name == "rows") else (prod(shape),)
-            buffers[name] = W.new_zeros(own, dtype=dtype)
-        return buffers
-
-    def __call__(
-        self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool
-    ) -> Tensor:
-        if self.norm.ignores == "entries":
-            return self._ahead(G, state, live, beta)
-        lines = self._lines_of(G[0])
-        if lines is None:
-            R = rms_(state["rms"], G, live, beta2)
-            return ratio(self._ahead(G, state, live, beta), R)
-        roots = self._observe(G, state, live, beta2, lines)
-        return self._quotient(self._ahead(G, state, live, beta), roots, lines)
-
-    def _sides(self) -> tuple[str, ...]:
-        return ("columns",) if self.norm.ignores == "rows" else ("rows", "columns")
-
-    def _lines_of(self, W: Tensor) -> Lines | None:
-        """Return the lines of the blocks of the rows W (rows, …); None for vectors."""
-        if W.ndim < 2:
-            return None
-        rows = self.rows or Rows(tuple(W.shape))
-        return _lines(self.norm, rows.shape, rows.first, rows.first + len(W), W.device)
-
-    @staticmethod
-    def _ahead(G: Tensor, state: Buffers, live: Tensor, beta: float) -> Tensor:
-        """Return the average one step ahead, in G's memory."""
-        return G.lerp_(average_(state["momentum"], G, live, beta), beta)
-
-    def _sums_of_squares(self, X: Tensor, lines: Lines) -> dict[str, Tensor]:
-        """Return the sums of squares over each row and column. X is overwritten."""
-        X.square_()
-        return {k: lines.reduce(torch.sum, X, rows=k == "rows") for k in self._sides()}
-
-    def _observe(
-        self, G: Tensor, state: Buffers, live: Tensor, beta2: float, lines: Lines
-    ) -> dict[str, Tensor]:
-        """Let the roots of r and c see a gradient, and return them, (n, *lines.shape())."""
-        live = live.reshape(*(1,) * (G.ndim - live.ndim), *live.shape)
-        largest = lines.by_block(_largest, G).abs()
-        unit = torch.where(largest > 0, largest, 1)  # squares neither under- nor overflow
-        roots = {}
-        for name, total in self._sums_of_squares(G / lines.spread_blocks(unit), lines).items():
-            rows = name == "rows"
-            count, units = lines.count(live, rows=rows), lines.spread_blocks(unit, rows=rows)
-            if self.rows and self.rows.total and not lines.complete(rows=rows):
-                # In float64, where squares of float32 numbers neither under- nor overflow.
-                parts = (
-                    total.double() * units.double().square(),
-                    count.expand(len(G), *count.shape[1:]),
-                )
-                (total, count), units = _sums_over_ranks(self.rows.total, *parts), 1
-            fresh = ((total / count.clamp(min=1)).sqrt() * units).to(G)
-            roots[name] = rms_(state[name].view(total.shape), fresh, (count > 0).to(G), beta2)
-        return roots
-
-    @staticmethod
-    def _quotient(D: Tensor, roots: dict[str, Tensor], lines: Lines) -> Tensor:
-        """Return D v / (v² + ε u²), in D's memory."""
-        eps = torch.finfo(D.dtype).eps
-        u = _block_rms(roots, lines)
-        c = roots["columns"] / lines.spread_blocks(u, rows=False)
-        if "rows" not in roots:
-            return D.mul_(lines.spread(c.div_(c.square().add_(eps)), rows=False))
-        r = roots["rows"] / lines.spread_blocks(u, rows=True)
-        r, c = lines.spread(r, rows=True), lines.spread(c, rows=False)
-        if r.shape == D.shape:  # without a second copy of D's size
-            v = r.mul_(c)
-        else:
-            v = c.mul_(r) if c.shape == D.shape else r * c
-        return D.mul_(v).div_(v.square_().add_(eps))
-
-
-def _sums_over_ranks(total: Callable[[Tensor], Tensor], *parts: Tensor) -> list[Tensor]:
-    """Return the sums of these tensors over ranks, in float64, with one collective."""
-    joined = total(torch.cat([x.double().flatten() for x in parts]))
-    pairs = zip(joined.split([x.numel() for x in parts]), parts, strict=True)
-    return [x.view(part.shape) for x, part in pairs]
-
-
-def _block_rms(roots: dict[str, Tensor], lines: Lines) -> Tensor:
-    """Return the RMS u of each block, 1 where that is 0, from the root means of its lines: of
-    those that are here, if in part, which are the same on all ranks."""
-    rows = not lines.is_here(rows=False)
-    R = roots["rows" if rows else "columns"]
-    largest = lines.reduce(_largest, R, rows=not rows)
-    top = torch.where(largest > 0, largest, 1)
-    squares = (R / lines.spread_blocks(top, rows=rows)).square_()
-    count = lines.count(R.new_ones((1,) * R.ndim), rows=not rows)
-    u = top * (lines.reduce(torch.sum, squares, rows=not rows) / count).sqrt_()
-    return torch.where(u > 0, u, 1)
-
-
-def _largest(X: Tensor, *, dim: int, keepdim: bool = False) -> Tensor:
-    """Return max |X| over a dimension, without a copy of X."""
-    return X.amax(dim, keepdim).maximum(-X.amin(dim, keepdim))
-
-
 DIRECTIONS: dict[str, Direction] = {
     "momentum": Momentum(),
     "nesterov": Momentum(nesterov=True),
@@ -429,6 +186,7 @@ DIRECTIONS: dict[str, Direction] = {
     "nesterov_soap": SOAP(nesterov=True),
     "lion": SignMomentum(),
     "factored": Factored(),
+    "whitened": Whitened(),
 }
 
 

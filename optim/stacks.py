@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .directions import DIRECTIONS, Direction, Rows
+from .directions import DIRECTIONS
+from .moments import Direction, Rows
 from .norms import Norm, nonzero
 from .placement import Job, OneProcess
 from .ranks import Ranks, sharded
@@ -155,12 +156,15 @@ class Stack:
         group, norm, place = self.group, self.norm, self.place
         G, live = self.gradients()
         state = self._gather()
-        D = direction_(G, state, group, norm=norm, live=live, refresh=self.refresh, rows=self.part)
+        D, back = direction_(
+            G, state, group, norm=norm, live=live, refresh=self.refresh, rows=self.part
+        )
         self._scatter(state)
         del G, state
         f = partial(dualize_, norm=norm, group=group)
         alone = place.steps_alone(by_rows=norm.dualizes_by_rows and group["scale"] == "unit")
         D = f(D) if alone else (yield from place.on_whole(f, D, self.params))
+        D = D if back is None else back(D)
         changed = {"live": live, "radii": self.radii, "origin": self.origin}
         descend_(self.weights, D, group, lr=self.lr, **changed)
         del D

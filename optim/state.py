@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .coverage import check_built, check_distinct
-from .directions import DIRECTIONS, Rows
+from .directions import DIRECTIONS
+from .moments import Rows
 from .errors import CoverageError, PlacementError, Refusal, require
 from .modular import ModularNorm
 from .norms import Norm

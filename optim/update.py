@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .directions import DIRECTIONS, Rows
+from .directions import DIRECTIONS
+from .moments import Back, Rows
 from .norms import Norm
 
 Group = Mapping[str, Any]
@@ -56,11 +57,12 @@ def step_(
     retraction are no part of that way, so they move W₀ along. keep: called with the new state, so
     that it is written back and freed before dualize needs memory.
     """
-    D = direction_(G, state, group, norm=norm, live=live, refresh=refresh, rows=rows)
+    D, back = direction_(G, state, group, norm=norm, live=live, refresh=refresh, rows=rows)
     if keep is not None:
         keep(state)
     del G, state
     D = dualize_(D, norm, group)
+    D = D if back is None else back(D)
     descend_(weights, D, group, live=live, radii=radii, lr=lr, origin=origin)
     del D
     if group["constraint"] is not None:
@@ -77,18 +79,22 @@ def direction_(
     live: Tensor,
     refresh: bool,
     rows: Rows | None = None,
-) -> Tensor:
-    """Return what is dualized, (n, *shape): a momentum, say. Only live blocks change the state."""
+) -> tuple[Tensor, Back | None]:
+    """Return what is dualized, (n, *shape): a momentum, say. Only live blocks change the state.
+
+    Also what carries the dualized step back, where a direction has coordinates of its own.
+    """
     direction = DIRECTIONS[group["direction"]].on(norm, rows or Rows(tuple(G.shape[1:])))
     # A gated direction leaves its memory alone where nothing is live; others are put back below.
     before = {} if direction.gated else {k: v.clone() for k, v in state.items()}
     settings = {k: group[k] for k in ("beta", "beta2")}
-    D = direction(G.masked_fill_(~live, 0), state, live=live.to(G), refresh=refresh, **settings)
+    G.masked_fill_(~live, 0)
+    D, back = direction.whiten(G, state, live=live.to(G), refresh=refresh, **settings)
     for k, old in before.items():
         some = live.reshape(len(live), -1).any(1).reshape(-1, *(1,) * (old.ndim - 1))
         kept = live if old.shape == D.shape else some
         state[k] = torch.where(kept, state[k], old)
-    return D
+    return D, back
 
 
 def dualize_(D: Tensor, norm: Norm, group: Group) -> Tensor:

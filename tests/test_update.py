@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from optim import Dualized, ModularNorm
-from optim.directions import DIRECTIONS, Rows, average_, rms_
+from optim.directions import DIRECTIONS
+from optim.moments import Rows, average_, rms_
 from optim.norms import Frobenius, L1ToRMS, MaxEntry, Norm, RMSToRMS, VectorRMS
 from optim.polar import Polar
 from optim.settings import StepSettings, defaults_of

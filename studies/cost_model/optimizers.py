@@ -11,7 +11,8 @@ from torch import Tensor
 
 from model import GPT
 from optim import Dualized
-from optim.directions import DIRECTIONS, Rows
+from optim.directions import DIRECTIONS
+from optim.moments import Rows
 from optim.norms import Norm
 from optim.placement import OneProcess
 from optim.polar import Polar

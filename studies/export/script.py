@@ -28,7 +28,8 @@ from torch import Tensor
 from model import GPT
 from models import build
 from optim.baselines import set_beta
-from optim.directions import DIRECTIONS, Direction, Rows
+from optim.directions import DIRECTIONS
+from optim.moments import Direction, Rows
 from optim.norms import Norm
 from optim.polar import Polar
 from optim.update import Group, step_, total_norm

@@ -1,0 +1,294 @@
+"""Directions that know their noise: momentum in coordinates in which gradients are white.
+
+r, c: running means of G² over each row and over each column of a block; a block is a matrix of the
+norm: a head, an expert, a kernel position. R: the running mean of g gᵀ over the rows g of a block,
+whose diagonal is c. M̃: the average one step ahead, (1 − β) G + β M. A matrix is dualized in other
+coordinates, X = r^(1/4) W R^(1/4), and its step carried back:
+
+    W ← W − lr · r^(−1/4) dualize( r^(−1/4) M̃ R^(−1/4) ) R^(−1/4)
+
+which is steepest descent in the norm of X (docs/theory.md §3). Sources: Shazeer, Stern, arXiv
+1804.04235 (Adafactor, whose second moment is √(r cᵀ)); Gupta, Koren, Singer, arXiv 1802.09568
+(Shampoo); Xie et al., arXiv 2503.10537, An et al., arXiv 2503.20762 (one side alone).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .axes import Lines, Matrices, lines_of
+from .moments import Back, Buffers, Direction, Rows, average_, ratio, rms_
+from .norms import Norm
+from .polar import inverse_fourth_root
+
+# By norm, shape of a weight, first row, end and device: a norm's blocks stay where they are.
+LINES: dict[tuple[Norm, tuple[int, ...], int, int, torch.device], Lines | None] = {}
+MOST_LINES = 4096  # more are of rows with a gradient, as many as there are this time
+
+
+def _lines(
+    norm: Norm, shape: tuple[int, ...], first: int, end: int, device: torch.device
+) -> Lines | None:
+    """Return the lines of a weight's blocks, of which rows first to end are here; None for
+    vectors."""
+    key = norm, shape, first, end, device
+    if key not in LINES:
+        LINES[key] = _new_lines(*key)  # type: ignore[call-arg]
+    return LINES[key]
+
+
+@torch.compiler.disable
+def _new_lines(
+    norm: Norm, shape: tuple[int, ...], first: int, end: int, device: torch.device
+) -> Lines | None:
+    """Return what _lines() does, made anew."""
+    if len(LINES) >= MOST_LINES:
+        LINES.clear()
+    axes = norm.axes(shape)
+    return None if axes is None else lines_of(axes, first, end, device)
+
+
+@dataclass(frozen=True)
+class Means:
+    """Root means of squares over rows and columns, after they saw a gradient.
+
+    roots: {"rows" or "columns": ρ (n, *lines.shape())}; inverses: 1/ρ; before: ρ before it. count:
+    of live entries that each column had.
+    """
+
+    lines: Lines
+    roots: dict[str, Tensor]
+    inverses: dict[str, Tensor]
+    before: dict[str, Tensor]
+    count: Tensor
+
+
+@dataclass(frozen=True)
+class Factored(Direction):
+    """The average one step ahead in the coordinates r^(1/4) W c^(1/4), r and c as diagonal matrices.
+
+    r and c are kept as their roots, and are of the norm's blocks. Vectors and scalars are divided
+    by the root of the running mean of G² entry by entry, as by Adam, and then dualized to full
+    size. What a norm's dualize ignores is left out: all of it in sign descent; r where each row
+    gets its full size, so that the whole way to and back is M̃ c^(−1/2). Where rows are blocks, c is
+    of those with a gradient.
+
+    Of a root mean ρ, in units of the block's RMS, 1/ρ is taken as ρ / (ρ² + ε), with ε the spacing
+    of floats at 1: below √ε a gradient's entries are rounding. The way back is in units of the
+    harmonic means of ρ, so that a step has about the size that dualize gave it.
+    """
+
+    gated = True
+    precise = ("rows", "columns")
+    norm: Norm = field(default=Norm())
+    rows: Rows | None = None
+
+    @property
+    def by_rows(self) -> bool:
+        return True
+
+    def on(self, norm: Norm, rows: Rows) -> Direction:
+        return replace(self, norm=norm, rows=rows)
+
+    def buffers(self, W: Tensor) -> Buffers:
+        buffers, lines = {"momentum": torch.zeros_like(W)}, self._lines_of(W)
+        if self.norm.ignores == "entries":
+            return buffers
+        if lines is None:
+            return buffers | {"rms": torch.zeros_like(W)}
+        dtype = torch.promote_types(W.dtype, torch.float32)
+        for name in self._sides():
+            shape = lines.shape(W.shape, rows=name == "rows")
+            own = shape if lines.complete(rows=name == "rows") else (prod(shape),)
+            buffers[name] = W.new_zeros(own, dtype=dtype)
+        return buffers
+
+    def whiten(
+        self, G: Tensor, state: Buffers, *, live: Tensor, beta: float, beta2: float, refresh: bool
+    ) -> tuple[Tensor, Back | None]:
+        if self.norm.ignores == "entries":
+            return _ahead(G, state, live, beta), None
+        lines = self._lines_of(G[0])
+        if lines is None:
+            R = rms_(state["rms"], G, live, beta2)
+            return ratio(_ahead(G, state, live, beta), R), None
+        means = self._observe(G, state, live, beta2, lines)
+        right = self._right(G, state, means, beta2=beta2, refresh=refresh)
+        M = _ahead(G, state, live, beta)
+        if "rows" not in means.roots:
+            return right(right(M)), None
+        left = self._scale("rows", means)
+
+        def back(T: Tensor) -> Tensor:
+            return right(T.mul_(left))
+
+        return back(M), back
+
+    def __call__(self, G: Tensor, state: Buffers, **settings: Any) -> Tensor:
+        return self.whiten(G, state, **settings)[0]
+
+    def _sides(self) -> tuple[str, ...]:
+        return ("columns",) if self.norm.ignores == "rows" else ("rows", "columns")
+
+    def _lines_of(self, W: Tensor) -> Lines | None:
+        """Return the lines of the blocks of the rows W (rows, …); None for vectors."""
+        if W.ndim < 2:
+            return None
+        rows = self.rows or Rows(tuple(W.shape))
+        return _lines(self.norm, rows.shape, rows.first, rows.first + len(W), W.device)
+
+    def _observe(
+        self, G: Tensor, state: Buffers, live: Tensor, beta2: float, lines: Lines
+    ) -> Means:
+        """Let the roots of r and c see a gradient."""
+        live = live.reshape(*(1,) * (G.ndim - live.ndim), *live.shape)
+        largest = lines.by_block(_largest, G).abs()
+        unit = torch.where(largest > 0, largest, 1)  # squares neither under- nor overflow
+        squares = (G / lines.spread_blocks(unit)).square_()
+        roots, before = {}, {}
+        for name in self._sides():
+            rows = name == "rows"
+            total = lines.reduce(torch.sum, squares, rows=rows)
+            count, units = lines.count(live, rows=rows), lines.spread_blocks(unit, rows=rows)
+            if self._sums and not lines.complete(rows=rows):
+                # In float64, where squares of float32 numbers neither under- nor overflow.
+                parts = (
+                    total.double() * units.double().square(),
+                    count.expand(len(G), *count.shape[1:]),
+                )
+                (total, count), units = _sums_over_ranks(self._sums, *parts), 1
+            fresh = ((total / count.clamp(min=1)).sqrt() * units).to(G)
+            R = state[name].view(total.shape)
+            before[name] = R.clone()
+            roots[name] = rms_(R, fresh, (count > 0).to(G), beta2)
+        return Means(lines, roots, _inverses(roots, lines), before, count)
+
+    @property
+    def _sums(self) -> Callable[[Tensor], Tensor] | None:
+        return self.rows.total if self.rows else None
+
+    def _right(
+        self, G: Tensor, state: Buffers, means: Means, *, beta2: float, refresh: bool
+    ) -> Back:
+        """Return what multiplies a stack by c^(−1/4) from the right, and may overwrite it."""
+        columns = self._scale("columns", means)
+        return lambda X: X.mul_(columns)
+
+    def _scale(self, name: str, means: Means) -> Tensor:
+        """Return 1/√ρ of each row (column), in units of the harmonic mean of ρ, broadcastable to
+        the stack."""
+        lines, rows, inverse = means.lines, name == "rows", means.inverses[name]
+        parts = (inverse * means.roots[name], inverse)
+        sums = [lines.reduce(torch.sum, x, rows=not rows) for x in parts]
+        if self._sums and not lines.is_here(rows=rows):
+            sums = _sums_over_ranks(self._sums, *sums)
+        known, total = (x.to(inverse) for x in sums)
+        unit = lines.spread_blocks(known / torch.where(total > 0, total, 1), rows=rows)
+        return lines.spread((inverse * unit).sqrt_(), rows=rows)
+
+
+@dataclass(frozen=True)
+class Whitened(Factored):
+    """As Factored, with all of R where Factored has its diagonal c: r^(1/4) W R^(1/4).
+
+    That is where a block has at most as many columns as rows, and its rows lie along the first
+    dimension, or whole blocks do; other weights are as by Factored. It keeps R and R^(−1/4), which
+    is made anew on every refresh, by matrix products alone (polar.inverse_fourth_root).
+
+    R is kept as C, with R = diag(γ) C diag(γ) and γ = √c, so that it knows no scale.
+    """
+
+    precise = (*Factored.precise, "factor", "root")
+
+    def buffers(self, W: Tensor) -> Buffers:
+        buffers, matrices = super().buffers(W), self._matrices(W)
+        if matrices is None:
+            return buffers
+        columns = buffers["columns"]
+        numbers = columns.numel() * W.shape[matrices.columns]
+        # Of as many dimensions as the weight where ranks have whole blocks, else of one.
+        own = (len(W), -1, *(1,) * (W.ndim - 2)) if columns.ndim == W.ndim else (-1,)
+        return buffers | {k: columns.new_zeros(numbers).view(own) for k in ("factor", "root")}
+
+    def _matrices(self, W: Tensor) -> Matrices | None:
+        """Return where the blocks of the rows W lie; None where Factored serves."""
+        lines = None if self.norm.ignores == "entries" else self._lines_of(W)
+        matrices = lines.matrices() if lines else None
+        if matrices is None:
+            return None
+        shape = self.rows.shape if self.rows else W.shape
+        rows = shape[matrices.rows] // matrices.segments.count
+        return matrices if shape[matrices.columns] <= rows else None
+
+    def _right(
+        self, G: Tensor, state: Buffers, means: Means, *, beta2: float, refresh: bool
+    ) -> Back:
+        matrices = self._matrices(G[0])
+        if matrices is None:
+            return super()._right(G, state, means, beta2=beta2, refresh=refresh)
+        lines, inverse = means.lines, matrices.seen(means.inverses["columns"])
+        shape = (*inverse.shape, inverse.shape[-1])
+        C, root = (state[k].view(shape) for k in ("factor", "root"))
+        fresh = matrices.gram(G * lines.spread(means.inverses["columns"], rows=False))
+        if self._sums and not lines.complete(rows=False):
+            fresh = self._sums(fresh)
+        count = matrices.seen(means.count.to(G)).amax(-1)[..., None, None]
+        kept = matrices.seen(means.before["columns"]) * inverse
+        kept = kept[..., :, None] * kept[..., None, :]
+        live = count > 0
+        C.copy_(torch.where(live, beta2 * kept * C + (1 - beta2) * fresh / count.clamp(min=1), C))
+        sizes = matrices.seen(means.roots["columns"])
+        sizes = sizes / torch.where(sizes > 0, sizes, 1).amax(-1, keepdim=True)
+        if refresh:
+            Z = inverse_fourth_root(sizes[..., :, None] * C * sizes[..., None, :])
+            root.copy_(torch.where(live, Z, root))
+        # A block that had no gradient yet when the others' root was made.
+        none = root.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None] == 0
+        diagonal = (inverse / inverse.amax(-1, keepdim=True)).sqrt().diag_embed()
+        Z = torch.where(none, diagonal, root)
+        return lambda X: matrices.times(X, Z)
+
+
+def _ahead(G: Tensor, state: Buffers, live: Tensor, beta: float) -> Tensor:
+    """Return the average one step ahead, in G's memory."""
+    return G.lerp_(average_(state["momentum"], G, live, beta), beta)
+
+
+def _inverses(roots: dict[str, Tensor], lines: Lines) -> dict[str, Tensor]:
+    """Return 1/ρ of each root mean, as ρ / (ρ² + ε u²), with u the block's RMS."""
+    u = _block_rms(roots, lines)
+    inverses = {}
+    for name, R in roots.items():
+        units = lines.spread_blocks(u, rows=name == "rows")
+        x = R / units
+        inverses[name] = x / (x.square() + torch.finfo(R.dtype).eps) / units
+    return inverses
+
+
+def _sums_over_ranks(total: Callable[[Tensor], Tensor], *parts: Tensor) -> list[Tensor]:
+    """Return the sums of these tensors over ranks, in float64, with one collective."""
+    joined = total(torch.cat([x.double().flatten() for x in parts]))
+    pairs = zip(joined.split([x.numel() for x in parts]), parts, strict=True)
+    return [x.view(part.shape) for x, part in pairs]
+
+
+def _block_rms(roots: dict[str, Tensor], lines: Lines) -> Tensor:
+    """Return the RMS u of each block, 1 where that is 0, from the root means of its lines: of
+    those that are here, if in part, which are the same on all ranks."""
+    rows = not lines.is_here(rows=False)
+    R = roots["rows" if rows else "columns"]
+    largest = lines.reduce(_largest, R, rows=not rows)
+    top = torch.where(largest > 0, largest, 1)
+    squares = (R / lines.spread_blocks(top, rows=rows)).square_()
+    count = lines.count(R.new_ones((1,) * R.ndim), rows=not rows)
+    u = top * (lines.reduce(torch.sum, squares, rows=not rows) / count).sqrt_()
+    return torch.where(u > 0, u, 1)
+
+
+def _largest(X: Tensor, *, dim: int, keepdim: bool = False) -> Tensor:
+    """Return max |X| over a dimension, without a copy of X."""
+    return X.amax(dim, keepdim).maximum(-X.amin(dim, keepdim))
