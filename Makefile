@@ -29,7 +29,7 @@ test: $(DEV)
 	OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 # Dualized, Muon + AdamW and AdamW side by side on the embedded corpus, 2 runs at a time on 2 cores.
-# It writes runs/race/report.png and report.html.
+# It writes runs/race/report.png and report.html. Git ignores its lines, studies/results/race.jsonl.
 race: $(READY)
 	"$(PY)" -m data.prepare pysource
 	"$(PY)" -m studies.speedrun configs/race/dualized.toml configs/race/muon.toml configs/race/adamw.toml \

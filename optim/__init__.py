@@ -14,7 +14,7 @@ from .metrize import Rule, metrize
 from .modular import ModularNorm
 from .normalized import Normalized
 from .norms import register_norm
-from .schedules import EscapeVelocity, schedule
+from .schedules import EscapeVelocity, half_life, schedule
 
 __all__ = [
     "Dualized",
@@ -24,6 +24,7 @@ __all__ = [
     "Normalized",
     "Refusal",
     "Rule",
+    "half_life",
     "metrize",
     "register_baseline",
     "register_direction",

@@ -1,4 +1,4 @@
-"""Learning rate and momentum over a run, and the escape velocity that needs no learning rate.
+"""Learning rate and momentum over a run, decays by half-lives, and the escape velocity.
 
 Schedules are pure functions of the step, multipliers of lr from 0 to 1. Step 0 is the first of
 `total`.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from .errors import require
 from .settings import OneOf, Range, check, defaults_of, known, takes
 
 SCHEDULES: dict[str, Callable[..., float]] = {}
@@ -102,6 +103,23 @@ def momentum_at(
     up = (step + 1) / (warmup * total) if warmup else 1.0
     down = (total - step) / (cooldown * total) if cooldown else 1.0
     return low + (beta - low) * min(1.0, up, down)
+
+
+def half_life(tokens: float, *, per_step: float) -> float:
+    """Return the decay, as beta and beta2 are, of an average whose parts halve in so many tokens.
+
+    It is 0.5 ** (per_step / tokens), where a step has per_step tokens. Half-lives in tokens can
+    stay as they are when the batch changes; decays cannot (Marek et al., arXiv 2507.07101).
+    """
+    for name, value in (("tokens", tokens), ("per_step", per_step)):
+        require(
+            0 < value < math.inf,
+            f"half_life: {name}",
+            got=value,
+            allowed="a finite number > 0",
+            fix="half_life(1e6, per_step=65536)",
+        )
+    return round(0.5 ** (per_step / tokens), 12)  # alike on machines whose powers differ a little
 
 
 @takes(Schedule)

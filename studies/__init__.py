@@ -8,5 +8,6 @@ cost_model                           what a step costs on many GPUs, by counting
 export                               a run as one script that runs alone
 record_book                          the records of records/
 runs, processes, run_cost            trainings side by side, none twice, and what they cost
+evidence, jobs                       a line for each run, by which a study goes on elsewhere
 verdict, parabola, intervals         a minimum, its noise, and words for both
 """

@@ -69,7 +69,8 @@ def changes_of_activations(
     fixed batch.
     """
     jobs = [coordinate_job(base, folder, width, steps) for width in widths]
-    runs.execute(jobs, folder, workers=runs.places(workers), costs=[float(w) for w in widths])
+    costs = [float(w) for w in widths]
+    runs.execute(jobs, folder, workers=runs.places(workers), costs=costs, portable=False)
     windows = validation_batches(
         Dataset(base.data).split("val"), block_size=base.model.block_size, batch_size=SEQUENCES
     )

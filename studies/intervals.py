@@ -22,6 +22,10 @@ class Interval:
     def __str__(self) -> str:
         return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
+    def json(self, key: str) -> dict[str, float]:
+        """Return it as results.json holds it. key: of its value."""
+        return {key: self.value, "low": self.low, "high": self.high}
+
 
 def student(values: Sequence[float]) -> Interval:
     """Return the mean of independent values with its interval by Student's t.

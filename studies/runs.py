@@ -3,7 +3,8 @@
 A study's folder holds a run folder for each training. A training is done if its run folder has
 summary.json, or failed.json where its numbers stopped being finite. Every other run folder is half
 made: the next call deletes it, and begins that training anew. So a study can be killed at any
-moment and called again. Its trainings end with it.
+moment and called again. Its trainings end with it. Each training that ends gets a line in the
+study's file (evidence.py), by which a study goes on where its run folders are missing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import re
 import shutil
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -27,45 +28,23 @@ import torch
 from tqdm import tqdm
 
 from data.loader import Dataset
-from optim import plugins
-from optim.errors import Refusal, require
+from optim.errors import require
+from optim.plugins import digests
 from training import config as configuration
 from training.config import Config
+from training.half_lives import displaced, half_lives
+from training.provenance import git_state, hardware
 from training.run_folder import is_locked_by_us
 
 from . import processes
+from .evidence import ROOT, Evidence, Say
+from .jobs import Job, StudyError, changed_plugin, difference, from_flat
 from .run_cost import cost, duration, measure_speed
 
-ROOT = Path(__file__).parent.parent
-# Values that train_gpt.py replaces by what it chose.
-FILLED_IN = {
-    "run.device": "auto",
-    "run.precision": "auto",
-    "model.vocab_size": None,
-    "optim.polar.dtype": "auto",
-}
 # A study resumes none of its runs, and so keeps nothing of them but their figures.
 QUIET = {"train.keep_checkpoints": 0, "train.sample_tokens": 0, "train.pictures": False}
-# Keys that do not change the numbers which a study reads. run.threads does change them: sums in
-# another order make another run (docs/log.md).
-NEUTRAL = (
-    "run.name",
-    "run.dir",
-    "run.resume",
-    "run.timeout",
-    "data.verify",
-    "train.log_every",
-    "train.telemetry_every",
-    "train.pictures",
-    "train.keep_checkpoints",
-    "train.sample_",
-)
 # train_gpt.py's exit code and last words where a number was not finite.
 NOT_FINITE = (1, re.compile(r"^error: .*(not finite|is -?(nan|inf)).*", re.MULTILINE))
-
-
-class StudyError(Refusal):
-    """A study that cannot continue: what was got, what is allowed, how to fix it."""
 
 
 STANDARD = {"model.residual": "plain", "model.logit_scale": 1.0}
@@ -87,25 +66,15 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Job:
-    """A training that is wanted: its name, which is its run folder's, and its configuration."""
-
-    name: str
-    config: Config
-
-
 def job(config: Config, name: str, folder: Path, **changes: Any) -> Job:
     """Return a job of `config` with some values changed; keys as "model.n_embd".
 
     The configuration is checked as train_gpt.py would check it.
     """
-    raw: dict[str, Any] = {}
     own = {"run.name": name, "run.dir": str(folder)}
-    for key, value in {**configuration.flat(config), **own, **changes}.items():
-        if value is not None:
-            configuration.put(raw, key, value)
-    changed = configuration.from_dict(Config, raw)
+    unstated = half_lives(config).keys() | displaced(changes)
+    kept = {k: v for k, v in configuration.flat(config).items() if k not in unstated}
+    changed = from_flat({**kept, **own, **changes})
     changed.check()
     return Job(name, changed)
 
@@ -162,25 +131,38 @@ def places(workers: int, ranks: int = 1, gpus: Sequence[str] = ()) -> list[Place
 # ---- running
 
 
-def sweep(jobs: Sequence[Job], folder: Path, *, workers: Sequence[Place], dry_run: bool) -> bool:
+def sweep(
+    jobs: Sequence[Job],
+    folder: Path,
+    *,
+    workers: Sequence[Place],
+    dry_run: bool,
+    portable: bool = True,
+) -> bool:
     """Print the cost of the jobs that are not done, and run them.
 
     The first seed of all jobs comes first, and small jobs before large ones. A dry run ends with
-    the cost. Returns whether the jobs were run.
+    the cost. portable: as execute() has it. Returns whether the jobs were run.
     """
     dataset, speed = Dataset(jobs[0].config.data), measure_speed(jobs[0].config)
     estimates = [(j, *cost(j.config, dataset, speed)) for j in jobs]
     estimates.sort(key=lambda e: (e[0].config.run.seed, e[2]))
     left = [e for e in estimates if not done(e[0], folder)]
+    elsewhere = ""
+    if portable:
+        evidence, missing = Evidence(folder), len(left)
+        left = [e for e in left if not evidence.line_of(e[0])]
+        if missing > len(left):
+            elsewhere = f" ({missing - len(left)} by {evidence.file})"
     print(
-        f"{folder}: {len(jobs)} runs, {len(jobs) - len(left)} of them done;"
+        f"{folder}: {len(jobs)} runs, {len(jobs) - len(left)} of them done{elsewhere};"
         f" {sum(flops for _, flops, _ in left):.2g} FLOPs to go,"
         f" about {duration([seconds for *_, seconds in left], len(workers))} on this machine"
         f" (a product of matrices: {speed / 1e9:.0f} GFLOP/s), {len(workers)} at a time"
     )
     if not dry_run:
         ordered, seconds = [j for j, *_ in estimates], [s for *_, s in estimates]
-        execute(ordered, folder, workers=workers, costs=seconds)
+        execute(ordered, folder, workers=workers, costs=seconds, portable=portable)
     return not dry_run
 
 
@@ -190,20 +172,38 @@ def execute(
     *,
     workers: Sequence[Place],
     costs: Sequence[float],
-    say: Callable[[str], None] = print,
+    portable: bool = True,
+    say: Say = print,
 ) -> None:
     """Run the jobs that are not done, one in each place at a time, in this order.
 
-    costs: of each job, in any unit; they steer the progress bar alone. Raises StudyError if a
-    training fails for another reason than numbers that are not finite, and if another call is at
-    work in the folder.
+    costs: of each job, in any unit; they steer the progress bar alone. portable: their results
+    count on any machine, so that each has its line in the study's file (evidence.py); False if
+    this machine's clock or a checkpoint is wanted. Raises StudyError if a training fails for
+    another reason than numbers that are not finite, and if another call is at work in the folder.
     """
     (folder / "configs").mkdir(parents=True, exist_ok=True)
     with _alone(folder):
+        evidence = Evidence(folder, say) if portable else None
+        if evidence:
+            _complete(evidence, jobs, say)
         waiting = [(j, c) for j, c in zip(jobs, costs, strict=True) if not done(j, folder)]
         if len(waiting) < len(jobs):
             say(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are there already")
-        _run_all(waiting, folder, workers)
+        _run_all(waiting, folder, workers, evidence)
+
+
+def _complete(evidence: Evidence, jobs: Sequence[Job], say: Say) -> None:
+    """Append the lines of runs that have none, and restore the run folders that are missing."""
+    evidence.mend()
+    restored = 0
+    for wanted in jobs:
+        if done(wanted, evidence.folder):
+            evidence.append(wanted)
+        else:
+            restored += evidence.restore(wanted)
+    if restored:
+        say(f"{restored} runs restored from {evidence.file}; without its line a run is trained")
 
 
 @contextmanager
@@ -225,7 +225,7 @@ def _alone(folder: Path) -> Iterator[None]:
 class _Training:
     """A training under way."""
 
-    name: str
+    job: Job
     weight: float
     """Its part of the progress bar."""
     place: Place
@@ -236,10 +236,16 @@ class _Training:
         return all(p.exitcode is not None for p in self.ranks)
 
 
-def _run_all(waiting: list[tuple[Job, float]], folder: Path, workers: Sequence[Place]) -> None:
+def _run_all(
+    waiting: list[tuple[Job, float]],
+    folder: Path,
+    workers: Sequence[Place],
+    evidence: Evidence | None,
+) -> None:
     """Run the waiting jobs, and begin none after a failure.
 
-    Each has its weight in the progress bar beside it. Raises StudyError for the first failure.
+    Each has its weight in the progress bar beside it. One that ends gets its line in the evidence.
+    Raises StudyError for the first failure.
     """
     under_way: list[_Training] = []
     failures: list[str] = []
@@ -259,7 +265,10 @@ def _run_all(waiting: list[tuple[Job, float]], folder: Path, workers: Sequence[P
                     under_way.remove(training)
                     free.append(training.place)
                     bar.update(min(training.weight, bar.total - bar.n))  # sums round
-                    failures += _failures(training, folder)
+                    failure = _failure(training, folder)
+                    failures += [failure] if failure else []
+                    if evidence and not failure:
+                        evidence.append(training.job)
                     bar.set_postfix_str(f"{len(waiting) + len(under_way)} runs to go")
         finally:
             processes.end([p for t in under_way for p in t.ranks])
@@ -278,21 +287,32 @@ def _begin(wanted: Job, weight: float, folder: Path, place: Place) -> _Training:
     config = folder / "configs" / f"{wanted.name}.toml"
     config.write_text(configuration.to_toml(wanted.config), encoding="utf-8")
     ranks = processes.start(ROOT / "train_gpt.py", config, place.environments())
-    return _Training(wanted.name, weight, place, ranks)
+    return _Training(wanted, weight, place, ranks)
 
 
-def _failures(training: _Training, folder: Path) -> list[str]:
-    """Return how a training failed that has ended; nothing of one that has a result.
+def _failure(training: _Training, folder: Path) -> str | None:
+    """Return how a training failed that has ended; None of one that has a result.
 
     Numbers that are not finite are a result too: failed.json is written.
     """
-    output = (folder / "configs" / f"{training.name}.log").read_text(errors="replace")
+    name = training.job.name
+    output = (folder / "configs" / f"{name}.log").read_text(errors="replace")
     codes = [p.exitcode for p in training.ranks if p.exitcode]
     if NOT_FINITE[0] in codes and (why := NOT_FINITE[1].search(output)):
-        result = json.dumps({"why": why.group()}) + "\n"
-        (folder / training.name / "failed.json").write_text(result)
-        return []
-    return [f"{training.name}: exit code {codes[0]}\n{output[-2000:]}"] if codes else []
+        (commit, dirty), device = git_state(), "cpu"
+        if configuration.of_file(folder / name / "config.toml").run.device == "cuda":
+            device = torch.cuda.get_device_name()
+        result = {
+            "why": why.group(),
+            "hardware": hardware(device),
+            "torch": torch.__version__,
+            "commit": commit,
+            "dirty": dirty,
+            "plugins": digests(training.job.config.run.plugins),
+        }
+        (folder / name / "failed.json").write_text(json.dumps(result) + "\n")
+        return None
+    return f"{name}: exit code {codes[0]}\n{output[-2000:]}" if codes else None
 
 
 # ---- results
@@ -307,27 +327,21 @@ def done(wanted: Job, folder: Path) -> bool:
     if not finished(path):
         return False
     trained = configuration.flat(configuration.of_file(path / "config.toml"))
-    for key, value in configuration.flat(wanted.config).items():
-        if (
-            value != trained[key]
-            and not key.startswith(NEUTRAL)
-            and (key not in FILLED_IN or value != FILLED_IN[key])
-        ):
-            raise StudyError(
-                path,
-                got=f"{key} = {value!r}",
-                allowed=f"{trained[key]!r}, as the run that is there had it",
-                fix=f"another --name, or delete {path}",
-            )
-    had = (summary(path) or {}).get("plugins", {})
-    for name, digest in plugins.digests(wanted.config.run.plugins).items():
-        if had.get(name, digest) != digest:
-            raise StudyError(
-                path,
-                got=f"another file of the plugin {name} than this run had",
-                allowed="the file that it had",
-                fix=f"another --name, or delete {path}",
-            )
+    values = configuration.flat(wanted.config)
+    if key := difference(values, trained):
+        raise StudyError(
+            path,
+            got=f"{key} = {values[key]!r}",
+            allowed=f"{trained[key]!r}, as the run that is there had it",
+            fix=f"another --name, or delete {path}",
+        )
+    if name := changed_plugin(wanted.config, summary(path) or {}):
+        raise StudyError(
+            path,
+            got=f"another file of the plugin {name} than this run had",
+            allowed="the file that it had",
+            fix=f"another --name, or delete {path}",
+        )
     return True
 
 

@@ -29,6 +29,7 @@ from training import config as configuration
 from training.config import Config
 
 from . import runs
+from .evidence import file_of
 from .intervals import Interval
 from .sizes import AXES, Line, Size, base_size, lines_through, run_name, settings_at
 from .trajectories import QUANTITIES, Curves, consistency, margins, ratios, read_curve
@@ -293,9 +294,11 @@ def report(study: Study, argv: list[str]) -> None:
         plot(study, line, curves, pictures[-1])
     text = "\n\n".join(texts)
     (study.folder / "verdict.txt").write_text(text + "\n", encoding="utf-8")
-    runs.write_json(study.folder / "results.json", {"command": argv, "lines": entries})
-    print(text)
-    print("\npictures: " + ", ".join(map(str, pictures)))
+    summaries = [s for j in study.jobs() if (s := runs.summary(study.folder / j.name))]
+    results = {"command": argv, "hardware": runs.machines(summaries), "lines": entries}
+    runs.write_json(study.folder / "results.json", results)
+    print(f"{text}\n\nresults: {file_of(study.folder)}")
+    print("pictures: " + ", ".join(map(str, pictures)))
 
 
 if __name__ == "__main__":

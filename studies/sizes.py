@@ -2,12 +2,14 @@
 
 The axes are width (model.n_embd, at the configuration's width of a head), depth (model.n_layer),
 context (model.block_size, at its tokens a step), batch (train.batch_size) and horizon
-(train.steps).
+(train.steps). A batch may vary at equal tokens: the steps of a run are then fewer as it grows.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +35,9 @@ AXES = {
     "horizon": Axis("horizons", "train.steps", "n"),
 }
 Size = tuple[int, ...]  # a value of each axis, in this order
+BATCH, HORIZON = list(AXES).index("batch"), list(AXES).index("horizon")
+# The factor of a learning rate by the ratio of its batch to the one it was given for.
+BATCH_RULES: dict[str, Callable[[float], float]] = {"constant": lambda _: 1.0, "sqrt": math.sqrt}
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,16 @@ class Line:
         """Return the value of the axis at each size."""
         return [size[list(AXES).index(self.axis)] for size in self.sizes]
 
+    @property
+    def at_equal_tokens(self) -> bool:
+        """Return whether the batch varies and all sizes train on as many tokens."""
+        return self.axis == "batch" and len({size[HORIZON] for size in self.sizes}) > 1
+
     def __str__(self) -> str:
-        values = self.values()
-        fixed = [f"{a} {v}" for a, v in zip(AXES, self.sizes[0], strict=True) if a != self.axis]
+        values, moving = self.values(), (self.axis, "horizon" * self.at_equal_tokens)
+        fixed = [f"{a} {v}" for a, v in zip(AXES, self.sizes[0], strict=True) if a not in moving]
+        if self.at_equal_tokens:
+            fixed.append(f"{self.sizes[0][BATCH] * self.sizes[0][HORIZON]} sequences")
         return f"{self.axis} {values[0]} … {values[-1]} ({', '.join(fixed)})"
 
 
@@ -117,3 +129,23 @@ def lines_through(base: Size, values: dict[str, list[int]], *, grid: bool) -> li
         for size in itertools.product(*others):
             lines.append(Line(axis, tuple((*size[:i], v, *size[i + 1 :]) for v in varied)))
     return lines
+
+
+def with_equal_tokens(line: Line, base: Size) -> Line:
+    """Return a line whose sizes train on the tokens that their steps have at the batch of `base`.
+
+    Raises StudyError for a batch that does not divide them.
+    """
+    sizes = []
+    for size in line.sizes:
+        *others, batch, steps = size
+        sequences = base[BATCH] * steps
+        if batch < 1 or sequences % batch:
+            raise StudyError(
+                "--batch-sizes",
+                got=batch,
+                allowed=f"a divisor of {sequences}, the sequences of a run",
+                fix="other sizes, or other --train.steps",
+            )
+        sizes.append((*others, batch, sequences // batch))
+    return Line(line.axis, tuple(sizes))

@@ -154,6 +154,21 @@ def draws_of_mean(values: Sequence[float], *, seed: int) -> Array | None:
     return x.mean() + x.std(ddof=1) / math.sqrt(len(x)) * student_draws
 
 
+def draws_of_means(values: Array, *, seed: int) -> Array | None:
+    """Draw the means (…) of values (n, …) with Student's noise; None for one row.
+
+    Returns (DRAWS, …). Each draw weighs the rows' deviations at random, the same for all that is in
+    a row, so that whatever is paired by row stays so. A draw of one mean is Student's t.
+    """
+    n = len(values)
+    if n < 2:
+        return None
+    rng = np.random.default_rng([seed, 4])
+    normal, chi2 = rng.standard_normal((DRAWS, n)), rng.chisquare(n - 1, (DRAWS, 1))
+    weights = normal / np.sqrt(n * chi2)
+    return values.mean(0) + np.tensordot(weights, values - values.mean(0), 1)
+
+
 def quotient(b: Array, a: Array, log: Array | float = 0.0) -> Array:
     """Return b/a · e^log of draws (m,), without a warning where that is 0, ∞ or NaN.
 

@@ -4,6 +4,8 @@ r"""Does the best learning rate stay where it is as the model grows? A sweep, ju
         --widths 64 128 256 --lrs 2.83 4 5.66 8 11.3 --seeds 2
     python -m studies.transfer configs/transfer.toml \
         --depths 2 4 8 --lrs 0.001 0.002 0.004 0.008 0.016 --method adamw
+    python -m studies.transfer configs/transfer.toml \
+        --batch-sizes 8 16 32 --batch-rule sqrt --lrs 2.83 4 5.66 8 11.3 --seeds 2
     python -m studies.transfer configs/transfer.toml --widths 64 256 --coordinates 10
 
 Axes: --widths (model.n_embd, at the configuration's width of a head), --depths (model.n_layer),
@@ -11,6 +13,11 @@ Axes: --widths (model.n_embd, at the configuration's width of a head), --depths 
 (train.steps). Each is varied alone, the others as in the configuration; --grid takes their product
 and judges each line of it. Other options, --section.key value, go to every run as train_gpt.py
 takes them. A run is judged by its validation loss at the end.
+
+--batch-sizes varies the batch at the tokens of the configuration's run: train.steps falls as the
+batch grows. --lrs are the rates of the configuration's batch, and --batch-rule carries them to
+others, so that a drift is one from where the rule puts the best rate. Losses need not fall with the
+batch: they are shown, not judged.
 
 The folder runs/NAME has a run folder for each training, results.json, verdict.txt and
 transfer.png. The same call again resumes where it stopped, and adds what new sizes, learning rates
@@ -25,7 +32,7 @@ import itertools
 import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,11 +42,24 @@ import numpy as np
 from optim.errors import Refusal, require
 from training import config as configuration
 from training.config import Config
+from training.half_lives import half_lives
 
 from . import runs
 from .coordinates import print_coordinates
+from .evidence import file_of
 from .intervals import Interval
-from .sizes import AXES, Line, Size, base_size, lines_through, run_name, settings_at
+from .sizes import (
+    AXES,
+    BATCH,
+    BATCH_RULES,
+    Line,
+    Size,
+    base_size,
+    lines_through,
+    run_name,
+    settings_at,
+    with_equal_tokens,
+)
 from .verdict import Thresholds, Verdict, VerdictError, judge
 
 if TYPE_CHECKING:
@@ -50,21 +70,31 @@ VIEW = 0.8  # nats above the lowest loss that the picture's axis shows at most
 
 @dataclass(frozen=True)
 class Sweep:
-    """The runs of a study: every size of its lines, at every learning rate, with its seeds."""
+    """The runs of a study: every size of its lines, at every learning rate, with its seeds.
+
+    lrs: those of the batch of `base`, which batch_rule carries to others.
+    """
 
     base: Config
     folder: Path
     lines: list[Line]
     lrs: list[float]
     seeds: dict[Size, int]
+    batch_rule: str = "constant"
+
+    def rate(self, size: Size, lr: float) -> float:
+        """Return the learning rate at a size, as the rule carries it from the batch of `base`."""
+        return lr * BATCH_RULES[self.batch_rule](size[BATCH] / self.base.train.batch_size)
 
     def jobs(self) -> list[runs.Job]:
         """Return the runs; a size that two lines share runs once."""
         jobs = []
         for size, seeds in self.seeds.items():
             for seed, lr in itertools.product(range(seeds), self.lrs):
-                settings = settings_at(self.base, size) | {"optim.lr": lr, "run.seed": seed}
-                jobs.append(runs.job(self.base, run_name(size, lr, seed), self.folder, **settings))
+                rate = self.rate(size, lr)
+                settings = settings_at(self.base, size) | {"optim.lr": rate, "run.seed": seed}
+                name = run_name(size, rate, seed)
+                jobs.append(runs.job(self.base, name, self.folder, **settings))
         return jobs
 
     def losses(self, line: Line) -> np.ndarray:
@@ -73,7 +103,8 @@ class Sweep:
         losses = np.full((len(line.sizes), len(self.lrs), most), np.nan)
         for (i, size), (k, lr) in itertools.product(enumerate(line.sizes), enumerate(self.lrs)):
             for seed in range(self.seeds[size]):
-                losses[i, k, seed] = runs.final_loss(self.folder / run_name(size, lr, seed))
+                name = run_name(size, self.rate(size, lr), seed)
+                losses[i, k, seed] = runs.final_loss(self.folder / name)
         return losses
 
 
@@ -104,6 +135,16 @@ def _written(x: float) -> float | str | None:
 # ---- words
 
 
+def batch_text(sweep: Sweep) -> str:
+    """Return what a study over batch sizes keeps as the batch changes, in two lines."""
+    batch, rule = sweep.base.train.batch_size, sweep.batch_rule
+    carried = "at every batch" if rule == "constant" else f"times {rule}(batch / {batch})"
+    return (
+        f"learning rates: those of batch {batch}, {carried}\n"
+        f"averages kept in tokens: {', '.join(half_lives(sweep.base)) or 'none'}"
+    )
+
+
 def loss_table(losses: np.ndarray, line: Line, lrs: list[float]) -> str:
     """Return the mean losses over seeds, a row for each size."""
     header = f"{line.axis:>9}" + "".join(f"{f'lr {lr:g}':>12}" for lr in lrs)
@@ -132,7 +173,9 @@ def verdict_text(line: Line, verdict: Verdict, thresholds: Thresholds) -> str:
         f"  drift of the best lr at most {thresholds.drift:g} octaves: {v.words['drift']}",
         f"  the first's best lr costs the largest at most {thresholds.cost:.2%} of loss:"
         f" {v.words['cost']}",
-        f"  larger is not worse at that lr (by more than {thresholds.worse:.2%}):"
+        "  against the one before: not judged, as nothing says that losses fall"
+        if thresholds.worse is None
+        else f"  larger is not worse at that lr (by more than {thresholds.worse:.2%}):"
         f" {v.words['worse']}",
     ]
     if v.noise:
@@ -226,7 +269,9 @@ def main(argv: list[str]) -> int:
     method = options.method or base.optim.name
     folder = Path(base.run.dir) / (options.name or f"transfer-{Path(options.config).stem}-{method}")
     if options.method:
-        base = runs.job(base, "base", folder, **runs.METHODS[options.method]).config
+        kept = half_lives(base)  # rather than the decays of the method
+        changes = {k: v for k, v in runs.METHODS[options.method].items() if k not in kept}
+        base = runs.job(base, "base", folder, **changes).config
     check_options(options)
     if options.coordinates is not None:
         widths = sorted(set(options.widths))
@@ -251,6 +296,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("config", help="the smallest model: configs/transfer.toml")
     for axis in AXES.values():
         add(f"--{axis.option}", type=int, nargs="+", default=[], metavar="N")
+    tokens = "the batch, at the tokens of the configuration's run"
+    add("--batch-sizes", type=int, nargs="+", default=[], metavar="N", help=tokens)
+    rule = "of the learning rate over --batch-sizes, by default constant"
+    add("--batch-rule", choices=BATCH_RULES, default="constant", help=rule)
     lrs = "3 or more, half an octave apart, with the best one inside"
     add("--lrs", type=float, nargs="+", default=[], metavar="LR", help=lrs)
     add("--seeds", type=int, default=2, help="of every cell: 0 … seeds − 1")
@@ -275,7 +324,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raise StudyError for a number below 1."""
+    """Raise StudyError for a number below 1, and for options that exclude each other."""
     require(
         options.seeds >= 1 and options.workers >= 1,
         "--seeds, --workers",
@@ -292,13 +341,33 @@ def check_options(options: argparse.Namespace) -> None:
         fix="--coordinates 10",
         error=runs.StudyError,
     )
+    require(
+        not (options.batches and options.batch_sizes),
+        "--batches, --batch-sizes",
+        got="both",
+        allowed="one: the batch at the configuration's steps, or at its tokens",
+        fix="leave one out",
+        error=runs.StudyError,
+    )
+    require(
+        options.batch_sizes or options.batch_rule == "constant",
+        "--batch-rule",
+        got=f"{options.batch_rule} without --batch-sizes",
+        allowed="constant",
+        fix="--batch-sizes 8 16 32",
+        error=runs.StudyError,
+    )
 
 
 def plan(options: argparse.Namespace, base: Config, folder: Path) -> Sweep:
     """Return the sweep that the options ask for. Raises StudyError for too few sizes or rates."""
     lrs = sorted(set(options.lrs))
     values = {a: getattr(options, axis.option) for a, axis in AXES.items()}
-    lines = lines_through(base_size(base), values, grid=options.grid)
+    values["batch"] = options.batch_sizes or values["batch"]
+    configured = base_size(base)
+    lines = lines_through(configured, values, grid=options.grid)
+    if options.batch_sizes:
+        lines = [with_equal_tokens(line, configured) for line in lines]
     if not lines or len(lrs) < 3 or lrs[0] <= 0:
         raise runs.StudyError(
             f"python -m studies.transfer {options.config}",
@@ -314,7 +383,7 @@ def plan(options: argparse.Namespace, base: Config, folder: Path) -> Sweep:
         for line in lines
         for size in line.sizes
     }
-    return Sweep(base, folder, lines, lrs, seeds)
+    return Sweep(base, folder, lines, lrs, seeds, options.batch_rule)
 
 
 def report(sweep: Sweep, options: argparse.Namespace, argv: list[str], *, title: str) -> None:
@@ -322,25 +391,38 @@ def report(sweep: Sweep, options: argparse.Namespace, argv: list[str], *, title:
     thresholds = Thresholds(options.max_drift, options.max_cost, options.max_worse)
     judged: list[JudgedLine] = []
     texts = [f"{title}: python -m studies.transfer {' '.join(argv)}"]
+    if options.batch_sizes:
+        title = f"{title}\n{batch_text(sweep)}"
+        texts.append(batch_text(sweep))
     for line in sweep.lines:
+        claims = replace(thresholds, worse=None) if line.at_equal_tokens else thresholds
         losses = sweep.losses(line)
         means = loss_table(losses, line, sweep.lrs)
         try:
-            verdict = judge(losses, line.values(), sweep.lrs, thresholds)
+            verdict = judge(losses, line.values(), sweep.lrs, claims)
         except VerdictError as error:
             texts.append(f"{means}\n\n{line}: no verdict\n{error}")
             continue
         judged.append(JudgedLine(line, losses, verdict))
-        texts.append(f"{means}\n\n{verdict_text(line, verdict, thresholds)}")
+        texts.append(f"{means}\n\n{verdict_text(line, verdict, claims)}")
     text, picture = "\n\n".join(texts), sweep.folder / "transfer.png"
     (sweep.folder / "verdict.txt").write_text(text + "\n", encoding="utf-8")
     entries = [entry.json() for entry in judged]
-    results = {"command": argv, "thresholds": vars(thresholds), "lines": entries}
+    summaries = [s for j in sweep.jobs() if (s := runs.summary(sweep.folder / j.name))]
+    results = {
+        "command": argv,
+        "thresholds": vars(thresholds),
+        "hardware": runs.machines(summaries),
+        "lines": entries,
+    }
+    if options.batch_sizes:
+        batch = sweep.base.train.batch_size
+        results |= {"batch_rule": {"rule": sweep.batch_rule, "from_batch": batch}}
     runs.write_json(sweep.folder / "results.json", results)
-    print(text)
+    print(f"{text}\n\nresults: {file_of(sweep.folder)}")
     if judged:
         plot(judged, sweep.lrs, title, picture)
-        print(f"\npicture: {picture}")
+        print(f"picture: {picture}")
 
 
 if __name__ == "__main__":

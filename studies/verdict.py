@@ -55,9 +55,9 @@ class Thresholds:
     """Octaves between the best learning rates of two sizes."""
     cost: float = 0.005
     """Loss lost at the shared learning rate, relative."""
-    worse: float = 0.005
+    worse: float | None = 0.005
     """Loss above that of the size before, at the shared learning rate, relative. With 0, equal
-    sizes could not pass."""
+    sizes could not pass. None: larger sizes need not be as good, and no word says so."""
 
 
 @dataclass(frozen=True)
@@ -376,10 +376,11 @@ def _words(verdict: Verdict, estimates: _Estimates, thresholds: Thresholds) -> d
     words: dict[str, Word] = {
         "drift": _word(verdict.drift, wide_drift, -t.drift, t.drift),
         "cost": _word(verdict.cost[-1:], verdict.cost[-1:], -np.inf, t.cost),
-        "worse": _word(verdict.worse, wide_worse, -np.inf, t.worse),
     }
-    if not verdict.bracketed[0] and words["worse"] == "PASS":
-        words["worse"] = "TOO NOISY TO SAY"  # the shared rate is then nobody's best
+    if t.worse is not None:
+        word = _word(verdict.worse, wide_worse, -np.inf, t.worse)
+        unknown = word == "PASS" and not verdict.bracketed[0]  # the shared rate is nobody's best
+        words["worse"] = "TOO NOISY TO SAY" if unknown else word
     return words
 
 

@@ -73,6 +73,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_lines_in_the_checkout() -> Iterator[None]:
+    """What a test trains is no evidence: no study of a test begins a file of results here."""
+    results = Path(__file__).parent.parent / "studies/results"
+    before = {p.name for p in results.glob("*.jsonl")}
+    yield
+    assert {p.name for p in results.glob("*.jsonl")} == before
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For tests of many small operations."""

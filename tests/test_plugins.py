@@ -667,6 +667,14 @@ def test_entries_with_different_plugins_are_compared(
     summaries = [runs.summary(tmp_path / "study" / e.name) for e in loaded]
     assert [list(s["plugins"]) for s in summaries if s] == [["parts"], ["other"]]
     assert all(runs.done(job, tmp_path / "study") for job in jobs)
+    lines = [json.loads(line) for line in (tmp_path / "study/runs.jsonl").read_text().splitlines()]
+    assert ["model.wave" in line["settings"] for line in lines] == [line["run"] == "wave" for line in lines]
+    for job in jobs:
+        shutil.rmtree(tmp_path / "study" / job.name)
+    said: list[str] = []
+    runs.execute(jobs, tmp_path / "study", workers=runs.places(2), costs=[1, 1], say=said.append)
+    assert said[0].startswith("2 runs restored from ")
+    assert [runs.summary(tmp_path / "study" / e.name) for e in loaded] == summaries
 
 
 def test_a_study_notes_that_a_plugin_changed_between_its_runs():

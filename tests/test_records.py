@@ -233,6 +233,33 @@ def test_trials_beside_a_study_s_are_counted_with_them_and_a_note_stands_under_t
     assert "|\n\n[A title](small/2026-01-02_first/): 110 screens on the judged split\n" in text
 
 
+def test_seconds_of_two_machines_are_no_figure_of_a_track_of_seconds(
+    book: Path, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    summary = runs.summary
+    elsewhere = {"hardware": "another"}
+    monkeypatch.setattr(
+        runs, "summary", lambda path: (summary(path) or {}) | (elsewhere if path.name.endswith("1") else {})
+    )
+    paths = [f"runs/study/dualized.s4.seed{s}" for s in range(SEEDS)]
+    assert add(*paths, track="timed") == 2
+    assert "training seconds of dualized.s4\n  got: " in refusal(capsys)
+    assert add(*paths) == 0, "losses of two machines are compared as they are"
+    assert read(book / "small/2026-01-02_first")["hardware"].endswith(", another")
+
+
+def test_the_log_of_a_restored_run_says_that_it_has_its_evaluations_alone(book: Path, root: Path):
+    restored = root / "runs/study/adamw.s4.seed1/restored.txt"
+    restored.write_text("restored\n")
+    try:
+        assert add("runs/study/adamw.s4.seed0", "runs/study/adamw.s4.seed1") == 0
+    finally:
+        restored.unlink()
+    (log,) = (book / "small/2026-01-02_first").glob("*.txt")
+    assert log.read_text().count(", seed 1 (evaluations alone), by train_gpt.py of") == 1
+    assert log.read_text().count("(evaluations alone), by") == 1
+
+
 STUDY, RUN, CONFIG = "runs/study", "runs/study/adamw.s4.seed0", "small.toml"
 
 
@@ -364,6 +391,15 @@ def test_a_record_is_of_one_commit_and_the_present_code(tree: Path, tmp_path: Pa
     assert f"got: commit {'1' * 40}, which this repository does not know\n" in refused(("1" * 40, False))
     (tree / "README.md").write_text("no code")
     assert refused((head, False)) == ""
+    git = ("git", "-c", "user.name=A", "-c", "user.email=a@example.org")
+    subprocess.run([*git, "add", "."], cwd=tree, check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "results, say"], cwd=tree, check=True)
+    later = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=tree, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    for i, commit in enumerate((head, later)):
+        (tmp_path / f"run{i}/summary.json").write_text(json.dumps({"commit": commit, "dirty": False}))
+    assert provenance.check_clean(made, allow=False) == (min(head, later), False), "commits with one code"
     (tree / "optim/new.py").write_text("")
     assert f"got: code that has changed since commit {head}: optim/new.py\n" in refused((head, False))
     (tree / "model.py").write_text("x = 1\n")
@@ -526,6 +562,7 @@ def test_a_record_is_reproduced_exactly_here(
     assert re.search(
         r"seed by seed at most \S+ apart, allowed 1e-06 on the same machine and versions; .* \(not judged\): PASS", said
     )
+    assert not list(out.glob("*.jsonl")), "a check is no study"
     file = out / "dualized.seed0/summary.json"
     made = json.loads(file.read_text())
     file.write_text(json.dumps(made | {"commit": "abcdefgh9", "dirty": False}))

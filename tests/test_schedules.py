@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from optim import Dualized, Refusal, metrize, schedule
+from optim import Dualized, Refusal, half_life, metrize, schedule
 from optim.schedules import SCHEDULES, cosine, momentum_at, wsd
 
 
@@ -44,6 +44,24 @@ def test_cosine_is_half_a_period_after_the_warm_up():
     assert values[10] == 1.0
     assert values[60] == pytest.approx(1 - 0.45)
     assert values[85] == pytest.approx(1 - 0.9 * (1 - math.cos(0.75 * math.pi)) / 2)
+
+
+def test_an_average_that_decays_by_a_half_life_halves_in_it_at_any_tokens_a_step():
+    for per_step in (64, 128, 512):
+        decay, average = half_life(1024, per_step=per_step), 1.0
+        for _ in range(1024 // per_step):
+            average *= decay
+        assert average == pytest.approx(0.5, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "per_step", "name"), [(0, 1, "tokens"), (math.inf, 1, "tokens"), (1, -2, "per_step")]
+)
+def test_a_half_life_that_gives_no_decay_is_refused(tokens: float, per_step: float, name: str):
+    with pytest.raises(
+        Refusal, match=rf"half_life: {name}\n  got: .*\n  allowed: a finite number > 0\n  fix: half_life\("
+    ):
+        half_life(tokens, per_step=per_step)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

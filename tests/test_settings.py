@@ -266,7 +266,8 @@ def test_roles_are_set_in_a_file_and_on_the_command_line(tmp_path: Path):
 def test_roles_are_those_of_the_masses_and_have_what_declarations_say():
     assert set(vars(Config().optim.roles)) == {f.name for f in fields(RoleMasses)}
     for role in vars(Config().optim.roles).values():
-        assert list(vars(role)) == by_role() == ["direction", "beta", "beta2", "weight_decay"]
+        assert list(vars(role)) == [*by_role(), "beta_half_life", "beta2_half_life"]
+    assert by_role() == ["direction", "beta", "beta2", "weight_decay"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ against dense Hessians, thresholds by simulation.
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,12 @@ def test_the_command_measures_draws_and_compares(root: Path, capsys: pytest.Capt
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("summary.json")} == before, (
         "another quantity of the same runs"
     )
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+    assert call(root, *argv) == 0
+    assert not any((folder / "configs").iterdir()) and len(list(folder.glob("*/restored.txt"))) == len(before)
+    assert json.loads((folder / "results.json").read_text()) == results, "the curves are in the runs' lines"
 
 
 @pytest.mark.parametrize("seed", ["0", "1"])

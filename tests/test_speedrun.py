@@ -16,6 +16,7 @@ from studies import runs, statistics
 from studies.runs import StudyError
 from studies.speedrun import budget, search
 from studies.speedrun.budget import set_budget
+from studies.speedrun.clocks import clock_of, note_of_machines
 from studies.speedrun.command import main
 from studies.speedrun.entries import Entry, load
 from studies.speedrun.search import SearchSettings, search_horizons
@@ -154,8 +155,8 @@ def argv(root: Path, names: Sequence[str], *more: str) -> list[str]:
     return [*(str(root / f"{n}.toml") for n in names), *more, *where, *QUICK]
 
 
-def call(root: Path, names: Sequence[str], *more: str) -> int:
-    return main(argv(root, names, *more))
+def call(root: Path, names: Sequence[str], *more: str, folder: str = "runs") -> int:
+    return main([str(root / folder) if x == str(root / "runs") else x for x in argv(root, names, *more)])
 
 
 @pytest.mark.parametrize(
@@ -598,6 +599,97 @@ def test_a_budget_of_seconds_is_steps_by_a_probe_that_runs_once(root: Path, monk
     there = written(root / "runs/clock")
     assert call(root, *clock) == 0 and written(root / "runs/clock") == there
     assert json.loads((root / "runs/clock/results.json").read_text()) == first
+    runs_with_lines = [json.loads(line)["run"] for line in (root / "runs/clock/runs.jsonl").read_text().splitlines()]
+    assert len(runs_with_lines) == 2 and not any("probe" in name for name in runs_with_lines), (
+        "a probe tells the clock of one machine"
+    )
+
+
+# ---- machines
+
+
+def on_another_machine(line: dict[str, Any]) -> dict[str, Any]:
+    if "summary" not in line:
+        return line
+    return line | {"summary": line["summary"] | {"hardware": "another", "train_seconds": 100.0}}
+
+
+def test_a_study_goes_on_from_its_lines_with_the_same_results(
+    root: Path, study: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Without any run folder. Only losses of training batches are lost; receipts are the code's own."""
+    monkeypatch.setattr("studies.report.page.write", lambda results, folder: [])
+    moved = root / "moved/runs/study"
+    moved.mkdir(parents=True)
+    shutil.copy(root / "runs/study/runs.jsonl", moved)
+    more = (*STUDY, str(root / "tuned"), "--schedule.cooldown", "0.5")
+    assert call(root, NAMES, *more, "--dry-run", folder="moved/runs") == 0
+    names = {p.parent.name for p in (root / "runs/study").glob("*/summary.json")}
+    assert f"{moved / 'runs.jsonl'}: the lines of {len(names)} runs, which are done\n" in capsys.readouterr().out
+    assert [p.name for p in moved.iterdir()] == ["runs.jsonl"]
+    assert call(root, NAMES, *more, folder="moved/runs") == 0
+    assert {p.parent.name for p in moved.glob("*/restored.txt")} == names
+    assert not any((moved / "configs").iterdir()), "nothing was trained"
+    restored = json.loads((moved / "results.json").read_text())
+    for e in restored["entries"]:
+        total = len(e["runs"])
+        e["note"] = "; ".join(
+            n for n in e["note"].split("; ") if n != f"{total} of {total} runs are restored: evaluations alone"
+        )
+    expected = json.loads(json.dumps(study))
+    for e in expected["entries"]:
+        for r in e["runs"]:
+            assert r["training"]
+            r["training"] = []
+    assert restored | {"command": ""} == expected | {"command": ""}, "to the last digit, the seconds too"
+
+
+def timed(name: str, steps: int, *clocks: tuple[str, float]) -> dict[str, Any]:
+    """An entry of results.json as far as clocks read it: a run for each (machine, training seconds)."""
+    entry_runs = [{"steps": steps, "hardware": m, "train_seconds": s, "loss": 1.0} for m, s in clocks]
+    return {"name": name, "to_target": {"steps": steps}, "runs": entry_runs}
+
+
+def test_seconds_are_compared_on_one_machine_alone():
+    one, two, three = ("A", 1.0), ("A", 2.0), ("B", 50.0)
+    both = timed("b", 3, one, two), timed("a", 4, two, one)
+    clock = clock_of(*both)
+    assert clock and (clock.machine, clock.b, clock.a) == ("A", [1.0, 2.0], [2.0, 1.0])
+    assert note_of_machines(both) is None
+    mixed = timed("b", 3, one, three, two, three, three), timed("a", 4, one, two, three)
+    clock = clock_of(*mixed)
+    assert clock and (clock.machine, clock.b, clock.a) == ("A", [1.0, 2.0], [1.0, 2.0]), "B has one run of a"
+    assert note_of_machines(mixed) == (
+        "the judged runs are of 2 machines (A | B), over which mean seconds are taken;"
+        " the ratio of seconds of b against a: A alone"
+    )
+    apart = timed("b", 3, one, two, three), timed("a", 4, three, three, one)
+    assert clock_of(*apart) is None
+    assert (note_of_machines(apart) or "").endswith("b against a: none has 2 runs of each")
+    assert clock_of(timed("b", 3, one), timed("a", 4, two)), "one run of each, of one machine"
+    assert clock_of(timed("b", 3, one, two), timed("a", 4, three, three)) is None
+
+
+def test_a_study_of_two_machines_has_no_ratio_of_seconds_and_says_so(
+    root: Path, study: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """One of the two seeds of each horizon was trained elsewhere: losses are compared as they are."""
+    monkeypatch.setattr("studies.report.page.write", lambda results, folder: [])
+    moved = root / "two machines/study"
+    moved.mkdir(parents=True)
+    by_run = [json.loads(line) for line in (root / "runs/study/runs.jsonl").read_text().splitlines()]
+    changed = [on_another_machine(line) if line["run"].endswith("seed1") else line for line in by_run]
+    (moved / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
+    more = (*STUDY, str(root / "tuned"), "--schedule.cooldown", "0.5")
+    assert call(root, NAMES, *more, folder="two machines") == 0
+    mixed = json.loads((moved / "results.json").read_text())
+    for was, now in zip(study["pairs"], mixed["pairs"], strict=True):
+        assert now == was | {"seconds_ratio": None}
+    assert any(pair["seconds_ratio"] for pair in study["pairs"])
+    said = capsys.readouterr().out
+    for words in ("the judged runs are of 2 machines (", "ours against adamw: none has 2 runs of each"):
+        assert words in mixed["versions"]["note"] and words in said
+    assert "another" in mixed["hardware"]
 
 
 def test_runs_of_two_ranks_are_judged_as_others(root: Path, monkeypatch: pytest.MonkeyPatch):

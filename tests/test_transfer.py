@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from model import GPT
 from studies import runs, transfer
 from studies.intervals import Interval
 from studies.runs import StudyError
-from studies.sizes import AXES, Line, base_size, lines_through, run_name, settings_at
+from studies.sizes import AXES, Line, base_size, lines_through, run_name, settings_at, with_equal_tokens
 from studies.transfer import main
 from studies.verdict import Thresholds, Verdict, judge
 from training import checkpoint
@@ -111,6 +113,16 @@ def test_a_size_keeps_the_width_of_a_head_and_the_tokens_of_a_step(base: Config)
     assert runs.job(base, "x", Path("runs"), **settings_at(base, BASE)).config.model == base.model
 
 
+def test_a_batch_at_equal_tokens_has_fewer_steps_as_it_grows():
+    (line,) = lines_through(BASE, NONE | {"batch": [4, 8, 16]}, grid=False)
+    assert not line.at_equal_tokens
+    held = with_equal_tokens(line, BASE)
+    assert held.at_equal_tokens and [size[3:] for size in held.sizes] == [(4, 24), (8, 12), (16, 6)]
+    assert str(held) == "batch 4 … 16 (width 16, depth 2, context 16, 96 sequences)"
+    (wide,) = lines_through(BASE, NONE | {"width": [16, 32], "batch": [16]}, grid=False)
+    assert str(with_equal_tokens(wide, BASE)) == "width 16 … 32 (depth 2, context 16, batch 16, horizon 6)"
+
+
 def test_names_tell_sizes_learning_rate_and_seed():
     assert run_name(BASE, 0.001, 3) == "w16.d2.t16.b8.n12.lr0.001.s3"
     assert run_name(BASE, 2e6, 0).endswith(".lr2e06.s0"), "a run's name has no plus sign"
@@ -143,6 +155,22 @@ def test_names_tell_sizes_learning_rate_and_seed():
         (
             ("--widths", "16", "32", "--lrs", "1", "2", "4", "--seeds", "0"),
             "--seeds, --workers\n  got: 0, 2\n  allowed: 1 or more\n  fix: leave them out",
+        ),
+        (
+            ("--batch-sizes", "6", "8", "10", "--lrs", "1", "2", "4"),
+            "--batch-sizes\n  got: 6\n  allowed: a divisor of 32, the sequences of a run\n  fix: other sizes, or other",
+        ),
+        (
+            ("--batch-sizes", "0", "8", "--lrs", "1", "2", "4"),
+            "--batch-sizes\n  got: 0\n  allowed: a divisor of 32, the",
+        ),
+        (
+            ("--batch-sizes", "4", "8", "--batches", "4", "8", "--lrs", "1", "2", "4"),
+            "--batches, --batch-sizes\n  got: both\n  allowed: one: the batch at the configuration's steps, or at its",
+        ),
+        (
+            ("--widths", "16", "32", "--batch-rule", "sqrt", "--lrs", "1", "2", "4"),
+            "--batch-rule\n  got: sqrt without --batch-sizes\n  allowed: constant\n  fix: --batch-sizes 8 16 32",
         ),
         (
             ("--coordinates", "2", "--widths", "16"),
@@ -197,6 +225,7 @@ def test_a_sweep_leaves_losses_verdict_and_picture(root: Path, swept: Path, caps
         ".lock",
         "configs",
         "results.json",
+        "runs.jsonl",
         "verdict.txt",
         "transfer.png",
     }
@@ -226,6 +255,19 @@ def test_a_sweep_leaves_losses_verdict_and_picture(root: Path, swept: Path, caps
     ):
         assert key in text
     assert (swept / "transfer.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_goes_on_from_its_lines_with_the_same_verdict(root: Path, swept: Path):
+    """Without its run folders."""
+    moved = root / "moved/sweep"
+    moved.mkdir(parents=True)
+    shutil.copy(swept / "runs.jsonl", moved)
+    assert main([*where(root)[:-1], str(moved.parent), *OPTIONS, *SWEEP]) == 0
+    assert len(list(moved.glob("*/restored.txt"))) == 12 and not any((moved / "configs").iterdir())
+    same, other = ((f / "results.json").read_text() for f in (swept, moved))
+    assert json.loads(other) | {"command": ""} == json.loads(same) | {"command": ""}
+    texts = [(f / "verdict.txt").read_text().partition("\n") for f in (swept, moved)]
+    assert texts[0][2] == texts[1][2], "but for the command's line"
 
 
 def test_the_same_call_again_runs_nothing_and_a_seed_more_runs_its_own(
@@ -282,6 +324,55 @@ def test_axes_of_all_kinds_and_a_divergence_in_one_call(root: Path, capsys: pyte
     text = (root / "runs/kinds/verdict.txt").read_text()
     assert (root / "runs/kinds/w16.d2.t8.b8.n4.lr1e30.s0/failed.json").is_file()
     assert "note: 2 of 6 runs diverged" in text and "noise is unknown" in text and "not bracketed" in text
+
+
+def test_batch_sizes_train_on_equal_tokens_at_rates_that_the_rule_carries(root: Path):
+    """And with an average whose half-life in tokens stays: 128 is a step of the configuration."""
+    argv = ("--batch-sizes", "4", "8", "16", "--batch-rule", "sqrt", "--lrs", "1", "2", "4", "--name", "batch-sizes")
+    argv += ("--optim.beta-half-life", "128", "--max-drift", "99", "--max-cost", "99", "--seeds", "1")
+    assert call(root, *argv) == 0
+    folder = root / "runs/batch-sizes"
+    for batch, steps, root_of_ratio, beta in ((4, 8, 0.5**0.5, 0.5**0.5), (8, 4, 1.0, 0.5), (16, 2, 2**0.5, 0.25)):
+        for lr in (1, 2, 4):
+            rate = lr * root_of_ratio
+            made = configuration.of_file(folder / f"w16.d2.t16.b{batch}.n{steps}.lr{rate:g}.s0/config.toml")
+            assert (made.train.batch_size, made.train.steps) == (batch, steps)
+            assert (made.optim.lr, made.optim.beta) == pytest.approx((rate, beta))
+    results = json.loads((folder / "results.json").read_text())
+    (line,) = results["lines"]
+    assert results["batch_rule"] == {"rule": "sqrt", "from_batch": 8}
+    assert (line["axis"], line["sizes"], line["lrs"]) == ("batch", [4, 8, 16], [1.0, 2.0, 4.0])
+    assert line["words"].keys() == {"drift", "cost"}, "nothing says that losses fall over batch sizes"
+    text = (folder / "verdict.txt").read_text()
+    assert (
+        "\n\nlearning rates: those of batch 8, times sqrt(batch / 8)\naverages kept in tokens: optim.beta\n\n" in text
+    )
+    assert "batch 4 … 16 (width 16, depth 2, context 16, 32 sequences): " in text
+    assert "against the one before: not judged" in text and "larger is not worse" not in text
+
+
+@pytest.mark.parametrize(("rule", "drifts"), [("constant", [0.5, 1.0]), ("sqrt", [0.0, 0.0])])
+def test_a_best_rate_that_grows_as_the_root_of_the_batch_drifts_but_by_that_rule(
+    rule: str, drifts: list[float], base: Config, monkeypatch: pytest.MonkeyPatch
+):
+    def loss(folder: Path) -> float:  # lowest at 2 · √(batch / 8)
+        batch, rate = (float(re.search(rf"\.{key}([\d.]+)\.", folder.name)[1]) for key in ("b", "lr"))  # type: ignore[index]
+        return 3 + math.log2(rate / (2 * math.sqrt(batch / 8))) ** 2 / 10
+
+    monkeypatch.setattr(runs, "final_loss", loss)
+    argv = [*where(root=Path()), "--batch-sizes", "4", "8", "16", "--lrs", "0.5", "1", "2", "4", "--seeds", "1"]
+    options = transfer.build_parser().parse_known_args([*argv, "--batch-rule", rule])[0]
+    sweep = transfer.plan(options, base, Path("runs/x"))
+    (line,) = sweep.lines
+    verdict = judge(sweep.losses(line), line.values(), sweep.lrs)
+    assert [i.value for i in verdict.drift] == pytest.approx(drifts, abs=1e-4)
+
+
+def test_a_method_leaves_half_lives_that_were_asked_for(root: Path):
+    argv = ("--widths", "16", "32", "--coordinates", "1", "--method", "adamw", "--optim.lr", "0.01")
+    assert call(root, *argv, "--optim.beta2-half-life", "128", "--name", "method") == 0
+    made = configuration.of_file(root / "runs/method/coordinates.w16.n1/config.toml")
+    assert (made.optim.name, made.optim.beta2, made.optim.weight_decay) == ("adamw", 0.5, 0.1)
 
 
 def test_the_coordinate_check_is_the_change_of_activations(root: Path, capsys: pytest.CaptureFixture[str]):

@@ -287,6 +287,12 @@ def test_a_larger_model_that_is_worse_fails():
     assert verdict.word == "FAIL"
 
 
+def test_sizes_that_need_not_be_as_good_have_no_word_for_it():
+    verdict = judged(sweep([2, 2], np.random.default_rng(0), base=[2.0, 2.2], N=4), Thresholds(worse=None))
+    assert verdict.words == {"drift": "PASS", "cost": "PASS"} and verdict.word == "PASS"
+    assert verdict.worse[0].value == pytest.approx(0.1, abs=0.02), "but the numbers are there"
+
+
 def test_one_seed_says_nothing():
     verdict = judged(sweep([2, 2, 4], np.random.default_rng(0), N=1))
     assert set(verdict.words.values()) == {"TOO NOISY TO SAY"}

@@ -28,6 +28,7 @@ from optim.settings import Range, defaults_of
 
 from . import sections
 from .errors import ConfigError, RankError
+from .half_lives import displaced, drop, half_lives, set_decays
 from .help import described
 from .migrate import migrate
 from .optimizers import (
@@ -214,7 +215,8 @@ def to_toml(config: Config) -> str:
     own = own_settings_of(config.optim.name)
     foreign = {f"model.{f.name}" for f in settings_of_others(config.model.name, type(config.model))}
     foreign |= {f"baseline.{k}" for k in vars(config.baseline) if k not in own}
-    return sections.to_toml(config, leave_out=foreign - flat_hints(Config).keys())
+    leave_out = foreign - flat_hints(Config).keys()
+    return sections.to_toml(config, leave_out=leave_out, computed=half_lives(config))
 
 
 # ---- reading
@@ -229,7 +231,13 @@ def from_dict(cls: type, raw: dict[str, Any]) -> Any:
     if not issubclass(cls, Config):
         return sections.from_dict(cls, raw)
     load_plugins(raw)
-    return sections.from_dict(config_class(), migrate(raw)[0])
+    return _composed(migrate(raw)[0])
+
+
+def _composed(raw: dict[str, Any]) -> Config:
+    config = sections.from_dict(config_class(), raw)
+    set_decays(config, raw)
+    return config
 
 
 def load_plugins(raw: Mapping[str, Any]) -> None:
@@ -289,12 +297,13 @@ def load(argv: list[str]) -> Config:
             description=DESCRIPTION,
         )
     values = read_options(options)
+    drop(raw, displaced(values))
     for key, value in values.items():
         put(raw, key, value)
     if "model.name" not in values:  # options can imply another model than the file's, told so
         raw, implied = migrate(raw)
         note(implied)
-    config = sections.from_dict(config_class(), raw)
+    config = _composed(raw)
     if config.run.name is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         raise ConfigError(
             "run.name",

@@ -14,6 +14,7 @@ from optim.roles import RoleMasses, RoleNorms
 from optim.settings import (
     Help,
     OneOf,
+    Range,
     StepSettings,
     by_role,
     extended,
@@ -25,12 +26,27 @@ from optim.settings import (
 from .errors import ConfigError
 from .sections import flat, set_it
 
+
+@dataclass(kw_only=True)
+class HalfLives:
+    """Decays by their half-lives in tokens, which can stay when the batch changes."""
+
+    beta_half_life: Annotated[float, Range(0, above=True)] | None = None
+    """Half-life of the average of gradients in tokens, instead of beta, which is then
+    0.5 ** (tokens of a step / half-life). A step has train.batch_size · model.block_size tokens."""
+
+    beta2_half_life: Annotated[float, Range(0, above=True)] | None = None
+    """Half-life of the average of squares in tokens, instead of beta2. Kept in tokens, it carries
+    over batch sizes (Marek et al., arXiv 2507.07101)."""
+
+
 RoleSettings = settings_class(
     "RoleSettings",
     "Settings for the weights of one role alone. What is left out is as [optim] says.",
     {
-        key: (hints_of(StepSettings)[key] | None, None, help_texts(StepSettings)[key])
-        for key in by_role()
+        key: (hints_of(cls)[key] | None, None, help_texts(cls)[key])
+        for cls, keys in ((StepSettings, by_role()), (HalfLives, hints_of(HalfLives)))
+        for key in keys
     },
     module=__name__,
 )
@@ -40,9 +56,9 @@ class _Roles:
     """The methods of Roles, whose fields are made from the roles below."""
 
     def given(self) -> dict[str, dict[str, Any]]:
-        """Return {role: {setting: value}} of what is set."""
+        """Return {role: {setting: value}} of what is set of a step's settings."""
         given = {
-            role: {key: value for key, value in vars(settings).items() if value is not None}
+            role: {key: v for key in by_role() if (v := getattr(settings, key)) is not None}
             for role, settings in vars(self).items()
         }
         return {role: settings for role, settings in given.items() if settings}
@@ -105,7 +121,7 @@ class Chosen:
 
 
 @dataclass(kw_only=True)
-class OptimConfig(StepSettings, Chosen):
+class OptimConfig(HalfLives, StepSettings, Chosen):
     """The optimizer. Settings of a step are those of Dualized; lr is at the top of the schedule."""
 
     composition: Literal["modular", "max"] = "modular"
@@ -146,7 +162,8 @@ class OptimConfig(StepSettings, Chosen):
         taken = (*SHARED, *BASELINES[self.name].hints)
         untaken = [f.name for f in fields(StepSettings) if f.name not in taken]
         defaults = flat(OptimConfig())
-        for key, value in flat(self).items():
+        # Half-lives before the decays that they give: those are what was stated.
+        for key, value in sorted(flat(self).items(), key=lambda item: "half_life" not in item[0]):
             if key in untaken or key.startswith(("auto.", "roles.")):
                 require_default(f"optim.{key}", value, defaults[key], self.name)
         require(

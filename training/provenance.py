@@ -8,9 +8,15 @@ from pathlib import Path
 
 import torch
 
+# Paths of git, from this folder: the whole tree but what studies append to while they run.
+CODE = (":/", ":(exclude)../studies/results/*.jsonl")
+
 
 def git_state() -> tuple[str | None, bool | None]:
-    """Return (commit, uncommitted changes) of this source tree, (None, None) outside git."""
+    """Return (commit, uncommitted changes) of this source tree, (None, None) outside git.
+
+    Lines that studies append to their results are no changes of it: they say what it computed.
+    """
 
     def git(*args: str) -> str:
         return subprocess.run(
@@ -18,7 +24,7 @@ def git_state() -> tuple[str | None, bool | None]:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", *CODE))
     except (OSError, subprocess.CalledProcessError):
         return None, None
 

@@ -25,6 +25,7 @@ from .config import Config, to_toml
 from .errors import Stopped
 from .evaluate import evaluate
 from .geometry import Geometry
+from .half_lives import decays_in_words, tokens_of_step
 from .plots import plot_geometry, plot_losses
 from .provenance import git_state
 from .resume import Progress, Start
@@ -64,7 +65,7 @@ class Run:
         self.model, self.optimizer, self.progress = model, optimizer, progress
         self.first, self.steps = start.step, config.train.steps
         self.plugins = start.plugins
-        self.tokens_per_step = config.train.batch_size * config.model.block_size
+        self.tokens_per_step = tokens_of_step(config)
         self.source = git_state()  # at the start: files may change while it trains
         self.texts = texts_of_run(config, norm, optimizer)
         self._write_folder(start, norm)
@@ -89,7 +90,7 @@ class Run:
         for name, text in self.texts.items():
             folder.write(f"resumed_{self.first:08d}_{name}" if start.checkpoint else name, text)
         start.tell(self.progress)
-        for choice in self.runtime.choices:
+        for choice in [*self.runtime.choices, *decays_in_words(config)]:
             say(f"chosen: {choice}")
         kind = (
             "dualized tensors"

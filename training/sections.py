@@ -107,23 +107,32 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def to_toml(config: Any, prefix: str = "", *, leave_out: Container[str] = ()) -> str:
+def to_toml(
+    config: Any,
+    prefix: str = "",
+    *,
+    leave_out: Container[str] = (),
+    computed: Container[str] = (),
+) -> str:
     """Return it as TOML, without keys that are None, lists that are empty by default, and empty
     sections.
 
-    leave_out: further keys that are not written, as "section.key".
+    leave_out: further keys that are not written, as "section.key". computed: keys whose values
+    others give; they are written as comments.
     """
     lines, tables, defaults = [], [], defaults_of(type(config))
     for f in fields(config):
         value = getattr(config, f.name)
         if is_dataclass(value):
-            text = to_toml(value, f"{prefix}{f.name}.", leave_out=leave_out)
+            inner = f"{prefix}{f.name}."
+            text = to_toml(value, inner, leave_out=leave_out, computed=computed)
             header = f"\n[{prefix}{f.name}]\n" if text and not text.startswith("[") else "\n"
             tables += [header + text] if text else []
         elif value is None or value == defaults.get(f.name) == []:
             continue
-        elif f"{prefix}{f.name}" not in leave_out:
-            lines.append(f"{f.name} = {json.dumps(value, ensure_ascii=False)}\n")
+        elif (key := f"{prefix}{f.name}") not in leave_out:
+            comment = "# " if key in computed else ""
+            lines.append(f"{comment}{f.name} = {json.dumps(value, ensure_ascii=False)}\n")
     return "".join([*lines, *tables]).lstrip("\n")
 
 

@@ -1,5 +1,6 @@
 """The log of a run that was, in the form of a script's log."""
 
+from ..evidence import is_restored
 from ..runs import metrics, summary
 from .run import Run, commit_text
 
@@ -12,6 +13,8 @@ def log_lines(run: Run) -> str:
     end, steps = summary(run.folder), run.config.train.steps
     assert end is not None
     name = f"{run.name}, seed {run.config.run.seed}"
+    if is_restored(run.folder):
+        name += " (evaluations alone)"
     code = f"train_gpt.py of {commit_text(end['commit'], end['dirty'])}"
     machine = f"{end['device']} with world_size {end['world_size']}"
     lines = [f"Running PyTorch {end['torch']} on {machine}: {name}, by {code}", LINE]

@@ -34,6 +34,7 @@ ONLY_ROUNDING = ("run.threads", "train.gradient_accumulation_steps", "run.plugin
 NEUTRAL = re.compile(
     r"run\.(name|dir|resume|parallel|shard_size|timeout)|data\.verify"
     rf"|optim\.({'|'.join(OF_STORAGE)}|auto\..*)"
+    r"|optim\.(roles\.\w+\.)?beta2?_half_life"  # beta and beta2 are carried
     r"|train\.(target_loss|telemetry_every|sharpness_.*|checkpoint_every|keep_checkpoints"
     r"|max_nonfinite|pictures|sample_.*)"
 )

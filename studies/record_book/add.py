@@ -25,6 +25,7 @@ from .book import RecordError
 from .claims import (
     Claim,
     check_alike,
+    check_clock,
     claim_of_runs,
     claims_of_study,
     count_trials,
@@ -93,6 +94,7 @@ def add_record(
     count_trials(evidence.claims, trials)
     for claim in evidence.claims:
         check_alike(claim)
+        check_clock(claim, rules)
         for run in claim.judged:
             rules.check(track, run.config, summary_of(run))
     commit, dirty = check_clean(evidence.judged(), allow=allow_dirty)

@@ -118,7 +118,7 @@ def train_again(
                 allowed=f"one of commit {commit}, without changes",
                 fix="delete it, or another --out",
             )
-    runs.sweep(jobs, out, workers=runs.places(workers), dry_run=False)
+    runs.sweep(jobs, out, workers=runs.places(workers), dry_run=False, portable=False)
     return [runs.summary(out / j.name) for j in jobs]
 
 

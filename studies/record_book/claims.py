@@ -226,6 +226,19 @@ def count_trials(claims: Sequence[Claim], trials: Sequence[str]) -> None:
         claim.trials = int(number)
 
 
+def check_clock(claim: Claim, track: Track) -> None:
+    """Raise RecordError if the seconds that a track judges are of more than one machine."""
+    summaries = [summary_of(run) for run in claim.judged]
+    require(
+        track.figure != "seconds" or len({s.get("hardware") for s in summaries}) == 1,
+        f"training seconds of {claim.name}",
+        got=runs.machines(summaries),
+        allowed="one machine",
+        fix="train all runs of the entry on one",
+        error=RecordError,
+    )
+
+
 def check_alike(claim: Claim) -> None:
     """Raise RecordError if runs of one entry differ in more than seed and name."""
     first, *others = claim.judged

@@ -21,15 +21,15 @@ CODE = ("model.py", "models", "optim", "data", "train_gpt.py", "training", "stud
 def check_clean(judged: Sequence[Run], *, allow: bool) -> tuple[str | None, bool]:
     """Return (commit, dirty) of the runs; of the present tree if there are none.
 
-    Raise RecordError unless all are of one commit, without changes, and the present code, which
-    the record exports, is still that. `allow` records another state instead.
+    Raise RecordError unless all are of commits with one code, without changes, and the present
+    code, which the record exports, is still that. `allow` records another state instead.
     """
     states = {(s["commit"], s["dirty"]) for s in map(summary_of, judged)} or {git_state()}
     commits = {commit for commit, _ in states}
     commit = min(commits, key=str)
     if None in commits:
         got = "runs whose commit is not known: there was no git"
-    elif len(commits) > 1:
+    elif len(commits) > 1 and any(_changes_since(str(c)) for c in commits):
         got = f"runs of {len(commits)} commits"
     elif any(dirty for _, dirty in states):
         got = "runs of a tree with changes that are in no commit"

@@ -71,10 +71,11 @@ def measure_steps(
 ) -> None:
     """Set the steps that each entry trains in so many seconds, by a probe.
 
-    A probe is run once: a study that is resumed has the same steps.
+    A probe is run once in a folder: a study that is resumed has the same steps. It has no line in
+    the study's file, as another machine has another clock.
     """
     probes = _probes(entries, folder)
-    runs.sweep(probes, folder, workers=places, dry_run=False)
+    runs.sweep(probes, folder, workers=places, dry_run=False, portable=False)
     for entry, probe in zip(entries, probes, strict=True):
         entry.steps = _steps_of_probe(folder / probe.name, seconds)
 

@@ -14,6 +14,7 @@ import torch
 from data.loader import DataConfig, Dataset
 
 from .. import run_cost, runs, tuning
+from ..evidence import Evidence, file_of
 from .budget import estimate_steps, measure_steps, set_budget
 from .entries import Entry, load
 from .forecast import print_cost
@@ -60,6 +61,8 @@ def main(argv: list[str]) -> int:
     trial_jobs = jobs_of(trials)
     print_cost(study, trial_jobs, dataset, speed)
     if options.dry_run:
+        if lines := Evidence(study.folder).count():
+            print(f"{file_of(study.folder)}: the lines of {lines} runs, which are done")
         return 0
     if trial_jobs:
         runs.sweep(trial_jobs, study.folder, workers=study.places, dry_run=False)
@@ -132,5 +135,5 @@ def _write(content: dict[str, Any], folder: Path) -> None:
     print(text(written))
     from ..report import page as report  # matplotlib, after the runs
 
-    for path in report.write(written, folder):
+    for path in (*report.write(written, folder), file_of(folder)):
         print(f"written: {path}")

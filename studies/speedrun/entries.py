@@ -11,9 +11,10 @@ from training import config as configuration
 from training.config import Config
 
 from .. import runs
+from ..jobs import NEUTRAL
 
 OPTIMIZER = ("optim.", "schedule.", "baseline.")  # settings in which entries are meant to differ
-BY_STUDY = ("run.seed", "train.steps", "train.eval_every", *runs.NEUTRAL)  # set for each run
+BY_STUDY = ("run.seed", "train.steps", "train.eval_every", *NEUTRAL)  # set for each run
 BY_STUDY += ("run.plugins",)  # other keys name what they register
 
 
@@ -54,13 +55,15 @@ class Entry:
         """Return the name of a judged run."""
         return f"{self.name}.s{steps}.seed{seed}"
 
-    def judged_job(self, steps: int, seed: int, folder: Path) -> runs.Job:
-        """Return a run that is judged, with the tuned values.
+    def judged_job(self, steps: int, seed: int, folder: Path, **values: Any) -> runs.Job:
+        """Return a run that is judged, with the tuned values, or with these.
 
         It is evaluated about five times on its way, which the training clock does not count.
         """
         changes = {"run.seed": seed, "train.steps": steps, "train.eval_every": max(1, steps // 5)}
-        return self.job(self.run_name(steps, seed), folder, **changes, **(self.tuned or {}))
+        return self.job(
+            self.run_name(steps, seed), folder, **changes, **(self.tuned or {}), **values
+        )
 
 
 def load(paths: Sequence[str], options: Sequence[str], *, allow_different: bool) -> list[Entry]:

@@ -10,13 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from optim.baselines import takes_polar
+from models import build_model_and_norm
+from optim import Dualized
+from optim.baselines import BASELINES, takes_polar
 from training import config as configuration
+from training.baseline import build_baseline
+from training.run import texts_of_run
 
 from .. import runs, statistics
+from ..evidence import is_restored
 from ..intervals import LEVEL, Interval
 from ..statistics import Horizon, Noise, Rule
+from .clocks import clock_of, note_of_machines
 from .entries import Entry, tokens_per_step
 from .study import Study
 
@@ -68,6 +75,10 @@ def results(study: Study, rule: Rule | None, *, about: Json) -> Json:
     paths = [study.folder / r["path"] for e in entries.values() for r in e["runs"]]
     summaries = [s for path in paths if (s := runs.summary(path))]
     estimated = study.sigma is None and noise is not None
+    # Every pair; b is the one named first.
+    pairs = [_pair(judgement, b, a) for b, a in itertools.combinations(entries.values(), 2)]
+    versions = runs.versions(summaries)
+    notes = filter(None, (versions["note"], note_of_machines(list(entries.values()))))
     return {
         "schema": SCHEMA,
         **about,
@@ -83,10 +94,9 @@ def results(study: Study, rule: Rule | None, *, about: Json) -> Json:
         },
         "seeds": study.seeds,
         "hardware": runs.machines(summaries),
-        "versions": runs.versions(summaries),
+        "versions": versions | {"note": "; ".join(notes) or None},
         "entries": list(entries.values()),
-        # Every pair; b is the one named first.
-        "pairs": [_pair(judgement, b, a) for b, a in itertools.combinations(entries.values(), 2)],
+        "pairs": pairs,
     }
 
 
@@ -137,7 +147,7 @@ def _entry(judgement: Judgement, entry: Entry) -> Json:
         "name": entry.name,
         "config_path": entry.path,
         "config": {k: v for k, v in resolved.items() if k not in by_study},
-        "receipt": (first / "receipt.txt").read_text(encoding="utf-8"),
+        "receipt": _receipt(first),
         "params": known.get("params"),
         "optimizer_state_bytes": known.get("optimizer_state_bytes"),
         "tokens_per_step": tokens_per_step(entry.config),
@@ -151,11 +161,26 @@ def _entry(judgement: Judgement, entry: Entry) -> Json:
     }
 
 
+def _receipt(path: Path) -> str:
+    """Return a run's receipt: the present code's for a restored run, whose line has none."""
+    file = path / "receipt.txt"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    config = configuration.of_file(path / "config.toml")
+    with torch.device("meta"):
+        model, norm = build_model_and_norm(config)
+        is_baseline = config.optim.name in BASELINES
+        optimizer = (
+            build_baseline(config, model, norm) if is_baseline else Dualized(model, norm=norm)
+        )
+    return texts_of_run(config, norm, optimizer)["receipt.txt"]
+
+
 def _run(steps: int, seed: int, path: Path) -> Json:
     """Return what results.json holds of a run; null for what it did not measure, as it diverged."""
     summary = runs.summary(path) or {}
     records = runs.metrics(path) if (path / "metrics.jsonl").is_file() else []
-    keys = ("train_seconds", "optimizer_seconds", "wall_seconds", "peak_memory_bytes")
+    keys = ("train_seconds", "optimizer_seconds", "wall_seconds", "peak_memory_bytes", "hardware")
     return {
         "steps": steps,
         "seed": seed,
@@ -184,7 +209,7 @@ def _horizon(judgement: Judgement, entry: Entry, steps: int, records: Sequence[J
     return {
         "steps": steps,
         "n": n,
-        **_bounded("mean", statistics.mean_interval(judgement.study.losses[entry.name, steps])),
+        **statistics.mean_interval(judgement.study.losses[entry.name, steps]).json("mean"),
         "statistic": rule.statistic(mean, n) if rule else None,
         "passes": rule.passes(mean, n) if rule and judged else None,
         "train_seconds": None if None in seconds else float(np.mean(seconds)),
@@ -202,8 +227,8 @@ def _at_budget(judgement: Judgement, entry: Entry, records: Sequence[Json]) -> J
     }
     return {
         "n": judgement.n,
-        "loss": _bounded("mean", statistics.mean_interval(losses)),
-        **{k: _bounded("mean", statistics.mean_interval(v)) for k, v in seconds.items()},
+        "loss": statistics.mean_interval(losses).json("mean"),
+        **{k: statistics.mean_interval(v).json("mean") for k, v in seconds.items()},
         "peak_memory_bytes": max(filter(None, peaks), default=None),
         "steps": entry.steps,
         "tokens": entry.steps * tokens_per_step(entry.config),
@@ -243,6 +268,8 @@ def _notes(
     notes = list(entry.notes)
     if diverged := sum(r["loss"] is None for r in records):
         notes.append(f"{diverged} of {len(records)} runs diverged: infinite losses")
+    if restored := sum(is_restored(judgement.study.folder / r["path"]) for r in records):
+        notes.append(f"{restored} of {len(records)} runs are restored: evaluations alone")
     if takes_polar(resolved["optim.name"]) and resolved["optim.polar.dtype"] == "float32":
         notes.append("Muon's iteration in float32, torch's is in bfloat16")
     reached = judgement.reached[entry.name]
@@ -272,26 +299,29 @@ def _pair(judgement: Judgement, b: Json, a: Json) -> Json:
         "a": a["name"],
         "b": b["name"],
         "n": judgement.n,
-        "loss_difference": {**_bounded("mean", difference), "p": p},
+        "loss_difference": {**difference.json("mean"), "p": p},
         **_ratios(judgement, b, a),
     }
 
 
 def _ratios(judgement: Judgement, b: Json, a: Json) -> Json:
-    """Return b/a of steps and of seconds to the target; None unless both reached it."""
+    """Return b/a of steps and of seconds to the target; None unless both reached it.
+
+    There is no ratio of seconds either where no one machine's clock compares them.
+    """
     reached_a, reached_b = (judgement.reached[e["name"]] for e in (a, b))
     if not reached_a.steps or not reached_b.steps:
         return {"steps_ratio": None, "seconds_ratio": None}
-    ratios = {
-        "steps": reached_b.steps / reached_a.steps,
-        "seconds": b["to_target"]["train_seconds"] / a["to_target"]["train_seconds"],
-    }
+    ratios = {"steps": reached_b.steps / reached_a.steps}
+    clock = clock_of(b, a)
+    if clock:
+        ratios["seconds"] = float(np.mean(clock.b)) / float(np.mean(clock.a))
     draws: dict[str, Any] = {"steps": None, "seconds": None}
     at_a, at_b = reached_a.interpolated, reached_b.interpolated
     if at_a and at_b and at_a.draws is not None and at_b.draws is not None:
         draws["steps"] = statistics.quotient(at_b.draws, at_a.draws)
-        per_step_a = _draws_of_step_seconds(a, reached_a.steps, seed=0)
-        per_step_b = _draws_of_step_seconds(b, reached_b.steps, seed=1)
+        per_step_a = clock and _draws_of_step_seconds(clock.a, reached_a.steps, seed=0)
+        per_step_b = clock and _draws_of_step_seconds(clock.b, reached_b.steps, seed=1)
         if per_step_a is not None and per_step_b is not None:
             log_ratio = per_step_b - per_step_a
             draws["seconds"] = statistics.quotient(at_b.draws, at_a.draws, log_ratio)
@@ -301,15 +331,12 @@ def _ratios(judgement: Judgement, b: Json, a: Json) -> Json:
         else statistics.bounds(ratio, draws[key])
         for key, ratio in ratios.items()
     }
-    return {f"{key}_ratio": _bounded("value", interval) for key, interval in intervals.items()}
+    bounded = {f"{key}_ratio": i.json("value") for key, i in intervals.items()}
+    return {"steps_ratio": None, "seconds_ratio": None} | bounded
 
 
-def _draws_of_step_seconds(entry: Json, steps: int, *, seed: int) -> statistics.Array | None:
-    """Draw the logarithm of an entry's training seconds a step at one horizon."""
-    logs = [math.log(r["train_seconds"] / steps) for r in entry["runs"] if r["steps"] == steps]
-    return statistics.draws_of_mean(logs, seed=seed)
-
-
-def _bounded(name: str, interval: Interval) -> dict[str, float]:
-    """Return an interval as results.json holds it. name: of its value's key."""
-    return {name: interval.value, "low": interval.low, "high": interval.high}
+def _draws_of_step_seconds(
+    seconds: Sequence[float], steps: int, *, seed: int
+) -> statistics.Array | None:
+    """Draw the logarithm of the training seconds a step of an entry's runs at one horizon."""
+    return statistics.draws_of_mean([math.log(s / steps) for s in seconds], seed=seed)
