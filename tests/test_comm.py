@@ -38,6 +38,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils.flop_counter import FlopCounterMode
 from training.config import load
+from training.tensor_files import read_pieces, write_pieces
 
 from tests.helpers import ROOT, SOAK, ranks, run_ranks
 
@@ -828,6 +829,36 @@ def test_ranks_hold_the_state_of_their_pieces_alone_and_together_all_of_it(mode:
     for pieces, made, wrong in found:
         assert not wrong, "DTensors, placed as their parameters"
         assert made == {n for n in pieces if n.startswith("r")}, "before the first step, what it would make"
+
+
+def _to_files(rank: int, world: int, mode: str, written: str, read: str) -> tuple[Weights, Weights]:
+    """(the whole state after two steps, whose pieces are written; that of another optimizer which reads pieces)."""
+    model = sharded(Bag(n for n in KINDS if n not in REPLICAS_ALONE).double(), mode, world)
+    optimizer = model.dualized(grads="local", direction="factored")  # type: ignore[operator]
+    step_by_hand(model, optimizer, range(2), rank, world)
+    write_pieces(Path(written), optimizer.held(), group=dist.group.WORLD)
+    model = sharded(Bag(n for n in KINDS if n not in REPLICAS_ALONE).double(), mode, world)
+    other = model.dualized(grads="local", direction="factored")  # type: ignore[operator]
+    other.make_state(lambda name: True)
+    read_pieces(Path(read), other.held())
+    return buffers(optimizer), buffers(other)
+
+
+@pytest.mark.parametrize(("mode", "world"), [("replicas", 2), ("fsdp", 4), ("hsdp", 4)])
+def test_means_over_rows_and_columns_go_into_files_and_back(mode: str, world: int, tmp_path: Path):
+    """Rows with their ranks, columns that all ranks have once."""
+    model = Bag(n for n in KINDS if n not in REPLICAS_ALONE).double()
+    optimizer = model.dualized(direction="factored")
+    step_by_hand(model, optimizer, range(2))
+    write_pieces(tmp_path / "alone", optimizer.held())
+    whole = buffers(optimizer)
+    assert {"matrix.rows", "matrix.columns", "rows.columns", "heads.columns"} <= whole.keys()
+    for theirs, from_one in ranks(world, _to_files, mode, str(tmp_path / "ranks"), str(tmp_path / "alone")):
+        assert difference(theirs, whole) < SAME and equal(from_one, whole)
+    fresh = Bag(n for n in KINDS if n not in REPLICAS_ALONE).double().dualized(direction="factored")
+    fresh.make_state(lambda name: True)
+    read_pieces(tmp_path / "ranks", fresh.held())
+    assert equal(buffers(fresh), theirs)
 
 
 # ---- saved here, loaded there
