@@ -207,11 +207,11 @@ class Whitened(Factored):
         buffers, matrices = super().buffers(W), self._matrices(W)
         if matrices is None:
             return buffers
-        columns = buffers["columns"]
-        numbers = columns.numel() * W.shape[matrices.columns]
-        # Of as many dimensions as the weight where ranks have whole blocks, else of one.
-        own = (len(W), -1, *(1,) * (W.ndim - 2)) if columns.ndim == W.ndim else (-1,)
-        return buffers | {k: columns.new_zeros(numbers).view(own) for k in ("factor", "root")}
+        columns, size = buffers["columns"], W.shape[matrices.columns]
+        shape: tuple[int, ...] = (size * columns.numel(),)
+        if columns.ndim == W.ndim:  # ranks have whole blocks, and of this buffer as of the weight
+            shape = (len(W), size * prod(columns.shape[1:]), *(1,) * (W.ndim - 2))
+        return buffers | {k: columns.new_zeros(shape) for k in ("factor", "root")}
 
     def _matrices(self, W: Tensor) -> Matrices | None:
         """Return where the blocks of the rows W lie; None where Factored serves."""
@@ -220,7 +220,7 @@ class Whitened(Factored):
         if matrices is None:
             return None
         shape = self.rows.shape if self.rows else W.shape
-        rows = shape[matrices.rows] // matrices.segments.count
+        rows = shape[matrices.rows] // max(1, matrices.segments.count)
         return matrices if shape[matrices.columns] <= rows else None
 
     def _right(
@@ -230,7 +230,8 @@ class Whitened(Factored):
         if matrices is None:
             return super()._right(G, state, means, beta2=beta2, refresh=refresh)
         roots = matrices.seen(means.roots["columns"])
-        C, root = (state[k].view(*roots.shape, -1) for k in ("factor", "root"))
+        shape = (*roots.shape, roots.shape[-1])
+        C, root = (state[k].view(shape) for k in ("factor", "root"))
         live = matrices.seen(means.count).amax(-1, keepdim=True).to(G) > 0
         self._observe_products(C, G, means, matrices, live, beta2)
         if refresh:
