@@ -321,6 +321,17 @@ def test_steps_of_the_dual_norms_length_are_measured_as_such():
     assert "orthogonality" not in found
 
 
+@pytest.mark.parametrize("direction", ["factored", "whitened"])
+def test_of_a_step_in_coordinates_of_the_directions_own_no_polar_factor_is_measured(direction: str):
+    model, norm = weights(RMSToRMS(EXACT), (6, 4), (6, 4))
+    rows, rows_norm = weights(L1ToRMS(), (6, 4))
+    found = measured(model, Dualized(model.named_parameters(), 0.01, norm=norm, direction=direction), norm)
+    assert "orthogonality" not in found
+    assert all(0.2 < step < 5 for step in found["step"].values()), "not the requested size, but about that"
+    optimizer = Dualized(rows.named_parameters(), 0.01, norm=rows_norm, direction=direction)
+    assert measured(rows, optimizer, rows_norm)["step"]["w0"] == pytest.approx(1, rel=CLOSE)
+
+
 def test_on_the_sphere_weights_have_norm_one():
     model, norm = weights(RMSToRMS(EXACT), (6, 4), (6, 4))
     found = measured(model, Dualized(model.named_parameters(), 0.1, norm=norm, constraint="sphere"), norm)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from model import Attention
 from optim import Dualized, ModularNorm, Normalized
+from optim.directions import DIRECTIONS
 from optim.metrize import canonical
 from optim.norms import Norm, Spectral
 from optim.ranks import sharded
@@ -219,12 +220,13 @@ class Geometry:
 
         step: ‖ΔW‖ / (lr · radius), achieved over requested, of what the step did beside weight
             decay, a constraint's retraction included. 0 is what did not move. Dualized and
-            Normalized only, as no other step has a requested size.
+            Normalized only, as no other step has a requested size. A matrix that is dualized in
+            coordinates of its direction's own ("factored") has the requested size there.
         orthogonality: the residual of the polar factors P in that step, ΔW = lr · radius · scale ·
             P; see residual(). 0 is exact, a schedule whose band is [a, b] has at most max(1 − a²,
             b² − 1), and each direction that P lacks adds 1 to the mean of squares: rank r of m
             alone gives √(1 − r/m). Retractions and the rounding of 16-bit weights are in it.
-            Dualized with spectral norms and unit scale only.
+            Dualized with spectral norms and unit scale only, and no coordinates of the direction's.
         weight_norm: ‖W‖ after the step. relative_step: the whole change, decay included, over that.
         grad_dual_norm: ‖g‖† of p.grad before the step, 0 where there is none; where gradients are
             local, of this rank's share of the batch.
@@ -287,7 +289,11 @@ class Geometry:
                 decay = group["weight_decay"] if isinstance(o, Dualized) else o.weight_decay
                 if decay and isinstance(o, Dualized) and group["cautious"]:
                     continue  # which entries decayed is not known here
-                polar = isinstance(o, Dualized) and group["scale"] == "unit"
+                polar = (
+                    isinstance(o, Dualized)
+                    and group["scale"] == "unit"
+                    and not DIRECTIONS[group["direction"]].own_coordinates
+                )
                 for name in group["param_names"]:
                     size = float(group["lr"]) * unit * self.norm.radii[name]
                     requests[name] = Request(size, size * decay, polar)
