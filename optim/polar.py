@@ -291,7 +291,9 @@ def inverse_fourth_root(A: Tensor) -> Tensor:
     X = X.div_(torch.where(largest > 0, largest, 1))
     X = X.div_(torch.linalg.matrix_norm(X, keepdim=True).clamp(min=1))
     X.diagonal(dim1=-2, dim2=-1).add_(DAMPING)
-    Z = _roots(_roots(X)[0])[1]
+    # Eigenvalues are from 1e-4 on, then from 1e-2: steps for smaller ones are left out.
+    steps = (*SCHEDULES["polar_express"].coefficients, *QUINTIC)
+    Z = _root(_root(X, steps[1:]), steps[2:], inverse=True)
     square = Z @ Z
     fourth = square @ square  # (A + damping)⁻¹
     known = X.shape[-1] - DAMPING * _trace(fourth)
@@ -300,18 +302,23 @@ def inverse_fourth_root(A: Tensor) -> Tensor:
     return Z.mul_(scale[..., None, None]).to(A.dtype)
 
 
-def _roots(A: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A^(1/2) and A^(−1/2) of positive definite matrices of norm at most 1."""
+QUINTIC = ((1.875, -1.25, 0.375),) * 2  # cubic convergence at 1: Higham, Functions of Matrices, ch. 8
+
+
+def _root(A: Tensor, steps: Coefficients, *, inverse: bool = False) -> Tensor:
+    """Return A^(1/2), or A^(−1/2), of positive definite matrices whose largest eigenvalue is about 1
+    at most."""
     Y, Z = A, None
-    quintic = ((1.875, -1.25, 0.375),) * 2
-    for a, b, c in (*SCHEDULES["polar_express"].coefficients, *quintic):
+    for i, (a, b, c) in enumerate(steps, start=1):
         T = Y if Z is None else Z @ Y
         P = (T @ T).mul_(c).add_(T, alpha=b)
         del T
         P.diagonal(dim1=-2, dim2=-1).add_(a)
-        Y, Z = Y @ P, P if Z is None else P @ Z
+        last = i == len(steps)
+        Y = Y if last and inverse else Y @ P
+        Z = Z if last and not inverse else P if Z is None else P @ Z
     assert Z is not None
-    return Y, Z
+    return Z if inverse else Y
 
 
 def _trace(A: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from .placement import Job, OneProcess
 from .ranks import Ranks, sharded
 from .update import (
     by_rows,
+    clear_,
     copy_,
     descend_,
     direction_,
@@ -185,7 +186,7 @@ class Stack:
         alone = self.place.steps_alone(by_rows=self.norm.dualizes_by_rows)
         if self.params and (self.rows[0].numel() or not alone):
             G, live = self.gradients()
-            G.masked_fill_(~live, 0)
+            clear_(G, live)
             f = self.norm.dualize
             T = f(G) if alone else (yield from self.place.on_whole(f, G, self.params))
             term = escape_terms(G, T, self.weights, self.origin, self.radii)

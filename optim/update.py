@@ -88,7 +88,7 @@ def direction_(
     # A gated direction leaves its memory alone where nothing is live; others are put back below.
     before = {} if direction.gated else {k: v.clone() for k, v in state.items()}
     settings = {k: group[k] for k in ("beta", "beta2")}
-    G.masked_fill_(~live, 0)
+    clear_(G, live)
     D, back = direction.whiten(G, state, live=live.to(G), refresh=refresh, **settings)
     for k, old in before.items():
         some = live.reshape(len(live), -1).any(1).reshape(-1, *(1,) * (old.ndim - 1))
@@ -113,7 +113,7 @@ def descend_(
     origin: list[Tensor] | None = None,
 ) -> None:
     """Set W ← W − lr · radius · (T + weight_decay · W) where live. T is overwritten."""
-    U = T.mul_(radii).masked_fill_(~live, 0)
+    U = clear_(T.mul_(radii), live)
     lr = lr.to(U) if isinstance(lr, Tensor) else lr
     if group["weight_decay"]:
         W = stacked(weights)
@@ -182,6 +182,13 @@ def by_rows(norm: Norm, group: Group) -> bool:
     dualizes = DIRECTIONS[group["direction"]].by_rows and norm.dualizes_by_rows
     retracts = group["constraint"] is None or norm.retracts_by_rows
     return dualizes and retracts and group["scale"] == "unit"
+
+
+def clear_(X: Tensor, live: Tensor) -> Tensor:
+    """Set X to 0 where not live, and return it."""
+    # On a CPU, where the host need not wait to know it, usually nothing is to do.
+    eager = X.device.type == "cpu" and not torch.compiler.is_compiling()
+    return X if eager and live.all() else X.masked_fill_(~live, 0)
 
 
 def stacked(tensors: list[Tensor]) -> Tensor:
