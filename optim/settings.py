@@ -82,8 +82,10 @@ class StepSettings:
     training (EscapeVelocity): a group's lr is then a multiplier of it. It is for runs of 500 steps
     or more: after 50 steps three of seven small models stood at 0.1. Baselines: their own lr."""
 
-    direction: Annotated[str, OneOf(DIRECTIONS), BY_ROLE, BUFFERS] = "nesterov"
-    """The direction that is dualized, by name (optim/directions.py)."""
+    direction: Annotated[str, OneOf(DIRECTIONS), BY_ROLE, BUFFERS] = "factored"
+    """The direction that is dualized, by name (optim/directions.py, optim/whitening.py). "factored"
+    divides the average gradient by the root mean squares of its rows and columns, which takes one
+    buffer a weight. "nesterov" is that average alone, one step ahead, as Muon's."""
 
     beta: Annotated[float, Range(0, 1), BY_ROLE] = 0.95
     """Decay of the average of gradients, their momentum: 0.95 remembers about 20 steps."""

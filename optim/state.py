@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from .coverage import check_built, check_distinct
 from .directions import DIRECTIONS
-from .moments import Rows
 from .errors import CoverageError, PlacementError, Refusal, require
 from .modular import ModularNorm
+from .moments import Rows
 from .norms import Norm
 from .placement import OneProcess
 from .ranks import Ranks, check_sharded, sharded

@@ -2,10 +2,10 @@
 
 r, c: running means of G² over each row and over each column of a block; a block is a matrix of the
 norm: a head, an expert, a kernel position. R: the running mean of g gᵀ over the rows g of a block,
-whose diagonal is c. M̃: the average one step ahead, (1 − β) G + β M. A matrix is dualized in other
-coordinates, X = r^(1/4) W R^(1/4), and its step carried back:
+whose diagonal is c. M̃: the average one step ahead, (1 − β) G + β M. M̃ r^(−1/4) R^(−1/4) is
+dualized in other coordinates, X = r^(1/4) W R^(1/4), and the step is carried back:
 
-    W ← W − lr · r^(−1/4) dualize( r^(−1/4) M̃ R^(−1/4) ) R^(−1/4)
+    W ← W − lr · r^(−1/4) dualize( r^(−1/2) M̃ R^(−1/2) ) R^(−1/4)
 
 which is steepest descent in the norm of X (docs/theory.md §3). Sources: Shazeer, Stern, arXiv
 1804.04235 (Adafactor, whose second moment is √(r cᵀ)); Gupta, Koren, Singer, arXiv 1802.09568
@@ -126,7 +126,7 @@ class Factored(Direction):
         def back(T: Tensor) -> Tensor:
             return right(lines.scale_(T, left, rows=True))
 
-        return back(M), back
+        return back(back(M)), back
 
     def __call__(self, G: Tensor, state: Buffers, **settings: Any) -> Tensor:
         return self.whiten(G, state, **settings)[0]

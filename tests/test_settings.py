@@ -21,7 +21,7 @@ from optim.settings import Help, OneOf, Range, StepSettings, allowed, by_role, h
 from training import config as configuration
 from training.config import Config, ConfigError, flat, from_dict, load, to_toml
 from training.help import page
-from training.migrate import DROPPED, RENAMED, migrate
+from training.migrate import DROPPED, EARLIER_DEFAULTS, RENAMED, migrate
 from training.resume import keep_choices
 
 from tests.helpers import ROOT, run, small_dataset
@@ -217,11 +217,44 @@ def test_a_checkpoint_of_an_earlier_version_is_read():
 @pytest.mark.parametrize("path", sorted((ROOT / "records").rglob("*.toml")), ids=lambda p: p.stem)
 def test_every_record_loads(path: Path):
     old, new = tomllib.loads(text_of(path)), flat(load([str(path)]))
+    baseline = BASELINES.get(old["optim"]["name"])
     for key, value in old["optim"].items():
-        if not isinstance(value, dict) and f"optim.{key}" not in DROPPED:
+        if baseline and f"optim.{key}" in EARLIER_DEFAULTS:
+            assert key not in baseline.hints, "its default may be another one now"
+        elif not isinstance(value, dict) and f"optim.{key}" not in DROPPED:
             assert new[RENAMED.get(f"optim.{key}", f"optim.{key}")] == value
+    assert "direction" in old["optim"], "a record names its direction, whatever the default is now"
     record = json.loads(text_of(path.parent / "record.json"))
     assert path.name in {e["config"] for e in record["entries"]}
+
+
+def test_a_baselines_run_of_before_the_default_direction_changed_is_one_of_now():
+    def read(name: str, direction: str) -> Config:
+        return from_dict(Config, {"run": {"name": "x"}, "optim": {"name": name, "lr": 0.1, "direction": direction}})
+
+    for name in BASELINES:
+        before, now = read(name, "nesterov"), read(name, Config().optim.direction)
+        before.check()
+        assert before == now and keep_choices(now, Path("runs/x"), {"config": nested(before)}) == []
+    with pytest.raises(ConfigError, match="optim.direction\n  got: 'soap'\n  allowed: 'factored' with optim.name = 'sgd'"):
+        read("sgd", "soap").check()
+    assert read("dualized", "nesterov").optim.direction == "nesterov"
+
+
+def test_a_run_of_before_the_default_direction_changed_resumes_with_its_own():
+    """Its folder names the direction, as every folder does, so that no other is taken unasked."""
+    before = from_dict(Config, {"optim": {"direction": "nesterov"}})
+    for config in (before, Config()):
+        assert f'direction = "{config.optim.direction}"' in to_toml(config)
+    saved = {"config": nested(before)}
+    again = from_dict(Config, tomllib.loads(to_toml(before)))
+    assert keep_choices(again, Path("runs/x"), saved) == [] and again.optim.direction == "nesterov"
+    with pytest.raises(
+        ConfigError,
+        match="optim.direction of a resumed run\n  got: 'factored'\n  allowed: 'nesterov', as runs/x has it\n"
+        "  fix: resume with runs/x/config.toml",
+    ):
+        keep_choices(Config(), Path("runs/x"), saved)
 
 
 def test_what_cannot_be_read_truthfully_is_refused():
@@ -307,7 +340,7 @@ def test_a_run_steps_a_role_by_its_own_settings_and_resumes_with_them(tmp_path: 
 
     head, others = groups(4)["head"], groups(4)[None]
     assert head["param_names"] == ["head.weight"] and len(others["param_names"]) == 13
-    assert (head["direction"], others["direction"]) == ("adam", "nesterov")
+    assert (head["direction"], others["direction"]) == ("adam", "factored")
     last = Schedule(beta_cooldown=1.0)
     assert head["beta"] == last.beta_at(3, 4, beta=0.5) and others["beta"] == last.beta_at(3, 4, beta=0.95)
     code, err = trained(tmp_path, "--train.steps", "5", "--run.resume", "--optim.roles.head.weight-decay", "0.1")
@@ -450,18 +483,23 @@ def test_what_decides_buffers_model_and_batches_is_refused(changes: dict):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"optim__direction": "momentum"}, "changed: optim.direction = 'momentum', was 'nesterov'"),
         ({"optim__beta": 0.8}, "changed: optim.beta = 0.8, was 0.95"),
         ({"schedule__cooldown": 0.2}, "changed: schedule.cooldown = 0.2, was 0.5"),
         ({"baseline__scaling": "ntk"}, "changed: baseline.scaling = 'ntk', was 'standard'"),
         ({"optim__roles__bias__beta": 0.8}, "changed: optim.roles.bias.beta = 0.8, was None"),
-        ({"optim__roles__bias__direction": "momentum"}, "changed: optim.roles.bias.direction = 'momentum', was None"),
         ({"train__log_every": 3}, None),
     ],
     ids=str,
 )
 def test_what_else_differs_is_told(changes: dict, told: str | None):
     assert resumed(Config(), **changes) == ([told] if told else [])
+
+
+@pytest.mark.parametrize("key", ["optim.direction", "optim.roles.bias.direction"])
+def test_directions_of_the_same_buffers_may_follow_each_other(key: str):
+    before = from_dict(Config, {"optim": {"direction": "nesterov"}})
+    told = f"changed: {key} = 'momentum', was {flat(before)[key]!r}"
+    assert resumed(before, **{key.replace(".", "__"): "momentum"}) == [told]
 
 
 def test_a_role_that_was_apart_is_not_joined_again():

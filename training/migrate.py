@@ -10,6 +10,7 @@ from copy import deepcopy
 from typing import Any
 
 from models import settings_of_others
+from optim.baselines import BASELINES
 
 from .errors import ConfigError
 
@@ -31,6 +32,8 @@ DROPPED: dict[str, Any] = {
     "optim.floor": 0.0,  # the least ‖update‖ / ‖weight‖
     "model.key_shift": False,  # keys of attention from the position before
 }
+# Defaults of before, which stand in configurations of baselines too, though these do not take them.
+EARLIER_DEFAULTS: dict[str, Any] = {"optim.direction": "nesterov"}
 
 
 def migrate(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -66,11 +69,31 @@ def migrate(raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             )
         target[key] = section.pop(name)
         notes.append(f"{old} is {new}")
+    notes += _leave_out_untaken(migrated)
     model = migrated.get("model")
     if isinstance(model, dict) and (name := _model_name(model)):
         migrated["model"] = {**model, "name": name}
         notes.append(f'model.name is "{name}", by the other settings of the model')
     return migrated, notes
+
+
+def _leave_out_untaken(raw: dict[str, Any]) -> list[str]:
+    """Drop earlier defaults of settings that a configuration's baseline does not take, so that it
+    is equal to one of now. Return a line for each."""
+    notes, baseline = [], BASELINES.get(_name_of_optimizer(raw))
+    for key, default in EARLIER_DEFAULTS.items():
+        section, name = _section(raw, key)
+        if baseline and section and name not in baseline.hints and section.get(name) == default:
+            del section[name]
+            notes.append(f"{key} = {default!r}, which {baseline.name} does not take, is left out")
+    return notes
+
+
+def _name_of_optimizer(raw: Mapping[str, Any]) -> str:
+    """Return optim.name, "" where it is not stated."""
+    optim = raw.get("optim")
+    name = optim.get("name") if isinstance(optim, dict) else None
+    return name if isinstance(name, str) else ""
 
 
 def _section(
