@@ -145,6 +145,17 @@ class Lines:
             X = s.spread(X, d)
         return X
 
+    def scale_(self, X: Tensor, numbers: Tensor, *, rows: bool) -> Tensor:
+        """Multiply each row (column) of a stack by its number, and return it."""
+        Y = X
+        for d, s in reversed(self._across(rows)):
+            if s.equal and s.count > 1 and not s.distinct:  # a view, not one number an entry
+                Y, numbers = Y.unflatten(d, (s.count, -1)), numbers.unsqueeze(d + 1)
+            else:
+                numbers = s.spread(numbers, d)
+        Y.mul_(numbers)
+        return X
+
     def spread_blocks(self, X: Tensor, *, rows: bool | None = None) -> Tensor:
         """Return numbers of blocks, broadcastable to those of rows (columns), or to the stack."""
         for d, (over_rows, s) in enumerate(zip(self.over_rows, self.segments, strict=True), 1):

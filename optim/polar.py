@@ -280,35 +280,37 @@ DAMPING = 1e-4  # of a matrix's Frobenius norm, added before an inverse root: it
 def inverse_fourth_root(A: Tensor) -> Tensor:
     """Return A^(−1/4) of positive semidefinite matrices (..., n, n), by matrix products alone.
 
-    Eigenvalues are damped by DAMPING ‖A‖_F. The result Z is scaled so that a matrix with orthonormal
-    rows within the range of A keeps its size on average: tr(Z² P) = tr P, where P is the projection
-    on the range, A (A + damping)⁻¹. Of A = 0 it is a multiple of 1. Source of the coupled iteration:
-    Higham, Functions of Matrices, ch. 6; its coefficients are [PE]'s, then two quintic steps.
+    A is overwritten. Its eigenvalues are damped by DAMPING ‖A‖_F. The result Z is scaled so that a
+    matrix with orthonormal rows within the range of A keeps its size on average: tr(Z² P) = tr P,
+    where P is the projection on the range, A (A + damping)⁻¹. Of A = 0 it is a multiple of 1.
+    Source of the coupled iteration: Higham, Functions of Matrices, ch. 6; its coefficients are
+    [PE]'s, then two quintic steps.
     """
     X = at_least_fp32(A)
     largest = X.abs().amax((-2, -1), keepdim=True)
-    X = X / torch.where(largest > 0, largest, 1)
-    X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp(min=1)
+    X = X.div_(torch.where(largest > 0, largest, 1))
+    X = X.div_(torch.linalg.matrix_norm(X, keepdim=True).clamp(min=1))
     X.diagonal(dim1=-2, dim2=-1).add_(DAMPING)
-    root, _ = _roots(X)
-    _, Z = _roots(root)
+    Z = _roots(_roots(X)[0])[1]
     square = Z @ Z
     fourth = square @ square  # (A + damping)⁻¹
     known = X.shape[-1] - DAMPING * _trace(fourth)
     size = _trace(square) - DAMPING * (square * fourth).sum((-2, -1))
     scale = torch.where((known > 0) & (size > 0), (known / size).abs(), 1).sqrt()
-    return (Z * scale[..., None, None]).to(A.dtype)
+    return Z.mul_(scale[..., None, None]).to(A.dtype)
 
 
 def _roots(A: Tensor) -> tuple[Tensor, Tensor]:
     """Return A^(1/2) and A^(−1/2) of positive definite matrices of norm at most 1."""
-    Y, Z = A, torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
+    Y, Z = A, None
     quintic = ((1.875, -1.25, 0.375),) * 2
     for a, b, c in (*SCHEDULES["polar_express"].coefficients, *quintic):
-        T = Z @ Y
-        P = b * T + c * (T @ T)
+        T = Y if Z is None else Z @ Y
+        P = (T @ T).mul_(c).add_(T, alpha=b)
+        del T
         P.diagonal(dim1=-2, dim2=-1).add_(a)
-        Y, Z = Y @ P, P @ Z
+        Y, Z = Y @ P, P if Z is None else P @ Z
+    assert Z is not None
     return Y, Z
 
 

@@ -218,10 +218,9 @@ class Stack:
         usual = self.clip is None and not self.origin and not isinstance(self.group["lr"], Tensor)
         if not usual or not self.by_rows or not self.direction.gated:
             return None
-        # Means over columns are of all rows, and stay whole.
-        means = {k for k, (b,) in self.buffers.items() if b.shape == W.shape[1:]}
-        if not means <= set(self.direction.precise):
-            return None
+        # What is of all rows, as means over columns, stays whole.
+        means = {k for k in self.direction.precise if k in self.buffers}
+        means -= {k for k in means if self.buffers[k][0].ndim == W.ndim}
         tables = [W, g, *(b for k, (b,) in self.buffers.items() if k not in means)]
         if g is None or g.ndim != 2 or W.device.type != "cpu" or W.numel() < LONG or not self.ok:
             return None

@@ -121,10 +121,10 @@ class Factored(Direction):
         M = _ahead(G, state, live, beta)
         if "rows" not in means.roots:
             return right(right(M)), None
-        left = self._scale("rows", means)
+        lines, left = means.lines, self._scale("rows", means)
 
         def back(T: Tensor) -> Tensor:
-            return right(T.mul_(left))
+            return right(lines.scale_(T, left, rows=True))
 
         return back(back(M)), back
 
@@ -175,12 +175,11 @@ class Factored(Direction):
         self, G: Tensor, state: Buffers, means: Means, *, beta2: float, refresh: bool
     ) -> Back:
         """Return what multiplies a stack by c^(−1/4) from the right, and may overwrite it."""
-        columns = self._scale("columns", means)
-        return lambda X: X.mul_(columns)
+        lines, columns = means.lines, self._scale("columns", means)
+        return lambda X: lines.scale_(X, columns, rows=False)
 
     def _scale(self, name: str, means: Means) -> Tensor:
-        """Return 1/√ρ of each row (column), in units of the harmonic mean of ρ, broadcastable to
-        the stack."""
+        """Return 1/√ρ of each row (column), in units of the harmonic mean of ρ."""
         lines, rows, inverse = means.lines, name == "rows", means.inverses[name]
         parts = (inverse * means.roots[name], inverse)
         sums = [lines.reduce(torch.sum, x, rows=not rows) for x in parts]
@@ -188,7 +187,7 @@ class Factored(Direction):
             sums = _sums_over_ranks(self._sums, *sums)
         known, total = (x.to(inverse) for x in sums)
         unit = lines.spread_blocks(known / torch.where(total > 0, total, 1), rows=rows)
-        return lines.spread((inverse * unit).sqrt_(), rows=rows)
+        return (inverse * unit).sqrt_()
 
 
 @dataclass(frozen=True)
@@ -208,11 +207,11 @@ class Whitened(Factored):
         buffers, matrices = super().buffers(W), self._matrices(W)
         if matrices is None:
             return buffers
-        columns = buffers["columns"]
-        numbers = columns.numel() * W.shape[matrices.columns]
-        # Of as many dimensions as the weight where ranks have whole blocks, else of one.
-        own = (len(W), -1, *(1,) * (W.ndim - 2)) if columns.ndim == W.ndim else (-1,)
-        return buffers | {k: columns.new_zeros(numbers).view(own) for k in ("factor", "root")}
+        columns, size = buffers["columns"], W.shape[matrices.columns]
+        shape: tuple[int, ...] = (size * columns.numel(),)
+        if columns.ndim == W.ndim:  # ranks have whole blocks, and of this buffer as of the weight
+            shape = (len(W), size * prod(columns.shape[1:]), *(1,) * (W.ndim - 2))
+        return buffers | {k: columns.new_zeros(shape) for k in ("factor", "root")}
 
     def _matrices(self, W: Tensor) -> Matrices | None:
         """Return where the blocks of the rows W lie; None where Factored serves."""
@@ -221,7 +220,7 @@ class Whitened(Factored):
         if matrices is None:
             return None
         shape = self.rows.shape if self.rows else W.shape
-        rows = shape[matrices.rows] // matrices.segments.count
+        rows = shape[matrices.rows] // max(1, matrices.segments.count)
         return matrices if shape[matrices.columns] <= rows else None
 
     def _right(
@@ -230,27 +229,41 @@ class Whitened(Factored):
         matrices = self._matrices(G[0])
         if matrices is None:
             return super()._right(G, state, means, beta2=beta2, refresh=refresh)
-        lines, inverse = means.lines, matrices.seen(means.inverses["columns"])
-        shape = (*inverse.shape, inverse.shape[-1])
+        roots = matrices.seen(means.roots["columns"])
+        shape = (*roots.shape, roots.shape[-1])
         C, root = (state[k].view(shape) for k in ("factor", "root"))
-        fresh = matrices.gram(G * lines.spread(means.inverses["columns"], rows=False))
+        live = matrices.seen(means.count).amax(-1, keepdim=True).to(G) > 0
+        self._observe_products(C, G, means, matrices, live, beta2)
+        if refresh:
+            largest = roots.amax(-1, keepdim=True)
+            sizes = roots / torch.where(largest > 0, largest, 1)  # products do not underflow
+            Z = inverse_fourth_root(_scale_both_(C.clone(), sizes))
+            root.lerp_(Z, live[..., None].to(Z))
+        # A block whose first gradient came after the others' roots were made starts as Factored.
+        diagonal = root.diagonal(dim1=-2, dim2=-1)
+        none = diagonal.amax(-1, keepdim=True) == 0
+        columns = matrices.seen(self._scale("columns", means))
+        diagonal.copy_(torch.where(none, columns, diagonal))
+        return lambda X: matrices.times(X, root)
+
+    def _observe_products(
+        self, C: Tensor, G: Tensor, means: Means, matrices: Matrices, live: Tensor, beta2: float
+    ) -> None:
+        """Let C see a gradient. live: which blocks have one, (n, *others, k, 1)."""
+        lines, inverse = means.lines, means.inverses["columns"]
+        fresh = matrices.gram(lines.scale_(G.clone(), inverse, rows=False))
         if self._sums and not lines.complete(rows=False):
             fresh = self._sums(fresh)
         count = matrices.seen(means.count.to(G)).amax(-1)[..., None, None]
-        kept = matrices.seen(means.before["columns"]) * inverse
-        kept = kept[..., :, None] * kept[..., None, :]
-        live = count > 0
-        C.copy_(torch.where(live, beta2 * kept * C + (1 - beta2) * fresh / count.clamp(min=1), C))
-        sizes = matrices.seen(means.roots["columns"])
-        sizes = sizes / torch.where(sizes > 0, sizes, 1).amax(-1, keepdim=True)
-        if refresh:
-            Z = inverse_fourth_root(sizes[..., :, None] * C * sizes[..., None, :])
-            root.copy_(torch.where(live, Z, root))
-        # A block that had no gradient yet when the others' root was made.
-        none = root.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None] == 0
-        diagonal = (inverse / inverse.amax(-1, keepdim=True)).sqrt().diag_embed()
-        Z = torch.where(none, diagonal, root)
-        return lambda X: matrices.times(X, Z)
+        # √β₂ ρ_before / ρ, at most 1.
+        kept = matrices.seen(beta2**0.5 * means.before["columns"] * inverse)
+        _scale_both_(C, torch.where(live, kept, 1))
+        C.add_(fresh.div_(count.clamp(min=1)), alpha=1 - beta2)
+
+
+def _scale_both_(A: Tensor, x: Tensor) -> Tensor:
+    """Multiply matrices (..., n, n) by vectors (..., n) from both sides, and return them."""
+    return A.mul_(x[..., :, None]).mul_(x[..., None, :])
 
 
 def _ahead(G: Tensor, state: Buffers, live: Tensor, beta: float) -> Tensor:

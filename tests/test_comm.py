@@ -102,6 +102,11 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "narrow wide": {"direction": "factored", "scale": "dual", "lr": 0.1},
         "up down one unused": {"direction": "factored", "weight_decay": 0.1},
     },
+    "whitened": {
+        "embed head gain sign": {"direction": "whitened", "refresh_every": 2, "max_grad_norm": 0.3},
+        "narrow wide": {"direction": "whitened", "refresh_every": 1, "constraint": "ball"},
+        "up down one unused": {"direction": "whitened", "weight_decay": 0.1},
+    },
     "auto": {
         "embed head gain narrow wide sign": {"weight_decay": 0.1, "max_grad_norm": 0.3, "constraint": "ball"},
         "up down one unused": {"lr": 0.5, "direction": "nesterov", "scale": "unit"},
@@ -196,7 +201,7 @@ def _trained(rank: int, world: int, mode: str, case: str, parts: int) -> Weights
 
 
 def _all_trained(rank: int, world: int, mode: str) -> dict[tuple[str, int], Weights]:
-    runs = [("groups", 4), ("auto", 1), ("factored", 2)] + [("groups", 1)] * (
+    runs = [("groups", 4), ("auto", 1), ("factored", 2), ("whitened", 1)] + [("groups", 1)] * (
         mode == "replicas" or world == 2
     )  # the others are slow
     return {(case, parts): _trained(rank, world, mode, case, parts) for case, parts in runs}
@@ -282,6 +287,8 @@ KEPT: dict[str, tuple[torch.dtype, dict[str, Any]]] = {  # of the weights; setti
     "dual": (torch.float32, {"scale": "dual", "beta": 0.5, "lr": 0.01}),
     "soap": (torch.float64, {"direction": "soap", "refresh_every": 2}),
     "factored": (torch.float64, {"direction": "factored", "weight_decay": 0.1}),
+    "whitened": (torch.float64, {"direction": "whitened", "refresh_every": 2, "weight_decay": 0.1}),
+    "whitened in float32": (torch.float32, {"direction": "whitened", "momentum_dtype": "bfloat16"}),
     "factored in float32": (torch.float32, {"direction": "factored", "momentum_dtype": "bfloat16"}),
 }
 HAND_STEPS = 3
@@ -831,31 +838,34 @@ def test_ranks_hold_the_state_of_their_pieces_alone_and_together_all_of_it(mode:
         assert made == {n for n in pieces if n.startswith("r")}, "before the first step, what it would make"
 
 
-def _to_files(rank: int, world: int, mode: str, written: str, read: str) -> tuple[Weights, Weights]:
+def _to_files(rank: int, world: int, mode: str, direction: str, written: str, read: str) -> tuple[Weights, Weights]:
     """(the whole state after two steps, whose pieces are written; that of another optimizer which reads pieces)."""
     model = sharded(Bag(n for n in KINDS if n not in REPLICAS_ALONE).double(), mode, world)
-    optimizer = model.dualized(grads="local", direction="factored")  # type: ignore[operator]
+    optimizer = model.dualized(grads="local", direction=direction)  # type: ignore[operator]
     step_by_hand(model, optimizer, range(2), rank, world)
     write_pieces(Path(written), optimizer.held(), group=dist.group.WORLD)
     model = sharded(Bag(n for n in KINDS if n not in REPLICAS_ALONE).double(), mode, world)
-    other = model.dualized(grads="local", direction="factored")  # type: ignore[operator]
+    other = model.dualized(grads="local", direction=direction)  # type: ignore[operator]
     other.make_state(lambda name: True)
     read_pieces(Path(read), other.held())
     return buffers(optimizer), buffers(other)
 
 
+@pytest.mark.parametrize("direction", ["factored", "whitened"])
 @pytest.mark.parametrize(("mode", "world"), [("replicas", 2), ("fsdp", 4), ("hsdp", 4)])
-def test_means_over_rows_and_columns_go_into_files_and_back(mode: str, world: int, tmp_path: Path):
-    """Rows with their ranks, columns that all ranks have once."""
+def test_means_of_products_go_into_files_and_back(mode: str, world: int, direction: str, tmp_path: Path):
+    """Rows with their ranks, columns, factors and roots that all ranks have once."""
     model = Bag(n for n in KINDS if n not in REPLICAS_ALONE).double()
-    optimizer = model.dualized(direction="factored")
+    optimizer = model.dualized(direction=direction)
     step_by_hand(model, optimizer, range(2))
     write_pieces(tmp_path / "alone", optimizer.held())
     whole = buffers(optimizer)
     assert {"matrix.rows", "matrix.columns", "rows.columns", "heads.columns"} <= whole.keys()
-    for theirs, from_one in ranks(world, _to_files, mode, str(tmp_path / "ranks"), str(tmp_path / "alone")):
+    full = {f"{name}.{k}" for name in ("matrix", "rows", "experts", "square") for k in ("factor", "root")}
+    assert full <= whole.keys() if direction == "whitened" else not full & whole.keys()
+    for theirs, from_one in ranks(world, _to_files, mode, direction, str(tmp_path / "ranks"), str(tmp_path / "alone")):
         assert difference(theirs, whole) < SAME and equal(from_one, whole)
-    fresh = Bag(n for n in KINDS if n not in REPLICAS_ALONE).double().dualized(direction="factored")
+    fresh = Bag(n for n in KINDS if n not in REPLICAS_ALONE).double().dualized(direction=direction)
     fresh.make_state(lambda name: True)
     read_pieces(tmp_path / "ranks", fresh.held())
     assert equal(buffers(fresh), theirs)

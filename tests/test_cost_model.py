@@ -49,6 +49,7 @@ from tests.helpers import ROOT, ranks
 SMALL = Case("small", ModelConfig(n_layer=3, n_head=1, n_embd=18, block_size=8, vocab_size=67), 4)
 HALF = replace(SMALL, name="half", optim=OptimConfig(param_dtype="bfloat16"))  # with float32 masters
 FACTORED = replace(SMALL, name="factored", optim=OptimConfig(direction="factored"))
+WHITENED = replace(SMALL, name="whitened", optim=OptimConfig(direction="whitened", refresh_every=1))
 FLOAT32, BFLOAT16 = Polar(dtype="float32"), Polar(dtype="bfloat16")
 # 4 MB of weights, so that flags, barriers and TCP's own bytes are little beside them.
 MEDIUM = Case("medium", ModelConfig(n_layer=2, n_head=2, n_embd=192, block_size=8, vocab_size=512), 4)
@@ -226,7 +227,7 @@ def main() -> None:
 
 @pytest.mark.parametrize(
     ("case", "w"),
-    [(SMALL, 1), (SMALL, 2), (SMALL, 4), (HALF, 2), (FACTORED, 2), (FACTORED, 4)],
+    [(SMALL, 1), (SMALL, 2), (SMALL, 4), (HALF, 2), (FACTORED, 2), (FACTORED, 4), (WHITENED, 1), (WHITENED, 4)],
     ids=lambda x: getattr(x, "name", x),
 )
 def test_flops_bytes_and_memory_of_a_real_step_are_those_predicted(case: Case, w: int):
@@ -238,7 +239,7 @@ def test_flops_bytes_and_memory_of_a_real_step_are_those_predicted(case: Case, w
             {k: [f[mode][k] for f in found] for k in found[0][mode]},
         )
         assert step is not None
-        assert real["flops"] == step.whole.tolist(), (
+        assert real["flops"] == (step.whole + step.products).round().tolist(), (
             mode
         )  # products alone are counted; each rank's, so also their sum and the busiest's
         assert real["sent"] == step.sent.round().tolist(), mode

@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 import torch
-from optim.polar import SCHEDULES, Polar, Schedule
+from optim.polar import DAMPING, SCHEDULES, Polar, Schedule, inverse_fourth_root
 
 Form = Literal["plain", "gram"]
 
@@ -145,6 +145,42 @@ def test_scale_zero_and_stacks(name: str):
     assert torch.allclose(polar(G[1, 1]), X[1, 1], atol=FP32_LOG_UNIFORM)
     G[0, 1] = 0
     assert torch.equal(polar(G)[0, 1], torch.zeros(5, 7))
+
+
+# ---- fourth roots
+
+ROOT = 2e-6  # what the iteration's last step leaves, 0.154³ of 0.154³
+
+
+def fourth_root(A: torch.Tensor) -> torch.Tensor:
+    values, V = torch.linalg.eigh(A)
+    damped = values + DAMPING * torch.linalg.matrix_norm(A)[..., None]
+    unit = (values / damped).sum(-1) / (values * damped**-1.5).sum(-1)
+    return unit.sqrt()[..., None, None] * ((V * damped[..., None, :] ** -0.25) @ V.mT)
+
+
+@pytest.mark.parametrize("smallest", [1.0, 1e-2, 1e-4, 1e-8, 0.0])
+def test_a_fourth_root_is_the_eigendecompositions(smallest: float):
+    X = with_spectrum(8, 8, torch.logspace(0, -1, 8, dtype=torch.float64))
+    X[..., 4:] *= smallest**0.5
+    A = torch.stack([X.mT @ X, X @ X.mT])
+    expected = fourth_root(A)
+    for scale in (1e-200, 1.0, 1e200):
+        Z = inverse_fourth_root(scale * A)
+        assert (Z - expected).norm() < ROOT * expected.norm()
+    assert (Z - Z.mT).norm() < 1e-10 * Z.norm()
+
+
+def test_a_fourth_root_keeps_the_size_of_what_is_in_the_range_on_average():
+    X = with_spectrum(6, 12, torch.logspace(0, -0.5, 6, dtype=torch.float64))
+    Z, V = inverse_fourth_root(X.mT @ X), torch.linalg.svd(X)[2][:6]
+    assert math.isclose((V @ Z).norm() / 6**0.5, 1, rel_tol=1e-3)
+
+
+def test_of_zero_and_of_a_multiple_of_one_a_fourth_root_is_a_multiple_of_one():
+    eye = torch.eye(5, dtype=torch.float64)
+    zero, one = inverse_fourth_root(torch.stack([0 * eye, 1e30 * eye]))
+    assert torch.allclose(zero, zero[0, 0] * eye) and torch.allclose(one, eye, atol=1e-5)
 
 
 def test_wrong_settings_name_what_is_allowed():

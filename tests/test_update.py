@@ -203,6 +203,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tensor lr": {"lr": torch.tensor(0.1)},
     "auto": {"lr": "auto"},
     "factored": {"direction": "factored"},
+    "whitened": {"direction": "whitened", "refresh_every": 2},
 }
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT
 from optim import Dualized
@@ -32,9 +33,11 @@ OURS, ADAMW, ZERO, MUON_PLAIN, MUON_OWNED = (
 OPTIMIZERS = (OURS, ADAMW, ZERO, MUON_PLAIN, MUON_OWNED)
 # FLOPs an entry beside dualize. Nesterov's momentum: two lerps of 3, radius 1, update 2. AdamW
 # (Loshchilov, Hutter, arXiv 1711.05101, alg. 2): averages 3 and 4, √, ÷ and + for the divisor 3,
-# quotient 1, update 2, decay 1. Of "factored" besides (Factored): largest and smallest 2, quotient
-# and square 2, two sums 2, v and M̃ v 2, v² + ε 2, quotient 1.
-MOMENTUM_FLOPS, ADAMW_FLOPS, FACTORED_FLOPS = 9, 14, 11
+# quotient 1, update 2, decay 1. Besides, of "factored": largest and smallest 2, quotient and square
+# 2, two sums 2, there and back 4; of "whitened": the same, but rows' there and back alone, and
+# columns before the product 1. What is done by entries of R is not counted.
+MOMENTUM_FLOPS, ADAMW_FLOPS = 9, 14
+DIRECTION_FLOPS = {"factored": 10, "whitened": 9}
 # torch.optim.Muon's iteration: 5 steps, plain, bfloat16; 2-D weights but embedding and head, which
 # AdamW steps (as its documentation recommends).
 MUON = Polar("jordan", "plain", "bfloat16")
@@ -44,9 +47,10 @@ MUON = Polar("jordan", "plain", "bfloat16")
 class Weight:
     """The cost of one weight.
 
-    key: of its stack. whole: FLOPs that need all of it. split: FLOPs by rows or entries. state:
-    bytes, by rows. common: bytes of state that every rank with rows has. summed: bytes that are
-    summed over the ranks that have rows, where these are apart.
+    key: of its stack. whole: FLOPs that need all of it. split: FLOPs by rows or entries. products:
+    of these, a direction's matrix products. roots: FLOPs of its inverse roots, on every rank with
+    rows, on average over steps. state: bytes, by rows. common: bytes of state that every rank with
+    rows has. summed: bytes that are summed over the ranks that have rows, where these are apart.
     """
 
     p: Tensor
@@ -57,6 +61,8 @@ class Weight:
     state: int
     common: int = 0
     summed: int = 0
+    products: int = 0
+    roots: float = 0.0
 
 
 class Recorder(OneProcess):
@@ -75,7 +81,7 @@ class Planned(Dualized):
 
     def __init__(self, model: GPT, optim: OptimConfig) -> None:
         self.recorder = Recorder()
-        same = ("direction", "scale", "momentum_dtype", "master_weights")
+        same = ("direction", "refresh_every", "scale", "momentum_dtype", "master_weights")
         super().__init__(model, lr=1.0, **{k: getattr(optim, k) for k in same})
 
     def placement_of(self, p: Tensor) -> OneProcess:
@@ -99,30 +105,39 @@ def weights_of(case: Case, optimizer: str, polar: Polar | None = None) -> tuple[
         norm, buffers = planned.norm.norms[name], planned.state[p].values()
         state = sum(b.nbytes for b in buffers if b.ndim == p.ndim)
         common = sum(b.nbytes for b in buffers if b.ndim != p.ndim)
-        summed = summed_bytes(p, norm, planned.param_groups[0])
+        summed, products, roots = direction_costs(p, norm, planned.param_groups[0])
         whole, split = (0, int(flops)) if by_rows else (int(flops), 0)
-        split += MOMENTUM_FLOPS * p.numel()
-        if planned.param_groups[0]["direction"] == "factored":
-            split += FACTORED_FLOPS * p.numel()
-        if optimizer in (ADAMW, ZERO) or (muon and by_rows):
-            whole, split, state, common, summed = 0, ADAMW_FLOPS * p.numel(), 2 * p.nbytes, 0, 0
-        elif muon:
-            state = p.nbytes
+        more = DIRECTION_FLOPS.get(planned.param_groups[0]["direction"], 0)
+        split += (MOMENTUM_FLOPS + more) * p.numel() + products
         key = (norm, p.shape, p.dtype)
-        weights.append(Weight(p, key, by_rows, whole, split, state, common, summed))
+        weight = Weight(p, key, by_rows, whole, split, state, common, summed, products, roots)
+        if optimizer in (ADAMW, ZERO) or (muon and by_rows):
+            weight = Weight(p, key, by_rows, 0, ADAMW_FLOPS * p.numel(), 2 * p.nbytes)
+        elif muon:
+            weight = Weight(p, key, by_rows, whole, split, p.nbytes)
+        weights.append(weight)
     return model, weights
 
 
-def summed_bytes(p: Tensor, norm: Norm, group: Group) -> int:
-    """Return the bytes that a direction sums over ranks if these have rows of a weight each."""
+def direction_costs(p: Tensor, norm: Norm, group: Group) -> tuple[int, int, float]:
+    """Return the bytes that a direction sums over ranks if these have rows of a weight each, the
+    FLOPs of its matrix products, and those of its inverse roots on average over steps."""
     sizes: list[int] = []
 
     def total(x: Tensor) -> Tensor:
         sizes.append(x.nbytes)
         return x
 
-    G, rows = torch.empty(1, *p.shape, device="meta"), Rows(tuple(p.shape), total=total)
-    own = DIRECTIONS[group["direction"]].on(norm, rows).buffers(G[0])
-    state = {k: b[None] for k, b in own.items()}
-    direction_(G, state, group, norm=norm, live=norm.live(G), refresh=True, rows=rows)
-    return sum(sizes)
+    rows, products = Rows(tuple(p.shape), total=total), []
+    for refresh in (False, True):
+        G = torch.empty(1, *p.shape, device="meta")
+        own = DIRECTIONS[group["direction"]].on(norm, rows).buffers(G[0])
+        state = {k: b[None] for k, b in own.items()}
+        settings = {"norm": norm, "live": norm.live(G), "refresh": refresh, "rows": rows}
+        with FlopCounterMode(display=False) as flops:
+            D, back = direction_(G, state, group, **settings)
+            if back is not None:
+                back(D)
+        products.append(flops.get_total_flops())
+    roots = (products[1] - products[0]) / group["refresh_every"]
+    return sum(sizes) // 2, products[0], roots

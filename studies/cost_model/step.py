@@ -28,13 +28,14 @@ from .optimizers import MUON_OWNED, MUON_PLAIN, OURS, ZERO, Weight
 class Step:
     """The demands of an optimizer on each GPU in one step, beside the model: (w,) FLOPs and bytes.
 
-    whole: of the FLOPs, those for weights that cannot be split. stepped: of the weights in memory,
-    those that this GPU steps. buffers: of communication, at most at a time. exchanges: (sent,
+    whole: of the FLOPs, those for weights that cannot be split. products: those of a direction's
+    matrix products and roots. stepped: of the weights in memory, those that this GPU steps. buffers: of communication, at most at a time. exchanges: (sent,
     received) of each all-to-all. rings: (bytes that each GPU sends, bytes a second) of each ring
     collective.
     """
 
     whole: Tensor
+    products: Tensor
     flops: Tensor
     stepped: Tensor
     state: Tensor
@@ -100,14 +101,16 @@ def shared(
     share: of each weight, the parts (w,) of what needs it whole and of its entries that each GPU
     does.
     """
-    whole, split, stepped, state = (torch.zeros(w, dtype=torch.float64) for _ in range(4))
+    whole, products, split, stepped, state = (torch.zeros(w, dtype=torch.float64) for _ in range(5))
     for weight in weights:
         works, rows = share(weight)
+        takes_part = torch.as_tensor(rows) > 0
         whole += works * weight.whole
-        split += rows * weight.split
+        products += rows * weight.products + takes_part * weight.roots
+        split += rows * weight.split + takes_part * weight.roots
         stepped += rows * weight.p.nbytes
-        state += rows * weight.state + (torch.as_tensor(rows) > 0) * weight.common
-    return Step(whole, whole + split, stepped, state, torch.zeros_like(whole))
+        state += rows * weight.state + takes_part * weight.common
+    return Step(whole, products, whole + split, stepped, state, torch.zeros_like(whole))
 
 
 def owned_replicas(weights: list[Weight], w: int) -> Step:
@@ -174,7 +177,11 @@ def owned_shards(weights: list[Weight], w: int, s: int) -> Step:
     step.exchanges, step.buffers = [(sent, received)], two_at_once(buffers)
     apart = [x for x in weights if rows[x.p.shape[0]].max() < x.p.shape[0]]
     step.rings = [ring_of_sums(w, apart)]
-    step.state += sum((rows[x.p.shape[0]] == 0) * x.common for x in apart)
+    for x in apart:  # ranks without rows take part
+        none = rows[x.p.shape[0]] == 0
+        step.state += none * x.common
+        step.products += none * x.roots
+        step.flops += none * x.roots
     return step
 
 
