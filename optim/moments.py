@@ -36,9 +36,10 @@ class Direction:
     gated: it leaves its buffers as they are wherever live is 0. Otherwise the step does that for
     it, at the price of a copy.
     entrywise: no entry depends on another one, so that ranks may each hold some rows of a weight.
+    own_coordinates: whiten() may return what carries a step back.
     """
 
-    gated = entrywise = False
+    gated = entrywise = own_coordinates = False
     # Names of small buffers that keep float32 whatever optim.momentum_dtype is.
     precise: tuple[str, ...] = ()
 

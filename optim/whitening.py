@@ -82,7 +82,7 @@ class Factored(Direction):
     harmonic means of ρ, so that a step has about the size that dualize gave it.
     """
 
-    gated = True
+    gated = own_coordinates = True
     precise = ("rows", "columns")
     norm: Norm = field(default=Norm())
     rows: Rows | None = None

@@ -18,7 +18,6 @@ from model import Attention
 from optim import Dualized, ModularNorm, Normalized
 from optim.directions import DIRECTIONS
 from optim.metrize import canonical
-from optim.moments import Direction
 from optim.norms import Norm, Spectral
 from optim.ranks import sharded
 
@@ -181,11 +180,6 @@ class Request:
     polar: bool = False
 
 
-def is_carried_back(direction: Direction) -> bool:
-    """Return whether matrices are dualized in coordinates of the direction, and carried back."""
-    return type(direction).whiten is not Direction.whiten
-
-
 class Geometry:
     """Measures one step: call before(), optimizer.step(), after(); on all ranks if sharded.
 
@@ -227,8 +221,8 @@ class Geometry:
         step: ‖ΔW‖ / (lr · radius), achieved over requested, of what the step did beside weight
             decay, a constraint's retraction included. 0 is what did not move. A direction with
             coordinates of its own ("factored") takes steps of the requested size there; carried
-            back, those of matrices were 1.6 to 3.8 times it (docs/log.md, 2026-11-28). Dualized
-            and Normalized only, as no other step has a requested size.
+            back, those of matrices were 1.6 to 3.8 times it, in 60 steps of a GPT of width 64.
+            Dualized and Normalized only, as no other step has a requested size.
         orthogonality: the residual of the polar factors P in that step, ΔW = lr · radius · scale ·
             P; see residual(). 0 is exact, a schedule whose band is [a, b] has at most max(1 − a²,
             b² − 1), and each direction that P lacks adds 1 to the mean of squares: rank r of m
@@ -296,8 +290,11 @@ class Geometry:
                 decay = group["weight_decay"] if isinstance(o, Dualized) else o.weight_decay
                 if decay and isinstance(o, Dualized) and group["cautious"]:
                     continue  # which entries decayed is not known here
-                polar = isinstance(o, Dualized) and group["scale"] == "unit"
-                polar = polar and not is_carried_back(DIRECTIONS[group["direction"]])
+                polar = (
+                    isinstance(o, Dualized)
+                    and group["scale"] == "unit"
+                    and not DIRECTIONS[group["direction"]].own_coordinates
+                )
                 for name in group["param_names"]:
                     size = float(group["lr"]) * unit * self.norm.radii[name]
                     requests[name] = Request(size, size * decay, polar)
