@@ -68,6 +68,7 @@ CASES = {
     "dualized": (),
     "track3": TRACK3,
     "factored": ("--optim.direction", "factored"),
+    "whitened": ("--optim.direction", "whitened", "--optim.refresh-every", "3"),
     "soap": (
         "--optim.direction",
         "nesterov_soap",

@@ -15,7 +15,6 @@ import torch
 from model import GPT
 from models.track3 import Track3Config, Track3GPT
 from optim import Dualized, ModularNorm, Normalized, metrize
-from optim.directions import DIRECTIONS
 from optim.norms import Frobenius, L1ToLinf, L1ToRMS, MaxEntry, Norm, RMSToLinf, RMSToRMS, Spectral, VectorRMS
 from optim.polar import SCHEDULES, Polar
 from optim.roles import RoleNorms
@@ -252,21 +251,6 @@ def test_the_residual_of_a_schedule_is_inside_its_band():
             assert low - CLOSE <= step <= high + CLOSE, name
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_steps_that_are_carried_back_are_no_polar_factors_and_have_another_size_in_the_norm(direction: str):
-    """Rows and columns of unequal sizes; a matrix and, whose rows have their full size, an embedding."""
-    model = nn.Module()
-    model.matrix, model.rows = (nn.Parameter(gaussian(6, 4)) for _ in range(2))
-    norm = ModularNorm({"matrix": RMSToRMS(EXACT), "rows": L1ToRMS()}, {"matrix": 0.5, "rows": 1.0})
-    for p in model.parameters():
-        p.grad = gaussian(6, 4, seed=2) * torch.logspace(-1, 1, 6)[:, None] * torch.logspace(0, 1, 4)
-    found = measured(model, Dualized(model.named_parameters(), 0.1, norm=norm, direction=direction), norm)
-    assert found["step"]["rows"] == pytest.approx(1, rel=CLOSE)
-    carried = direction in ("factored", "whitened")
-    assert (found["step"]["matrix"] == pytest.approx(1, rel=0.1)) is not carried
-    assert ("orthogonality" in found) is not carried
-
-
 @pytest.mark.parametrize("rank", [1, 3, 5])
 def test_directions_that_a_polar_factor_lacks_count_one_each(rank: int):
     model, norm = weights(RMSToRMS(EXACT), (8, 5))
@@ -338,6 +322,17 @@ def test_steps_of_the_dual_norms_length_are_measured_as_such():
     found = measured(model, Plain(model.named_parameters(), 0.01, norm=norm, scale="dual", beta=0.0), norm)
     assert found["step"]["w0"] == pytest.approx(found["grad_dual_norm"]["w0"], rel=CLOSE)
     assert "orthogonality" not in found
+
+
+@pytest.mark.parametrize("direction", ["factored", "whitened"])
+def test_of_a_step_in_coordinates_of_the_directions_own_no_polar_factor_is_measured(direction: str):
+    model, norm = weights(RMSToRMS(EXACT), (6, 4), (6, 4))
+    rows, rows_norm = weights(L1ToRMS(), (6, 4))
+    found = measured(model, Dualized(model.named_parameters(), 0.01, norm=norm, direction=direction), norm)
+    assert "orthogonality" not in found
+    assert all(0.2 < step < 5 for step in found["step"].values()), "not the requested size, but about that"
+    optimizer = Dualized(rows.named_parameters(), 0.01, norm=rows_norm, direction=direction)
+    assert measured(rows, optimizer, rows_norm)["step"]["w0"] == pytest.approx(1, rel=CLOSE)
 
 
 def test_on_the_sphere_weights_have_norm_one():

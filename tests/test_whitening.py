@@ -332,6 +332,21 @@ def test_a_step_is_finite_where_means_forget_what_the_momentum_remembers(beta2: 
         assert all(torch.isfinite(b).all() for b in buffers(optimizer).values())
 
 
+@pytest.mark.parametrize("direction", BOTH)
+def test_a_run_with_an_adaptive_step_size_finds_the_minimum(direction: str):
+    """From far below the distance to it."""
+    target = gaussians((6, 4))[0]
+    w = nn.Parameter(torch.zeros_like(target))
+    norm = ModularNorm({"w": RMSToRMS(EXACT)}, {"w": 1.0})
+    optimizer = Dualized([("w", w)], "auto", norm=norm, direction=direction, beta=0.5)
+    for step in range(200):
+        optimizer.param_groups[0]["lr"] = 1 - step / 200
+        w.grad = w.detach() - target
+        optimizer.step()
+    assert optimizer.step_size is not None and optimizer.step_size > 0.01
+    assert (w - target).norm() < 0.1 * target.norm()
+
+
 # ---- what is kept
 
 

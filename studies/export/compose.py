@@ -23,6 +23,8 @@ OPTIMIZER = {
     "optim/axes.py": "Rows and columns of blocks",
     "optim/norms.py": "Norms, their duality maps, initial weights",
     "optim/views.py": "Norms of parts of a weight",
+    "optim/moments.py": "Averages of gradients and of their squares",
+    "optim/whitening.py": "Directions that know their noise",
     "optim/directions.py": "Directions: what is dualized",
     "optim/settings.py": "Settings",
     "optim/update.py": "The step",
