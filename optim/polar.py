@@ -302,7 +302,9 @@ def inverse_fourth_root(A: Tensor) -> Tensor:
     return Z.mul_(scale[..., None, None]).to(A.dtype)
 
 
-QUINTIC = ((1.875, -1.25, 0.375),) * 2  # cubic convergence at 1: Higham, Functions of Matrices, ch. 8
+QUINTIC = (
+    (1.875, -1.25, 0.375),
+) * 2  # cubic convergence at 1: Higham, Functions of Matrices, ch. 8
 
 
 def _root(A: Tensor, steps: Coefficients, *, inverse: bool = False) -> Tensor:

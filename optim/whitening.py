@@ -2,12 +2,12 @@
 
 r, c: running means of G² over each row and over each column of a block; a block is a matrix of the
 norm: a head, an expert, a kernel position. R: the running mean of g gᵀ over the rows g of a block,
-whose diagonal is c. M̃: the average one step ahead, (1 − β) G + β M. M̃ r^(−1/4) R^(−1/4) is
-dualized in other coordinates, X = r^(1/4) W R^(1/4), and the step is carried back:
+whose diagonal is c. M̃: the average one step ahead, (1 − β) G + β M. The whitened average
+r^(−1/4) M̃ R^(−1/4) is dualized in the coordinates X = r^(1/4) W R^(1/4), and the step carried back:
 
     W ← W − lr · r^(−1/4) dualize( r^(−1/2) M̃ R^(−1/2) ) R^(−1/4)
 
-which is steepest descent in the norm of X (docs/theory.md §3). Sources: Shazeer, Stern, arXiv
+which is its steepest descent in the norm of X (docs/theory.md §3). Sources: Shazeer, Stern, arXiv
 1804.04235 (Adafactor, whose second moment is √(r cᵀ)); Gupta, Koren, Singer, arXiv 1802.09568
 (Shampoo); Xie et al., arXiv 2503.10537, An et al., arXiv 2503.20762 (one side alone).
 """
@@ -117,16 +117,16 @@ class Factored(Direction):
             R = rms_(state["rms"], G, live, beta2)
             return ratio(_ahead(G, state, live, beta), R), None
         means = self._observe(G, state, live, beta2, lines)
-        right = self._right(G, state, means, beta2=beta2, refresh=refresh)
+        half, quarter = self._right(G, state, means, beta2=beta2, refresh=refresh)
         M = _ahead(G, state, live, beta)
         if "rows" not in means.roots:
-            return right(right(M)), None
-        lines, left = means.lines, self._scale("rows", means)
+            return half(M), None
+        left, lines = self._scale("rows", means), means.lines
 
         def back(T: Tensor) -> Tensor:
-            return right(lines.scale_(T, left, rows=True))
+            return quarter(lines.scale_(T, left, rows=True))
 
-        return back(back(M)), back
+        return half(lines.scale_(M, left.square(), rows=True)), back
 
     def __call__(self, G: Tensor, state: Buffers, **settings: Any) -> Tensor:
         return self.whiten(G, state, **settings)[0]
@@ -173,10 +173,15 @@ class Factored(Direction):
 
     def _right(
         self, G: Tensor, state: Buffers, means: Means, *, beta2: float, refresh: bool
-    ) -> Back:
-        """Return what multiplies a stack by c^(−1/4) from the right, and may overwrite it."""
+    ) -> tuple[Back, Back]:
+        """Return what multiplies a stack by c^(−1/2), and by c^(−1/4), from the right, and may
+        overwrite it."""
         lines, columns = means.lines, self._scale("columns", means)
-        return lambda X: lines.scale_(X, columns, rows=False)
+        half = columns.square()
+        return (
+            lambda X: lines.scale_(X, half, rows=False),
+            lambda X: lines.scale_(X, columns, rows=False),
+        )
 
     def _scale(self, name: str, means: Means) -> Tensor:
         """Return 1/√ρ of each row (column), in units of the harmonic mean of ρ."""
@@ -225,7 +230,7 @@ class Whitened(Factored):
 
     def _right(
         self, G: Tensor, state: Buffers, means: Means, *, beta2: float, refresh: bool
-    ) -> Back:
+    ) -> tuple[Back, Back]:
         matrices = self._matrices(G[0])
         if matrices is None:
             return super()._right(G, state, means, beta2=beta2, refresh=refresh)
@@ -244,7 +249,7 @@ class Whitened(Factored):
         none = diagonal.amax(-1, keepdim=True) == 0
         columns = matrices.seen(self._scale("columns", means))
         diagonal.copy_(torch.where(none, columns, diagonal))
-        return lambda X: matrices.times(X, root)
+        return lambda X: matrices.times(X, root @ root), lambda X: matrices.times(X, root)
 
     def _observe_products(
         self, C: Tensor, G: Tensor, means: Means, matrices: Matrices, live: Tensor, beta2: float

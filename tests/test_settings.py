@@ -236,7 +236,9 @@ def test_a_baselines_run_of_before_the_default_direction_changed_is_one_of_now()
         before, now = read(name, "nesterov"), read(name, Config().optim.direction)
         before.check()
         assert before == now and keep_choices(now, Path("runs/x"), {"config": nested(before)}) == []
-    with pytest.raises(ConfigError, match="optim.direction\n  got: 'soap'\n  allowed: 'factored' with optim.name = 'sgd'"):
+    with pytest.raises(
+        ConfigError, match="optim.direction\n  got: 'soap'\n  allowed: 'factored' with optim.name = 'sgd'"
+    ):
         read("sgd", "soap").check()
     assert read("dualized", "nesterov").optim.direction == "nesterov"
 

@@ -73,7 +73,7 @@ def test_there_and_back_is_the_duality_map_of_the_norm_in_those_coordinates(name
 
 @pytest.mark.parametrize("name", ["spectral", "Frobenius"])
 @pytest.mark.parametrize("direction", ["factored", "whitened"])
-def test_the_directions_way_is_symmetric_so_that_their_step_has_both_identities(direction: str, name: str):
+def test_the_directions_step_has_both_identities_with_the_whitened_average(direction: str, name: str):
     norm, rule = NORMS[name], DIRECTIONS[direction].on(NORMS[name], None)  # type: ignore[arg-type]
     state = {k: b[None] for k, b in rule.buffers(gaussian(6, 4)).items()}
     settings = {"live": torch.ones(1, 1, 1).double(), "beta": 0.9, "beta2": 0.8, "refresh": True}
@@ -84,8 +84,9 @@ def test_the_directions_way_is_symmetric_so_that_their_step_has_both_identities(
     ahead = 0.1 * G + 0.9 * state["momentum"]
     X, Y = gaussian(1, 6, 4, seed=11), gaussian(1, 6, 4, seed=12)
     assert abs(inner(X, back(Y.clone())) - inner(back(X.clone()), Y)) < SAME and inner(X, back(X.clone())) > 0
-    T = back(norm.dualize(D))
-    assert abs(inner(ahead, T) / norm.dual_norm(D).item() - 1) < SAME
+    whitened, T = back(ahead.clone()), back(norm.dualize(D))
+    assert torch.allclose(D, back(whitened.clone()), atol=SAME)
+    assert abs(inner(whitened, T) / norm.dual_norm(D).item() - 1) < SAME
 
 
 @pytest.mark.parametrize("name", ["rows", "head"])
@@ -129,6 +130,9 @@ def test_whitened_on_both_sides_and_not_carried_back_a_step_may_be_none_of_desce
     P = torch.tensor([1.0, 16.0], dtype=torch.float64).diag()
     assert inner(M, polar(P @ M @ P)) < -1
     assert inner(M, P @ polar(P @ M @ P) @ P) > 0, "carried back it is"
+    # So the directions' step is one of descent for the whitened average, and here not for the average itself.
+    N = torch.linalg.inv(P) @ M @ torch.linalg.inv(P)
+    assert inner(N, P @ polar(P @ P @ N @ P @ P) @ P) < 0
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -138,6 +142,7 @@ def test_whitened_on_one_side_alone_a_step_is_one_of_descent(seed: int):
     U, S, Vh = torch.linalg.svd(P @ M, full_matrices=False)
     expected = (S * (U.mT @ torch.linalg.inv(P) @ U).diagonal()).sum().item()
     assert abs(inner(M, U @ Vh) / expected - 1) < SAME and expected > 0
+    assert inner(M, P @ polar(P @ P @ M)) > 0, "whitened, there and back"
 
 
 # ---- averages off: one gradient, no momentum
@@ -167,16 +172,17 @@ def test_with_averages_off_there_and_back_is_no_old_optimizer():
 
 
 @pytest.mark.parametrize("shape", [(6,), (6, 1), (1, 6)])
-def test_with_averages_off_factored_is_sign_descent_of_vectors_and_of_matrices_of_one_line(shape: tuple[int, ...]):
-    """[OO]'s identity of Adam."""
+def test_with_averages_off_factored_dualizes_the_sign_of_vectors_and_of_matrices_of_one_line(shape: tuple[int, ...]):
+    """[OO]'s identity of Adam; of a matrix's line, carried back, sign(g) |g|^(−1/2)."""
     norm = VectorRMS() if len(shape) == 1 else EXACT
     rule, G = DIRECTIONS["factored"].on(norm, None), gaussian(1, *shape)  # type: ignore[arg-type]
     state = {k: b[None] for k, b in rule.buffers(G[0]).items()}
     live = torch.ones(1, *(1 for _ in shape), dtype=torch.float64)
     D, back = rule.whiten(G.clone(), state, live=live, beta=0.0, beta2=0.0, refresh=True)
-    T = norm.dualize(D)
-    T = T if back is None else back(T)
-    assert torch.allclose(T, T.abs().amax() * G.sign(), rtol=SAME)
+    assert torch.allclose(D, D.abs().amax() * G.sign(), rtol=SAME)
+    if back is not None:
+        T, expected = back(norm.dualize(D)), G.sign() * G.abs() ** -0.5
+        assert torch.allclose(T, T.abs().amax() / expected.abs().amax() * expected, rtol=SAME)
 
 
 # ---- averages on: Jensen's inequality
