@@ -123,7 +123,7 @@ def test_a_row_of_an_embeddings_adapter_is_a_token():
     B = model.base_model.model.model.embed_tokens.lora_embedding_B["default"]
     nn.init.normal_(A, generator=torch.Generator().manual_seed(0))
     nn.init.normal_(B, generator=torch.Generator().manual_seed(1))
-    optimizer = Dualized(model, 1.0)
+    optimizer = Dualized(model, 1.0, direction="nesterov")
     x, before = tokens(batch=1), A.detach().clone()
     seen = x[0, :-1]  # nothing is predicted from the last
     model(input_ids=x, labels=x).loss.backward()

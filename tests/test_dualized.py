@@ -121,7 +121,7 @@ def test_the_first_step_goes_against_the_gradient_by_lr_times_the_dual_norm():
     model = Net()
     loss_of(model).backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters()}  # type: ignore[union-attr]
-    optimizer = Dualized(model, 1e-3)
+    optimizer = Dualized(model, 1e-3, direction="nesterov")
     delta = take_step(model, optimizer)
     descent = torch.stack([(grads[n] * delta[n]).sum() for n in grads]).sum()
     assert torch.allclose(descent, 1e-3 * optimizer.norm.dual_norm(grads), rtol=1e-9)
@@ -325,7 +325,7 @@ def test_gradients_are_never_written():
 
 def test_clipping_scales_the_raw_gradients_and_never_the_step():
     model = Net()
-    optimizer = Dualized(model, 0.1, max_grad_norm=1e-3)
+    optimizer = Dualized(model, 0.1, max_grad_norm=1e-3, direction="nesterov")
     delta = take_step(model, optimizer)
     assert abs(optimizer.norm.norm(delta).item() / 0.1 - 1) < EXACT_STEP
     total = torch.stack([s["momentum"].norm() for s in optimizer.state.values()]).norm()
@@ -356,9 +356,36 @@ def test_clipping_survives_huge_gradients_and_belongs_to_its_group():
 
 def test_momentum_is_one_buffer_per_weight_and_nothing_else():
     model = Net()
-    optimizer = Dualized(model, 0.1)
+    optimizer = Dualized(model, 0.1, direction="nesterov")
     take_step(model, optimizer)
     assert all(list(s) == ["momentum"] and s["momentum"].shape == p.shape for p, s in optimizer.state.items())
+
+
+def test_by_default_there_are_one_buffer_per_weight_and_a_number_a_row_and_a_column():
+    model = Net()
+    optimizer = Dualized(model, 0.1)
+    take_step(model, optimizer)
+    assert optimizer.param_groups[0]["direction"] == "factored"
+    for name, p in model.named_parameters():
+        means = dict(optimizer.state[p])
+        assert means.pop("momentum").shape == p.shape
+        # Rows of an embedding and of a head have their full size whatever their mean squares are.
+        assert sum(b.numel() for b in means.values()) == sum(p.shape if name in ("up.weight", "down.weight") else p.shape[1:])
+
+
+def test_a_state_of_before_factored_was_the_default_loads_and_steps_as_it_did():
+    model = Net()
+    optimizer = Dualized(model, 0.1, direction="nesterov")
+    take_step(model, optimizer)
+    twin = copy.deepcopy(model)
+    other = Dualized(twin, 0.1)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for step in (1, 2):
+        take_step(model, optimizer, step)
+        take_step(twin, other, step)
+    assert other.param_groups[0]["direction"] == "nesterov"
+    assert all(list(state) == ["momentum"] for state in other.state.values())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 
 
 def test_state_loads_by_name_whatever_the_order():
@@ -406,7 +433,7 @@ def test_deepcopy_trains_on_alone():
 
 def test_torch_schedulers_hooks_and_closures_work():
     model = Net()
-    optimizer = Dualized(model, 0.2)
+    optimizer = Dualized(model, 0.2, direction="nesterov")
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5**s)
     seen = []
     optimizer.register_step_post_hook(lambda *_: seen.append(optimizer.param_groups[0]["lr"]))
@@ -478,7 +505,7 @@ def test_groups_may_differ_in_their_settings():
     model = Net(embed=L1ToLinf())
     named = dict(model.named_parameters())
     rest = [(n, p) for n, p in named.items() if n != "embed.weight"]
-    optimizer = Dualized(rest, 0.1, norm=metrize(model))
+    optimizer = Dualized(rest, 0.1, norm=metrize(model), direction="nesterov")
     optimizer.add_param_group({"params": [("embed.weight", named["embed.weight"])], "lr": 0.01, "beta": 0.0})
     delta = take_step(model, optimizer)
     assert L1ToLinf().norm(delta["embed.weight"]).item() == pytest.approx(
@@ -720,7 +747,7 @@ def test_state_is_at_most_half_of_adamws():
         return sum(t.nbytes for s in optimizer.state.values() for t in s.values())
 
     ours, theirs = Net(), Net()
-    dualized, adamw = Dualized(ours, 0.1), torch.optim.AdamW(theirs.parameters())
+    dualized, adamw = Dualized(ours, 0.1, direction="nesterov"), torch.optim.AdamW(theirs.parameters())
     take_step(ours, dualized)
     take_step(theirs, adamw)
     assert state_bytes(dualized) == sum(p.nbytes for p in ours.parameters()) <= state_bytes(adamw) / 2
@@ -875,7 +902,8 @@ def test_a_constant_gradient_grows_the_step_by_the_factor_whatever_the_decay():
     for decay in (0.0, 1.0):
         w = nn.Parameter(8 * RMSToRMS().init((16, 16), torch.Generator().manual_seed(0)).double())
         norm = ModularNorm({"w": RMSToRMS(Polar("exact"))}, {"w": 1.0})
-        optimizer = Dualized([("w", w)], EscapeVelocity(1e-6, factor=0.5), norm=norm, weight_decay=decay)
+        escape = EscapeVelocity(1e-6, factor=0.5)
+        optimizer = Dualized([("w", w)], escape, norm=norm, weight_decay=decay, direction="nesterov")
         for _ in range(12):
             w.grad = noise(1)
             optimizer.step()

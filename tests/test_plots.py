@@ -37,7 +37,7 @@ def run(model: GPT, make: Callable[[ModularNorm], torch_optim.Optimizer], steps:
 
 def test_the_rows_of_the_picture_are_kinds_and_then_layers():
     model = gpt(n_layer=12, zero_init=True)
-    records = [*run(model, lambda norm: Dualized(model, 0.1, norm=norm)), {"step": 6, "val_loss": 1.0}]
+    records = [*run(model, lambda norm: Dualized(model, 0.1, norm=norm, direction="nesterov")), {"step": 6, "val_loss": 1.0}]
     names, steps, values = grid(records, "step")
     assert steps == [1, 3, 5]
     assert len(names) == len(values) == 2 + 12 * 6
@@ -56,7 +56,10 @@ def test_the_rows_of_the_picture_are_kinds_and_then_layers():
     ]
 
 
-@pytest.mark.parametrize(("name", "rows"), [("Dualized", [14, 14, 14, 14, 12, 2]), ("AdamW", [14, 14, 14, 2])])
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("nesterov", [14, 14, 14, 14, 12, 2]), ("factored", [14, 14, 14, 14, 2]), ("AdamW", [14, 14, 14, 2])],
+)
 @pytest.mark.parametrize("steps", [1, 3])
 def test_the_picture_has_a_panel_for_each_quantity(
     name: str, rows: list[int], steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -68,10 +71,12 @@ def test_the_picture_has_a_panel_for_each_quantity(
         Axes, "imshow", lambda axes, values, **kw: shown.append(len(values)) or imshow(axes, values, **kw)
     )
     model = gpt()
-    make = {
-        "Dualized": lambda norm: Dualized(model, 0.1, norm=norm),
-        "AdamW": lambda norm: torch_optim.AdamW(model.named_parameters()),
-    }[name]
+
+    def make(norm: ModularNorm) -> torch_optim.Optimizer:
+        if name == "AdamW":
+            return torch_optim.AdamW(model.named_parameters())
+        return Dualized(model, 0.1, norm=norm, direction=name)
+
     plot_geometry(run(model, make, steps), tmp_path / "geometry.png", band=BAND)
     assert (tmp_path / "geometry.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "geometry.png").stat().st_size > 10_000
@@ -98,18 +103,29 @@ def test_steps_inside_the_band_have_the_colour_of_normal_and_others_have_not():
 
 def test_the_picture_of_a_geometry_says_what_is_normal_and_explains_its_colours(tmp_path: Path, figures: list[Figure]):
     model = gpt()
-    plot_geometry(run(model, lambda norm: Dualized(model, 0.1, norm=norm)), tmp_path / "geometry.png", band=BAND)
+    plain = run(model, lambda norm: Dualized(model, 0.1, norm=norm, direction="nesterov"))
+    plot_geometry(plain, tmp_path / "geometry.png", band=BAND)
     said = words(figures[0])
     assert "green is normal: 1, or 0.846 to 1.142 for matrices (polar schedule)" in said
     assert "up to 0.3 is normal" in said and "Grey: no step was taken" in said
     assert said.count("training step") == 6 and tmp_path.name in said
 
 
+def test_the_picture_of_steps_in_other_coordinates_calls_no_size_normal(tmp_path: Path, figures: list[Figure]):
+    model = gpt()
+    carried = run(model, lambda norm: Dualized(model, 0.1, norm=norm, direction="factored"))
+    plot_geometry(carried, tmp_path / "geometry.png", band=BAND)
+    said = words(figures[0])
+    assert "1 is as requested; matrices differ that step in other coordinates" in said and "is normal" not in said
+
+
 def test_nothing_of_a_picture_is_cut_off(tmp_path: Path, figures: list[Figure]):
     model = gpt(n_layer=6)
-    plot_geometry(run(model, lambda norm: Dualized(model, 0.1, norm=norm)), tmp_path / "geometry.png", band=BAND)
+    for direction in ("nesterov", "factored"):
+        records = run(model, lambda norm, d=direction: Dualized(model, 0.1, norm=norm, direction=d))
+        plot_geometry(records, tmp_path / "geometry.png", band=BAND)
     plot_losses(folder(tmp_path), {"gzip -9": 2.0, "xz -9e": 1.5}, bytes_per_token=1.0)  # type: ignore[arg-type]
-    assert len(figures) == 2
+    assert len(figures) == 3
     for figure in figures:
         check_nothing_is_cut_off(figure)
 

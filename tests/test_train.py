@@ -53,6 +53,15 @@ def whole(root: Path) -> Path:
     return root / "runs/whole"
 
 
+@pytest.fixture(scope="module")
+def plain(root: Path) -> Path:
+    """A run whose steps have a requested size in the norms themselves."""
+    options = ("--optim.direction", "nesterov", "--train.telemetry-every", "4")
+    code, _, err = run(root, "small.toml", "--run.name", "plain", *options)
+    assert code == 0, err
+    return root / "runs/plain"
+
+
 def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -144,7 +153,9 @@ def test_the_summary_has_its_fields_and_they_agree(whole: Path):
     )
     assert list(s) == expected.split()
     assert s["tokens"] == 12 * 8 * 16
-    assert s["optimizer_state_bytes"] == 4 * s["params"], "one fp32 buffer per weight"
+    model = {k: W for k, W in weights(whole).items() if k.startswith("model.")}
+    means = sum(sum(W.shape if "blocks" in k else W.shape[1:]) for k, W in model.items())
+    assert s["optimizer_state_bytes"] == 4 * (s["params"] + means), "fp32: one buffer per weight, rows and columns"
     assert s["tokens_per_second"] == pytest.approx(s["tokens"] / s["train_seconds"])
     assert (
         0 < s["optimizer_seconds"] < s["train_seconds"] < s["wall_seconds"]
@@ -166,11 +177,11 @@ def test_training_learns(whole: Path):
     assert found[-1] < found[0] - 0.5
 
 
-def test_achieved_steps_are_what_was_requested(whole: Path):
+def test_achieved_steps_are_what_was_requested(plain: Path):
     """‖ΔW‖ / (lr · radius), read from the weights: 1 for row-wise norms, within the schedule's band for the polar
     factor.
     """
-    measured = [r["geometry"]["step"] for r in records(whole) if "geometry" in r]
+    measured = [r["geometry"]["step"] for r in records(plain) if "geometry" in r]
     assert len(measured) == 4
     first, *later = measured
     assert first.pop("head.weight") == pytest.approx(1, abs=1e-4)
@@ -180,6 +191,13 @@ def test_achieved_steps_are_what_was_requested(whole: Path):
         for name, size in sizes.items():
             low, high = (0.846, 1.142) if "blocks" in name else (1, 1)
             assert low - 1e-3 <= size <= high + 1e-3, name
+
+
+def test_by_default_rows_and_vectors_step_as_requested_and_matrices_in_other_coordinates(whole: Path):
+    *_, last = (r["geometry"] for r in records(whole) if "geometry" in r)
+    assert "orthogonality" not in last
+    for name, size in last["step"].items():
+        assert "blocks" in name and size > 1.142 or size == pytest.approx(1, abs=1e-3), name
 
 
 def test_the_resolved_configuration_runs_again_to_the_same_weights(root: Path, whole: Path):
@@ -475,8 +493,8 @@ def test_a_run_goes_on_past_its_end_when_it_is_given_more_steps(root: Path, whol
     assert "steps = 15" in (root / "runs/longer/resumed_00000012_config.toml").read_text()
 
 
-def test_other_settings_of_a_resumed_run_take_effect_and_are_told(root: Path, whole: Path):
-    shutil.copytree(whole, root / "runs/changed")
+def test_other_settings_of_a_resumed_run_take_effect_and_are_told(root: Path, plain: Path):
+    shutil.copytree(plain, root / "runs/changed")
     args = (
         "--run.name",
         "changed",
@@ -500,6 +518,20 @@ def test_other_settings_of_a_resumed_run_take_effect_and_are_told(root: Path, wh
         assert line in out
     state = json.loads((root / "runs/changed/checkpoints/step_00000013/state.json").read_text())
     assert (state["param_groups"][0]["beta"], state["param_groups"][0]["direction"]) == (0.0, "momentum")
+
+
+def test_a_run_of_before_the_default_direction_changed_resumes_with_its_own(root: Path, plain: Path):
+    folder = shutil.copytree(plain, root / "runs/before")
+    options = ("--run.name", "before", "--run.resume", "--train.steps", "13")
+    code, _, err = run(root, "small.toml", *options)
+    assert code == 2
+    assert "optim.direction of a resumed run\n  got: 'factored'\n  allowed: 'nesterov'" in err
+    assert f"fix: resume with {Path('runs/before/config.toml')}" in err
+    code, _, err = run(root, "runs/before/config.toml", *options)
+    assert code == 0, err
+    (group,) = json.loads((folder / "checkpoints/step_00000013/state.json").read_text())["param_groups"]
+    assert group["direction"] == "nesterov"
+    assert {k.rpartition(".")[2] for k in weights(folder) if k.startswith("optimizer.")} == {"momentum"}
 
 
 def test_evaluating_newly_on_resume_makes_no_false_first_point(root: Path, whole: Path):

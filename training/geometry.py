@@ -171,8 +171,8 @@ def attention_logits(model: nn.Module, idx_BT: Tensor) -> dict[str, Tensor]:
 class Request:
     """A step as it was requested of the optimizer.
 
-    size: lr · radius. decay: the share of the weight that decays. polar: whether the step is `size`
-    times polar factors.
+    size: lr · radius. decay: the share of the weight that decays. polar: whether the step of a
+    spectral norm is `size` times polar factors.
     """
 
     size: float = 0.0
@@ -219,14 +219,15 @@ class Geometry:
         None stands for what is not defined or not finite, as 0/0. Sizes are within 1e-3.
 
         step: ‖ΔW‖ / (lr · radius), achieved over requested, of what the step did beside weight
-            decay, a constraint's retraction included. 0 is what did not move. Dualized and
-            Normalized only, as no other step has a requested size. A matrix that is dualized in
-            coordinates of its direction's own ("factored") has the requested size there.
+            decay, a constraint's retraction included. 0 is what did not move. A direction with
+            coordinates of its own ("factored") takes steps of the requested size there; carried
+            back, those of matrices were 1.6 to 3.8 times it, in 60 steps of a GPT of width 64.
+            Dualized and Normalized only, as no other step has a requested size.
         orthogonality: the residual of the polar factors P in that step, ΔW = lr · radius · scale ·
             P; see residual(). 0 is exact, a schedule whose band is [a, b] has at most max(1 − a²,
             b² − 1), and each direction that P lacks adds 1 to the mean of squares: rank r of m
             alone gives √(1 − r/m). Retractions and the rounding of 16-bit weights are in it.
-            Dualized with spectral norms and unit scale only, and no coordinates of the direction's.
+            Dualized with spectral norms, unit scale and steps that are not carried back only.
         weight_norm: ‖W‖ after the step. relative_step: the whole change, decay included, over that.
         grad_dual_norm: ‖g‖† of p.grad before the step, 0 where there is none; where gradients are
             local, of this rank's share of the batch.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,6 +122,8 @@ CAPTION = (
     " A column is a measured step. Each norm is that of the tensor's role (receipt.txt).\n"
     "Grey: no step was taken, there was no gradient, or the number was not finite."
 )
+# Where no step is known to be made of polar factors.
+FREE_STEPS = "1 is as requested; matrices differ that step in other coordinates, or by dual norms"
 MARGIN = 0.25  # of a ratio: so far outside the normal range its colour is full
 Grid = tuple[list[str], list[int], list[list[float]]]
 
@@ -153,8 +155,8 @@ def plot_geometry(
     """Draw heat maps, tensor × time, of the records that have "geometry"; none, if none has.
 
     There is a panel for each quantity; rows are ordered by kind of tensor and then by layer. band:
-    where the polar schedule leaves singular values, so that the steps of matrices are as much
-    larger or smaller than requested.
+    where the polar schedule leaves singular values, so that steps of matrices that are polar
+    factors are as much larger or smaller than requested.
     """
     from matplotlib.figure import Figure
 
@@ -162,6 +164,11 @@ def plot_geometry(
     shown = [(p, g) for p, g in grids if any(isfinite(x) for row in g[2] for x in row)]
     if not shown:
         return
+    if all(panel.quantity != "orthogonality" for panel, _ in shown):
+        shown = [
+            (replace(p, scale="linear", caption=FREE_STEPS) if p.quantity == "step" else p, g)
+            for p, g in shown
+        ]
     across = min(3, len(shown))
     down = -(-len(shown) // across)
     most_rows = max(len(names) for _, (names, _, _) in shown)
