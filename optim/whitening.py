@@ -3,7 +3,8 @@
 r, c: running means of G² over each row and over each column of a block; a block is a matrix of the
 norm: a head, an expert, a kernel position. R: the running mean of g gᵀ over the rows g of a block,
 whose diagonal is c. M̃: the average one step ahead, (1 − β) G + β M. The whitened average
-r^(−1/4) M̃ R^(−1/4) is dualized in the coordinates X = r^(1/4) W R^(1/4), and the step carried back:
+r^(−1/4) M̃ R^(−1/4) is dualized in the coordinates X = r^(1/4) W R^(1/4), and its step carried
+back:
 
     W ← W − lr · r^(−1/4) dualize( r^(−1/2) M̃ R^(−1/2) ) R^(−1/4)
 
@@ -69,17 +70,19 @@ class Means:
 
 @dataclass(frozen=True)
 class Factored(Direction):
-    """The average one step ahead in the coordinates r^(1/4) W c^(1/4), r and c as diagonal matrices.
+    """The whitened average with means over rows and columns: c, a diagonal matrix, stands for R.
 
-    r and c are kept as their roots, and are of the norm's blocks. Vectors and scalars are divided
-    by the root of the running mean of G² entry by entry, as by Adam, and then dualized to full
-    size. What a norm's dualize ignores is left out: all of it in sign descent; r where each row
-    gets its full size, so that the whole way to and back is M̃ c^(−1/2). Where rows are blocks, c is
-    of those with a gradient.
+    State: the momentum, and the roots ρ of r and of c in float32. Vectors and scalars keep the root
+    of the running mean of G² entry by entry: they are divided by it, as by Adam, and dualized to
+    full size, without a way back.
 
-    Of a root mean ρ, in units of the block's RMS, 1/ρ is taken as ρ / (ρ² + ε), with ε the spacing
-    of floats at 1: below √ε a gradient's entries are rounding. The way back is in units of the
-    harmonic means of ρ, so that a step has about the size that dualize gave it.
+    It leaves out what a norm's dualize ignores: everything in sign descent; r where each row gets
+    its full size. There M̃ c^(−1/2) is dualized, without a way back. Where rows are blocks, c is of
+    the rows that have a gradient.
+
+    1/ρ is ρ / (ρ² + ε u²), with u the block's RMS and ε the spacing of floats at 1: below √ε u a
+    gradient's entries are rounding. 1/√ρ is in units of ρ's harmonic mean, so that a step is about
+    as large as dualize made it.
     """
 
     gated = own_coordinates = True
@@ -197,13 +200,14 @@ class Factored(Direction):
 
 @dataclass(frozen=True)
 class Whitened(Factored):
-    """As Factored, with all of R where Factored has its diagonal c: r^(1/4) W R^(1/4).
+    """The whitened average with R itself.
 
-    That is where a block has at most as many columns as rows, and its rows lie along the first
-    dimension, or whole blocks do; other weights are as by Factored. It keeps R and R^(−1/4), which
-    is made anew on every refresh, by matrix products alone (polar.inverse_fourth_root).
+    R serves blocks that have at most as many columns as rows, if their rows lie along the first
+    dimension of a weight, or whole blocks do. Other weights are Factored's.
 
-    R is kept as C, with R = diag(γ) C diag(γ) and γ = √c, so that it knows no scale.
+    State beside Factored's, for each block, in float32: "factor", C of R = diag(γ) C diag(γ) with
+    γ = √c, so that it knows no scale; "root", R^(−1/4), made anew on every refresh by matrix
+    products alone (polar.inverse_fourth_root).
     """
 
     precise = (*Factored.precise, "factor", "root")
