@@ -149,8 +149,7 @@ class Factored(Direction):
     ) -> Means:
         """Let the roots of r and c see a gradient."""
         live = live.reshape(*(1,) * (G.ndim - live.ndim), *live.shape)
-        largest = lines.by_block(_largest, G).abs()
-        unit = torch.where(largest > 0, largest, 1)  # squares neither under- nor overflow
+        unit = _above_zero(lines.largest(G))  # squares neither under- nor overflow
         squares = (G / lines.spread_blocks(unit)).square_()
         roots, before = {}, {}
         for name in self._sides():
@@ -194,7 +193,7 @@ class Factored(Direction):
         if self._sums and not lines.is_here(rows=rows):
             sums = _sums_over_ranks(self._sums, *sums)
         known, total = (x.to(inverse) for x in sums)
-        unit = lines.spread_blocks(known / torch.where(total > 0, total, 1), rows=rows)
+        unit = lines.spread_blocks(known / _above_zero(total), rows=rows)
         return (inverse * unit).sqrt_()
 
 
@@ -244,8 +243,7 @@ class Whitened(Factored):
         live = matrices.seen(means.count).amax(-1, keepdim=True).to(G) > 0
         self._observe_products(C, G, means, matrices, live, beta2)
         if refresh:
-            largest = roots.amax(-1, keepdim=True)
-            sizes = roots / torch.where(largest > 0, largest, 1)  # products do not underflow
+            sizes = roots / _above_zero(roots.amax(-1, keepdim=True))  # products do not underflow
             Z = inverse_fourth_root(_scale_both_(C.clone(), sizes))
             root.lerp_(Z, live[..., None].to(Z))
         # A block whose first gradient came after the others' roots were made starts as Factored.
@@ -299,18 +297,17 @@ def _sums_over_ranks(total: Callable[[Tensor], Tensor], *parts: Tensor) -> list[
 
 
 def _block_rms(roots: dict[str, Tensor], lines: Lines) -> Tensor:
-    """Return the RMS u of each block, 1 where that is 0, from the root means of its lines: of
+    """Return the RMS u of each block, above 0, from the root means of its lines: of
     those that are here, if in part, which are the same on all ranks."""
     rows = not lines.is_here(rows=False)
     R = roots["rows" if rows else "columns"]
-    largest = lines.reduce(_largest, R, rows=not rows)
-    top = torch.where(largest > 0, largest, 1)
+    top = _above_zero(lines.reduce(torch.amax, R, rows=not rows))
     squares = (R / lines.spread_blocks(top, rows=rows)).square_()
     count = lines.count(R.new_ones((1,) * R.ndim), rows=not rows)
     u = top * (lines.reduce(torch.sum, squares, rows=not rows) / count).sqrt_()
-    return torch.where(u > 0, u, 1)
+    return _above_zero(u)
 
 
-def _largest(X: Tensor, *, dim: int, keepdim: bool = False) -> Tensor:
-    """Return max |X| over a dimension, without a copy of X."""
-    return X.amax(dim, keepdim).maximum(-X.amin(dim, keepdim))
+def _above_zero(x: Tensor) -> Tensor:
+    """Return numbers to divide by: of what is 0 then, the quotient is 0."""
+    return x.clamp(min=torch.finfo(x.dtype).tiny)
