@@ -122,9 +122,9 @@ class Lines:
             X = s.reduce(f, X, d)
         return X
 
-    def by_block(self, f: Callable[..., Tensor], X: Tensor) -> Tensor:
-        """Return f over each block, (n, blocks along each dimension)."""
-        return self.reduce(f, self.reduce(f, X, rows=True), rows=False)
+    def largest(self, X: Tensor) -> Tensor:
+        """Return max |X| of each block, (n, blocks along each dimension)."""
+        return self.reduce(torch.amax, self.reduce(_largest, X, rows=True).abs(), rows=False)
 
     def count(self, live: Tensor, *, rows: bool) -> Tensor:
         """Return how many live entries each row (column) has here, broadcastable to reduce().
@@ -212,6 +212,11 @@ class Matrices:
             for places, z in zip(self.segments.places, Z.unbind(-3), strict=True):
                 Y.index_copy_(-2, places, X.index_select(-2, places) @ z)
         return Y.movedim((-2, -1), (self.rows + 1, self.columns + 1))
+
+
+def _largest(X: Tensor, *, dim: int, keepdim: bool = False) -> Tensor:
+    """Return max |X| over a dimension, without a copy of X."""
+    return X.amax(dim, keepdim).maximum(-X.amin(dim, keepdim))
 
 
 def lines_of(axes: Axes, first: int, end: int, device: torch.device) -> Lines:

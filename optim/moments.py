@@ -13,7 +13,7 @@ from torch import Tensor
 from .norms import Norm
 
 Buffers = dict[str, Tensor]
-# Carries a stack from the coordinates of a weight to those in which it is dualized, and a step back.
+# Takes a stack to the coordinates in which it is dualized, or a step back from there.
 Back = Callable[[Tensor], Tensor]
 
 

@@ -308,8 +308,7 @@ QUINTIC = (
 
 
 def _root(A: Tensor, steps: Coefficients, *, inverse: bool = False) -> Tensor:
-    """Return A^(1/2), or A^(−1/2), of positive definite matrices whose largest eigenvalue is about 1
-    at most."""
+    """Return A^(1/2), or A^(−1/2), of positive definite matrices of norm 1 at most."""
     Y, Z = A, None
     for i, (a, b, c) in enumerate(steps, start=1):
         T = Y if Z is None else Z @ Y

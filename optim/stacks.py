@@ -219,7 +219,7 @@ class Stack:
         usual = self.clip is None and not self.origin and not isinstance(self.group["lr"], Tensor)
         if not usual or not self.by_rows or not self.direction.gated:
             return None
-        # What is of all rows, as means over columns, stays whole.
+        # Means over columns, and the like, are of all rows and stay whole.
         means = {k for k in self.direction.precise if k in self.buffers}
         means -= {k for k in means if self.buffers[k][0].ndim == W.ndim}
         tables = [W, g, *(b for k, (b,) in self.buffers.items() if k not in means)]

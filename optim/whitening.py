@@ -3,7 +3,8 @@
 r, c: running means of G² over each row and over each column of a block; a block is a matrix of the
 norm: a head, an expert, a kernel position. R: the running mean of g gᵀ over the rows g of a block,
 whose diagonal is c. M̃: the average one step ahead, (1 − β) G + β M. The whitened average
-r^(−1/4) M̃ R^(−1/4) is dualized in the coordinates X = r^(1/4) W R^(1/4), and the step carried back:
+r^(−1/4) M̃ R^(−1/4) is dualized in the coordinates X = r^(1/4) W R^(1/4), and its step carried
+back:
 
     W ← W − lr · r^(−1/4) dualize( r^(−1/2) M̃ R^(−1/2) ) R^(−1/4)
 
@@ -69,17 +70,19 @@ class Means:
 
 @dataclass(frozen=True)
 class Factored(Direction):
-    """The average one step ahead in the coordinates r^(1/4) W c^(1/4), r and c as diagonal matrices.
+    """The whitened average with means over rows and columns: c, a diagonal matrix, stands for R.
 
-    r and c are kept as their roots, and are of the norm's blocks. Vectors and scalars are divided
-    by the root of the running mean of G² entry by entry, as by Adam, and then dualized to full
-    size. What a norm's dualize ignores is left out: all of it in sign descent; r where each row
-    gets its full size, so that the whole way to and back is M̃ c^(−1/2). Where rows are blocks, c is
-    of those with a gradient.
+    State: the momentum, and the roots ρ of r and of c in float32. Vectors and scalars keep the root
+    of the running mean of G² entry by entry: they are divided by it, as by Adam, and dualized to
+    full size, without a way back.
 
-    Of a root mean ρ, in units of the block's RMS, 1/ρ is taken as ρ / (ρ² + ε), with ε the spacing
-    of floats at 1: below √ε a gradient's entries are rounding. The way back is in units of the
-    harmonic means of ρ, so that a step has about the size that dualize gave it.
+    It leaves out what a norm's dualize ignores: everything in sign descent; r where each row gets
+    its full size. There M̃ c^(−1/2) is dualized, without a way back. Where rows are blocks, c is of
+    the rows that have a gradient.
+
+    1/ρ is ρ / (ρ² + ε u²), with u the block's RMS and ε the spacing of floats at 1: below √ε u a
+    gradient's entries are rounding. 1/√ρ is in units of ρ's harmonic mean, so that a step is about
+    as large as dualize made it.
     """
 
     gated = own_coordinates = True
@@ -146,8 +149,7 @@ class Factored(Direction):
     ) -> Means:
         """Let the roots of r and c see a gradient."""
         live = live.reshape(*(1,) * (G.ndim - live.ndim), *live.shape)
-        largest = lines.by_block(_largest, G).abs()
-        unit = torch.where(largest > 0, largest, 1)  # squares neither under- nor overflow
+        unit = _above_zero(lines.largest(G))  # squares neither under- nor overflow
         squares = (G / lines.spread_blocks(unit)).square_()
         roots, before = {}, {}
         for name in self._sides():
@@ -191,19 +193,20 @@ class Factored(Direction):
         if self._sums and not lines.is_here(rows=rows):
             sums = _sums_over_ranks(self._sums, *sums)
         known, total = (x.to(inverse) for x in sums)
-        unit = lines.spread_blocks(known / torch.where(total > 0, total, 1), rows=rows)
+        unit = lines.spread_blocks(known / _above_zero(total), rows=rows)
         return (inverse * unit).sqrt_()
 
 
 @dataclass(frozen=True)
 class Whitened(Factored):
-    """As Factored, with all of R where Factored has its diagonal c: r^(1/4) W R^(1/4).
+    """The whitened average with R itself.
 
-    That is where a block has at most as many columns as rows, and its rows lie along the first
-    dimension, or whole blocks do; other weights are as by Factored. It keeps R and R^(−1/4), which
-    is made anew on every refresh, by matrix products alone (polar.inverse_fourth_root).
+    R serves blocks that have at most as many columns as rows, if their rows lie along the first
+    dimension of a weight, or whole blocks do. Other weights are Factored's.
 
-    R is kept as C, with R = diag(γ) C diag(γ) and γ = √c, so that it knows no scale.
+    State beside Factored's, for each block, in float32: "factor", C of R = diag(γ) C diag(γ) with
+    γ = √c, so that it knows no scale; "root", R^(−1/4), made anew on every refresh by matrix
+    products alone (polar.inverse_fourth_root).
     """
 
     precise = (*Factored.precise, "factor", "root")
@@ -240,8 +243,7 @@ class Whitened(Factored):
         live = matrices.seen(means.count).amax(-1, keepdim=True).to(G) > 0
         self._observe_products(C, G, means, matrices, live, beta2)
         if refresh:
-            largest = roots.amax(-1, keepdim=True)
-            sizes = roots / torch.where(largest > 0, largest, 1)  # products do not underflow
+            sizes = roots / _above_zero(roots.amax(-1, keepdim=True))  # products do not underflow
             Z = inverse_fourth_root(_scale_both_(C.clone(), sizes))
             root.lerp_(Z, live[..., None].to(Z))
         # A block whose first gradient came after the others' roots were made starts as Factored.
@@ -295,18 +297,17 @@ def _sums_over_ranks(total: Callable[[Tensor], Tensor], *parts: Tensor) -> list[
 
 
 def _block_rms(roots: dict[str, Tensor], lines: Lines) -> Tensor:
-    """Return the RMS u of each block, 1 where that is 0, from the root means of its lines: of
+    """Return the RMS u of each block, above 0, from the root means of its lines: of
     those that are here, if in part, which are the same on all ranks."""
     rows = not lines.is_here(rows=False)
     R = roots["rows" if rows else "columns"]
-    largest = lines.reduce(_largest, R, rows=not rows)
-    top = torch.where(largest > 0, largest, 1)
+    top = _above_zero(lines.reduce(torch.amax, R, rows=not rows))
     squares = (R / lines.spread_blocks(top, rows=rows)).square_()
     count = lines.count(R.new_ones((1,) * R.ndim), rows=not rows)
     u = top * (lines.reduce(torch.sum, squares, rows=not rows) / count).sqrt_()
-    return torch.where(u > 0, u, 1)
+    return _above_zero(u)
 
 
-def _largest(X: Tensor, *, dim: int, keepdim: bool = False) -> Tensor:
-    """Return max |X| over a dimension, without a copy of X."""
-    return X.amax(dim, keepdim).maximum(-X.amin(dim, keepdim))
+def _above_zero(x: Tensor) -> Tensor:
+    """Return numbers to divide by: of what is 0 then, the quotient is 0."""
+    return x.clamp(min=torch.finfo(x.dtype).tiny)

@@ -9,15 +9,13 @@ noise by noise nor let an eigensolver's choice of basis be seen.
 import math
 import os
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from optim import Dualized, ModularNorm
 from optim.directions import DIRECTIONS
-from optim.norms import Frobenius, L1ToRMS, MaxEntry, MeanToLinf, Norm, RMSToLinf, RMSToRMS, VectorRMS
+from optim.norms import RMSToRMS
 from optim.polar import Polar
-from optim.views import Blocks, ConvRMSToRMS, Experts, Flattened, ScionConv, Transposed, View
 from torch import Tensor, nn
 
 PERTURBATION = 1e-15  # of ‖G‖_F: some five roundings of every entry

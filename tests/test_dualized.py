@@ -370,7 +370,9 @@ def test_by_default_there_are_one_buffer_per_weight_and_a_number_a_row_and_a_col
         means = dict(optimizer.state[p])
         assert means.pop("momentum").shape == p.shape
         # Rows of an embedding and of a head have their full size whatever their mean squares are.
-        assert sum(b.numel() for b in means.values()) == sum(p.shape if name in ("up.weight", "down.weight") else p.shape[1:])
+        assert sum(b.numel() for b in means.values()) == sum(
+            p.shape if name in ("up.weight", "down.weight") else p.shape[1:]
+        )
 
 
 def test_a_state_of_before_factored_was_the_default_loads_and_steps_as_it_did():

@@ -33,8 +33,8 @@ VERBS = set(
     """
     Add Adopt Append Average Begin Bring Build Chart Check Choose Clear Compare Copy Count Decide Declare Do Draw
     Drop Dualize End Estimate Find Fit Give Hold Interpolate Iterate Join Judge Keep Label Leave Let List Load Lock
-    Make Measure Note Open Prepare Print Publish Raise Read Refuse Remove Rename Report Return Run Save Seed Set
-    Shard Split Start Step Surround Sweep Take Tell Terminate Time Train Try Validate Wait Watch Write Yield Zero
+    Make Measure Multiply Note Open Prepare Print Publish Raise Read Refuse Remove Rename Report Return Run Save Seed
+    Set Shard Split Start Step Surround Sweep Take Tell Terminate Time Train Try Validate Wait Watch Write Yield Zero
     """.split()  # noqa: SIM905
 )
 # No docstring and no comment begins with these: what follows is seldom a sentence. A verb or a noun begins it.

@@ -69,6 +69,8 @@ ORDER = (
         "axes",
         "norms",
         "views",
+        "moments",
+        "whitening",
         "directions",
         "settings",
         "schedules",
@@ -98,7 +100,10 @@ ORDER = (
     *("state", "normalized", "dualized", "baselines", "convert", "curvature", "__init__"),
 )
 # Arithmetic, state and communication live apart: what a file may import at most.
-ARITHMETIC = {"polar", "axes", "norms", "views", "directions", "update", "schedules", "settings", "errors", "plugins"}
+ARITHMETIC = {
+    *("polar", "axes", "norms", "views", "moments", "whitening", "directions"),
+    *("update", "schedules", "settings", "errors", "plugins"),
+}
 COMMUNICATION = {"ranks", "placement", "replicas", "errors"}
 
 # Private names of Python and of torch that we use, for want of public ones.
@@ -210,7 +215,7 @@ def test_a_file_of_optim_imports_only_those_before_it(path: Path):
 @pytest.mark.parametrize(
     ("name", "allowed"),
     [
-        *((n, ARITHMETIC) for n in ("update", "axes", "norms", "views", "directions", "polar")),
+        *((n, ARITHMETIC) for n in ("update", "axes", "norms", "views", "moments", "whitening", "directions", "polar")),
         *((n, COMMUNICATION) for n in ("ranks", "placement", "replicas")),
     ],
 )
@@ -218,7 +223,9 @@ def test_arithmetic_knows_no_ranks_and_ranks_no_norms(name: str, allowed: set[st
     assert own_imports(ROOT / f"optim/{name}.py") <= allowed
 
 
-@pytest.mark.parametrize("name", ["update", "axes", "norms", "views", "directions", "polar", "settings"])
+@pytest.mark.parametrize(
+    "name", ["update", "axes", "norms", "views", "moments", "whitening", "directions", "polar", "settings"]
+)
 def test_arithmetic_has_no_optimizer_and_no_state_dict(name: str):
     nodes = list(ast.walk(tree(ROOT / f"optim/{name}.py")))
     names = {n.attr for n in nodes if isinstance(n, ast.Attribute)} | {n.id for n in nodes if isinstance(n, ast.Name)}

@@ -37,7 +37,10 @@ def run(model: GPT, make: Callable[[ModularNorm], torch_optim.Optimizer], steps:
 
 def test_the_rows_of_the_picture_are_kinds_and_then_layers():
     model = gpt(n_layer=12, zero_init=True)
-    records = [*run(model, lambda norm: Dualized(model, 0.1, norm=norm, direction="nesterov")), {"step": 6, "val_loss": 1.0}]
+    records = [
+        *run(model, lambda norm: Dualized(model, 0.1, norm=norm, direction="nesterov")),
+        {"step": 6, "val_loss": 1.0},
+    ]
     names, steps, values = grid(records, "step")
     assert steps == [1, 3, 5]
     assert len(names) == len(values) == 2 + 12 * 6

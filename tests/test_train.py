@@ -197,7 +197,7 @@ def test_by_default_rows_and_vectors_step_as_requested_and_matrices_in_other_coo
     *_, last = (r["geometry"] for r in records(whole) if "geometry" in r)
     assert "orthogonality" not in last
     for name, size in last["step"].items():
-        assert "blocks" in name and size > 1.142 or size == pytest.approx(1, abs=1e-3), name
+        assert ("blocks" in name and size > 1.142) or size == pytest.approx(1, abs=1e-3), name
 
 
 def test_the_resolved_configuration_runs_again_to_the_same_weights(root: Path, whole: Path):

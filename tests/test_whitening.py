@@ -6,6 +6,7 @@ at once, and an eigendecomposition for the fourth root.
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,7 @@ def test_the_root_is_made_anew_on_a_refresh_and_stays_until_the_next():
         factors.append(buffers(optimizer)["factor"].clone())
     assert torch.equal(roots[0], roots[1]) and torch.equal(roots[1], roots[2])
     assert not torch.allclose(roots[2], roots[3], rtol=0.01)
-    assert all(not torch.equal(a, b) for a, b in zip(factors, factors[1:], strict=False))
+    assert all(not torch.equal(a, b) for a, b in pairwise(factors))
 
 
 def test_a_block_whose_first_gradient_is_late_starts_as_factored_until_the_next_refresh():

@@ -29,9 +29,9 @@ class Step:
     """The demands of an optimizer on each GPU in one step, beside the model: (w,) FLOPs and bytes.
 
     whole: of the FLOPs, those for weights that cannot be split. products: those of a direction's
-    matrix products and roots. stepped: of the weights in memory, those that this GPU steps. buffers: of communication, at most at a time. exchanges: (sent,
-    received) of each all-to-all. rings: (bytes that each GPU sends, bytes a second) of each ring
-    collective.
+    matrix products and roots. stepped: of the weights in memory, those that this GPU steps.
+    buffers: of communication, at most at a time. exchanges: (sent, received) of each all-to-all.
+    rings: (bytes that each GPU sends, bytes a second) of each ring collective.
     """
 
     whole: Tensor
