@@ -27,7 +27,8 @@ def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def group(**settings: Any) -> dict[str, Any]:
-    return defaults_of(StepSettings) | settings
+    """Settings of a step in the norm itself, and these."""
+    return defaults_of(StepSettings) | {"direction": "nesterov"} | settings
 
 
 def polar(G: torch.Tensor) -> torch.Tensor:
