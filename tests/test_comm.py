@@ -1149,7 +1149,7 @@ def test_what_is_not_supported_is_refused_when_built():
         "two meshes": "PlacementError: sharded weights\n  got: 2 meshes\n  allowed: one for all weights\n  fix: pass the same mesh to every fully_shard",
         "a part": 'PlacementError: grads="local" beside sharded weights\n  got: a mesh of 1 in a world of 2\n  allowed: a mesh of all ranks\n'
         '  fix: grads="reduced", which sharded gradients are anyway',
-        "soap": "PlacementError: w0\n  got: the direction 'soap' of a sharded weight\n  allowed: momentum, nesterov, adam, lion, factored, which need no whole weight\n"
+        "soap": "PlacementError: w0\n  got: the direction 'soap' of a sharded weight\n  allowed: momentum, nesterov, adam, lion, factored, whitened, which need no whole weight\n"
         '  fix: one of them, or replicas (grads="local"), whose owners have whole weights',
         "later": "PlacementError: v\n  got: a mesh that no weight before it has\n  allowed: one mesh\n  fix: build Dualized with sharded weights",
         "ddp": 'PlacementError: Dualized(DistributedDataParallel(…), grads="local")\n  got: gradients that DDP has reduced already\n'
