@@ -51,7 +51,8 @@ class Dualized(torch.optim.Optimizer):
     """Steepest descent under a modular norm.
 
     model_or_named_parameters: a module (see metrize), or (name, parameter) pairs with `norm`.
-    lr: modular norm of one step, before decay; 0 makes step() an exact no-op. A tensor is allowed.
+    lr: modular norm of one step, before decay, in the coordinates of the direction; 0 makes step()
+    an exact no-op. A tensor is allowed.
     "auto", or an EscapeVelocity, finds it, in runs of 500 steps or more: the groups' lr is then a
     multiplier, 1 at first, for schedules; one more copy of the weights is kept; 16-bit weights need
     master_weights for it.

@@ -138,8 +138,9 @@ class EscapeVelocity:
 
     ‖g‖† is the modular dual norm of the whole network. g: the fresh gradient, not the direction,
     which correlates with its own past steps, whatever they were worth. w₀: the weights at the first
-    step. While the gradient keeps its direction η grows by 1 + factor a step; by Hölder η is at
-    most max(initial, factor · ‖w₀ − w‖). With the largest-entry norm, factor 1 and no momentum this
+    step. While the gradient keeps its direction η grows by 1 + factor a step, or about that where
+    steps are dualized in coordinates of the direction's own; by Hölder η is at most max(initial,
+    factor · ‖w₀ − w‖). With the largest-entry norm, factor 1 and no momentum this
     is Prodigy's rule without averages (Mishchenko, Defazio, arXiv 2306.06101; Bernstein, Newhouse,
     arXiv 2409.20325).
 

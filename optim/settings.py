@@ -78,23 +78,24 @@ class StepSettings:
     """How Dualized steps a group of parameters. Groups may differ in all but lr = "auto"."""
 
     lr: Annotated[float | Literal["auto"], Range(0)] = 1.0
-    """Modular norm of one step, at the top of the schedule and before decay. "auto" finds it while
-    training (EscapeVelocity): a group's lr is then a multiplier of it. It is for runs of 500 steps
-    or more: after 50 steps three of seven small models stood at 0.1. Baselines: their own lr."""
+    """Modular norm of one step, at the top of the schedule and before decay, in the coordinates of
+    the direction. "auto" finds it while training (EscapeVelocity): a group's lr is then a
+    multiplier of it. It is for runs of 500 steps or more: after 50 steps three of seven small
+    models stood at 0.1. Baselines: their own lr."""
 
     direction: Annotated[str, OneOf(DIRECTIONS), BY_ROLE, BUFFERS] = "factored"
-    """The direction that is dualized, by name (optim/directions.py, optim/whitening.py). "factored"
-    divides the average gradient by the root mean squares of its rows and columns, which takes one
-    buffer a weight. "nesterov" is that average alone, one step ahead, as Muon's."""
+    """The direction that is dualized, by name (optim/directions.py, optim/whitening.py).
+    "nesterov" is the average gradient, one step ahead. "factored" has it in coordinates in which
+    rows and columns of gradients have equal mean squares, and keeps one buffer a weight."""
 
     beta: Annotated[float, Range(0, 1), BY_ROLE] = 0.95
     """Decay of the average of gradients, their momentum: 0.95 remembers about 20 steps."""
 
     beta2: Annotated[float, Range(0, 1), BY_ROLE] = 0.99
-    """Decay of the average of squares in adam, soap and factored, and of lion's average."""
+    """Decay of the average of squares in adam, soap, factored and whitened; of lion's average."""
 
     refresh_every: Annotated[int, Range(1)] = 10
-    """Steps between two of soap's eigenbases."""
+    """Steps between two of soap's eigenbases, and of whitened's roots."""
 
     weight_decay: Annotated[float, Range(0), BY_ROLE] = 0.0
     """Decoupled and scaled by the radius: every weight tends to norm 1/weight_decay at most."""

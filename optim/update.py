@@ -2,6 +2,9 @@
 
     W ← retract( W − lr · radius · ( dualize(direction) + weight_decay · W ) )
 
+The default direction, "factored", has coordinates of its own for matrices: dualize acts there, and
+what it returns is carried back (whitening.py). Then lr is the norm of the step in these.
+
 A stack is n weights of one shape, norm and group, which one batched call steps. step_() knows no
 ranks, no state dict and no torch.optim: Dualized gathers stacks (clipped gradients, float32
 masters), calls it, and scatters what changed (stacks.py). Of 12 layers the queries, keys, values
@@ -11,8 +14,8 @@ and output projections of attention are one stack:
     G         (48, 768, 768)                    their gradients
     live      (48, 1, 1), or finer, of bools    which blocks have a gradient; no other block moves
     radii     (48, 1, 1)                        the size of each weight's step at lr 1
-    state     {"momentum": (48, 768, 768)}      the direction's memory, changed in place
-    group     {"direction": "nesterov", …}      settings, as optim/settings.py declares them
+    state     {"momentum": (48, 768, 768), …}   the direction's memory, changed in place
+    group     {"direction": "factored", …}      settings, as optim/settings.py declares them
     lr        a number, or a tensor ()          the modular norm of this step, at scale "unit"
 
 A name that ends in _ changes its arguments. Sources: [MD] Bernstein, Newhouse, arXiv 2410.21265;

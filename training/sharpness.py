@@ -62,7 +62,8 @@ class Sharpness:
             climbs of at most 10 products.
         smoothness_bound: σα + τ, where the norm's tree declares it.
         curvature_along, dual_norm, stable_lr: along d = dualize(g); stable_lr is the largest lr at
-            which a step without momentum does not overshoot.
+            which a step along d does not overshoot. With "momentum" and beta 0 that is the step;
+            "factored" takes another one.
         """
         model, training = self.model, self.model.training
         model.eval()
