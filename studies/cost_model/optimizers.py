@@ -48,8 +48,8 @@ class Weight:
     """The cost of one weight.
 
     key: of its stack. whole: FLOPs that need all of it. split: FLOPs by rows or entries. products:
-    of these, a direction's matrix products. roots: FLOPs of its inverse roots, on every rank with
-    rows, on average over steps. state: bytes, by rows. common: bytes of state that every rank with
+    of these, a direction's matrix products. roots: FLOPs of its roots, on every rank with rows,
+    on average over steps. state: bytes, by rows. common: bytes of state that every rank with
     rows has. summed: bytes that are summed over the ranks that have rows, where these are apart.
     """
 
@@ -121,23 +121,31 @@ def weights_of(case: Case, optimizer: str, polar: Polar | None = None) -> tuple[
 
 def direction_costs(p: Tensor, norm: Norm, group: Group) -> tuple[int, int, float]:
     """Return the bytes that a direction sums over ranks if these have rows of a weight each, the
-    FLOPs of its matrix products, and those of its inverse roots on average over steps."""
+    FLOPs of its matrix products by rows, and those of its roots on average over steps."""
+    whole, nothing = (direction_products(p, norm, group, n, refresh=False) for n in (len(p), 0))
+    summed, roots = direction_products(p, norm, group, 0, refresh=True)
+    every = group["refresh_every"]
+    return summed, whole[1] - nothing[1], nothing[1] + (roots - nothing[1]) / every
+
+
+def direction_products(
+    p: Tensor, norm: Norm, group: Group, rows: int, *, refresh: bool
+) -> tuple[int, int]:
+    """Return (bytes summed over ranks, FLOPs of products) of a direction where a rank has so many
+    rows of a weight."""
     sizes: list[int] = []
 
     def total(x: Tensor) -> Tensor:
         sizes.append(x.nbytes)
         return x
 
-    rows, products = Rows(tuple(p.shape), total=total), []
-    for refresh in (False, True):
-        G = torch.empty(1, *p.shape, device="meta")
-        own = DIRECTIONS[group["direction"]].on(norm, rows).buffers(G[0])
-        state = {k: b[None] for k, b in own.items()}
-        settings = {"norm": norm, "live": norm.live(G), "refresh": refresh, "rows": rows}
-        with FlopCounterMode(display=False) as flops:
-            D, back = direction_(G, state, group, **settings)
-            if back is not None:
-                back(D)
-        products.append(flops.get_total_flops())
-    roots = (products[1] - products[0]) / group["refresh_every"]
-    return sum(sizes) // 2, products[0], roots
+    part = Rows(tuple(p.shape), total=total)
+    G = torch.empty(1, rows, *p.shape[1:], device="meta")
+    own = DIRECTIONS[group["direction"]].on(norm, part).buffers(G[0])
+    state = {k: b[None] for k, b in own.items()}
+    live = torch.ones(1, *(1,) * p.ndim, dtype=torch.bool, device="meta")
+    with FlopCounterMode(display=False) as flops:
+        D, back = direction_(G, state, group, norm=norm, live=live, refresh=refresh, rows=part)
+        if back is not None:
+            back(D)
+    return sum(sizes), flops.get_total_flops()
