@@ -5,6 +5,7 @@ weight.
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from optim.norms import Norm
 from optim.placement import OneProcess
 from optim.polar import Polar
 from optim.ranks import Ranks
-from optim.update import Group, direction_
+from optim.update import direction_
 from training.config import OptimConfig
 
 from .cases import Case
@@ -105,9 +106,11 @@ def weights_of(case: Case, optimizer: str, polar: Polar | None = None) -> tuple[
         norm, buffers = planned.norm.norms[name], planned.state[p].values()
         state = sum(b.nbytes for b in buffers if b.ndim == p.ndim)
         common = sum(b.nbytes for b in buffers if b.ndim != p.ndim)
-        summed, products, roots = direction_costs(p, norm, planned.param_groups[0])
+        group = planned.param_groups[0]
+        costs = group["direction"], group["refresh_every"], norm, tuple(p.shape), p.dtype
+        summed, products, roots = direction_costs(*costs)
         whole, split = (0, int(flops)) if by_rows else (int(flops), 0)
-        more = DIRECTION_FLOPS.get(planned.param_groups[0]["direction"], 0)
+        more = DIRECTION_FLOPS.get(group["direction"], 0)
         split += (MOMENTUM_FLOPS + more) * p.numel() + products
         key = (norm, p.shape, p.dtype)
         weight = Weight(p, key, by_rows, whole, split, state, common, summed, products, roots)
@@ -119,17 +122,21 @@ def weights_of(case: Case, optimizer: str, polar: Polar | None = None) -> tuple[
     return model, weights
 
 
-def direction_costs(p: Tensor, norm: Norm, group: Group) -> tuple[int, int, float]:
+@cache
+def direction_costs(
+    direction: str, refresh_every: int, norm: Norm, shape: tuple[int, ...], dtype: torch.dtype
+) -> tuple[int, int, float]:
     """Return the bytes that a direction sums over ranks if these have rows of a weight each, the
     FLOPs of its matrix products by rows, and those of its roots on average over steps."""
-    whole, nothing = (direction_products(p, norm, group, n, refresh=False) for n in (len(p), 0))
-    summed, roots = direction_products(p, norm, group, 0, refresh=True)
-    every = group["refresh_every"]
-    return summed, whole[1] - nothing[1], nothing[1] + (roots - nothing[1]) / every
+    p = torch.empty(shape, dtype=dtype, device="meta")
+    whole, nothing = (direction_products(direction, p, norm, n, refresh=False) for n in (len(p), 0))
+    summed, roots = direction_products(direction, p, norm, 0, refresh=True)
+    own = nothing[1] + (roots - nothing[1]) / refresh_every
+    return summed, whole[1] - nothing[1], own
 
 
 def direction_products(
-    p: Tensor, norm: Norm, group: Group, rows: int, *, refresh: bool
+    direction: str, p: Tensor, norm: Norm, rows: int, *, refresh: bool
 ) -> tuple[int, int]:
     """Return (bytes summed over ranks, FLOPs of products) of a direction where a rank has so many
     rows of a weight."""
@@ -141,9 +148,10 @@ def direction_products(
 
     part = Rows(tuple(p.shape), total=total)
     G = torch.empty(1, rows, *p.shape[1:], device="meta")
-    own = DIRECTIONS[group["direction"]].on(norm, part).buffers(G[0])
+    own = DIRECTIONS[direction].on(norm, part).buffers(G[0])
     state = {k: b[None] for k, b in own.items()}
     live = torch.ones(1, *(1,) * p.ndim, dtype=torch.bool, device="meta")
+    group = {"direction": direction, "beta": 0.9, "beta2": 0.9}  # whose values cost nothing
     with FlopCounterMode(display=False) as flops:
         D, back = direction_(G, state, group, norm=norm, live=live, refresh=refresh, rows=part)
         if back is not None:
