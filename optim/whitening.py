@@ -57,14 +57,14 @@ def _new_lines(
 class Means:
     """Root means of squares over rows and columns, after they saw a gradient.
 
-    roots: {"rows" or "columns": ρ (n, *lines.shape())}; inverses: 1/ρ; before: ρ before it. count:
-    of live entries that each column had.
+    roots: {"rows" or "columns": ρ (n, *lines.shape())}; inverses: 1/ρ. before: ρ of the columns
+    before it; count: of live entries that each column had.
     """
 
     lines: Lines
     roots: dict[str, Tensor]
     inverses: dict[str, Tensor]
-    before: dict[str, Tensor]
+    before: Tensor
     count: Tensor
 
 
@@ -151,7 +151,7 @@ class Factored(Direction):
         live = live.reshape(*(1,) * (G.ndim - live.ndim), *live.shape)
         unit = _above_zero(lines.largest(G))  # squares neither under- nor overflow
         squares = (G / lines.spread_blocks(unit)).square_()
-        roots, before = {}, {}
+        roots, before = {}, state["columns"].clone()
         for name in self._sides():
             rows = name == "rows"
             total = lines.reduce(torch.sum, squares, rows=rows)
@@ -165,8 +165,8 @@ class Factored(Direction):
                 (total, count), units = _sums_over_ranks(self._sums, *parts), 1
             fresh = ((total / count.clamp(min=1)).sqrt() * units).to(G)
             R = state[name].view(total.shape)
-            before[name] = R.clone()
             roots[name] = rms_(R, fresh, (count > 0).to(G), beta2)
+        before = before.view_as(roots["columns"])
         return Means(lines, roots, _inverses(roots, lines), before, count)
 
     @property
@@ -263,7 +263,7 @@ class Whitened(Factored):
             fresh = self._sums(fresh)
         count = matrices.seen(means.count.to(G)).amax(-1)[..., None, None]
         # √β₂ ρ_before / ρ, at most 1.
-        kept = matrices.seen(beta2**0.5 * means.before["columns"] * inverse)
+        kept = matrices.seen(beta2**0.5 * means.before * inverse)
         _scale_both_(C, torch.where(live, kept, 1))
         C.add_(fresh.div_(count.clamp(min=1)), alpha=1 - beta2)
 
