@@ -179,16 +179,23 @@ class Matrices:
     """Blocks as matrices. rows, columns: the dimensions of a weight along which these lie.
 
     A stack (n, *shape) is seen as (n, *others, rows, columns), where others are the dimensions
-    along which whole blocks lie; k: blocks along the rows.
+    along which whole blocks lie; k: blocks along the rows. runs: of columns that follow each other,
+    into which those of a block are split; where there are several, each is a matrix of its own, and
+    they are the last of the others.
     """
 
     rows: int
     columns: int
     segments: Segments
+    runs: int = 1
 
     def seen(self, X: Tensor) -> Tensor:
         """Return a stack, or numbers of its columns, as (n, *others, rows, columns)."""
-        return X.movedim((self.rows + 1, self.columns + 1), (-2, -1))
+        X = X.movedim((self.rows + 1, self.columns + 1), (-2, -1))
+        if self.runs == 1:
+            return X
+        runs = min(self.runs, X.shape[-1])  # 1 where all columns have the same number
+        return X.unflatten(-1, (runs, X.shape[-1] // runs)).movedim(-2, -3)
 
     def gram(self, X: Tensor) -> Tensor:
         """Return XᵀX of each block, (n, *others, k, columns, columns)."""
@@ -211,6 +218,7 @@ class Matrices:
             Y = torch.empty_like(X)
             for places, z in zip(self.segments.places, Z.unbind(-3), strict=True):
                 Y.index_copy_(-2, places, X.index_select(-2, places) @ z)
+        Y = Y if self.runs == 1 else Y.movedim(-3, -2).flatten(-2)
         return Y.movedim((-2, -1), (self.rows + 1, self.columns + 1))
 
 

@@ -15,6 +15,7 @@ which is its steepest descent in the norm of X (docs/theory.md §3). Sources: Sh
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -77,8 +78,8 @@ class Factored(Direction):
     full size, without a way back.
 
     It leaves out what a norm's dualize ignores: everything in sign descent; r where each row gets
-    its full size. There M̃ c^(−1/2) is dualized, without a way back. Where rows are blocks, c is of
-    the rows that have a gradient.
+    its full size. There that comes after the way back: M̃ c^(−3/4) is dualized. Where rows are
+    blocks, c is of the rows that have a gradient.
 
     1/ρ is ρ / (ρ² + ε u²), with u the block's RMS and ε the spacing of floats at 1: below √ε u a
     gradient's entries are rounding. 1/√ρ is in units of ρ's harmonic mean, so that a step is about
@@ -120,16 +121,16 @@ class Factored(Direction):
             R = rms_(state["rms"], G, live, beta2)
             return ratio(_ahead(G, state, live, beta), R), None
         means = self._observe(G, state, live, beta2, lines)
-        half, quarter = self._right(G, state, means, beta2=beta2, refresh=refresh)
+        right = self._right(G, state, means, beta2=beta2, refresh=refresh)
         M = _ahead(G, state, live, beta)
         if "rows" not in means.roots:
-            return half(M), None
+            return right(M, 3), None
         left, lines = self._scale("rows", means), means.lines
 
         def back(T: Tensor) -> Tensor:
-            return quarter(lines.scale_(T, left, rows=True))
+            return right(lines.scale_(T, left, rows=True), 1)
 
-        return half(lines.scale_(M, left.square(), rows=True)), back
+        return right(lines.scale_(M, left.square(), rows=True), 2), back
 
     def __call__(self, G: Tensor, state: Buffers, **settings: Any) -> Tensor:
         return self.whiten(G, state, **settings)[0]
@@ -175,15 +176,10 @@ class Factored(Direction):
 
     def _right(
         self, G: Tensor, state: Buffers, means: Means, *, beta2: float, refresh: bool
-    ) -> tuple[Back, Back]:
-        """Return what multiplies a stack by c^(−1/2), and by c^(−1/4), from the right, and may
-        overwrite it."""
+    ) -> Callable[[Tensor, int], Tensor]:
+        """Return what multiplies a stack by c^(−k/4) from the right, and may overwrite it."""
         lines, columns = means.lines, self._scale("columns", means)
-        half = columns.square()
-        return (
-            lambda X: lines.scale_(X, half, rows=False),
-            lambda X: lines.scale_(X, columns, rows=False),
-        )
+        return lambda X, k: lines.scale_(X, columns**k, rows=False)
 
     def _scale(self, name: str, means: Means) -> Tensor:
         """Return 1/√ρ of each row (column), in units of the harmonic mean of ρ."""
@@ -201,8 +197,10 @@ class Factored(Direction):
 class Whitened(Factored):
     """The whitened average with R itself.
 
-    R serves blocks that have at most as many columns as rows, if their rows lie along the first
-    dimension of a weight, or whole blocks do. Other weights are Factored's.
+    R serves blocks whose rows lie along the first dimension of a weight, or whole blocks do. The
+    columns of a block with fewer rows are split into runs of equal length, with an R each, that
+    have no more columns than the block has rows. Where none has two, the weight is Factored's, and
+    so are all others.
 
     State beside Factored's, for each block, in float32: "factor", C of R = diag(γ) C diag(γ) with
     γ = √c, so that it knows no scale; "root", R^(−1/4), made anew on every refresh by matrix
@@ -215,7 +213,7 @@ class Whitened(Factored):
         buffers, matrices = super().buffers(W), self._matrices(W)
         if matrices is None:
             return buffers
-        columns, size = buffers["columns"], W.shape[matrices.columns]
+        columns, size = buffers["columns"], W.shape[matrices.columns] // matrices.runs
         shape: tuple[int, ...] = (size * columns.numel(),)
         if columns.ndim == W.ndim:  # ranks have whole blocks, and of this buffer as of the weight
             shape = (len(W), size * prod(columns.shape[1:]), *(1,) * (W.ndim - 2))
@@ -228,12 +226,14 @@ class Whitened(Factored):
         if matrices is None:
             return None
         shape = self.rows.shape if self.rows else W.shape
-        rows = shape[matrices.rows] // max(1, matrices.segments.count)
-        return matrices if shape[matrices.columns] <= rows else None
+        rows, columns = (shape[d] for d in (matrices.rows, matrices.columns))
+        most = rows // max(1, matrices.segments.count)
+        runs = _runs(columns, most)
+        return replace(matrices, runs=runs) if runs < columns else None
 
     def _right(
         self, G: Tensor, state: Buffers, means: Means, *, beta2: float, refresh: bool
-    ) -> tuple[Back, Back]:
+    ) -> Callable[[Tensor, int], Tensor]:
         matrices = self._matrices(G[0])
         if matrices is None:
             return super()._right(G, state, means, beta2=beta2, refresh=refresh)
@@ -251,7 +251,7 @@ class Whitened(Factored):
         none = diagonal.amax(-1, keepdim=True) == 0
         columns = matrices.seen(self._scale("columns", means))
         diagonal.copy_(torch.where(none, columns, diagonal))
-        return lambda X: matrices.times(X, root @ root), lambda X: matrices.times(X, root)
+        return lambda X, k: matrices.times(X, torch.linalg.matrix_power(root, k))
 
     def _observe_products(
         self, C: Tensor, G: Tensor, means: Means, matrices: Matrices, live: Tensor, beta2: float
@@ -266,6 +266,12 @@ class Whitened(Factored):
         kept = matrices.seen(beta2**0.5 * means.before * inverse)
         _scale_both_(C, torch.where(live, kept, 1))
         C.add_(fresh.div_(count.clamp(min=1)), alpha=1 - beta2)
+
+
+@cache
+def _runs(columns: int, most: int) -> int:
+    """Return the fewest runs of one length, of at most so many, into which columns can be split."""
+    return next(k for k in range(1, columns + 1) if columns % k == 0 and columns <= k * most)
 
 
 def _scale_both_(A: Tensor, x: Tensor) -> Tensor:

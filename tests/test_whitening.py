@@ -56,6 +56,11 @@ BLOCKS: dict[str, tuple[Norm, tuple[int, ...]]] = {
     "tall experts": (Experts(RMSToRMS(EXACT)), (3, 5, 4)),
     "tall convolution": (ConvRMSToRMS(RMSToRMS(EXACT)), (6, 4, 3, 2)),
     "tall groups": (ConvRMSToRMS(RMSToRMS(EXACT), groups=2), (8, 3, 1, 2)),
+    "wide": (RMSToRMS(EXACT), (4, 6)),
+    "wide and prime": (RMSToRMS(EXACT), (4, 7)),
+    "wide heads": (Blocks(RMSToRMS(EXACT), 3), (12, 8)),
+    "wide and unequal": (Blocks(RMSToRMS(EXACT), (2, 1), turns=3), (9, 12)),
+    "wide experts": (Experts(RMSToRMS(EXACT)), (3, 4, 8)),
     "vector": (VectorRMS(), (6,)),
     "experts' vectors": (Experts(VectorRMS()), (3, 6)),
     "gain": (MaxEntry(), (6,)),
@@ -63,13 +68,13 @@ BLOCKS: dict[str, tuple[Norm, tuple[int, ...]]] = {
 }
 
 
-# Those of which "whitened" keeps all of R: blocks, as many rows at least as columns, along two dimensions of a weight.
+# Those of which "whitened" keeps R: blocks that lie along two dimensions of a weight. Into how many runs their columns
+# are split: as many as it takes for them to be no longer than the block has rows.
 FULL = {
-    "matrix",
-    "Frobenius",
-    "embedding",
-    "head",
-    *("tall heads", "tall and unequal", "tall heads of heads", "tall experts", "tall convolution", "tall groups"),
+    **dict.fromkeys(("matrix", "Frobenius", "embedding", "head", "tall experts", "tall convolution", "tall groups"), 1),
+    **dict.fromkeys(("tall heads", "tall and unequal", "tall heads of heads"), 1),
+    **dict.fromkeys(("wide", "wide heads", "wide experts", "convolution", "experts' gates"), 2),
+    "wide and unequal": 3,
 }
 
 
@@ -100,13 +105,21 @@ def root_of_lines(squares: Tensor) -> Tensor:
     return (1 / (rho * (1 / rho).mean(-1, keepdim=True))).sqrt()
 
 
-def whitener(ignores: str, full: bool, gradients: list[Tensor], *, inverse: bool = False) -> Callable[[Tensor], Tensor]:
-    """What takes a gradient of an innermost block to its coordinates, and a step back from them. inverse: a step to
-    them.
+def block_diagonal(parts: list[Tensor]) -> Tensor:
+    """Of stacks of matrices (*n, k, k)."""
+    diagonal = [torch.block_diag(*matrices) for matrices in zip(*(p.flatten(0, -3) for p in parts), strict=True)]
+    return torch.stack(diagonal).unflatten(0, parts[0].shape[:-2])
+
+
+def whitener(ignores: str, runs: int, gradients: list[Tensor], *, inverse: bool = False) -> Callable[[Tensor], Tensor]:
+    """What takes a gradient of an innermost block to its coordinates, and a step back from them. runs: of R; 0 for c.
+    inverse: a step to them.
     """
     r = root_of_lines(mean([G.square().mean(-1) for G in gradients], BETA2))
-    if full:
-        right = fourth_root(mean([G.mT @ G / G.shape[-2] for G in gradients], BETA2))
+    if runs:
+        stacks = zip(*(G.chunk(runs, -1) for G in gradients), strict=True)
+        products = [mean([X.mT @ X / X.shape[-2] for X in run], BETA2) for run in stacks]
+        right = block_diagonal([fourth_root(R) for R in products])
     else:
         right = root_of_lines(mean([G.square().mean(-2) for G in gradients], BETA2)).diag_embed()
     if inverse:
@@ -114,7 +127,7 @@ def whitener(ignores: str, full: bool, gradients: list[Tensor], *, inverse: bool
     return lambda X: (X if ignores == "rows" else r[..., None] * X) @ right
 
 
-def expected_step(norm: Norm, full: bool, gradients: list[Tensor]) -> Tensor:
+def expected_step(norm: Norm, runs: int, gradients: list[Tensor]) -> Tensor:
     """The step of a stack (n, *shape) after these gradients."""
 
     def there(inner: Norm, M: Tensor, *Gs: Tensor) -> Tensor:
@@ -122,13 +135,13 @@ def expected_step(norm: Norm, full: bool, gradients: list[Tensor]) -> Tensor:
             return M
         if inner.ndim < 2:
             return M / mean([G.square() for G in Gs], BETA2).sqrt()
-        white = whitener(norm.ignores, full, list(Gs))
-        return white(white(M))
+        white = whitener(norm.ignores, runs, list(Gs))
+        return white(white(white(M))) if norm.ignores == "rows" else white(white(M))
 
     def back(inner: Norm, T: Tensor, *Gs: Tensor) -> Tensor:
         if inner.ndim < 2 or norm.ignores in ("rows", "entries"):
             return T
-        return whitener(norm.ignores, full, list(Gs))(T)
+        return whitener(norm.ignores, runs, list(Gs))(T)
 
     ahead = (1 - BETA) * gradients[-1] + BETA * mean(gradients, BETA)
     D = blockwise(norm, there, ahead, *gradients)
@@ -180,24 +193,24 @@ def gaussians(shape: tuple[int, ...], seed: int = 0) -> list[Tensor]:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_step_is_that_of_the_plain_formula_of_each_block(name: str, direction: str):
     norm, shape = BLOCKS[name]
-    gradients, full = gaussians(shape), direction == "whitened" and name in FULL
+    gradients, runs = gaussians(shape), FULL.get(name, 0) if direction == "whitened" else 0
     w, optimizer = follow(direction, norm, shape, gradients, refresh_every=1)
     stacks = [G[None] for G in gradients]
-    expected = sum(-expected_step(norm, full, stacks[: t + 1]) for t in range(len(stacks)))
+    expected = sum(-expected_step(norm, runs, stacks[: t + 1]) for t in range(len(stacks)))
     assert torch.allclose(w, expected[0], atol=CLOSE)  # type: ignore[index]
-    assert {"factor", "root"} <= buffers(optimizer).keys() or not full
+    assert ({"factor", "root"} <= buffers(optimizer).keys()) == (runs > 0)
 
 
 @pytest.mark.parametrize("direction", BOTH)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_step_has_norm_lr_in_the_directions_own_coordinates(name: str, direction: str):
     norm, shape = BLOCKS[name]
-    gradients, full = gaussians(shape), direction == "whitened" and name in FULL
+    gradients, runs = gaussians(shape), FULL.get(name, 0) if direction == "whitened" else 0
     before, after = (follow(direction, norm, shape, gradients[:n], refresh_every=1)[0] for n in (3, 4))
 
     def own(inner: Norm, T: Tensor, *Gs: Tensor) -> Tensor:
         usual = inner.ndim < 2 or norm.ignores in ("rows", "entries")
-        return T if usual else whitener(norm.ignores, full, list(Gs), inverse=True)(T)
+        return T if usual else whitener(norm.ignores, runs, list(Gs), inverse=True)(T)
 
     step = blockwise(norm, own, (after - before)[None], *(G[None] for G in gradients))
     assert abs(norm.norm(step).item() - 1) < CLOSE
@@ -226,7 +239,7 @@ def test_a_block_whose_first_gradient_is_late_starts_as_factored_until_the_next_
     )
     first, second, _, last = (a - b for a, b in zip(whitened, factored, strict=True))
     assert not first[1].any() and second[1].abs().max() < 1e-12 and second[0].abs().max() > 0.01
-    expected = expected_step(norm, True, [G[None] for G in gradients])[0, 1]
+    expected = expected_step(norm, 1, [G[None] for G in gradients])[0, 1]
     assert torch.allclose((whitened[2] - whitened[3])[1], expected, atol=CLOSE), "with R from its refresh on"
     assert last[1].abs().max() > 0.01
 
@@ -260,7 +273,7 @@ def test_a_step_knows_no_scale(name: str, direction: str, scale: float):
     w, _ = follow(direction, norm, shape, gradients)
     scaled, _ = follow(direction, norm, shape, [scale * G for G in gradients])
     # Of a block with fewer rows than columns, R is singular: its units are known to ε / DAMPING^1.5, with float32's ε.
-    singular = direction == "whitened" and name == "tall heads of heads"
+    singular = direction == "whitened" and name in ("tall heads of heads", "wide and unequal")
     assert w.isfinite().all() and torch.allclose(w, scaled, atol=0.05 if singular else 1e-3)
 
 

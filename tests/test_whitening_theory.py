@@ -91,13 +91,14 @@ def test_the_directions_step_has_both_identities_with_the_whitened_average(direc
 
 @pytest.mark.parametrize("name", ["rows", "head"])
 def test_rows_of_full_size_are_those_of_the_duality_map_but_for_a_positive_factor_each(name: str):
-    """The step is dualize(M R^(−1/2)), without r and without a way back."""
+    """The step is dualize(M R^(−3/4)), without r."""
     norm, M, R = NORMS[name], gaussian(6, 4), definite(4, 2)
     r = gaussian(6, seed=3).square()
-    exact = step(norm, M, r.sqrt().diag(), power(R, 0.5))
-    taken = norm.dualize(M @ power(R, -0.5))
+    whitened = r[:, None] ** -0.25 * M @ power(R, -0.25)
+    exact = step(norm, whitened, r.sqrt().diag(), power(R, 0.5))
+    taken = norm.dualize(M @ power(R, -0.75))
     length = torch.linalg.vector_norm
-    factor = r**0.25 * length(M @ power(R, -0.25), dim=-1) / length(M @ power(R, -0.5), dim=-1)
+    factor = r**0.25 * length(M @ power(R, -0.5), dim=-1) / length(M @ power(R, -0.75), dim=-1)
     assert torch.allclose(taken, factor[:, None] * exact, rtol=SAME)
 
 
