@@ -202,12 +202,13 @@ class Whitened(Factored):
     have no more columns than the block has rows. Where none has two, the weight is Factored's, and
     so are all others.
 
-    State beside Factored's, for each block, in float32: "factor", C of R = diag(γ) C diag(γ) with
-    γ = √c, so that it knows no scale; "root", R^(−1/4), made anew on every refresh by matrix
-    products alone (polar.inverse_fourth_root).
+    State beside Factored's, for each block, in float32: "factor", a square of which the part below
+    the diagonal is C, of R = diag(γ) C diag(γ) with γ = √c, so that it knows no scale; C has 1s on
+    its diagonal. The rest is the root, R^(−1/4), made anew on every refresh by matrix products
+    alone (polar.inverse_fourth_root). Both are symmetric.
     """
 
-    precise = (*Factored.precise, "factor", "root")
+    precise = (*Factored.precise, "factor")
 
     def buffers(self, W: Tensor) -> Buffers:
         buffers, matrices = super().buffers(W), self._matrices(W)
@@ -217,7 +218,7 @@ class Whitened(Factored):
         shape: tuple[int, ...] = (size * columns.numel(),)
         if columns.ndim == W.ndim:  # ranks have whole blocks, and of this buffer as of the weight
             shape = (len(W), size * prod(columns.shape[1:]), *(1,) * (W.ndim - 2))
-        return buffers | {k: columns.new_zeros(shape) for k in ("factor", "root")}
+        return buffers | {"factor": columns.new_zeros(shape)}
 
     def _matrices(self, W: Tensor) -> Matrices | None:
         """Return where the blocks of the rows W lie; None where Factored serves."""
@@ -238,25 +239,28 @@ class Whitened(Factored):
         if matrices is None:
             return super()._right(G, state, means, beta2=beta2, refresh=refresh)
         roots = matrices.seen(means.roots["columns"])
-        shape = (*roots.shape, roots.shape[-1])
-        C, root = (state[k].view(shape) for k in ("factor", "root"))
+        F = state["factor"].view(*roots.shape, roots.shape[-1])
         live = matrices.seen(means.count).amax(-1, keepdim=True).to(G) > 0
-        self._observe_products(C, G, means, matrices, live, beta2)
+        root = F.triu()
+        root.add_(root.triu(1).mT)
+        C = self._products(F, G, means, matrices, live, beta2)
+        below = C.tril(-1)
         if refresh:
             sizes = roots / _above_zero(roots.amax(-1, keepdim=True))  # products do not underflow
-            Z = inverse_fourth_root(_scale_both_(C.clone(), sizes))
+            Z = inverse_fourth_root(_scale_both_(C, sizes))
             root.lerp_(Z, live[..., None].to(Z))
         # A block whose first gradient came after the others' roots were made starts as Factored.
         diagonal = root.diagonal(dim1=-2, dim2=-1)
         none = diagonal.amax(-1, keepdim=True) == 0
         columns = matrices.seen(self._scale("columns", means))
         diagonal.copy_(torch.where(none, columns, diagonal))
+        F.copy_(below.add_(root.triu()))
         return lambda X, k: matrices.times(X, torch.linalg.matrix_power(root, k))
 
-    def _observe_products(
-        self, C: Tensor, G: Tensor, means: Means, matrices: Matrices, live: Tensor, beta2: float
-    ) -> None:
-        """Let C see a gradient. live: which blocks have one, (n, *others, k, 1)."""
+    def _products(
+        self, F: Tensor, G: Tensor, means: Means, matrices: Matrices, live: Tensor, beta2: float
+    ) -> Tensor:
+        """Return C after it saw a gradient. live: which blocks have one, (n, *others, k, 1)."""
         lines, inverse = means.lines, means.inverses["columns"]
         fresh = matrices.gram(lines.scale_(G.clone(), inverse, rows=False))
         if self._sums and not lines.complete(rows=False):
@@ -264,8 +268,12 @@ class Whitened(Factored):
         count = matrices.seen(means.count.to(G)).amax(-1)[..., None, None]
         # √β₂ ρ_before / ρ, at most 1.
         kept = matrices.seen(beta2**0.5 * means.before * inverse)
-        _scale_both_(C, torch.where(live, kept, 1))
+        C = F.tril(-1)
+        C = _scale_both_(C + C.mT, torch.where(live, kept, 1))
         C.add_(fresh.div_(count.clamp(min=1)), alpha=1 - beta2)
+        ones = matrices.seen((means.roots["columns"] * inverse).square())
+        C.diagonal(dim1=-2, dim2=-1).copy_(ones)
+        return C
 
 
 @cache

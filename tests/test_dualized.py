@@ -728,7 +728,7 @@ def test_a_step_allocates_three_temporaries_of_the_largest_stack_at_most(
     factors = sum(size for k, size in state if k == "factor")
     # A tenth for what is of a smaller order: norms, masks, the matrices' small sides in the last product. Means over
     # rows and columns are small but for these small weights. A refresh of fourth roots has factors besides.
-    assert peak_bytes(optimizer.step, tmp_path) <= 3.1 * stack + 7 * lines + 8.5 * factors
+    assert peak_bytes(optimizer.step, tmp_path) <= 3.1 * stack + 7 * lines + 9 * factors
 
 
 def test_factored_keeps_one_buffer_a_weight_and_its_means_in_float32():
