@@ -15,7 +15,6 @@ which is its steepest descent in the norm of X (docs/theory.md §3). Sources: Sh
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache
 from math import prod
 from typing import Any
 
@@ -228,9 +227,10 @@ class Whitened(Factored):
             return None
         shape = self.rows.shape if self.rows else W.shape
         rows, columns = (shape[d] for d in (matrices.rows, matrices.columns))
-        most = rows // max(1, matrices.segments.count)
-        runs = _runs(columns, most)
-        return replace(matrices, runs=runs) if runs < columns else None
+        width = max(1, min(rows // max(1, matrices.segments.count), columns))
+        while columns % width:
+            width -= 1
+        return replace(matrices, runs=columns // width) if width > 1 else None
 
     def _right(
         self, G: Tensor, state: Buffers, means: Means, *, beta2: float, refresh: bool
@@ -274,12 +274,6 @@ class Whitened(Factored):
         ones = matrices.seen((means.roots["columns"] * inverse).square())
         C.diagonal(dim1=-2, dim2=-1).copy_(ones)
         return C
-
-
-@cache
-def _runs(columns: int, most: int) -> int:
-    """Return the fewest runs of one length, of at most so many, into which columns can be split."""
-    return next(k for k in range(1, columns + 1) if columns % k == 0 and columns <= k * most)
 
 
 def _scale_both_(A: Tensor, x: Tensor) -> Tensor:
