@@ -382,7 +382,7 @@ def test_a_run_resumes_exactly_between_two_refreshes(name: str, direction: str):
     assert torch.equal(p.detach(), whole)
 
 
-@pytest.mark.parametrize(("direction", "most"), [("factored", 1.1), ("whitened", 2.0)])
+@pytest.mark.parametrize(("direction", "most"), [("factored", 1.1), ("whitened", 1.5)])
 def test_the_state_of_gpt2_is_small(direction: str, most: float):
     """In buffers of a weight's size; half of it where momentum_dtype is bfloat16, but for what stays in float32."""
     config = load([str(Path(__file__).parents[1] / "configs/gpt2_124m.toml")])
